@@ -1,0 +1,126 @@
+"""minidiff's own checkpoint: one safetensors file with every part, and all configs as JSON in its header.
+
+Loading builds the modules on the meta device (shapes without memory), maps the file, and hands each mapped tensor over
+with ``assign=True``: nothing is copied that does not have to change device or dtype, and a weight's bytes are read
+from the disk when the network first uses it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.config import ModelConfig, from_json, to_json
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, write_tensors
+from minidiff.models.clip import CLIPText
+from minidiff.models.unet import UNet
+from minidiff.models.vae import VAE
+
+VERSION = "1"
+VERSION_KEY = "minidiff.version"
+CONFIG_KEY = "minidiff.config"
+PARTS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open minidiff file: its config, its tensors (not read yet) and its content hash."""
+
+    config: ModelConfig
+    file: TensorFile
+    hash: str
+
+
+def build(config: ModelConfig) -> dict[str, nn.Module]:
+    """The parts of a checkpoint by name, on the meta device: every shape, no memory."""
+    with torch.device("meta"):
+        configs = ((name, getattr(config, name)) for name in PARTS)
+        return {name: _make(PARTS[name], c).eval() for name, c in configs if c is not None}
+
+
+def _make(part: Any, config: Any) -> nn.Module:
+    module: nn.Module = part(config)
+    return module
+
+
+def fill(
+    parts: Mapping[str, nn.Module],
+    tensors: Mapping[str, Lazy],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+) -> None:
+    """Give every parameter of ``parts`` its tensor, "part.parameter" by name, converted where asked.
+
+    Raises :class:`CheckpointError`, naming ``source``, for a tensor that is missing, superfluous or of another shape.
+    """
+    account(parts, tensors, source)
+    for name, part in parts.items():
+        state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
+        part.load_state_dict(state, assign=True)
+
+
+def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source: str) -> None:
+    """Check that ``tensors`` are exactly the parameters of ``parts``, names, shapes and kind, without reading any."""
+    wanted = {f"{name}.{key}": tuple(p.shape) for name, part in parts.items() for key, p in part.state_dict().items()}
+    for problem, names in (
+        ("is missing", sorted(wanted.keys() - tensors.keys())),
+        ("has no place in this model", sorted(tensors.keys() - wanted.keys())),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{source}: tensor {names[0]!r} {problem}{more}; the file and its config disagree")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise CheckpointError(f"{source}: tensor {name!r} has shape {tensors[name].shape}, the config says {shape}")
+        if not tensors[name].dtype.is_floating_point:
+            raise CheckpointError(f"{source}: tensor {name!r} has dtype {tensors[name].dtype}, and no weight is whole")
+
+
+def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.to(device=device, dtype=dtype)
+    # A matrix-vector product on the CPU sums in another order where its matrix does not begin on a cache line, and a
+    # mapped tensor begins wherever its file has it. Files of minidiff's own are laid out so that few need the copy.
+    misplaced = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT != 0
+    return tensor.clone() if misplaced else tensor
+
+
+def write(path: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy]) -> str:
+    """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
+
+    The order of ``tensors`` does not matter: one model gives one file, byte for byte, wherever it came from.
+    Raises :class:`CheckpointError` if the tensors are not exactly those that ``config`` describes.
+    """
+    parts = build(config)
+    account(parts, tensors, str(path))
+    tensors = {f"{name}.{key}": tensors[f"{name}.{key}"] for name, part in parts.items() for key in part.state_dict()}
+    return write_tensors(path, tensors, {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: to_json(config)})
+
+
+def is_minidiff(metadata: Mapping[str, str]) -> bool:
+    """Whether a safetensors header was written by :func:`write`."""
+    return VERSION_KEY in metadata
+
+
+def read(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a minidiff file; no tensor is read.
+
+    Raises :class:`CheckpointError` for anything that is not a minidiff file of a version that this one knows.
+    """
+    file = TensorFile(path)
+    if not is_minidiff(file.metadata):
+        raise CheckpointError(f"{path}: a safetensors file, but not minidiff's; `minidiff convert` makes one of it")
+    version = file.metadata[VERSION_KEY]
+    if version != VERSION:
+        raise CheckpointError(f"{path}: format version {version!r}, this minidiff reads {VERSION!r}; update minidiff")
+    try:
+        config = from_json(ModelConfig, file.metadata.get(CONFIG_KEY, ""))
+    except ConfigError as e:
+        raise CheckpointError(f"{path}: its config cannot be used ({e})") from None
+    return Checkpoint(config, file, file.metadata.get(HASH_KEY, ""))

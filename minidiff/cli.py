@@ -1,0 +1,260 @@
+"""The ``minidiff`` command: ``generate``, ``info`` and ``convert``.
+
+The only module that knows every other one; each is imported by the function that needs it. stdout carries results alone
+(paths, reports), stderr everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minidiff.arguments import parser
+from minidiff.console import guard, say
+from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from minidiff.denoise import Run
+    from minidiff.pipeline import StableDiffusion, Unconditional
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (without the program's name; by default the process's own); the exit status.
+
+    0 is success, 2 a mistake in what was asked for, 1 another failure, 130 Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    return guard(lambda: _run(argv), debug="--debug" in argv)
+
+
+def _run(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    commands = {"generate": generate, "info": info, "convert": convert}
+    if args.command is None:
+        raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
+    commands[args.command](args)
+
+
+def generate(args: Namespace) -> None:
+    """``minidiff generate``."""
+    from minidiff.destination import Destination
+    from minidiff.picture import label, to_pil
+
+    if args.size is not None:
+        if args.width is not None or args.height is not None:
+            raise ConfigError("--size and --width or --height are both given; use one or the other")
+        args.width, args.height = args.size
+    recipe = _fill_from_recipe(args) if args.recipe is not None else {}
+    if args.model is None:
+        raise ConfigError(
+            "no model given, and none ships with minidiff yet; name one with --model PATH: "
+            "a minidiff file, a diffusers folder, or an original .safetensors or .ckpt"
+        )
+    destination = Destination(args.out, args.force)
+    sampler = _sampler(args.sampler)
+    if args.seed is None:
+        args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
+    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype))
+    run = _prepare(pipe, args, sampler)
+    _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
+    pixels = pipe.decode(run.last(progress=not args.quiet).x)
+    images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
+    for path in [destination.save(image) for image in images]:
+        print(path)
+
+
+def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: Any) -> Run:
+    """The run that was asked for, of a model of either kind. Raises :class:`ConfigError` for what it cannot do."""
+    from minidiff import StableDiffusion
+
+    if isinstance(pipe, StableDiffusion):
+        if not args.prompt:
+            raise ConfigError('no prompt given; say what the picture shows: minidiff generate "a red fox" --model ...')
+        return pipe.steps(
+            args.prompt,
+            negative_prompt=args.negative or "",
+            steps=50 if args.steps is None else args.steps,
+            guidance_scale=7.5 if args.scale is None else args.scale,
+            sampler=sampler,
+            num_images=args.num_images,
+            seed=args.seed,
+            height=args.height,
+            width=args.width,
+        )
+    for option in ("prompt", "negative", "scale", "width", "height"):
+        if getattr(args, option) not in (None, []):
+            what = "a prompt" if option == "prompt" else f"--{option}"
+            raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
+    return pipe.steps(args.num_images, steps=args.steps, sampler=sampler, seed=args.seed)
+
+
+def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict[str, Any], converted: bool) -> None:
+    """Say on stderr what was chosen, and what may surprise."""
+    precision = str(pipe.dtype).removeprefix("torch.")
+    if converted and not args.quiet:
+        say(f"converted in memory; `minidiff convert {args.model} FILE.safetensors` keeps it, and opens faster")
+    if args.dtype == "auto" and not args.quiet:
+        say(f"computing in {precision} on {pipe.device} (--dtype auto)")
+    if precision == "float16" and pipe.device.type == "cpu":
+        say("float16 on the CPU can be a thousand times slower; --dtype float32 is safe", "warning")
+    for key, now in (("model_hash", pipe.hash), ("dtype", precision), ("device", pipe.device.type)):
+        then = recipe.get(key)
+        if then and then != now:
+            say(f"the picture was made with {key} {then}, this run has {now or 'none'}; pixels may differ", "warning")
+
+
+def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
+    """Fill what the command line left open from the picture that --recipe names; returns its recipe."""
+    from minidiff import read_recipe
+
+    if not os.path.exists(args.recipe):
+        raise CheckpointError(f"{args.recipe}: no such file")
+    recipe = read_recipe(args.recipe)
+    number, whole = (int, float), (int,)
+    kinds: dict[str, tuple[str, Any]] = {"seed": ("seed", whole), "steps": ("steps", whole)}
+    kinds["sampler"] = ("sampler", (dict,))
+    if "prompt" in recipe:  # one without was made by a model that takes none of these
+        kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
+        kinds |= {"width": ("width", whole), "height": ("height", whole)}
+    for option, (key, kind) in kinds.items():
+        if getattr(args, option) not in (None, []):
+            continue
+        value = recipe.get(key)
+        if value is None and option in ("prompt", "seed"):
+            raise CheckpointError(f"{args.recipe}: its recipe has no {key} (tensors were given instead); give one here")
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
+        setattr(args, option, [value] if option == "prompt" else value)
+    return recipe
+
+
+def _sampler(choice: str | dict[str, Any] | None) -> Any:
+    """A sampler by name or from a recipe; made before the model is opened, so that a wrong name fails at once."""
+    from minidiff.samplers import sampler_from_config
+
+    if choice is None:
+        return None
+    return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
+
+
+def _device(name: str | None) -> torch.device | None:
+    """The device by that name. Raises :class:`ConfigError` if there is none."""
+    if name is None:
+        return None
+    import torch
+
+    usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    usable += ["mps"] * torch.backends.mps.is_available()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not {name, f"{device.type}:{device.index or 0}"} & set(usable):
+        raise ConfigError(f"--device {name}: there is no such device here; use one of {', '.join(usable)}")
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    """The dtype by that name; None for "auto" and none."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    return dtypes.get(name or "auto")
+
+
+def _open_model(
+    path: str, device: torch.device | None, dtype: torch.dtype | None
+) -> tuple[StableDiffusion | Unconditional, bool]:
+    """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted."""
+    import minidiff
+
+    if _is_minidiff(path):
+        return minidiff.load(path, device, dtype), False
+    import weights_convert
+
+    return weights_convert.load(path, device=device, dtype=dtype), True
+
+
+def _is_minidiff(path: str) -> bool:
+    """Whether a file is minidiff's own; another layout, or a folder, is not. Raises for a path that leads nowhere."""
+    from minidiff.checkpoint import is_minidiff
+    from minidiff.files import TensorFile
+
+    if not os.path.exists(path):
+        raise CheckpointError(f"{path}: no such file or folder")
+    if os.path.isdir(path) or Path(path).suffix.lower() in PICKLES:
+        return False
+    file = TensorFile(path)
+    try:
+        return is_minidiff(file.metadata)
+    finally:
+        file.close()
+
+
+def info(args: Namespace) -> None:
+    """``minidiff info``."""
+    path = args.path
+    if os.path.isfile(path) and (path.lower().endswith(".png") or _starts_with(path, PNG)):
+        from minidiff import read_recipe
+
+        print(json.dumps(read_recipe(path), indent=2, ensure_ascii=False))
+        return
+    if _is_minidiff(path):
+        from minidiff.info import check_tensors, describe
+
+        print(describe(path), flush=True)
+        if args.check:
+            print("\n" + check_tensors(path))
+        return
+    _info_of_another_layout(path, args.check)
+
+
+def _info_of_another_layout(path: str, check: bool) -> None:
+    """What weights_convert makes of a file or folder: the evidence, what it maps and drops, and the model in it."""
+    import weights_convert
+    from minidiff.info import describe_config, first_not_finite, size_table, table
+
+    found = weights_convert.detect(path)
+    try:
+        source = weights_convert.open_source(path)
+    except UnsupportedError:
+        print(found, flush=True)  # what is recognised is worth knowing, even where it cannot be used
+        raise
+    print(source.report, table(describe_config(source.config)[1:]), size_table(source.tensors), sep="\n\n", flush=True)
+    bad = first_not_finite(source.tensors) if check else None
+    if bad is not None:
+        raise CheckpointError(f"{path}: tensor {bad[0]!r} holds {bad[1]}; get the checkpoint again")
+    if check:
+        print(f"\nchecked: all {len(source.tensors):,} tensors are finite (this layout carries no hash)")
+
+
+def _starts_with(path: str, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def convert(args: Namespace) -> None:
+    """``minidiff convert``."""
+    src, dst = Path(args.src), Path(args.dst)
+    if not src.exists():
+        raise CheckpointError(f"{src}: no such file or folder")
+    if dst.exists() and src.samefile(dst):
+        raise ConfigError(f"{dst}: is what should be converted; name another file to write")
+    if os.path.lexists(dst) and not args.force and not (dst.is_dir() and not any(dst.iterdir())):
+        raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
+    import weights_convert
+
+    report = weights_convert.convert(
+        args.src, args.dst, to=args.to, dtype=_dtype(args.dtype), ema=args.ema, config=args.config
+    )
+    print(report)

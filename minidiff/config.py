@@ -1,0 +1,375 @@
+"""Every knob of every model on one screen: frozen dataclasses, presets by difference, and their JSON form.
+
+A config says what a network *is* (widths, depths, which attention where) and nothing about how it is run.
+Each is checked when it is made, so a model that can be built can also be run. The upper bounds lie far beyond any real
+model: a config is also read from files of unknown origin, and must not make a program build for hours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from minidiff.errors import ConfigError
+
+T = TypeVar("T")
+
+Attention = Literal["none", "text", "self"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
+
+
+WIDEST = 2**16  # channels, heads, sides of a picture
+MOST_TOKENS = 2**20  # entries of a vocabulary
+MOST_LEVELS = 16  # resolutions: the coarsest is 2**15 times smaller by then
+MOST_BLOCKS = 512  # ResBlocks and transformer blocks of a network in all; SDXL has about 100
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise :class:`ConfigError` with ``message`` unless ``ok``."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def _quote(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def within(low: float, high: float, **values: float | None) -> None:
+    """Raise :class:`ConfigError` for a named value outside ``low``..``high``; NaN lies nowhere, None is let pass."""
+    for name, value in values.items():
+        check(value is None or low <= value <= high, f"{name}={_quote(value)} must lie in {low}..{high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One resolution of the UNet.
+
+    ``attention`` says what follows every ResBlock: nothing, a "text" transformer (self-attention, cross-attention
+    to the prompt, feed-forward; ``depth`` of them) or plain spatial "self"-attention, as the first DDPM had it.
+    ``heads`` is a count. (The field that diffusers calls ``attention_head_dim`` is a count too, for SD1 and SD2.)
+    """
+
+    channels: int
+    attention: Attention = "none"
+    depth: int = 1
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        within(1, WIDEST, channels=self.channels, heads=self.heads)
+        within(1, MOST_BLOCKS, depth=self.depth)
+        fits = self.attention == "none" or self.channels % self.heads == 0
+        check(fits, f"heads={self.heads} does not divide channels={self.channels}")
+
+
+def text(channels: int, heads: int, depth: int = 1) -> Level:
+    """A level whose ResBlocks are followed by transformers that read the prompt."""
+    return Level(channels=channels, attention="text", heads=heads, depth=depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The noise predictor of every family: SD1, SD2, SDXL, inpainting (9 input channels) and unconditional DDPM.
+
+    ``levels`` run from the finest to the coarsest resolution; the way up mirrors the way down. What sets the
+    families apart, beside widths: ``attention`` of the levels, ``linear_proj`` (the projections around a transformer
+    are linear layers instead of 1x1 convolutions), ``added_dim`` (SDXL: width of the vector of pooled text and six
+    sinusoids of ``added_sinusoid``), the sinusoid (``sin_first``, ``freq_shift``) and ``asymmetric_down``.
+    """
+
+    levels: tuple[Level, ...]
+    mid: Level
+    in_channels: int = 4
+    out_channels: int = 4
+    layers: int = 2  # ResBlocks per level on the way down; one more on the way up
+    context_dim: int | None = None  # width of one text token
+    linear_proj: bool = False
+    added_dim: int | None = None
+    added_sinusoid: int = 256
+    guidance_dim: int | None = None  # LCM: width of the sinusoid of the guidance scale
+    sin_first: bool = False  # SD puts the cosines first, DDPM the sines
+    freq_shift: int = 0  # the exponent of the sinusoid runs over half - freq_shift
+    asymmetric_down: bool = False  # pad right and bottom only, as DDPM's TensorFlow code did
+    groups: int = 32
+    eps: float = 1e-5
+    sample_size: int = 64  # side of the latents (or pixels) that it was trained on
+
+    def __post_init__(self) -> None:
+        check(0 < len(self.levels) <= MOST_LEVELS, f"{len(self.levels)} levels: a UNet has 1 to {MOST_LEVELS}")
+        within(1, WIDEST, in_channels=self.in_channels, out_channels=self.out_channels, context_dim=self.context_dim)
+        within(1, WIDEST, added_dim=self.added_dim, guidance_dim=self.guidance_dim, sample_size=self.sample_size)
+        within(1, WIDEST, groups=self.groups, layers=self.layers)
+        within(0, 1, eps=self.eps)
+        blocks = sum((2 * self.layers + 1) * (1 + level.depth) for level in self.levels) + self.mid.depth
+        check(
+            blocks <= MOST_BLOCKS, f"layers={self.layers} and the levels' depths make {blocks} blocks; that is absurd"
+        )
+        first, coarsest = self.levels[0].channels, self.levels[-1].channels
+        check(first % 2 == 0, f"the first level's channels={first} must be even: half sines, half cosines")
+        within(0, first // 2 - 1, freq_shift=self.freq_shift)
+        if self.added_dim is not None:  # six sinusoids, and the pooled text takes what they leave
+            fits = 0 < 6 * self.added_sinusoid < self.added_dim and self.added_sinusoid % 2 == 0
+            check(
+                fits, f"added_dim={self.added_dim} has no room for six sinusoids of {self.added_sinusoid} and the text"
+            )
+        check(
+            self.mid.channels == coarsest, f"mid.channels={self.mid.channels} differs from the last level's {coarsest}"
+        )
+        for level in (*self.levels, self.mid):
+            check(level.channels % self.groups == 0, f"groups={self.groups} does not divide channels={level.channels}")
+            needs = level.attention == "text" and self.context_dim is None
+            check(not needs, "a level with attention='text' needs context_dim, which is None")
+
+    @property
+    def time_dim(self) -> int:
+        """Width of the time embedding: four times the first level's, in every family."""
+        return 4 * self.levels[0].channels
+
+
+SD15 = UNetConfig(
+    levels=(text(320, 8), text(640, 8), text(1280, 8), Level(channels=1280)), mid=text(1280, 8), context_dim=768
+)
+SD21 = replace(
+    SD15,
+    levels=(text(320, 5), text(640, 10), text(1280, 20), Level(channels=1280)),
+    mid=text(1280, 20),
+    context_dim=1024,
+    linear_proj=True,
+    sample_size=96,
+)
+SDXL = replace(
+    SD21,
+    levels=(Level(channels=320), text(640, 10, depth=2), text(1280, 20, depth=10)),
+    mid=text(1280, 20, depth=10),
+    context_dim=2048,
+    added_dim=2816,
+    sample_size=128,
+)
+DDPM_CAT256 = UNetConfig(
+    levels=(
+        *(Level(channels=c) for c in (128, 128, 256, 256)),
+        Level(channels=512, attention="self", heads=1),
+        Level(channels=512),
+    ),
+    mid=Level(channels=512, attention="self", heads=1),
+    in_channels=3,
+    out_channels=3,
+    sin_first=True,
+    freq_shift=1,
+    asymmetric_down=True,
+    eps=1e-6,
+    sample_size=256,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The autoencoder between pixels and latents (Rombach et al. 2022, section 3.1, the KL-regularised one).
+
+    ``scaling_factor`` brings the latents to unit variance: 0.18215 is one over the standard deviation that was
+    measured on the first batch when Stable Diffusion 1 was trained, and it is part of the checkpoint ever since.
+    """
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # finest first; every step but the last halves the side
+    image_channels: int = 3
+    latent_channels: int = 4
+    layers: int = 2
+    groups: int = 32
+    mid_attention: bool = True
+    quant_convs: bool = True  # the 1x1 convolutions on either side of the latents
+    scaling_factor: float = 0.18215
+    sample_size: int = 512
+
+    def __post_init__(self) -> None:
+        check(0 < len(self.channels) <= MOST_LEVELS, f"{len(self.channels)} levels: a VAE has 1 to {MOST_LEVELS}")
+        within(1, WIDEST, image_channels=self.image_channels, latent_channels=self.latent_channels, groups=self.groups)
+        within(1, MOST_BLOCKS // (2 * MOST_LEVELS), layers=self.layers)
+        within(1, WIDEST, sample_size=self.sample_size)
+        within(1e-6, 1e6, scaling_factor=self.scaling_factor)
+        for c in self.channels:
+            within(1, WIDEST, channels=c)
+            check(c % self.groups == 0, f"groups={self.groups} does not divide channels={c}")
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one latent spans along a side: 8 for Stable Diffusion."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+VAE_SD = VAEConfig()
+VAE_SDXL = replace(VAE_SD, scaling_factor=0.13025, sample_size=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig:
+    """The text encoder: a causal transformer over token ids (Radford et al. 2021)."""
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    projection: int | None = None  # width of the pooled output; None: the pooled token is not projected
+    vocab: int = 49408
+    positions: int = 77
+    end_token: int = 49407  # the pooled output is read where this id stands first
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        within(1, WIDEST, width=self.width, heads=self.heads, mlp=self.mlp, projection=self.projection)
+        within(1, WIDEST, positions=self.positions)
+        within(1, MOST_BLOCKS, layers=self.layers)
+        within(1, MOST_TOKENS, vocab=self.vocab)
+        within(0, 1, eps=self.eps)
+        check(self.width % self.heads == 0, f"heads={self.heads} does not divide width={self.width}")
+
+
+CLIP_L = CLIPTextConfig()
+OPENCLIP_H = CLIPTextConfig(width=1024, layers=23, heads=16, mlp=4096, activation="gelu")
+OPENCLIP_BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, activation="gelu", projection=1280)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Which byte-pair table turns text into ids, and how a short prompt is filled up.
+
+    ``merges`` is None for the public CLIP table, which ships with minidiff; a checkpoint with a table of its own
+    carries its vocabulary (tokens in the order of their ids) and merges here.
+    """
+
+    pad: int = 49407  # SD1 fills with the end token, SD2 and SDXL's second encoder with 0
+    length: int = 77
+    vocab: tuple[str, ...] | None = None
+    merges: tuple[tuple[str, str], ...] | None = None
+
+    def __post_init__(self) -> None:
+        within(2, WIDEST, length=self.length)  # start and end token alone need 2
+        within(0, MOST_TOKENS, pad=self.pad)
+        check((self.vocab is None) == (self.merges is None), "vocab and merges come together, or neither does")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What training fixed about the noise: how much of it at which timestep, and what the model predicts.
+
+    Betas lie in 0..1; ``betas`` (given outright) replaces ``beta_schedule``. ``zero_snr`` rescales them so that
+    the last timestep is pure noise (Lin et al. 2023, algorithm 1).
+    """
+
+    beta_schedule: BetaSchedule = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    steps: int = 1000
+    prediction: Prediction = "epsilon"
+    zero_snr: bool = False
+    betas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        within(1, 100_000, steps=self.steps)
+        within(0, 1, beta_start=self.beta_start, beta_end=self.beta_end)
+        for beta in self.betas or ():
+            within(0, 1, betas=beta)
+        fits = self.betas is None or len(self.betas) == self.steps
+        check(fits, f"steps={self.steps} but {len(self.betas or ())} betas are given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole checkpoint: its parts (None where the family has none) and how it wants to be sampled.
+
+    ``sampler`` is the name of a sampler with its options, as ``samplers.sampler_from_config`` reads it.
+    ``text_layer`` says which layer of the text encoder the UNet reads.
+    """
+
+    family: str
+    unet: UNetConfig
+    schedule: ScheduleConfig
+    sampler: dict[str, Any] = field(default_factory=dict)
+    vae: VAEConfig | None = None
+    text_encoder: CLIPTextConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    text_encoder_2: CLIPTextConfig | None = None
+    tokenizer_2: TokenizerConfig | None = None
+    text_layer: Literal["last", "penultimate"] = "last"
+
+    def __post_init__(self) -> None:
+        pairs = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
+        for encoder, tokenizer in pairs:
+            check(
+                (encoder is None) == (tokenizer is None), "a text encoder and its tokenizer come together, or neither"
+            )
+            if encoder is None or tokenizer is None:
+                continue
+            check(self.vae is not None, "a model with a text encoder needs a VAE, and vae is None")
+            fits = tokenizer.length <= encoder.positions
+            check(
+                fits, f"the tokenizer's length={tokenizer.length} exceeds the encoder's positions={encoder.positions}"
+            )
+            tokens = CLIPTextConfig.vocab if tokenizer.vocab is None else len(tokenizer.vocab)
+            check(tokens <= encoder.vocab, f"the tokenizer has {tokens} tokens, the text encoder vocab={encoder.vocab}")
+        width = sum(encoder.width for encoder, _ in pairs if encoder is not None)
+        fits = width in (0, self.unet.context_dim)
+        check(fits, f"context_dim={self.unet.context_dim} of the UNet differs from the text encoder's width={width}")
+
+
+def to_json(config: Any) -> str:
+    """Any config as one line of JSON; :func:`from_json` reads it back equal."""
+    return json.dumps(dataclasses.asdict(config), separators=(",", ":"))
+
+
+def from_json(cls: type[T], data: str | Mapping[str, Any]) -> T:
+    """Build config ``cls`` from JSON text or the dict it parses to.
+
+    Raises :class:`ConfigError` for text that is no JSON, a field that ``cls`` does not have or lacks, or a value of
+    the wrong type, quoting it.
+    """
+    try:
+        if isinstance(data, str):
+            data = json.loads(data)
+        return typing.cast(T, _read(cls, data, cls.__name__))
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{cls.__name__}: not valid JSON ({e})") from None
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected an object, got {_quote(value)}")
+        hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+        unknown = sorted(map(str, set(value) - {f.name for f in fields}))
+        check(not unknown, f"{where}: unknown field {', '.join(map(_quote, unknown[:3]))}")
+        required = {
+            f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        missing = sorted(required - set(value))
+        check(not missing, f"{where}: field {', '.join(missing)} is missing")
+        return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _read(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal:
+        check(value in args, f"{where}={_quote(value)} is none of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {_quote(value)}")
+        short = not dataclasses.is_dataclass(args[0]) or len(value) <= MOST_LEVELS
+        check(short, f"{where}: {len(value)} entries; {MOST_LEVELS} is the most")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        check(len(kinds) == len(value), f"{where}: expected {len(kinds)} entries, got {len(value)}")
+        return tuple(_read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        check(abs(value) < 2**1023, f"{where}={_quote(value)} is out of range")
+        return float(value)
+    base = origin or kind
+    fits = isinstance(value, base) and (base is bool or not isinstance(value, bool))
+    check(fits, f"{where}: expected {base.__name__}, got {_quote(value)}")
+    return value

@@ -1,0 +1,148 @@
+"""How a command ends: every failure is one line on stderr and an exit status, never a traceback out of the blue.
+
+0 is success. 2 is a mistake that the user can put right: a wrong value, a file that is missing or damaged. 1 is
+everything else: a full disk, no memory, a fault of ours. 130 is Ctrl-C. A reader that closes the pipe (``| head``) has
+seen enough, which is no failure. ``--debug`` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn, TextIO
+
+from minidiff.errors import ConfigError, MinidiffError
+
+# What the system says about names and permissions: the user's to mend. The rest (disk full, I/O error) is not.
+MISTAKES = {
+    getattr(errno, name)
+    for name in ("ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG", "EINVAL", "ELOOP")
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line like all others, and that shows examples as they are written.
+
+    ``late`` gives the end of its help: what is too expensive to know before someone asks.
+    """
+
+    late: Callable[[], str] | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Formatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def format_help(self) -> str:
+        """The text of ``--help``."""
+        return super().format_help() + (self.late() if self.late is not None else "")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`ConfigError` with argparse's message and where to look further."""
+        raise ConfigError(f"{message}; `{self.prog} --help` says what there is")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 26, **kwargs})
+
+
+def guard(work: Callable[[], object], *, debug: bool = False) -> int:
+    """Run ``work`` and turn every way in which it can end into an exit status and, on failure, one line on stderr.
+
+    Warnings raised meanwhile are one line each too. ``debug`` prints the traceback of a failure before its line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
+            stream.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            try:
+                work()
+            finally:
+                _flush()
+        except SystemExit as e:  # --help and --version
+            return e.code if isinstance(e.code, int) else 0
+        except BaseException as e:
+            if debug:
+                with suppress(OSError):
+                    traceback.print_exc()
+            try:
+                return _end(e)
+            except KeyboardInterrupt:  # once more, while the first one was being told
+                return 130
+    return 0
+
+
+def say(message: object, kind: str = "") -> None:
+    """Print one line on stderr, "minidiff: message"; ``kind`` may be "error" or "warning"."""
+    with suppress(OSError, ValueError):  # a closed stderr must not hide the exit status
+        print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
+
+
+def one_line(message: object) -> str:
+    """``message`` on one line, with control characters written out: it may quote a file that nobody has checked."""
+    text = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _end(e: BaseException) -> int:
+    """The exit status for what ended a run, after saying so."""
+    if isinstance(e, KeyboardInterrupt):
+        say("interrupted")
+        return 130
+    if isinstance(e, BrokenPipeError):
+        return 0
+    if isinstance(e, MinidiffError):
+        say(e, "error")
+        return 2
+    if isinstance(e, MemoryError) or _is_out_of_memory(e):
+        detail = f" ({one_line(e)[:200]})" if str(e) else ""
+        say(f"not enough memory{detail}; try a smaller size, fewer images or --dtype float16 on a GPU", "error")
+        return 1
+    if isinstance(e, OSError):
+        say(": ".join(map(str, filter(None, (e.filename, e.strerror)))) or e, "error")
+        return 2 if e.errno in MISTAKES else 1
+    say(f"unexpected {type(e).__name__}: {e or '(no message)'}; run again with --debug to see where", "error")
+    return 1
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    """Torch's out-of-memory errors, told by name and words: on the CPU it is a bare RuntimeError."""
+    said = str(e).lower()
+    named = type(e).__name__ == "OutOfMemoryError"
+    return isinstance(e, RuntimeError) and (
+        named or "can't allocate memory" in said or "not enough memory" in said or "out of memory" in said
+    )
+
+
+def _flush() -> None:
+    """Write out what stdout still holds. If that fails, the interpreter must not try again at its end."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if os.name == "nt" and e.errno == errno.EINVAL:  # what Windows says of a closed pipe
+            raise BrokenPipeError from None
+        raise
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(message, "warning")

@@ -1,0 +1,200 @@
+"""Files on disk: safetensors read through mmap and written as a stream, and nothing ever left half-written.
+
+The safetensors format is eight bytes of length, a JSON table of names, shapes and byte ranges, then the bytes. Reading
+is the library's business; writing is done here, since a checkpoint should pass through memory one tensor at a time and
+carry the hash of its own content in the header that stands before that content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minidiff.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HASH_KEY = "minidiff.hash"
+ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is described but not read: ``load()`` reads it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """A tensor in memory, seen as a :class:`Lazy` one."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file that appears under ``path`` whole or not at all: written beside, synced, renamed.
+
+    Raises :class:`CheckpointError` if the folder does not exist; a full disk and the like come through as OSError,
+    with what was written so far removed.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, and a file should be written there; name a file")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise
+    if os.name == "posix":  # the new name itself reaches the disk with its folder, where the file system can do that
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+class TensorFile:
+    """One safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
+
+    Raises :class:`CheckpointError` for a file that is missing, truncated, or whose header does not fit its content.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            what = "is a folder, not a file" if self.path.is_dir() else "no such file"
+            raise CheckpointError(f"{self.path}: {what}")
+        try:
+            opened: Any = safe_open(str(self.path), framework="pt")
+            self._file = opened
+            self.metadata: dict[str, str] = dict(opened.metadata() or {})
+            self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in list(opened.keys())}
+        except (SafetensorError, OSError, ValueError, OverflowError) as e:
+            raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
+
+    def _describe(self, name: str) -> Lazy:
+        part = self._file.get_slice(name)
+        kind = part.get_dtype()
+        if kind not in DTYPES:
+            raise CheckpointError(f"{self.path}: tensor {name!r} has dtype {kind}, which minidiff does not read")
+        return Lazy(tuple(part.get_shape()), DTYPES[kind], lambda: self._load(name))
+
+    def _load(self, name: str) -> Tensor:
+        if self._file is None:
+            raise CheckpointError(f"{self.path}: tensor {name!r} was asked for after the file was closed")
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read ({_line(e)})") from None
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the file. Tensors that were read stay valid."""
+        self._file = None
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> str:
+    """Write a safetensors file, one tensor at a time, atomically; return the content hash it carries.
+
+    The hash is SHA-256 over the metadata, the table of tensors and their bytes, as 64 hex digits, under ``HASH_KEY``.
+    Raises :class:`CheckpointError` for a dtype that the format (or minidiff) does not have.
+    """
+    for name, t in tensors.items():
+        if t.dtype not in NAMES:
+            raise CheckpointError(f"{path}: tensor {name!r} has dtype {t.dtype}, which minidiff does not write")
+    order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
+    table: dict[str, Any] = {"__metadata__": {**metadata, HASH_KEY: "0" * 64}}
+    offset = 0
+    for name in order:  # whole cache lines first, so that every large tensor starts on one
+        t = tensors[name]
+        table[name] = {
+            "dtype": NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    digest = hashlib.sha256(header)
+    with atomic(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in order:
+            data = _bytes(name, tensors[name])
+            digest.update(data)
+            file.write(data)
+        found = header.index(f'"{HASH_KEY}":"'.encode()) + len(HASH_KEY) + 4
+        file.seek(8 + found)
+        file.write(digest.hexdigest().encode())
+    return digest.hexdigest()
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Recompute the hash of a file that :func:`write_tensors` wrote, by reading all of it.
+
+    Raises :class:`CheckpointError` for a file that is missing, or that carries no hash.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, path.stat().st_size))  # no file's header is longer than the file
+        mark = f'"{HASH_KEY}":"'.encode()
+        if mark not in header:
+            raise CheckpointError(f"{path}: carries no content hash; it was not written by minidiff")
+        found = header.index(mark) + len(mark)
+        digest = hashlib.sha256(header[:found] + b"0" * 64 + header[found + 64 :])
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _bytes(name: str, entry: Lazy) -> memoryview:
+    tensor = entry.load()
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        got, want = (tuple(tensor.shape), tensor.dtype), (entry.shape, entry.dtype)
+        raise CheckpointError(f"tensor {name!r} turned out to be {got} instead of {want}")
+    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The networks: one class each for every family, told apart by their configs alone."""

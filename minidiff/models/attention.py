@@ -1,0 +1,141 @@
+"""Attention, and the three shapes it takes in Stable Diffusion (Vaswani et al. 2017; Rombach et al. 2022, section 3.3).
+
+* :class:`Attention`: queries from ``x``, keys and values from ``x`` itself or from the prompt. Every text reaches the
+  picture through this one door.
+* :class:`SpatialTransformer`: pixels as a sequence of tokens, through self-attention, cross-attention and feed-forward.
+* :class:`SpatialSelfAttention`: the older, single-layer form of DDPM and of the VAE's middle.
+
+The arithmetic of all of them is :func:`attention`. Each module holds it as ``kernel``, so a faster equal can be put in
+from outside without touching this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minidiff.config import Level
+
+Kernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+# The norm in front of a transformer has an eps of its own, whatever the ResBlocks around it use.
+TRANSFORMER_NORM_EPS = 1e-6
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v. All (B, heads, length, d); ``causal`` hides every later position."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of ``x`` (B, L, dim) over ``context`` (B, M, context_dim), or over itself without one."""
+
+    def __init__(
+        self, dim: int, heads: int, context_dim: int | None = None, *, bias: bool = False, causal: bool = False
+    ) -> None:
+        super().__init__()
+        context_dim = dim if context_dim is None else context_dim
+        self.heads = heads
+        self.causal = causal
+        self.kernel: Kernel = attention
+        self.q = nn.Linear(dim, dim, bias=bias)
+        self.k = nn.Linear(context_dim, dim, bias=bias)
+        self.v = nn.Linear(context_dim, dim, bias=bias)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.q(x), self.k(context), self.v(context))
+        )
+        joined: Tensor = self.out(rearrange(self.kernel(q, k, v, self.causal), "b h l d -> b l (h d)"))
+        return joined
+
+
+class FeedForward(nn.Module):
+    """A gated two-layer network, GEGLU (Shazeer 2020): value * gelu(gate), four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, 8 * dim)
+        self.out = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.gate(x).chunk(2, dim=-1)
+        out: Tensor = self.out(value * F.gelu(gate))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Look around in the picture, look at the prompt, think; each on a normed copy and added back."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attn2 = Attention(dim, heads, context_dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        out: Tensor = self.ff(self.norm3(x)) + x
+        return out
+
+
+class SpatialTransformer(nn.Module):
+    """(B, C, H, W) -> the same: every pixel becomes a token, ``level.depth`` blocks, added to the input.
+
+    SD1 projects in and out with 1x1 convolutions, SD2 and SDXL with linear layers (``linear``): one matrix all the
+    same, but stored in another shape and summed in another order.
+    """
+
+    def __init__(self, level: Level, context_dim: int, groups: int, linear: bool) -> None:
+        super().__init__()
+        c = level.channels
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, c, eps=TRANSFORMER_NORM_EPS)
+        self.proj_in: nn.Module = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(c, level.heads, context_dim) for _ in range(level.depth))
+        self.proj_out: nn.Module = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height = x.shape[-2]
+        h = self.norm(x)
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        for block in self.blocks:
+            h = block(h, context)
+        h = to_picture(self.proj_out(h), height) if self.linear else self.proj_out(to_picture(h, height))
+        return h + x
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def to_picture(tokens: Tensor, height: int) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), contiguous: the convolution behind it picks its kernel by the strides."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous()
+
+
+class SpatialSelfAttention(nn.Module):
+    """(B, C, H, W) -> the same: one attention of every pixel to all others, added to the input."""
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.attn = Attention(channels, heads, bias=True)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``context`` is taken, and ignored, so that a UNet level can hold either kind of attention."""
+        h = self.attn(self.norm(x.flatten(2)).transpose(1, 2))
+        # Back by a transposed view, not by einops: at batch 1 the two differ in strides, and with them in the kernel
+        # that the next convolution picks, and so in bits.
+        out: Tensor = h.transpose(1, 2).unflatten(2, x.shape[-2:]) + x
+        return out

@@ -1,0 +1,184 @@
+"""CLIP's tokenizer: a prompt becomes the ids that the text encoder reads.
+
+Byte-pair encoding (Sennrich et al. 2016) as CLIP uses it (Radford et al. 2021): the text is normalised and cut into
+words (``unicode_tables.py``), each word is written as the bytes of its UTF-8, the last one marked ``</w>``, and then
+the pair of neighbours that stands first in the table of merges is joined, again and again, until none is left. The
+public table is part of minidiff; its vocabulary is 256 bytes, the same 256 with ``</w>``, one token for every merge,
+and the start and the end token.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import cache
+from heapq import heappop, heappush
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from minidiff.config import TokenizerConfig
+from minidiff.errors import ConfigError
+from minidiff.models.unicode_tables import mend, normalize, words
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+CACHED_WORDS = 2**16
+
+# Every byte as a printable character, as the files of byte-level tables write it: itself where it has a shape of its
+# own in Latin-1, the next free character from U+0100 on where it has not.
+_SHAPED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+BYTES = {b: chr(b) for b in _SHAPED} | {
+    b: chr(0x100 + i) for i, b in enumerate(b for b in range(256) if b not in _SHAPED)
+}
+BYTE_OF = {c: b for b, c in BYTES.items()}
+
+Merges = tuple[tuple[str, str], ...]
+Ranks = dict[tuple[int, int], tuple[int, int]]
+
+
+@cache
+def clip_table() -> tuple[tuple[str, ...], Merges]:
+    """The public CLIP vocabulary (49,408 tokens in the order of their ids) and its 48,894 merges by rank."""
+    packed = files("minidiff").joinpath("assets/clip_merges.txt.gz").read_bytes()
+    pairs = (line.split(" ") for line in gzip.decompress(packed).decode("utf-8").split("\n"))
+    merges = tuple((left, right) for left, right in pairs)
+    # The ids run through the bytes in the order of BYTES, those with a shape of their own first.
+    letters = tuple(BYTES.values())
+    vocab = (*letters, *(c + END_OF_WORD for c in letters), *(a + b for a, b in merges), START, END)
+    return vocab, merges
+
+
+def rank_merges(ids: dict[str, int], merges: Merges) -> Ranks:
+    """(left id, right id) -> (rank, id of the two joined). Raises ConfigError if the vocabulary lacks one of them."""
+    try:
+        return {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
+    except KeyError as e:
+        raise ConfigError(f"the merges need the token {e}, which the vocabulary does not have") from None
+
+
+@cache
+def _clip_lookup() -> tuple[dict[str, int], Ranks]:
+    """Ids and ranks of the public table, built once for all tokenizers."""
+    vocab, merges = clip_table()
+    ids = {token: i for i, token in enumerate(vocab)}
+    return ids, rank_merges(ids, merges)
+
+
+class Tokenizer:
+    """Prompts to ids, equal to transformers' CLIPTokenizer for every text.
+
+    ``start``, ``end`` and ``pad`` are ids, ``length`` counts the tokens of one row, the two ends included. As in the
+    reference, the names of these tokens inside a prompt stand for the tokens themselves: with SD2, which pads with
+    ``!`` (id 0), every ``!`` of a prompt becomes id 0. Raises ConfigError for a table that lacks the start or the end
+    token or a token that its merges make, or a pad id beyond it.
+    """
+
+    def __init__(self, config: TokenizerConfig | None = None) -> None:
+        self.config = config = config or TokenizerConfig()
+        if config.vocab is None or config.merges is None:
+            self.vocab = clip_table()[0]
+            self.ids, self._ranks = _clip_lookup()
+        else:
+            self.vocab = config.vocab
+            self.ids = {token: i for i, token in enumerate(config.vocab)}
+            self._ranks = rank_merges(self.ids, config.merges)
+        for name in (START, END):
+            if name not in self.ids:
+                raise ConfigError(f"the vocabulary of {len(self.vocab)} tokens has no {name}")
+        if not 0 <= config.pad < len(self.vocab):
+            raise ConfigError(f"pad={config.pad} is no id of a vocabulary of {len(self.vocab)} tokens")
+        self.start, self.end, self.pad, self.length = self.ids[START], self.ids[END], config.pad, config.length
+        specials = sorted({START, END, self.vocab[self.pad]}, key=len, reverse=True)  # the longest match wins
+        self._special = re.compile(f"({'|'.join(map(re.escape, specials))})")
+        self._cache: dict[str, list[int]] = {}
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Ids of one prompt or several, int64 (B, length): start, the text, end, padding.
+
+        Text beyond ``length`` - 2 tokens is cut, with a warning for each prompt that quotes what was lost.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        room = self.length - 2
+        rows: list[list[int]] = []
+        for text in texts:
+            ids = self.encode(text)
+            if len(ids) > room:
+                lost = self.decode(ids[room:])
+                message = f"a prompt of {len(ids)} tokens was cut to {room}; this part of it was lost: {lost}"
+                warnings.warn(message, stacklevel=2)
+            row = [self.start, *ids[:room], self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text of any length, without start, end and padding. A lone surrogate is read as U+FFFD."""
+        if not isinstance(text, str):
+            raise ConfigError(f"a prompt must be a string, got {type(text).__name__}")
+        ids: list[int] = []
+        for i, part in enumerate(self._special.split(mend(text))):
+            if i % 2:  # re.split puts what it split at on the odd places
+                ids.append(self.ids[part])
+            else:
+                for word in words(normalize(part)):
+                    ids += self._cache.get(word) or self._merge(word)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that ids stand for, as the tokenizer saw it (composed, lower case); special tokens by name.
+
+        Broken UTF-8 becomes U+FFFD. Raises ConfigError for an id that the vocabulary does not have.
+        """
+        raw = bytearray()
+        for i in map(int, ids):
+            if not 0 <= i < len(self.vocab):
+                raise ConfigError(f"id {i} is beyond the vocabulary of {len(self.vocab)} tokens")
+            token = self.vocab[i]
+            shown = BYTE_OF.keys() >= set(token)  # a table of its own may hold a token that is no row of bytes
+            raw += bytes(BYTE_OF[c] for c in token) if shown else token.encode("utf-8", "replace")
+        return raw.decode("utf-8", "replace").replace(END_OF_WORD, " ").strip()
+
+    def _merge(self, word: str) -> list[int]:
+        """Byte-pair encoding of one word.
+
+        A heap holds the pairs that may be joined, the best rank first, then the leftmost; a doubly linked list holds
+        what is left of the word. So a word of n bytes takes n log n steps, where the plain search takes n squared.
+        """
+        letters = [BYTES[b] for b in word.encode()]
+        letters[-1] += END_OF_WORD
+        ids = [self.ids.get(letter, self.end) for letter in letters]  # the unknown token is the end token
+        n, ranks = len(ids), self._ranks
+        after, before = list(range(1, n + 1)), list(range(-1, n - 1))
+        heap: list[tuple[int, int, int]] = []  # rank, place of the left one, id of the two joined
+
+        def offer(i: int) -> None:
+            """Put the pair that starts at ``i`` on the heap, if the table has it."""
+            j = after[i]
+            if j < n and (ids[i], ids[j]) in ranks:
+                rank, joined = ranks[ids[i], ids[j]]
+                heappush(heap, (rank, i, joined))
+
+        for i in range(n):
+            offer(i)
+        while heap:
+            _, i, joined = heappop(heap)
+            j = after[i]
+            # The pair may be gone by now: its left one was swallowed (-1), or either has become something else.
+            if ids[i] < 0 or j >= n or ranks.get((ids[i], ids[j]), (0, -1))[1] != joined:
+                continue
+            ids[i], ids[j] = joined, -1
+            after[i] = after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            offer(i)
+            if before[i] >= 0:
+                offer(before[i])
+        result = [i for i in ids if i >= 0]
+        if len(word) <= 64:
+            if len(self._cache) >= CACHED_WORDS:
+                self._cache.clear()
+            self._cache[word] = result
+        return result

@@ -1,0 +1,166 @@
+"""The UNet: noisy latents, a time and a prompt in; the noise (or v, or x0) out. One class for every family.
+
+Down a ladder of resolutions, through the middle, up again; whatever the way down produced is handed across to the way
+up at the same height (Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022; Podell et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.config import Level, UNetConfig
+from minidiff.models.attention import SpatialSelfAttention, SpatialTransformer
+from minidiff.models.blocks import Downsample, Embedding, ResBlock, Upsample, sinusoid
+
+Residuals = tuple[Iterable[Tensor], Tensor]
+
+
+class UNet(nn.Module):
+    """The noise predictor. Its submodules are named as they are drawn: ``down.0.res.1.conv2``, ``mid.attn``."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, temb = config.levels[0].channels, config.time_dim
+        self.time = Embedding(first, temb, config.guidance_dim)
+        self.added = Embedding(config.added_dim, temb) if config.added_dim else None
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        channels, skips = first, [first]
+        for i, level in enumerate(config.levels):
+            last = i == len(config.levels) - 1
+            self.down.append(DownLevel(config, level, channels, last=last))
+            channels = level.channels
+            skips += [channels] * (config.layers + (0 if last else 1))
+        self.mid = Middle(config)
+        self.up = nn.ModuleList()
+        for i, level in enumerate(reversed(config.levels)):
+            inputs = [skips.pop() for _ in range(config.layers + 1)]
+            self.up.append(UpLevel(config, level, channels, inputs, last=i == len(config.levels) - 1))
+            channels = level.channels
+
+        self.norm_out = nn.GroupNorm(config.groups, first, eps=config.eps)
+        self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor | None = None,
+        added: tuple[Tensor, Tensor] | None = None,
+        guidance: Tensor | None = None,
+        residuals: Residuals | None = None,
+    ) -> Tensor:
+        """Predict from noisy ``x`` (B, in_channels, H, W) at timestep ``t`` ((B,) or scalar): (B, out_channels, H, W).
+
+        ``context`` (B, L, context_dim) is the encoded prompt; ``added`` SDXL's pooled text (B, D) and sizes (B, 6);
+        ``guidance`` (B, guidance_dim) LCM's code of the guidance scale; ``residuals`` what a ControlNet adds: one
+        tensor for every skip, in the order of the way down, and one for the middle.
+        """
+        temb = self.embed_time(x, t, added, guidance)
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down:
+            x = level(x, temb, context, skips)
+        x = self.mid(x, temb, context)
+        if residuals is not None:
+            skips = [s + r for s, r in zip(skips, residuals[0], strict=True)]
+            x = x + residuals[1]
+        for level in self.up:
+            x = level(x, temb, context, skips)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
+
+    def embed_time(
+        self, x: Tensor, t: Tensor | float, added: tuple[Tensor, Tensor] | None, guidance: Tensor | None
+    ) -> Tensor:
+        """All that is known beside picture and prompt, as one vector a picture: (B, time_dim)."""
+        c = self.config
+        # One row for each picture even when all share a time: computed once and broadcast, the bits would differ.
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        code = sinusoid(t, c.levels[0].channels, sin_first=c.sin_first, freq_shift=c.freq_shift)
+        temb: Tensor = self.time(code.to(x.dtype), guidance)
+        if self.added is not None and added is not None:
+            pooled, ids = added
+            sizes = sinusoid(ids.flatten(), c.added_sinusoid).reshape(len(pooled), -1)
+            temb = temb + self.added(torch.cat([pooled.to(temb.dtype), sizes.to(temb.dtype)], dim=-1))
+        return temb
+
+
+class DownLevel(nn.Module):
+    """One resolution on the way down: ResBlocks, each with its attention, then half the side (but for the last)."""
+
+    def __init__(self, config: UNetConfig, level: Level, channels: int, *, last: bool) -> None:
+        super().__init__()
+        inputs = [channels] + [level.channels] * (config.layers - 1)
+        self.res = nn.ModuleList(res_block(config, c, level) for c in inputs)
+        self.attn = nn.ModuleList(attentions(config, level, config.layers))
+        self.down = None if last else Downsample(level.channels, asymmetric=config.asymmetric_down)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+        for i, res in enumerate(self.res):
+            x = res(x, temb)
+            if self.attn:
+                x = self.attn[i](x, context)
+            skips.append(x)
+        if self.down is not None:
+            x = self.down(x)
+            skips.append(x)
+        return x
+
+
+class Middle(nn.Module):
+    """The coarsest resolution's turning point: ResBlock, attention, ResBlock."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.res1 = res_block(config, config.mid.channels, config.mid)
+        self.attn = nn.ModuleList(attentions(config, config.mid, 1))
+        self.res2 = res_block(config, config.mid.channels, config.mid)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
+        x = self.res1(x, temb)
+        for attn in self.attn:
+            x = attn(x, context)
+        out: Tensor = self.res2(x, temb)
+        return out
+
+
+class UpLevel(nn.Module):
+    """One resolution on the way up: each ResBlock also reads the skip of its mirror image; then twice the side."""
+
+    def __init__(self, config: UNetConfig, level: Level, channels: int, skips: list[int], *, last: bool) -> None:
+        super().__init__()
+        inputs = [channels] + [level.channels] * config.layers
+        self.res = nn.ModuleList(res_block(config, c + s, level) for c, s in zip(inputs, skips, strict=True))
+        self.attn = nn.ModuleList(attentions(config, level, config.layers + 1))
+        self.up = None if last else Upsample(level.channels)
+
+    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+        for i, res in enumerate(self.res):
+            x = res(torch.cat([x, skips.pop()], dim=1), temb)
+            if self.attn:
+                x = self.attn[i](x, context)
+        if self.up is not None:
+            x = self.up(x, skips[-1].shape[-2:])
+        return x
+
+
+def res_block(config: UNetConfig, channels: int, level: Level) -> ResBlock:
+    """A ResBlock from ``channels`` to the level's width, with this UNet's norms and time embedding."""
+    return ResBlock(channels, level.channels, config.groups, config.eps, config.time_dim)
+
+
+def attentions(config: UNetConfig, level: Level, count: int) -> list[nn.Module]:
+    """The ``count`` attention modules of a level, or none where it has none."""
+    if level.attention == "text":
+        assert config.context_dim is not None  # UNetConfig checks it
+        return [SpatialTransformer(level, config.context_dim, config.groups, config.linear_proj) for _ in range(count)]
+    if level.attention == "self":
+        return [SpatialSelfAttention(level.channels, level.heads, config.groups, config.eps) for _ in range(count)]
+    return []

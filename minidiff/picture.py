@@ -1,0 +1,76 @@
+"""Numbers to pictures, and how a picture was made, kept inside it: a JSON text chunk of the PNG, key "minidiff"."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import CheckpointError
+from minidiff.files import atomic
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KEY = "minidiff"
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """[-1, 1] -> [0, 1], what lies outside cut off."""
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """float (B, 3 or 1, H, W) in [0, 1] -> PIL images, rounded to the nearest of 256 levels."""
+    from PIL import Image
+
+    arrays = (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+
+def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write ``image`` to ``path`` as PNG, atomically, with the recipe that ``generate`` left in it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if KEY in image.info:
+        info.add_text(KEY, image.info[KEY])
+    with atomic(path) as file:
+        image.save(file, format="PNG", pnginfo=info)
+
+
+def label(image: Image.Image, recipe: dict[str, Any]) -> Image.Image:
+    """Put ``recipe`` into ``image``. JSON in ASCII, so that any prompt survives any PNG reader."""
+    image.info[KEY] = json.dumps(recipe)
+    return image
+
+
+def read_recipe(image: Image.Image | str | os.PathLike[str]) -> dict[str, Any]:
+    """The recipe of a picture or of a PNG file.
+
+    Raises :class:`CheckpointError` for a file that is no picture, or a picture that carries no recipe.
+    """
+    from PIL import Image
+
+    # What the library raises for files that are damaged or claim to be enormous.
+    damage = (OSError, ValueError, TypeError, SyntaxError, RecursionError, struct.error, Image.DecompressionBombError)
+    name = "the picture" if isinstance(image, Image.Image) else str(image)
+    try:
+        if isinstance(image, Image.Image):
+            text = image.info[KEY]
+        else:
+            with Image.open(image) as opened:
+                opened.load()  # text chunks may follow the pixels
+                text = opened.info[KEY]
+        found = json.loads(text)
+    except KeyError:
+        raise CheckpointError(f"{name}: carries no recipe; it was not saved by minidiff") from None
+    except damage as e:
+        raise CheckpointError(f"{name}: no readable picture with a recipe ({' '.join(str(e).split())})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{name}: its recipe is damaged")
+    return found

@@ -1,0 +1,196 @@
+"""Reading diffusers' ``scheduler_config.json``: one table per scheduler class, one engine for all.
+
+A :class:`Reader` lists the fields that the class has, with the class's own defaults (they differ: DDIM clips and
+Euler is linspace unless told otherwise), and says which option of ours each becomes. Fields that only sibling classes
+have are ignored, as diffusers does when one scheduler is made from another's config; a field that nobody has is an
+error. What diffusers passes to ``step()`` (eta, s_churn, ...) may stand in the config too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minidiff.config import ScheduleConfig, check, from_json
+from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.samplers.base import Options
+from minidiff.samplers.ddim import DDIM
+from minidiff.samplers.ddpm import DDPM, FIXED_LARGE_LOG
+from minidiff.samplers.euler import Euler
+from minidiff.samplers.euler_ancestral import EulerAncestral
+from minidiff.samplers.pndm import PNDM
+
+Config = Mapping[str, Any]
+Source = str | Callable[[Config], Any]
+"""Where an option comes from: the name of a field, or a function of all fields, defaults filled in."""
+
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+ZERO_SNR = {"rescale_betas_zero_snr": False}
+LIMITS = {
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+}
+LIMIT_OPTIONS: dict[str, Source] = {
+    "clip": lambda c: c["clip_sample_range"] if c["clip_sample"] else None,
+    "threshold": lambda c: c["dynamic_thresholding_ratio"] if c["thresholding"] else None,
+    "threshold_max": "sample_max_value",
+}
+SPACING_OPTIONS: dict[str, Source] = {"spacing": "timestep_spacing", "steps_offset": "steps_offset"}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one scheduler class is read: our ``sampler``, the class's ``fields`` with defaults, the ``options``."""
+
+    sampler: type[Options]
+    fields: dict[str, Any]
+    options: dict[str, Source]
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+    beta_schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    refuse: Callable[[Config], str | None] = field(default=lambda c: None)  # why these fields can't go together
+
+
+def _sigma_spacing(c: Config) -> str:
+    chosen = [name for name in ("karras", "exponential", "beta") if c[f"use_{name}_sigmas"]]
+    return chosen[0] if chosen else "timesteps"
+
+
+def _one_sigma_spacing(c: Config) -> str | None:
+    chosen = [name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if c[name]]
+    return f"{' and '.join(chosen)} exclude each other: keep one" if len(chosen) > 1 else None
+
+
+READERS: dict[str, Reader] = {
+    "DDPMScheduler": Reader(
+        sampler=DDPM,
+        fields=LIMITS | ZERO_SNR | {"variance_type": "fixed_small", "timestep_spacing": "leading", "steps_offset": 0},
+        options=SPACING_OPTIONS | LIMIT_OPTIONS | {"variance": "variance_type"},
+        beta_schedules=("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid"),
+        refuse=lambda c: FIXED_LARGE_LOG if c["variance_type"] == "fixed_large_log" else None,
+    ),
+    "DDIMScheduler": Reader(
+        sampler=DDIM,
+        fields=LIMITS
+        | ZERO_SNR
+        | {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+        | {"eta": 0.0, "use_clipped_model_output": False},
+        options=SPACING_OPTIONS
+        | LIMIT_OPTIONS
+        | {"set_alpha_to_one": "set_alpha_to_one", "eta": "eta", "use_clipped": "use_clipped_model_output"},
+    ),
+    "PNDMScheduler": Reader(
+        sampler=PNDM,
+        fields={
+            "timestep_spacing": "leading",
+            "steps_offset": 0,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": False,
+        },
+        options=SPACING_OPTIONS
+        | {"set_alpha_to_one": "set_alpha_to_one", "runge_kutta": lambda c: not c["skip_prk_steps"]},
+        predictions=("epsilon", "v_prediction"),
+    ),
+    "EulerDiscreteScheduler": Reader(
+        sampler=Euler,
+        fields=ZERO_SNR
+        | {"timestep_spacing": "linspace", "steps_offset": 0, "interpolation_type": "linear"}
+        | {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+        | {"sigma_min": None, "sigma_max": None, "timestep_type": "discrete", "final_sigmas_type": "zero"}
+        | {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "s_noise": 1.0},
+        options=SPACING_OPTIONS
+        | {
+            "interpolation": "interpolation_type",
+            "sigma_spacing": _sigma_spacing,
+            "continuous": lambda c: _one_of(c, "timestep_type", ("discrete", "continuous")) == "continuous",
+            "final_sigma": "final_sigmas_type",
+            "s_tmax": lambda c: None if c["s_tmax"] == float("inf") else c["s_tmax"],
+        }
+        | {name: name for name in ("sigma_min", "sigma_max", "s_churn", "s_tmin", "s_noise")},
+        predictions=("epsilon", "v_prediction", "sample", "original_sample"),
+        refuse=_one_sigma_spacing,
+    ),
+    "EulerAncestralDiscreteScheduler": Reader(
+        sampler=EulerAncestral,
+        fields=ZERO_SNR | {"timestep_spacing": "linspace", "steps_offset": 0},
+        options=SPACING_OPTIONS,
+        predictions=("epsilon", "v_prediction"),
+    ),
+}
+
+# Fields of schedulers that are not (yet) in READERS, and of old versions: ignored, as diffusers ignores them.
+SIBLINGS = frozenset(
+    """algorithm_type clip_denoised disable_corrector euler_at_final lambda_min_clipped lower_order_final
+    noise_sampler_seed original_inference_steps predict_x0 predictor_order corrector_order rho s_max s_min sampling_eps
+    sigma_data sigma_schedule snr snr_shift_scale solver_order solver_p solver_type timestep_scaling use_lu_lambdas
+    flow_shift shift shift_terminal use_dynamic_shifting time_shift_type base_shift max_shift base_image_seq_len
+    max_image_seq_len invert_sigmas stochastic_sampling tau_func final_step_size_scale correct_steps tensor_format
+    timestep_values predict_epsilon use_flow_sigmas""".split()  # noqa: SIM905
+)
+
+
+def sampler_from_diffusers(config: Config) -> Options:
+    """The sampler that a ``scheduler_config.json`` (as a dict, with its ``_class_name``) describes, doing what
+    diffusers 0.42.1 does, its slips included.
+
+    Raises UnsupportedError for a class that is not in ``READERS`` and for flow matching, ConfigError for fields that
+    are unknown or that diffusers itself can't run.
+    """
+    reader, filled = _fill(config)
+    options = {name: source(filled) if callable(source) else filled[source] for name, source in reader.options.items()}
+    return reader.sampler(**options, like_diffusers=True)
+
+
+def schedule_from_diffusers(config: Config) -> ScheduleConfig:
+    """What the same dict says about training: the noise schedule and the prediction type. Raises as above."""
+    reader, c = _fill(config)
+    betas = c["trained_betas"]
+    data = {
+        "beta_start": c["beta_start"],
+        "beta_end": c["beta_end"],
+        "steps": c["num_train_timesteps"],
+        "prediction": c["prediction_type"].replace("original_sample", "sample"),
+        "zero_snr": bool(c.get("rescale_betas_zero_snr", False)) and "rescale_betas_zero_snr" in reader.fields,
+    }
+    if betas is None:
+        data["beta_schedule"] = _one_of(c, "beta_schedule", reader.beta_schedules)
+    else:
+        data["betas"] = [float(b) for b in betas]
+    return from_json(ScheduleConfig, data)
+
+
+def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
+    """The reader for ``config``, and its fields with the class's defaults where they are missing; all checked."""
+    name = config.get("_class_name")
+    check(name is not None, "the scheduler config has no _class_name: add it, for instance 'PNDMScheduler'")
+    if name not in READERS:
+        raise UnsupportedError(f"scheduler class {name!r} is not supported; known are {', '.join(READERS)}")
+    if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
+        raise UnsupportedError(f"{name} with flow matching (use_flow_sigmas, flow_prediction) is not supported")
+    reader = READERS[name]
+    own = SCHEDULE | reader.fields
+    known = SIBLINGS.union(own, *(r.fields for r in READERS.values()))
+    unknown = [key for key in config if key not in known and not key.startswith("_")]
+    check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(own))}")
+    filled = {key: config.get(key, default) for key, default in own.items()}
+    _one_of(filled, "prediction_type", reader.predictions)
+    reason = reader.refuse(filled)
+    if reason is not None:
+        raise ConfigError(f"{name}: {reason}")
+    return reader, filled
+
+
+def _one_of(config: Config, key: str, known: tuple[str, ...]) -> str:
+    value = config[key]
+    check(value in known, f"{key}={value!r} is none of {', '.join(known)}")
+    return str(value)

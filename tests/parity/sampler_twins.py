@@ -1,0 +1,115 @@
+"""Samplers held against the pinned diffusers schedulers: one chain of steps, compared number by number.
+
+Each model output depends on what the sampler shows the model, so an error in one step carries on into the next.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from minidiff.samplers import sampler_from_diffusers, schedule_from_diffusers
+from minidiff.schedule import NoiseSchedule
+from tests.tolerances import assert_close
+
+SHAPE = (2, 4, 3, 5)
+SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+STEP_OPTIONS = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
+
+Config = dict[str, Any]
+
+
+def config(name: str, **options: Any) -> Config:
+    """A scheduler_config.json with Stable Diffusion's betas unless ``options`` say otherwise."""
+    return {"_class_name": name, **SD, **options}
+
+
+def label(c: Config) -> str:
+    """A test id: the class and what differs from Stable Diffusion's betas."""
+    shown = [f"{k}={v if not isinstance(v, list) else len(v)}" for k, v in c.items() if k not in SD or SD[k] != v]
+    return ",".join(str(s) for s in shown if not s.startswith("_class_name"))[:120] or "defaults"
+
+
+def reference(c: Config) -> Any:
+    """The diffusers scheduler of ``c``, without the options that belong to its ``step``."""
+    own = {k: v for k, v in c.items() if not k.startswith("_") and k not in STEP_OPTIONS}
+    return getattr(diffusers, c["_class_name"])(**own)
+
+
+def output(c: Config, seen: Tensor, generator: torch.Generator) -> Tensor:
+    """A pseudo-random model output for the model's input ``seen``; twice the channels where the variance is learned."""
+    out = torch.tanh(seen.float()) + torch.randn(seen.shape, generator=generator)
+    if str(c.get("variance_type")).startswith("learned"):
+        out = torch.cat([out, torch.rand(seen.shape, generator=generator)], dim=1)
+    return out.to(seen.dtype)
+
+
+def compare(
+    c: Config,
+    steps: int | None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    first: int = 0,
+    out_dtype: torch.dtype | None = None,
+    twin: Any = None,
+    **given: Any,
+) -> None:
+    """Run both from row ``first`` to the end and demand equal bits of everything on the way."""
+    sampler = sampler_from_diffusers(c)
+    schedule = NoiseSchedule.from_config(schedule_from_diffusers(c))
+    plan = sampler.plan(schedule, steps, **given)
+    ref = copy.deepcopy(twin) if twin is not None else reference(c)
+    ref.set_timesteps(**({"num_inference_steps": steps} if steps is not None else given))
+    where = f"{label(c)} n={steps} {dtype} first={first}"
+    assert_close(plan.timesteps, ref.timesteps, where=f"{where}: timesteps")
+    initial = torch.as_tensor(ref.init_noise_sigma, dtype=torch.float32)
+    assert_close(plan.init_noise_sigma, initial, where=f"{where}: init_noise_sigma")
+    if hasattr(ref, "sigmas"):
+        assert_close(plan.sigmas, ref.sigmas, where=f"{where}: sigmas")
+    if hasattr(ref, "set_begin_index"):
+        ref.set_begin_index(first)
+    options = {k: v for k, v in c.items() if k in STEP_OPTIONS}
+    draws = c["_class_name"] not in ("PNDMScheduler",)
+
+    model = torch.Generator().manual_seed(1)
+    ours_noise, theirs_noise = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=ours_noise, dtype=like.dtype)
+
+    x = (torch.randn(SHAPE, generator=model) * plan.init_noise_sigma).to(dtype)
+    state = sampler.start()
+    for i in range(first, len(plan)):
+        t = ref.timesteps[i]
+        seen = sampler.scale_input(plan, i, x)
+        assert_close(seen, ref.scale_model_input(x, t), where=f"{where}: input of row {i}")
+        out = output(c, seen.to(out_dtype or dtype), model)
+        denoised = sampler.denoised(plan, i, x, out, state)
+        after, state = sampler.step(plan, i, x, out, state, draw)
+        theirs = ref.step(out, t, x, **options, **({"generator": theirs_noise} if draws else {}))
+        assert_close(after, theirs.prev_sample, where=f"{where}: row {i}")
+        if "pred_original_sample" in theirs and not c.get("s_churn"):
+            assert_close(denoised, theirs.pred_original_sample, where=f"{where}: x0 of row {i}")
+        x = after
+    assert torch.equal(ours_noise.get_state(), theirs_noise.get_state()), f"{where}: drew more or less noise"
+
+
+def compare_all(c: Config, steps: tuple[int, ...] = (1, 2, 5, 20, 50)) -> None:
+    """Whole trajectories of every length and dtype."""
+    twin = reference(c)
+    for n in steps:
+        for dtype in DTYPES:
+            compare(c, n, dtype, twin=twin)
+
+
+def compare_starts(c: Config, steps: int = 20) -> None:
+    """A run of 20 steps, started at every one of its rows."""
+    twin = reference(c)
+    twin.set_timesteps(steps)
+    for first in range(len(twin.timesteps)):
+        compare(c, steps, DTYPES[first % 3], first=first, twin=twin)

@@ -1,0 +1,39 @@
+"""How equal is equal: every bound that a test may use, each with a name and a cause.
+
+``EXACT`` is the default: the same bits. A looser bound is only for a place where the arithmetic itself differs
+(another order of summation, another precision), and its line here says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``|a - b| <= absolute + relative * |b|`` for every entry; both 0 means equal bits (NaN equals nothing)."""
+
+    absolute: float
+    relative: float
+    cause: str
+
+
+EXACT = Tolerance(0.0, 0.0, "the same operations in the same order")
+BATCH = Tolerance(1e-4, 0.0, "the kernels that a batch size picks sum in another order")
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance = EXACT, where: str = "") -> None:
+    """Fail, saying how far apart the two are, unless ``ours`` is within ``tolerance`` of ``theirs``."""
+    assert ours.shape == theirs.shape, f"{where}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    assert ours.dtype == theirs.dtype, f"{where}: dtypes {ours.dtype} and {theirs.dtype}"
+    if tolerance is EXACT:
+        same = torch.equal(ours, theirs)
+    else:
+        same = bool(((ours - theirs).abs() <= tolerance.absolute + tolerance.relative * theirs.abs()).all())
+    if not same:
+        gap = (ours.double() - theirs.double()).abs()
+        differ = int((ours != theirs).sum())
+        raise AssertionError(f"{where}: {differ} of {ours.numel()} entries differ, by up to {gap.max().item():.3g}")

@@ -1,0 +1,567 @@
+"""The ``minidiff`` command: what it prints, what it writes, and how it ends.
+
+Tiny untrained models stand in for real ones. Most calls run in this process through ``main``; what only a process of
+its own can show (signals, pipes, encodings) runs in one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff import checkpoint, cli, console, destination, files, info
+from minidiff.config import (
+    CLIPTextConfig,
+    Level,
+    ModelConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VAEConfig,
+    text,
+)
+from minidiff.pipeline import random_model
+from minidiff.samplers import SAMPLERS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TEXT = ModelConfig(
+    family="sd1",
+    unet=UNetConfig(
+        levels=(text(32, 4), Level(channels=32)), mid=text(32, 4), context_dim=32, layers=1, groups=8, sample_size=4
+    ),
+    vae=VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=8, sample_size=32),
+    text_encoder=CLIPTextConfig(width=32, layers=1, heads=2, mlp=32),
+    tokenizer=TokenizerConfig(),
+    schedule=ScheduleConfig(),
+    sampler={"name": "pndm"},
+)
+PLAIN = ModelConfig(
+    family="ddpm",
+    unet=UNetConfig(
+        levels=(Level(channels=32), Level(channels=32, attention="self", heads=1)),
+        mid=Level(channels=32, attention="self", heads=1),
+        in_channels=3,
+        out_channels=3,
+        layers=1,
+        groups=8,
+        sample_size=8,
+    ),
+    schedule=ScheduleConfig(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    sampler={"name": "ddpm"},
+)
+
+
+class Ended(NamedTuple):
+    """How a call ended: its status and the lines that it wrote."""
+
+    status: int
+    out: list[str]
+    err: list[str]
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text.safetensors and plain.safetensors."""
+    folder = tmp_path_factory.mktemp("models")
+    random_model(TEXT, seed=1).save(folder / "text.safetensors")
+    random_model(PLAIN, seed=1).save(folder / "plain.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call ``main`` in an empty folder; "text" and "plain" stand for the models' files."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: object) -> Ended:
+        given = [str(models / f"{a}.safetensors") if a in ("text", "plain") else str(a) for a in argv]
+        capsys.readouterr()
+        status = cli.main(given)
+        captured = capsys.readouterr()
+        return Ended(status, captured.out.splitlines(), captured.err.splitlines())
+
+    return call
+
+
+@pytest.fixture
+def unchanged(tmp_path: Path) -> Iterator[None]:
+    """Nothing may be left in the current folder that was not there before the test's own calls."""
+    yield
+    assert [p.name for p in tmp_path.iterdir() if p.suffix in (".png", ".part")] == []
+
+
+def process(*argv: str, cwd: Path, **options: object) -> subprocess.Popen[bytes]:
+    """The command in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **options.pop("env", {})}  # type: ignore[dict-item]
+    command = [sys.executable, "-m", "minidiff", *argv]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=env, **{"stdout": pipe, "stderr": pipe, **options})  # type: ignore[call-overload,no-any-return]
+
+
+def pixels(path: Path | str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def one_error(ended: Ended, *words: str, status: int = 2) -> None:
+    """The call failed with ``status`` and one line that has all of ``words``, and printed no result."""
+    assert ended.status == status, ended
+    errors = [line for line in ended.err if line.startswith("minidiff: error: ")]
+    assert errors == ended.err, ended.err
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+    assert ended.out == []
+
+
+# What works
+
+
+def test_same_command_same_picture(run: Run, tmp_path: Path) -> None:
+    command = ("generate", "A Red Fox!", "--model", "text", "--steps", 3, "--seed", 7, "--quiet")
+    first, second = run(*command), run(*command)
+    assert first == Ended(0, ["a-red-fox-7.png"], [])
+    assert second == Ended(0, ["a-red-fox-7-2.png"], []), "an existing file gets no company of the same name"
+    a, b = pixels(tmp_path / first.out[0]), pixels(tmp_path / second.out[0])
+    assert a.shape == (32, 32, 3)
+    assert a.std() > 0
+    assert np.array_equal(a, b)
+    other = run(*command[:-2], 8, "--quiet")
+    assert not np.array_equal(a, pixels(tmp_path / other.out[0]))
+
+
+def test_the_command_line_and_the_library_agree(run: Run, models: Path, tmp_path: Path) -> None:
+    run("generate", "a fox", "--model", "text", "--negative", "rain", "--steps", 3, "--seed", 7, "--sampler", "euler",
+        "--scale", 3, "--size", "40x32", "--out", "fox.png", "--quiet")  # fmt: skip
+    sd = minidiff.load(models / "text.safetensors")
+    (image,) = sd.generate("a fox", "rain", 3, 3.0, sampler="euler", seed=7, width=40, height=32, progress=False)
+    assert np.array_equal(pixels(tmp_path / "fox.png"), np.asarray(image))
+    recipe = minidiff.read_recipe(tmp_path / "fox.png")
+    assert recipe == minidiff.read_recipe(image)
+    assert recipe["width"] == 40
+    assert recipe["negative_prompt"] == "rain"
+
+
+def test_a_recipe_gives_the_same_picture(run: Run, tmp_path: Path) -> None:
+    run("generate", "a fox", "--model", "text", "--negative", "rain", "--steps", 3, "--seed", 7, "--sampler",
+        "euler_ancestral", "--scale", 3, "--width", 40, "--out", "first", "--quiet")  # fmt: skip
+    again = run("generate", "--recipe", "first.png", "--model", "text", "--out", "again.png", "--quiet")
+    assert again == Ended(0, ["again.png"], [])
+    assert np.array_equal(pixels(tmp_path / "first.png"), pixels(tmp_path / "again.png"))
+    first, second = (minidiff.read_recipe(tmp_path / name) for name in ("first.png", "again.png"))
+    assert first == second
+    run("generate", "an owl", "--recipe", "first.png", "--model", "text", "--scale", 0, "--out", "other", "--quiet")
+    other = minidiff.read_recipe(tmp_path / "other.png")
+    assert other == {**first, "prompt": "an owl", "guidance_scale": 0.0}, "options override, the rest is as it was"
+
+
+def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:
+    random_model(TEXT, seed=2).save(tmp_path / "other.safetensors")
+    run("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 1, "--out", "a.png", "--quiet")
+    ended = run("generate", "--recipe", "a.png", "--model", "other.safetensors", "--quiet")
+    assert ended.status == 0
+    assert len(ended.err) == 1
+    assert ended.err[0].startswith("minidiff: warning: the picture was made with model_hash ")
+    ended = run("generate", "--recipe", "a.png", "--model", "text", "--dtype", "bfloat16", "--quiet")
+    assert ended.err == [
+        "minidiff: warning: the picture was made with dtype float32, this run has bfloat16; pixels may differ"
+    ]
+
+
+def test_a_model_without_text(run: Run, tmp_path: Path) -> None:
+    ended = run("generate", "--model", "plain", "--steps", 3, "--seed", 4, "--num-images", 2, "--quiet")
+    assert ended == Ended(0, ["ddpm-4.png", "ddpm-5.png"], [])
+    again = run("generate", "--model", "plain", "--recipe", "ddpm-5.png", "--quiet", "--force")
+    assert again == Ended(0, ["ddpm-5.png"], [])
+    assert minidiff.read_recipe(tmp_path / "ddpm-5.png")["seed"] == 5
+    one_error(run("generate", "a fox", "--model", "plain"), "cannot take a prompt")
+    one_error(run("generate", "--scale", 0, "--model", "plain", "--quiet"), "cannot take --scale")
+
+
+def test_without_a_seed_every_run_differs(run: Run, tmp_path: Path) -> None:
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(0)  # as torch's generator stands in every new process: at one and the same place
+        ended = run("generate", "fox", "--model", "text", "--steps", 1, "--quiet")
+        seeds.append(minidiff.read_recipe(tmp_path / ended.out[0])["seed"])
+    assert seeds[0] != seeds[1]
+
+
+def test_names_of_pictures(run: Run, tmp_path: Path) -> None:
+    common = ("--model", "text", "--steps", 1, "--seed", 3, "--quiet")
+    (tmp_path / "there").mkdir()
+    both = run("generate", "Eine Füchsin", "猫", *common, "--out", "there")
+    assert both.out == [os.path.join("there", "eine-füchsin-3.png"), os.path.join("there", "猫-4.png")]
+    assert run("generate", "", *common).out == ["sd1-3.png"]
+    assert run("generate", "../../etc/passwd", *common).out == ["etc-passwd-3.png"]
+    assert run("generate", "x" * 300, *common).out == ["x" * 40 + "-3.png"]
+    assert run("generate", "fox", *common, "--num-images", 3, "--out", "a.png").out == ["a.png", "a-2.png", "a-3.png"]
+    assert run("generate", "fox", *common, "--out", "a").out == ["a-4.png"]
+    (tmp_path / "a.png").write_bytes(b"old")
+    assert run("generate", "fox", *common, "--num-images", 2, "--out", "a.png", "--force").out == ["a.png", "a-2.png"]
+    assert pixels(tmp_path / "a.png").shape == (32, 32, 3)
+
+
+def test_name_where_the_file_system_is_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii"))
+    assert destination.slug("Eine Füchsin") == "eine-f-chsin"
+    assert destination.slug("猫") == "picture"
+    assert destination.slug("\udc80 \U0001f98a") == "picture"
+
+
+def test_hints_and_progress_go_to_stderr(run: Run) -> None:
+    ended = run("generate", "fox", "--model", "text", "--steps", 2, "--seed", 1)
+    assert ended.out == ["fox-1.png"]
+    assert ended.err[0] == "minidiff: computing in float32 on cpu (--dtype auto)"
+    assert "step" in ended.err[-1]
+
+
+def test_a_prompt_that_is_cut_warns_in_one_line(run: Run) -> None:
+    prompt = " ".join(["fox"] * 80 + ["owl"])
+    ended = run("generate", prompt, "--model", "text", "--steps", 1, "--quiet")
+    assert ended.status == 0
+    assert len(ended.err) == 1
+    assert ended.err[0].startswith("minidiff: warning: ")
+    assert ended.err[0].endswith("owl")
+    filters = list(warnings.filters)
+    run("generate", prompt, "--model", "text", "--steps", 1, "--quiet")
+    assert warnings.filters == filters, "main leaves the caller's warnings as they were"
+
+
+def test_help(run: Run) -> None:
+    for argv in (["--help"], ["generate", "-h"], ["info", "--help"], ["convert", "--help"]):
+        ended = run(*argv)
+        assert ended.status == 0
+        assert ended.err == []
+        assert ended.out[0].startswith("usage: minidiff")
+    assert " ".join(SAMPLERS) in "\n".join(run("generate", "--help").out)
+    assert run("--version") == Ended(0, [f"minidiff {minidiff.__version__}"], [])
+
+
+# info
+
+
+def test_info_of_a_model(run: Run, models: Path) -> None:
+    ended = run("info", "text", "--check")
+    assert ended.status == 0
+    assert ended.err == []
+    page = "\n".join(ended.out)
+    file = checkpoint.read(models / "text.safetensors")
+    for part in ("unet", "vae", "text_encoder"):
+        tensors = [t for name, t in file.file.lazy.items() if name.startswith(part + ".")]
+        count = sum(torch.Size(t.shape).numel() for t in tensors)
+        assert re.search(rf"^{part} +{len(tensors):,} +{count:,} +\S+ [kM]B  float32$", page, re.MULTILINE)
+    total = sum(p.numel() for part in random_model(TEXT).parts.values() for p in part.parameters())
+    assert re.search(rf"^total +{len(file.file.lazy):,} +{total:,} ", page, re.MULTILINE)
+    assert f"{total * 4 / 1e6:.2f} MB" in page
+    for line in (
+        "family        sd1",
+        f"hash          {file.hash}",
+        "sampler       pndm",
+        "picture       32 x 32 by default",
+        "schedule      1000 timesteps, scaled_linear betas from 0.00085 to 0.012; the model predicts epsilon",
+        "tokenizer     CLIP's public table; 77 ids a prompt, filled up with id 49407",
+    ):
+        assert line in ended.out
+    assert ended.out[-1] == f"checked: the hash fits, and all {len(file.file.lazy):,} tensors are finite"
+
+
+def test_info_of_a_model_without_text(run: Run) -> None:
+    page = "\n".join(run("info", "plain").out)
+    assert "no prompt" in page
+    assert "tokenizer" not in page
+    assert "picture   8 x 8 by default" in page
+
+
+def test_info_tells_dtypes_apart() -> None:
+    tensors = {"unet.a": files.lazy(torch.zeros(3, 5)), "unet.b": files.lazy(torch.zeros(7).half())}
+    lines = info.size_table(tensors).splitlines()
+    assert lines[1].split() == ["unet", "2", "22", "74", "B", "float16,", "float32"]
+
+
+def test_info_of_a_picture(run: Run) -> None:
+    made = run("generate", "ein Füchslein", "--model", "text", "--steps", 2, "--seed", 7, "--quiet")
+    ended = run("info", made.out[0])
+    assert ended.status == 0
+    found = json.loads("\n".join(ended.out))
+    assert found == minidiff.read_recipe(made.out[0])
+    assert found["prompt"] == "ein Füchslein"
+
+
+def test_check_finds_a_changed_byte(run: Run, models: Path, tmp_path: Path) -> None:
+    data = bytearray((models / "text.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(data)
+    assert run("info", "bad.safetensors").status == 0
+    ended = run("info", "bad.safetensors", "--check")
+    assert ended.status == 2
+    assert len(ended.err) == 1
+    assert "the file was changed" in ended.err[0]
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "1 NaN and 0 inf"), (float("-inf"), "0 NaN and 1 inf")])
+def test_check_names_the_first_tensor_that_is_not_finite(value: float, said: str, run: Run, tmp_path: Path) -> None:
+    model = random_model(PLAIN)
+    state = dict(model.unet.named_parameters())
+    first, second = sorted(state)[3], sorted(state)[5]
+    with torch.no_grad():
+        state[first].view(-1)[1] = value
+        state[second].view(-1)[1] = value
+    model.save(tmp_path / "nan.safetensors")
+    ended = run("info", "nan.safetensors", "--check")
+    assert ended.status == 2
+    assert len(ended.err) == 1
+    assert f"tensor 'unet.{first}' holds {said}" in ended.err[0]
+    assert second not in ended.err[0]
+    assert "changed" not in ended.err[0]
+
+
+# Bad input
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--steps", "0"], ["--steps", "'0'", "1 or more"]),
+        (["--steps", "-1"], ["--steps", "'-1'", "1 or more"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+        (["--steps", "1001"], ["1001"]),
+        (["--num-images", "0"], ["--num-images", "'0'"]),
+        (["--height", "100"], ["height=100", "divisible by 8", "96 is"]),
+        (["--width", "1.5"], ["--width", "'1.5'"]),
+        (["--size", "big"], ["--size", "'big'", "768x512"]),
+        (["--size", "32x32", "--width", "32"], ["--size", "--width"]),
+        (["--sampler", "magic"], ["'magic'", "euler_ancestral"]),
+        (["--dtype", "float99"], ["--dtype", "float99", "bfloat16"]),
+        (["--seed", "abc"], ["--seed", "'abc'"]),
+        (["--scale", "nan"], ["--scale", "'nan'"]),
+        (["--device", "toaster"], ["--device toaster", "cpu"]),
+        (["--device", "cuda:77"], ["--device cuda:77", "cpu"]),
+        (["--recipe", "none.png"], ["none.png", "no such file"]),
+        (["--out", "nowhere/a.png"], ["nowhere", "create it first"]),
+        (["--out", "nowhere/"], ["nowhere", "create it first"]),
+        (["--out", "a.jpg"], ["a.jpg", "a.png"]),
+        (["--stpes", "3"], ["--stpes", "--help"]),
+        (["--neg", "rain"], ["--neg"]),
+    ],
+)
+def test_bad_option(option: list[str], words: list[str], run: Run) -> None:
+    one_error(run("generate", "a fox", "--model", "text", "--quiet", *option), *words)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_missing_things(run: Run) -> None:
+    one_error(run("generate", "--model", "text", "--quiet"), "no prompt given")
+    one_error(run("generate", "a fox"), "no model given", "--model")
+    one_error(run("generate", "a fox", "--model", "none.safetensors"), "none.safetensors: no such file or folder")
+    one_error(run("info", "none.safetensors"), "none.safetensors: no such file or folder")
+    one_error(run("info"), "PATH", "--help")
+    one_error(run("convert", "none", "x.safetensors"), "none: no such file or folder")
+    one_error(run(), "no command given", "generate")
+    one_error(run("paint"), "paint", "generate")
+
+
+def damaged(models: Path, how: str) -> bytes:
+    """The bytes of a model's file with something wrong."""
+    data = (models / "text.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(n for n in header if n.startswith("unet."))
+    if how == "cut":
+        return data[: len(data) // 2]
+    if how == "empty":
+        return b""
+    if how == "text":
+        return b"this is no model, whatever its name may say"
+    if how == "header longer than the file":
+        return (2**62).to_bytes(8, "little") + data[8:]
+    if how == "another shape":
+        header[name]["shape"] = [*header[name]["shape"], 1]
+    elif how == "no tensor":
+        del header[name]
+    elif how == "offsets beyond the end":
+        header[name]["data_offsets"] = [2**40, 2**40 + 4]
+    elif how == "config":
+        header["__metadata__"]["minidiff.config"] = '{"family": "\\u001b[31m", "heads": 3}'
+    elif how == "version":
+        header["__metadata__"]["minidiff.version"] = "99"
+    changed = json.dumps(header).encode()
+    return len(changed).to_bytes(8, "little") + changed + data[8 + size :]
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut",
+        "empty",
+        "text",
+        "header longer than the file",
+        "another shape",
+        "no tensor",
+        "offsets beyond the end",
+        "config",
+        "version",
+    ],
+)
+@pytest.mark.parametrize("command", [("info",), ("generate", "a fox", "--quiet", "--model")])
+def test_damaged_model(how: str, command: tuple[str, ...], models: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(damaged(models, how))
+    ended = run(*command, "bad.safetensors")
+    one_error(ended, "bad.safetensors")
+    assert ended.err[0].isprintable()
+
+
+def test_files_that_are_something_else(run: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    one_error(run("info", "plain.png"), "plain.png", "no recipe")
+    one_error(run("generate", "--model", "text", "--recipe", "plain.png"), "plain.png", "no recipe")
+    (tmp_path / "broken.png").write_bytes(cli.PNG + b"and no more")
+    one_error(run("info", "broken.png"), "broken.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [({"steps": "3"}, "steps is '3'"), ({"seed": None}, "no seed"), ({"sampler": []}, "sampler")]
+)
+def test_damaged_recipe(change: dict[str, object], word: str, run: Run, tmp_path: Path) -> None:
+    run("generate", "a fox", "--model", "text", "--steps", 1, "--out", "a.png", "--quiet")
+    with Image.open(tmp_path / "a.png") as image:
+        image.info["minidiff"] = json.dumps({**minidiff.read_recipe(image), **change})
+        minidiff.save_png(image, tmp_path / "b.png")
+    one_error(run("generate", "--recipe", "b.png", "--model", "text", "--quiet"), "b.png", word)
+
+
+def test_folder_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one_error(run("generate", "a fox", "--model", "text", "--quiet", "--out", "file/a.png"), "file", "no folder")
+
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "some random name")
+
+    monkeypatch.setattr(destination.tempfile, "TemporaryFile", refuse)  # root may write anywhere, and tests run as root
+    ended = run("generate", "a fox", "--model", "text", "--quiet", "--out", tmp_path / "a.png")
+    one_error(ended, f"{tmp_path}: Permission denied")
+
+
+def test_convert_does_not_overwrite(run: Run, models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.safetensors"
+    source.write_bytes((models / "text.safetensors").read_bytes())
+    (tmp_path / "there.safetensors").write_text("precious")
+    one_error(run("convert", source, "there.safetensors"), "there.safetensors", "--force")
+    one_error(run("convert", source, source, "--force"), "source.safetensors", "another")
+    assert (tmp_path / "there.safetensors").read_text() == "precious"
+    one_error(run("convert", source, "x", "--to", "flax"), "--to", "flax", "diffusers")
+    one_error(run("convert", source, "x", "--dtype", "int8"), "--dtype", "int8")
+
+
+# What is nobody's mistake
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
+        (MemoryError(), ["not enough memory"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."),
+            ["not enough memory", "2.00"],
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), ["not enough memory"]),
+        (RuntimeError("mat1 and mat2\nshapes"), ["unexpected RuntimeError: mat1 and mat2 shapes", "--debug"]),
+        (KeyError("surprise"), ["unexpected KeyError: 'surprise'", "--debug"]),
+    ],
+)
+def test_failures_that_are_not_the_users(
+    error: Exception, words: list[str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> None:
+        raise error
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    one_error(run("generate", "a fox", "--model", "text", "--steps", 1, "--quiet"), *words, status=1)
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    ended = run("info", "none.safetensors", "--debug")
+    assert ended.status == 2
+    assert ended.err[0] == "Traceback (most recent call last):"
+    assert ended.err[-1] == "minidiff: error: none.safetensors: no such file or folder"
+
+
+def test_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    console.say("two\nlines, \x1b[31mred\x07, é and 猫", "warning")
+    assert capsys.readouterr().err == "minidiff: warning: two lines, \\x1b[31mred\\x07, é and 猫\n"
+
+
+# In a process of its own
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c(models: Path, tmp_path: Path) -> None:
+    model = str(models / "text.safetensors")
+    with process("generate", "a fox", "--model", model, "--steps", "999", "--sampler", "ddim", cwd=tmp_path) as p:
+        assert p.stderr is not None
+        seen = b""
+        deadline = time.monotonic() + 60
+        while b"step" not in seen and time.monotonic() < deadline:  # the bar counts: it is at work
+            seen += os.read(p.stderr.fileno(), 4096)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 130, seen + err
+    assert out == b""
+    assert err.decode().splitlines()[-1] == "minidiff: interrupted"
+    assert "Traceback" not in (seen + err).decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and /dev/full")
+def test_stdout_that_closes_or_is_full(models: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    model = str(models / "text.safetensors")
+    with process("info", model, cwd=tmp_path, stdout=write) as p:
+        os.close(write)
+        _, err = p.communicate(timeout=60)
+    assert (p.returncode, err) == (0, b"")
+    if not os.path.exists("/dev/full"):
+        return
+    with open("/dev/full", "wb") as full, process("info", model, cwd=tmp_path, stdout=full) as p:
+        _, err = p.communicate(timeout=60)
+    assert (p.returncode, err.decode()) == (1, "minidiff: error: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets the locale by environment")
+def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    model = str(models / "text.safetensors")
+    argv = ("generate", "füchse" + " 猫" * 100, "--model", model, "--steps", "1", "--seed", "1", "--quiet")
+    with process(*argv, cwd=tmp_path, env=env) as p:
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 0, err
+    assert err.decode("ascii").startswith("minidiff: warning: ")
+    assert "\\u732b" in err.decode("ascii")
+    (picture,) = tmp_path.iterdir()
+    assert out.decode("ascii").startswith("f")
+    assert minidiff.read_recipe(picture)["prompt"] == argv[1]

@@ -1,0 +1,554 @@
+"""CUDA without a card: everything runs on torch's fake tensors that claim to be on one, under a guard.
+
+The fake card raises where devices mix; ``cuda_guard.py`` adds what it lets through: mixed dtypes, values that the host
+waits for, copies inside the loop. Noise is injected, since there is no CUDA generator without a card: what a sampler
+draws comes from the (fake) card itself, so that the rest of the loop is shown to copy nothing. (Noise from seeds is
+drawn on the host and moved, one copy a draw, by design: ``noise.py``; a test counts them.)
+
+Where there is a card the same tests run on it as well: ``pytest -m cuda``.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from types import FunctionType, ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from minidiff import guidance, noise, pipeline
+from minidiff.config import (
+    CLIPTextConfig,
+    Level,
+    ModelConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VAEConfig,
+    text,
+)
+from minidiff.denoise import Prediction, Step, denoise
+from minidiff.models.clip import CLIPText
+from minidiff.models.unet import UNet
+from minidiff.models.vae import VAE
+from minidiff.pipeline import StableDiffusion, from_parts
+from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
+from minidiff.schedule import NoiseSchedule
+from tests.unit.cuda_guard import CudaGuard, GuardError
+
+NO_CARD = "no CUDA card in this machine; with one, `pytest -m cuda` runs this test on it"
+DTYPES = [torch.float16, torch.bfloat16]
+
+UNETS = {
+    "sd1": UNetConfig(levels=(text(16, 2), Level(channels=32)), mid=text(32, 4), context_dim=24, layers=1, groups=8),
+    "ddpm": UNetConfig(
+        levels=(Level(channels=16), Level(channels=32, attention="self", heads=1)),
+        mid=Level(channels=32, attention="self", heads=1),
+        in_channels=3,
+        out_channels=3,
+        layers=1,
+        groups=8,
+        sin_first=True,
+        freq_shift=1,
+        asymmetric_down=True,
+        sample_size=8,
+    ),
+}
+UNETS["sdxl"] = replace(
+    UNETS["sd1"], levels=(Level(channels=16), text(32, 4, 2)), linear_proj=True, added_dim=12 + 6 * 8, added_sinusoid=8
+)
+UNETS["lcm"] = replace(UNETS["sd1"], guidance_dim=16)
+VAE_TINY = VAEConfig(channels=(16, 32), layers=1, groups=8)
+CLIP_TINY = CLIPTextConfig(width=24, layers=2, heads=2, mlp=48)
+
+# Every sampler with its defaults, and the options that take other ways through a step.
+VARIANTS: list[dict[str, Any]] = [
+    *({"name": name} for name in SAMPLERS),
+    *({"name": "ddpm", "variance": v} for v in ("fixed_small_log", "fixed_large", "learned", "learned_range")),
+    {"name": "ddpm", "clip": 1.0},
+    {"name": "ddpm", "threshold": 0.995},
+    {"name": "ddim", "eta": 1.0, "clip": 1.0, "use_clipped": True},
+    {"name": "ddim", "like_diffusers": True},
+    {"name": "pndm", "runge_kutta": True},
+    {"name": "pndm", "like_diffusers": True, "runge_kutta": True},
+    {"name": "euler", "s_churn": 40.0},
+    {"name": "euler", "sigma_spacing": "karras"},
+]
+
+
+def variant_id(options: dict[str, Any]) -> str:
+    return "-".join(str(v) if k == "name" else f"{k}={v}" for k, v in options.items())
+
+
+@pytest.fixture(
+    params=[
+        "fake",
+        pytest.param(
+            "card", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CARD)]
+        ),
+    ]
+)
+def card(request: pytest.FixtureRequest) -> AbstractContextManager[Any]:
+    """What to enter to have a CUDA card: a fake one, or nothing where it is real."""
+    return fake_card() if request.param == "fake" else nullcontext()
+
+
+def fake_card() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def on_card(card: AbstractContextManager[Any], loop: bool = True) -> Iterator[CudaGuard]:
+    """On the card, under the guard, without gradients."""
+    with card, torch.no_grad(), CudaGuard(loop) as guard:
+        yield guard
+
+
+def build(card: AbstractContextManager[Any], cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A random model, made on the card in ``dtype`` outright: a fake one can't be converted."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with card, torch.device("cuda"):
+            return cls(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda")
+
+
+def check_result(result: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert (tuple(result.shape), result.dtype, result.device.type) == (shape, dtype, "cuda")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", UNETS)
+def test_unet(card: AbstractContextManager[Any], kind: str, dtype: torch.dtype) -> None:
+    config = UNETS[kind]
+    unet = build(card, UNet, config, dtype)
+    with on_card(card) as guard:
+        inputs: dict[str, Any] = {}
+        if config.context_dim:
+            inputs["context"] = randn(2, 5, config.context_dim, dtype=dtype)
+        if kind == "sdxl":  # the sizes come as float32 or as whole numbers, whatever the model computes in
+            inputs["added"] = randn(2, 12, dtype=dtype), torch.full((2, 6), 512.0, device="cuda")
+        if config.guidance_dim:
+            inputs["guidance"] = randn(2, config.guidance_dim, dtype=dtype)
+        x = randn(2, config.in_channels, 8, 6, dtype=dtype)
+        for t in (torch.full((), 981, device="cuda"), torch.full((2,), 98.5, device="cuda")):
+            check_result(unet(x, t, **inputs), tuple(x.shape), dtype)
+        assert guard.calls > 100
+
+
+def test_unet_with_residuals(card: AbstractContextManager[Any]) -> None:
+    unet = build(card, UNet, UNETS["sd1"], torch.float16)
+    with on_card(card):
+        shapes = [(2, 16, 8, 8), (2, 16, 8, 8), (2, 16, 4, 4), (2, 32, 4, 4)]
+        skips = [randn(*shape, dtype=torch.float16) for shape in shapes]
+        x, context = randn(2, 4, 8, 8, dtype=torch.float16), randn(2, 5, 24, dtype=torch.float16)
+        out = unet(x, torch.full((), 981, device="cuda"), context, residuals=(skips, skips[-1]))
+        check_result(out, (2, 4, 8, 8), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vae(card: AbstractContextManager[Any], dtype: torch.dtype) -> None:
+    vae = build(card, VAE, VAE_TINY, dtype)
+    with on_card(card):
+        found = vae.encode(randn(2, 3, 16, 12, dtype=dtype))
+        check_result(found.logvar, (2, 4, 8, 6), dtype)
+        z = found.sample()
+        check_result(z, (2, 4, 8, 6), dtype)
+        check_result(vae.decode(z), (2, 3, 16, 12), dtype)
+        check_result(vae(randn(1, 3, 16, 12, dtype=dtype)), (1, 3, 16, 12), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [CLIP_TINY, replace(CLIP_TINY, activation="gelu", projection=8)], ids=["l", "bigg"])
+def test_text_encoder(card: AbstractContextManager[Any], config: CLIPTextConfig, dtype: torch.dtype) -> None:
+    encoder = build(card, CLIPText, config, dtype)
+    with on_card(card):
+        out = encoder(torch.full((2, 77), 49407, device="cuda"))
+        check_result(out.last, (2, 77, 24), dtype)
+        check_result(out.penultimate, (2, 77, 24), dtype)
+        check_result(out.pooled, (2, config.projection or 24), dtype)
+
+
+# --- samplers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("options", VARIANTS, ids=variant_id)
+def test_sampler(
+    card: AbstractContextManager[Any], options: dict[str, Any], prediction: Any, dtype: torch.dtype
+) -> None:
+    """Every row of a small plan, through the real loop: the model gets its dtype, and so does the caller."""
+    if options["name"] == "pndm" and prediction == "sample":
+        pytest.skip("PNDM combines epsilons: it refuses prediction='sample'")
+    sampler = sampler_from_config(options)
+    plan = sampler.plan(NoiseSchedule.from_config(ScheduleConfig(prediction=prediction)), 5)
+    learned = str(options.get("variance", "")).startswith("learned")
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        check_result(x, (2, 4, 4, 3), dtype)
+        assert (t.ndim, t.device.type) == (0, "cuda")
+        return Prediction(torch.cat([x, x], dim=1) if learned else 0.5 * x)
+
+    with card:
+        plan = plan.to("cuda")  # once, before the loop
+    with on_card(card):
+        x = randn(2, 4, 4, 3, dtype=dtype) * plan.init_noise_sigma
+        steps = 0
+        for step in denoise(predict, sampler, plan, x, draw=torch.randn_like):
+            check_result(step.x, (2, 4, 4, 3), dtype)
+            x0 = step.x0
+            assert x0 is None or x0.device.type == "cuda"
+            steps += 1
+        assert steps == len(plan)
+
+
+def test_every_sampler_is_among_the_variants() -> None:
+    assert {options["name"] for options in VARIANTS} == set(SAMPLERS)
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def sd1(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusion:
+    """Stable Diffusion 1 in small, on the card."""
+    config = ModelConfig(
+        family="sd1",
+        unet=replace(UNETS["sd1"], sample_size=4),
+        schedule=ScheduleConfig(),
+        sampler={"name": "pndm"},
+        vae=VAE_TINY,
+        text_encoder=CLIP_TINY,
+        tokenizer=TokenizerConfig(),
+    )
+    kinds = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+    made = from_parts(config, {name: build(card, kind, getattr(config, name), dtype) for name, kind in kinds.items()})
+    assert isinstance(made, StableDiffusion)
+    return made
+
+
+def outside(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """A sampler's ``plan``, made of real host tensors: numpy has no part in a fake card."""
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return plan(*args, **kwargs)
+
+    return made
+
+
+def watch_loop(monkeypatch: pytest.MonkeyPatch, kind: Any, guard: CudaGuard) -> None:
+    """Plans of samplers of class ``kind`` are made off the card, and from their first row on no copy is allowed."""
+    start = kind.start
+
+    def started(self: Any) -> Any:
+        guard.loop = True
+        return start(self)
+
+    monkeypatch.setattr(kind, "plan", outside(kind.plan))
+    monkeypatch.setattr(kind, "start", started)
+
+
+def noise_of_the_card(count: int, seed: Any, generator: Any) -> noise.Randn:
+    """In the place of ``noise.source``: random numbers that are on the card already."""
+    return lambda shape, dtype, device: torch.randn(shape, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pipeline(
+    card: AbstractContextManager[Any], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt to pixels with guidance. Before the loop the ids of both prompts and the timesteps go over, no more."""
+    sd = sd1(card, dtype)
+    monkeypatch.setattr(noise, "source", noise_of_the_card)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS[name], guard)
+        pixels = sd.generate(["a cat", "a dog"], steps=2, sampler=name, seed=0, output="tensor", progress=False)
+        assert guard.loop
+        assert len(guard.copies) == 3, guard.copies
+        check_result(pixels, (2, 3, 8, 8), dtype)
+
+
+def test_pipeline_without_guidance(card: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sd = sd1(card, torch.float16)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, DDIM, guard)
+        given = randn(1, 4, 4, 4, dtype=torch.float16)
+        latents = sd.generate(
+            "a cat", steps=2, guidance_scale=1, sampler="ddim", latents=given, seed=0, output="latent", progress=False
+        )
+        assert guard.loop
+        check_result(latents, (1, 4, 4, 4), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unconditional_pipeline(
+    card: AbstractContextManager[Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(family="ddpm", unet=UNETS["ddpm"], schedule=ScheduleConfig(), sampler={"name": "ddpm"})
+    model = from_parts(config, {"unet": build(card, UNet, config.unet, dtype)})
+    monkeypatch.setattr(noise, "source", noise_of_the_card)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS["ddpm"], guard)
+        pixels = model.generate(2, steps=2, seed=0, output="tensor", progress=False)
+        assert guard.loop
+        check_result(pixels, (2, 3, 8, 8), dtype)
+
+
+def test_noise_from_seeds_costs_one_copy_a_draw(
+    card: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn on the host, so that it has the same bits everywhere; nothing else in the loop is copied."""
+    sd = sd1(card, torch.float16)
+    with on_card(card, loop=False) as guard:
+        monkeypatch.setattr(EulerAncestral, "plan", outside(EulerAncestral.plan))
+        run = sd.steps("a cat", steps=3, sampler="euler_ancestral", seed=0)
+        before = len(guard.copies)
+        next(run)
+        assert len(guard.copies) == before + 2, "the timesteps, and the noise of the first step"
+        for copied, _ in enumerate(run, 1):
+            assert len(guard.copies) == before + 2 + copied
+        assert copied == 2
+
+
+# --- planted errors: the guard can fail -------------------------------------------------------------------------------
+
+Plant = Callable[[Any, int, Tensor], Tensor]
+
+PLANTS: dict[str, tuple[str, Plant]] = {
+    "a sum of two dtypes": ("mixed dtypes: add", lambda plan, i, x: x + x.float()),
+    "a product of two dtypes": ("mixed dtypes: mul", lambda plan, i, x: x * torch.ones_like(x, dtype=torch.float64)),
+    "a coefficient as a float": ("the host waits", lambda plan, i, x: x * plan.signal[i].item()),
+    "a constant as a float": ("the host waits", lambda plan, i, x: x * float(torch.tensor(0.5))),
+    "a timestep read back": ("the host waits", lambda plan, i, x: x * int(plan.timesteps[i])),
+    "a decision by the data": ("the host waits", lambda plan, i, x: x if bool((x > 0).any()) else -x),
+    "a comparison": ("the host waits: equal", lambda plan, i, x: x if torch.equal(x, x) else -x),
+    "a mask as an index": ("the host waits: index", lambda plan, i, x: x + x[x > 0].sum()),
+    "a scalar made on the card": (
+        "copy inside the loop",
+        lambda plan, i, x: x * torch.tensor(0.5, dtype=x.dtype, device=x.device),
+    ),
+    "a row moved": ("copy inside the loop", lambda plan, i, x: x * plan.signal.to(x.device, x.dtype)[i]),
+    "a copy into the sample": ("copy inside the loop: copy_", lambda plan, i, x: x.copy_(torch.zeros(x.shape))),
+    "a copy to the host": ("copy inside the loop", lambda plan, i, x: x if x.cpu() is x else -x),
+    "a stray host tensor": ("mixed devices: mul", lambda plan, i, x: x * torch.ones(x.shape[-1], dtype=x.dtype)),
+    "a host table indexed on the card": (
+        "mixed devices: index",
+        lambda plan, i, x: x * plan.signal[plan.timesteps[i : i + 1]].mean(),
+    ),
+    "a table on the card indexed by the host": (
+        "mixed devices: index",
+        lambda plan, i, x: x + plan.timesteps[torch.arange(1)].to(x.dtype),
+    ),
+    "gather": (
+        "mixed devices: index_select",
+        lambda plan, i, x: x * plan.signal.index_select(0, plan.timesteps[:1]).mean(),
+    ),
+    "stack": ("mixed devices: stack", lambda plan, i, x: x * torch.stack([plan.signal[i], x.sum().float()]).sum()),
+    "lerp": ("mixed devices: lerp", lambda plan, i, x: torch.lerp(x, x, plan.signal[i].to(x.dtype))),
+    "where": ("mixed devices: where", lambda plan, i, x: torch.where(x > 0, plan.signal[i].to(x.dtype), x)),
+    "clamp": ("mixed devices: clamp", lambda plan, i, x: x.clamp(max=plan.signal[i].to(x.dtype))),
+    "a sum into a coefficient": ("mixed devices: add_", lambda plan, i, x: plan.signal[i].clone().add_(x.sum()) * x),
+    "a generator of the host": (
+        "wrong generator: randn",
+        lambda plan, i, x: torch.randn(x.shape, generator=torch.Generator(), dtype=x.dtype, device=x.device),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["scale_input", "step", "denoised"])
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_error_is_caught(plant: str, method: str) -> None:
+    """In each method of a sampler."""
+    message, planted = PLANTS[plant]
+    if method != "step" and plant == "a copy into the sample":
+        method = "step"
+
+    class Planted(DDIM):
+        pass
+
+    def patched(self: Any, plan: Any, i: int, x: Tensor, *rest: Any) -> Any:
+        return getattr(DDIM, method)(self, plan, i, planted(plan, i, x), *rest)
+
+    setattr(Planted, method, patched)
+    with pytest.raises(GuardError, match=f"^{message}"):
+        run_toy(Planted(), guarded=True)
+
+
+def run_toy(sampler: Any, guarded: bool) -> None:
+    """Two steps of ``sampler`` with a model that halves, on a fake card."""
+    card = fake_card()
+    plan = sampler.plan(NoiseSchedule.from_config(ScheduleConfig()), 2)
+    with card:
+        plan = plan.to("cuda")
+        with CudaGuard() if guarded else nullcontext():
+            x = randn(1, 4, 4, 4, dtype=torch.float16)
+            for _ in denoise(lambda x, t: Prediction(0.5 * x), sampler, plan, x, draw=torch.randn_like):
+                pass
+
+
+def test_without_a_planted_error_nothing_is_caught() -> None:
+    run_toy(DDIM(), guarded=True)
+
+
+def widened(unet: UNet) -> None:
+    unet.mid.float()
+
+
+def on_the_host(unet: UNet) -> None:
+    unet.time.linear1.weight = nn.Parameter(torch.zeros(unet.time.linear1.weight.shape, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("plant", "message"), [(widened, "mixed dtypes"), (on_the_host, "mixed devices")])
+def test_a_model_with_a_planted_error_is_caught(plant: Callable[[UNet], None], message: str) -> None:
+    card = fake_card()
+    unet = build(card, UNet, UNETS["sd1"], torch.float16)
+    with card:
+        if plant is widened:  # as `.float()` on a part of it would leave it; fake parameters can't be converted
+            config = UNETS["sd1"]
+            unet.mid = build(card, lambda c: UNet(c).mid, config, torch.float32)
+        else:
+            plant(unet)
+    with on_card(card), pytest.raises(GuardError, match=f"^{message}"):
+        unet(
+            randn(1, 4, 8, 8, dtype=torch.float16),
+            torch.full((), 981, device="cuda"),
+            randn(1, 5, 24, dtype=torch.float16),
+        )
+
+
+def float32_guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    return unconditional + scale * (conditional - unconditional).float()
+
+
+def waiting_guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    return unconditional + scale * conditional.std().item() * (conditional - unconditional)
+
+
+def copying_guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    return unconditional + torch.tensor(scale, device=conditional.device) * (conditional - unconditional)
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [(float32_guide, "mixed dtypes"), (waiting_guide, "the host waits"), (copying_guide, "copy inside the loop")],
+)
+def test_a_pipeline_with_a_planted_error_is_caught(
+    guide: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = fake_card()
+    sd = sd1(card, torch.float16)
+    monkeypatch.setattr(pipeline, "guide", guide)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, DDIM, guard)
+        run = sd.steps("a cat", steps=2, sampler="ddim", seed=0)
+        with pytest.raises(GuardError, match=f"^{message}"):
+            next(run)
+
+
+def test_noise_from_the_host_inside_the_loop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = fake_card()
+    sd = sd1(card, torch.float16)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, EulerAncestral, guard)
+        run = sd.steps("a cat", steps=2, sampler="euler_ancestral", seed=0)
+        with pytest.raises(GuardError, match="^copy inside the loop"):
+            next(run)
+
+
+# --- read, not run: no value is fetched from a tensor in a step ---------------------------------------------------------
+
+FETCHES = {"item", "tolist", "numpy", "cpu", "nonzero"}
+NUMBERS = {"float", "int", "bool", "complex"}
+
+
+def reached(function: Any, owner: Any = None) -> dict[str, ast.AST]:
+    """The syntax of ``function`` and of all of minidiff's that it calls, by name. ``owner``: the class of ``self``."""
+    found: dict[str, ast.AST] = {}
+
+    def visit(function: Any) -> None:
+        function = inspect.unwrap(function)
+        if function.__qualname__ in found or not isinstance(function, FunctionType):
+            return
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        found[function.__qualname__] = tree
+        for node in ast.walk(tree):
+            target: Any = None
+            if isinstance(node, ast.Name):
+                target = function.__globals__.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                holder = function.__globals__.get(node.value.id)
+                holder = owner if node.value.id == "self" else holder
+                known = isinstance(holder, (ModuleType, type))
+                target = inspect.getattr_static(holder, node.attr, None) if known else None
+                target = target.fget if isinstance(target, property) else target
+            if isinstance(target, FunctionType) and target.__module__.split(".")[0] in ("minidiff", "tests"):
+                visit(target)
+
+    visit(function)
+    return found
+
+
+def fetches(function: Any, owner: Any = None) -> list[str]:
+    """The calls in ``function``, and in what it calls, that turn a tensor into a Python number or move it to the host."""
+    wrong = []
+    for name, tree in reached(function, owner).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                method = isinstance(node.func, ast.Attribute) and node.func.attr in FETCHES
+                number = isinstance(node.func, ast.Name) and node.func.id in NUMBERS
+                if method or number:
+                    wrong.append(f"{name}: {ast.unparse(node)}")
+    return wrong
+
+
+@pytest.mark.parametrize("method", ["start", "scale_input", "denoised", "step"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_step_fetches_a_value(name: str, method: str) -> None:
+    kind = SAMPLERS[name]
+    assert fetches(getattr(kind, method), kind) == []
+
+
+@pytest.mark.parametrize(
+    "function", [denoise, Step.x0.fget, StableDiffusion._predictor, guidance.guide, guidance.rescale]
+)
+def test_the_loop_fetches_no_value(function: Any) -> None:
+    assert fetches(function, StableDiffusion) == []
+
+
+def fetching_helper(x: Tensor) -> Tensor:
+    return x * x.max().item()
+
+
+class Fetching(DDIM):
+    def step(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any, draw: Any) -> Any:
+        return self.inner(plan, i, x) * float(plan.signal[i]), state
+
+    def inner(self, plan: Any, i: int, x: Tensor) -> Tensor:
+        return fetching_helper(x)
+
+
+def test_a_fetched_value_is_seen() -> None:
+    assert fetches(Fetching.step, Fetching) == [
+        "Fetching.step: float(plan.signal[i])",
+        "fetching_helper: x.max().item()",
+    ]

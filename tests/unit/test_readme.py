@@ -1,0 +1,209 @@
+"""The code blocks of README.md run, from top to bottom, in a folder that holds what the text takes as given.
+
+* ```python blocks share one namespace, as if typed into one session.
+* In ```console and ```bash blocks the lines that call `minidiff`, `python -m minidiff` or `python -m weights_convert`
+  are run (a leading `$ ` is the prompt, a backslash at the end joins two lines); other lines are output or set-up.
+* A block right below `<!-- not run: REASON -->` is left out.
+
+Of a checkpoint that a reader has on disk a tiny random one of the same kind and name lies in the folder: see GIVEN.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+# The commands are started in another folder, and find the checkout even where it is not installed.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+}
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.*?-->\s*\Z", re.DOTALL)
+COMMANDS = (("minidiff",), ("python", "-m", "minidiff"), ("python", "-m", "weights_convert"))
+
+
+@dataclass
+class Block:
+    language: str
+    code: str
+    line: int  # of its first line of code
+    run: bool
+
+
+def blocks(text: str) -> list[Block]:
+    """Every fenced block of a page of Markdown."""
+    return [
+        Block(
+            language=found[1],
+            code=found[2],
+            line=text.count("\n", 0, found.start()) + 2,
+            run=NOT_RUN.search(text, 0, found.start()) is None,
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The lines of a console block that are to be run, as arguments to the running Python."""
+    found = []
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True) if is_command(line) else []
+        for start in COMMANDS:
+            if tuple(words[: len(start)]) == start:
+                module = start[-1]
+                found.append(["-m", module, *words[len(start) :]])
+    return found
+
+
+def is_command(line: str) -> bool:
+    return any(re.match(rf"(\$ )?{' '.join(start)}(\s|$)", line) for start in COMMANDS)
+
+
+def run(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> int:
+    """Run the blocks of ``text``; how many. A failure names the line of the page."""
+    count = 0
+    for block in blocks(text):
+        if not block.run:
+            continue
+        if block.language == "python":
+            # Padded, so that a traceback names the page's own line.
+            exec(compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True), namespace)
+            count += 1
+        elif block.language in ("console", "bash", "sh"):
+            for command in commands(block):
+                done = subprocess.run(
+                    [sys.executable, *command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
+                )
+                what = f"{name}, block at line {block.line}: {' '.join(command)}"
+                assert done.returncode == 0, f"{what} ended with {done.returncode}:\n{done.stderr}"
+                count += 1
+    return count
+
+
+def minidiff_file(path: Path) -> None:
+    """A tiny Stable Diffusion 1 in minidiff's own format."""
+    from minidiff.config import (
+        CLIPTextConfig,
+        Level,
+        ModelConfig,
+        ScheduleConfig,
+        TokenizerConfig,
+        UNetConfig,
+        VAEConfig,
+        text,
+    )
+    from minidiff.pipeline import random_model
+
+    config = ModelConfig(
+        family="sd1",
+        unet=UNetConfig(
+            levels=(text(16, 2), Level(channels=32)), mid=text(32, 2), context_dim=32, groups=8, sample_size=8
+        ),
+        vae=VAEConfig(channels=(8, 8, 16, 16), layers=1, groups=8, sample_size=64),
+        text_encoder=CLIPTextConfig(width=32, layers=2, heads=2, mlp=64),
+        tokenizer=TokenizerConfig(),
+        schedule=ScheduleConfig(),
+        sampler={"name": "pndm"},
+    )
+    random_model(config).save(path)
+
+
+def diffusers_folder(path: Path) -> None:
+    """A tiny Stable Diffusion 1 in the layout of diffusers; without diffusers the test is skipped."""
+    pytest.importorskip("diffusers", reason="the README converts a folder that diffusers writes")
+    from tests.parity.twins import folder_twin
+
+    folder_twin(path)
+
+
+# What the README's reader has already: a name in one of its blocks that run, and how to make it. A name that the page
+# makes itself, before it is used, does not belong here.
+GIVEN: dict[str, Callable[[Path], None]] = {
+    "stable-diffusion-v1-5": diffusers_folder,
+    "model.safetensors": minidiff_file,
+}
+
+
+@pytest.mark.filterwarnings("default")
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = README.read_text(encoding="utf-8")
+    used = "".join(block.code for block in blocks(text) if block.run)
+    for name, make in GIVEN.items():
+        if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", used):
+            make(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert run(text, "README.md", tmp_path, {"__name__": "__main__"}) > 0, "the README has no block that runs"
+
+
+def test_readme_names_the_two_commands() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert "python3 scripts/demo.py" in text
+    assert "python3 scripts/test.py" in text
+
+
+PAGE = """
+# Title
+
+```python
+a = 1
+```
+
+<!-- not run: needs a card -->
+```python
+raise SystemExit
+```
+
+<!-- not run: of another block -->
+Text between.
+
+```python
+b = a + 1
+```
+
+```console
+$ pip install minidiff
+$ minidiff --help
+usage: minidiff ...
+$ python -m weights_convert "a b" \\
+    c  # comment
+$ python3 -m minidiff --help
+minidifference
+```
+"""
+
+
+def test_blocks_are_found_and_skipped() -> None:
+    found = blocks(PAGE)
+    assert [(b.language, b.line, b.run) for b in found] == [
+        ("python", 5, True),
+        ("python", 10, False),
+        ("python", 17, True),
+        ("console", 21, True),
+    ]
+    assert commands(found[-1]) == [["-m", "minidiff", "--help"], ["-m", "weights_convert", "a b", "c"]]
+
+
+def test_python_blocks_share_a_namespace(tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {}
+    assert run(PAGE.split("```console")[0], "page", tmp_path, namespace) == 2
+    assert namespace["b"] == 2
+
+
+def test_a_broken_block_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run("```python\n1 / 0\n```\n", "page", tmp_path, {})
+    with pytest.raises(AssertionError, match="block at line 2: -m minidiff no-such-command ended with"):
+        run("```bash\nminidiff no-such-command\n```\n", "page", tmp_path, {})

@@ -1,0 +1,12 @@
+"""Other people's checkpoints in and out of minidiff: ``convert`` a file, or ``load`` it at once.
+
+import weights_convert
+print(weights_convert.convert("stable-diffusion-v1-5", "sd15.safetensors"))
+sd = weights_convert.load("v1-5-pruned-emaonly.safetensors")
+"""
+
+from weights_convert.conversion import convert, load, open_source
+from weights_convert.detection import detect
+from weights_convert.report import Report
+
+__all__ = ["Report", "convert", "detect", "load", "open_source"]

@@ -1,0 +1,33 @@
+"""``python -m weights_convert SRC DST``: convert one checkpoint and print the account of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from minidiff.console import Parser, guard
+from weights_convert import convert
+from weights_convert.conversion import FLOATS, LAYOUTS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (see :mod:`minidiff.console`)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guard(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m weights_convert", description="Convert a checkpoint from one layout to another.")
+    parser.add_argument("src", metavar="SRC", help="a diffusers folder, or an original .safetensors or .ckpt file")
+    parser.add_argument("dst", metavar="DST", help="the file to write")
+    parser.add_argument("--to", default="minidiff", metavar="LAYOUT", help=f"{', '.join(LAYOUTS)} (default: minidiff)")
+    parser.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(FLOATS)} (default: each tensor as it is)")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of an original file")
+    parser.add_argument("--config", metavar="FILE", help="a JSON file that corrects what shapes can't tell")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    print(convert(args.src, args.dst, args.to, args.dtype, ema=args.ema, config=args.config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""One component of a diffusers folder: ``unet/``, ``vae/``, ``text_encoder/``; its config and its tensors, translated.
+
+A component folder holds ``config.json`` and the weights: one file, or shards that an ``*.index.json`` lists. Diffusers
+calls them ``diffusion_pytorch_model``, transformers ``model``; older folders have pickles (``.bin``) instead of
+safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minidiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
+from minidiff.files import Lazy, TensorFile
+from minidiff.models.clip import CLIPText
+from minidiff.models.unet import UNet
+from minidiff.models.vae import VAE
+from weights_convert import configs_diffusers as configs
+from weights_convert import keys_diffusers as keys
+from weights_convert.ckpt import read_pickle
+from weights_convert.engine import Module, Part, expand, translate
+from weights_convert.overlay import overlay
+
+NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
+AnyConfig = UNetConfig | VAEConfig | CLIPTextConfig
+
+
+@dataclass
+class Component:
+    """A translated component: minidiff's config for it, its tensors and what was dropped, and remarks."""
+
+    config: AnyConfig
+    part: Part
+    notes: list[str] = field(default_factory=list)
+
+
+def read_component(folder: Path, kind: str | None = None, override: Mapping[str, Any] | None = None) -> Component:
+    """Read a component's folder; ``kind`` is its class name, where ``model_index.json`` tells it.
+
+    ``override`` is laid over minidiff's config of the component before its tensors are checked against that.
+
+    Raises :class:`CheckpointError` for missing or damaged files and tensors that do not fit the config, and
+    :class:`UnsupportedError` for a class or an option that minidiff's models do not have.
+    """
+    found = read_json(folder / "config.json")
+    kind = kind or class_name(found)
+    options = configs.Options({**found, "_class_name": kind}, f"{folder}/config.json")
+    config = overlay(_config(kind, options), override or {})
+    tensors = read_weights(folder)
+    model = meta_model(config)
+    drops = keys.CLIP_DROPS if isinstance(config, CLIPTextConfig) else ()
+    part = translate(expand(_key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
+    return Component(config, part, [f"{options.where}: {key} is not an option of {kind}" for key in options.unknown()])
+
+
+def class_name(found: Mapping[str, Any]) -> str:
+    """The class that a ``config.json`` belongs to, in diffusers' words (``_class_name``) or transformers'."""
+    architectures = found.get("architectures") or [""]
+    return str(found.get("_class_name") or architectures[0])
+
+
+def meta_model(config: AnyConfig) -> nn.Module:
+    """The model that ``config`` describes, on the meta device: shapes without memory."""
+    models: dict[type, Callable[[Any], nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: CLIPText}
+    with torch.device("meta"):
+        return models[type(config)](config)
+
+
+def _config(kind: str, options: configs.Options) -> AnyConfig:
+    readers: dict[str, Callable[[configs.Options], AnyConfig]] = {
+        "UNet2DConditionModel": configs.unet,
+        "UNet2DModel": configs.unet,
+        "AutoencoderKL": configs.vae,
+        "CLIPTextModel": configs.clip,
+        "CLIPTextModelWithProjection": configs.clip,
+    }
+    if kind not in readers:
+        named = kind or "a class that it does not name"
+        raise UnsupportedError(f"{options.where}: is of {named}; minidiff converts {', '.join(readers)}")
+    try:
+        return readers[kind](options)
+    except ConfigError as e:
+        raise CheckpointError(f"{options.where}: {e}") from None
+
+
+def _key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
+    """The map for these tensors: which of its variants they are written in shows in their names and shapes."""
+    if isinstance(config, UNetConfig):
+        return keys.unet(config, old_names="mid_block.attentions.0.query.weight" in tensors)
+    if isinstance(config, VAEConfig):
+        old_names = "encoder.mid_block.attentions.0.query.weight" in tensors
+        query = tensors.get(f"encoder.mid_block.attentions.0.{'query' if old_names else 'to_q'}.weight")
+        return keys.vae(config, old_names=old_names, conv_attention=query is not None and len(query.shape) == 4)
+    return keys.clip(config, prefix="text_model." if "text_model.final_layer_norm.weight" in tensors else "")
+
+
+def read_weights(folder: Path) -> dict[str, Lazy]:
+    """All tensors of a component's folder, not read yet.
+
+    Safetensors are preferred to pickles, full checkpoints to variants such as fp16, one file to shards.
+    """
+    for name in NAMES:
+        if (folder / f"{name}.safetensors").is_file():
+            files = [folder / f"{name}.safetensors"]
+        elif (folder / f"{name}.safetensors.index.json").is_file():
+            files = _shards(folder / f"{name}.safetensors.index.json")
+        elif (folder / f"{name}.bin").is_file():
+            files = [folder / f"{name}.bin"]
+        elif (folder / f"{name}.bin.index.json").is_file():
+            files = _shards(folder / f"{name}.bin.index.json")
+        else:
+            continue
+        tensors: dict[str, Lazy] = {}
+        for file in files:
+            here = read_pickle(file)[0] if file.suffix == ".bin" else TensorFile(file).lazy
+            twice = tensors.keys() & here.keys()
+            if twice:
+                raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")
+            tensors |= here
+        return tensors
+    raise CheckpointError(f"{folder}: no weights; expected {NAMES[0]}.safetensors or {NAMES[1]}.safetensors there")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    if any(Path(n).name != n for n in names):  # shards lie beside their index; nothing else is opened
+        raise CheckpointError(f"{index}: a shard is said to lie in another folder")
+    return [index.parent / n for n in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises :class:`CheckpointError` for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path}: no such file; the checkpoint's folder is incomplete") from None
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: should hold a JSON object")
+    return found

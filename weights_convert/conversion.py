@@ -1,0 +1,136 @@
+"""The two things people want: a converted file on disk, and a pipeline in memory. Both take the same road."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minidiff import checkpoint
+from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
+from minidiff.files import Lazy
+from minidiff.pipeline import StableDiffusion, Unconditional, assemble
+from weights_convert.detection import CONVERTED, detect
+from weights_convert.folder import read_folder
+from weights_convert.overlay import Override, overlay, read_override
+from weights_convert.report import Report, Source
+from weights_convert.single import read_original
+
+AnyPath = str | os.PathLike[str]
+LAYOUTS = ("minidiff", "diffusers", "original")
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> Source:
+    """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
+
+    ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
+    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. Raises :class:`CheckpointError` and
+    :class:`UnsupportedError` for what is wrong with ``src``, :class:`ConfigError` for what is wrong with ``config``.
+    """
+    path, override = Path(src), read_override(config)
+    found = detect(path)
+    if found.layout != "minidiff" and found.family not in CONVERTED:
+        why = "; ".join(found.evidence)
+        raise UnsupportedError(f"{path}: family {found.family} is recognised ({why}), but is not converted yet")
+    report = Report(str(path), found.layout, found.family, list(found.evidence))
+    if ema and found.layout != "original":
+        raise CheckpointError(f"{path}: --ema is for original single files; a {found.layout} one has no EMA weights")
+    if found.layout == "diffusers":
+        source = read_folder(path, found.index, report, override=override)
+    elif found.layout == "original":
+        if found.others:
+            report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))
+        source = read_original(found.tensors, report, ema=ema, override=override)
+    else:
+        saved = checkpoint.read(path)
+        report.family = saved.config.family
+        source = Source(overlay(saved.config, override), saved.file.lazy, report)
+        report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
+    _check_fit(source)
+    return source
+
+
+def convert(
+    src: AnyPath,
+    dst: AnyPath,
+    to: str = "minidiff",
+    dtype: torch.dtype | str | None = None,
+    *,
+    ema: bool = False,
+    config: Override = None,
+) -> Report:
+    """Convert the checkpoint ``src``, of any supported layout, to a file ``dst`` in layout ``to``; tell what was done.
+
+    ``dtype`` (a torch dtype or its name) converts floating-point tensors, None keeps each as it is. One tensor at a
+    time passes through memory, and ``dst`` appears whole or not at all. ``ema`` and ``config``: :func:`open_source`.
+    Raises what that raises, and :class:`CheckpointError` for a tensor that holds NaN or infinite values.
+    """
+    if to not in LAYOUTS:
+        raise ConfigError(f"to={to!r} is none of {', '.join(LAYOUTS)}")
+    if to != "minidiff":
+        raise UnsupportedError(f"to={to!r}: this version writes minidiff's own layout only")
+    target = _dtype(dtype)
+    if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
+        raise ConfigError(f"{dst}: would overwrite its own source; name another file")
+    source = open_source(src, ema=ema, config=config)
+    tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
+    source.report.hash = checkpoint.write(dst, source.config, tensors)
+    return replace(source.report, target=os.fspath(dst))
+
+
+def load(
+    src: AnyPath,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    ema: bool = False,
+    config: Override = None,
+) -> StableDiffusion | Unconditional:
+    """Any supported layout as a pipeline, converted in memory; ``device`` and ``dtype`` as for ``minidiff.load``.
+
+    Raises what :func:`open_source` raises.
+    """
+    source = open_source(src, ema=ema, config=config)
+    return assemble(source.config, source.tensors, device, dtype, os.fspath(src))
+
+
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    found = FLOATS.get(given) if isinstance(given, str) else given
+    if given is not None and found not in FLOATS.values():
+        raise ConfigError(f"dtype={given!r} is none of {', '.join(FLOATS)}")
+    return found
+
+
+def _checked(name: str, tensor: Lazy, where: str, dtype: torch.dtype | None) -> Lazy:
+    """``tensor``, converted to ``dtype`` and looked through for NaN and infinity when it is loaded."""
+    if not tensor.dtype.is_floating_point:
+        return tensor
+    want = dtype or tensor.dtype
+
+    def load() -> Tensor:
+        found = tensor.load()
+        bad = int((~torch.isfinite(found)).sum())
+        if bad:
+            raise CheckpointError(f"{where}: {bad} of {found.numel()} values of {name!r} are NaN or infinite")
+        out = found.to(want)
+        if want != found.dtype and not bool(torch.isfinite(out).all()):
+            most = float(found.abs().max())
+            raise CheckpointError(f"{where}: {name!r} reaches {most:g}, too much for {want}; choose another dtype")
+        return out
+
+    return Lazy(tensor.shape, want, load)
+
+
+def _check_fit(source: Source) -> None:
+    """The parts of a text-to-image model must agree about the tensors that they exchange."""
+    c, where = source.config, source.report.source
+    if c.text_encoder is not None and c.unet.context_dim != c.text_encoder.width:
+        widths = f"UNet reads vectors of {c.unet.context_dim}, the text encoder makes {c.text_encoder.width}"
+        raise CheckpointError(f"{where}: the {widths}; the parts are from different models")
+    if c.vae is not None and c.unet.out_channels != c.vae.latent_channels:
+        widths = f"UNet makes {c.unet.out_channels} channels, the VAE reads {c.vae.latent_channels}"
+        raise CheckpointError(f"{where}: the {widths}; the parts are from different models")

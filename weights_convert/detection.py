@@ -1,0 +1,136 @@
+"""What is this path? Layout and family of a checkpoint, with the evidence.
+
+Told from a few files and keys that only one layout or family has; nothing is loaded. Families that minidiff's generator
+can't run are recognised all the same, to be refused by their name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from minidiff.checkpoint import is_minidiff
+from minidiff.errors import CheckpointError, UnsupportedError
+from minidiff.files import Lazy, TensorFile
+from weights_convert.ckpt import read_pickle
+from weights_convert.component import read_json
+from weights_convert.keys_original import CLIP, UNET
+
+Layout = Literal["minidiff", "diffusers", "original"]
+PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+FLOW_PIPELINES = ("Flux", "StableDiffusion3", "AuraFlow", "Sana", "Lumina", "HiDream", "QwenImage", "Chroma")
+FLOW_KEYS = ("joint_blocks.", "double_blocks.", "single_blocks.")
+FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it has UNets trained on noise schedules"
+CONVERTED = ("sd1", "sd2", "ddpm")
+
+
+@dataclass
+class Found:
+    """What a path holds; ``index`` is a folder's model_index.json, ``tensors`` a single file's."""
+
+    path: Path
+    layout: Layout
+    family: str
+    evidence: list[str]
+    index: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Lazy] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)  # what a pickle holds beside tensors
+    file: TensorFile | None = None
+
+    def __str__(self) -> str:
+        lines = [f"path      {self.path}", f"layout    {self.layout}", f"family    {self.family}"]
+        return "\n".join(lines + [f"          because {e}" for e in self.evidence])
+
+
+def detect(path: str | os.PathLike[str]) -> Found:
+    """Layout and family of ``path``.
+
+    Raises :class:`CheckpointError` for a path that is missing, damaged or no checkpoint that is known, with the keys
+    that tell most, and :class:`UnsupportedError` for flow models and pipelines of other kinds, by their names.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path)
+    raise CheckpointError(f"{path}: no such file or folder")
+
+
+def _folder(path: Path) -> Found:
+    if (path / "model_index.json").is_file():
+        index = read_json(path / "model_index.json")
+        return Found(path, "diffusers", *_pipeline_family(path, index), index)
+    if not (path / "config.json").is_file():
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing"
+        raise CheckpointError(f"{path}: a folder with {names}, but no model_index.json or config.json: not a model")
+    kind = read_json(path / "config.json").get("_class_name")
+    if kind == "UNet2DModel":
+        return Found(path, "diffusers", "ddpm", ["config.json is that of a UNet2DModel"], {"unet": ["diffusers", kind]})
+    raise CheckpointError(
+        f"{path}: a single component ({kind or 'of an unknown class'}); name the pipeline's folder around it"
+    )
+
+
+def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[str]]:
+    pipeline = str(index.get("_class_name"))
+    evidence = [f"model_index.json names {pipeline}"]
+    if pipeline in UNCONDITIONAL_PIPELINES:
+        return "ddpm", evidence
+    if pipeline.startswith(FLOW_PIPELINES) or index.get("transformer") is not None:
+        raise UnsupportedError(f"{path}: {pipeline} is {FLOW}")
+    if pipeline.startswith("StableDiffusionXL"):
+        second = index.get("text_encoder") in (None, [None, None])
+        return "sdxl-refiner" if second else "sdxl", evidence
+    if pipeline not in TEXT_PIPELINES:
+        raise UnsupportedError(f"{path}: model_index.json names {pipeline}, which minidiff does not convert")
+    unet = read_json(path / "unet" / "config.json")
+    channels, linear = unet.get("in_channels", 4), unet.get("use_linear_projection", False)
+    evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
+    family = "sd2" if linear else "sd1"
+    return (family if channels == 4 else f"{family}-inpainting" if channels == 9 else f"{family}-edit"), evidence
+
+
+def _file(path: Path) -> Found:
+    if path.suffix in PICKLES:
+        tensors, others = read_pickle(path)
+        return Found(path, "original", *_key_family(path, tensors), tensors=tensors, others=others)
+    file = TensorFile(path)
+    if is_minidiff(file.metadata):
+        return Found(path, "minidiff", "minidiff", ["its header is minidiff's"], file=file)
+    return Found(path, "original", *_key_family(path, file.lazy), tensors=file.lazy)
+
+
+def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]]:
+    """The family of a single file, by keys that no other family has."""
+
+    def first(*prefixes: str) -> str | None:
+        return next((k for k in tensors if k.startswith(prefixes)), None)
+
+    flow = next((k for k in tensors if any(f in k for f in FLOW_KEYS)), None)
+    if flow:
+        raise UnsupportedError(f"{path}: has {flow!r}, so it is {FLOW}")
+    unet = tensors.get(f"{UNET}.input_blocks.0.0.weight")
+    clues = {
+        "sdxl": first("conditioner.embedders.1."),
+        "sdxl-refiner": first("conditioner.embedders.0.model."),
+        "sd2": first("cond_stage_model.model."),
+        "sd1": first(f"{CLIP}."),
+    }
+    family = next((f for f, key in clues.items() if key), None)
+    if family is None or unet is None or len(unet.shape) != 4:
+        shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
+        raise CheckpointError(
+            f"{path}: unknown family; its {len(tensors)} keys begin with {shown}. Known: Stable Diffusion "
+            f"1 with {UNET}.*, first_stage_model.* and {CLIP}.*; for other layouts convert a diffusers folder"
+        )
+    evidence = [f"has {clues[family]!r}", f"its UNet takes {unet.shape[1]} channels"]
+    if family == "sd2":
+        family = "sd2 (single file)"
+    return (
+        family if unet.shape[1] == 4 else f"{family}-inpainting" if unet.shape[1] == 9 else f"{family}-edit"
+    ), evidence

@@ -1,0 +1,53 @@
+"""A user's corrections laid over a config that was read or guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from minidiff.config import from_json
+from minidiff.errors import ConfigError
+
+C = TypeVar("C")
+Override = Mapping[str, Any] | str | os.PathLike[str] | None
+
+
+def read_override(given: Override) -> dict[str, Any]:
+    """A dict as it is, a path as the JSON object in that file, None as no corrections."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    try:
+        found = json.loads(Path(given).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"config={os.fspath(given)!r} cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"config={os.fspath(given)!r}: not valid JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"config={os.fspath(given)!r}: should hold a JSON object like {{'unet': {{...}}}}")
+    return found
+
+
+def overlay(config: C, patch: Mapping[str, Any]) -> C:
+    """``config`` with the fields of ``patch`` put over it, deeply: {"schedule": {"prediction": "v_prediction"}}.
+
+    In a list, a patch of the same length goes entry by entry: {"unet": {"levels": [{"heads": 5}, {"heads": 10}]}}.
+    Raises :class:`ConfigError` for a field that does not exist or a value that does not fit.
+    """
+    if not patch:
+        return config
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)  # noqa: PT018
+    return from_json(type(config), _merge(dataclasses.asdict(config), patch))
+
+
+def _merge(base: Any, patch: Any) -> Any:
+    if isinstance(base, Mapping) and isinstance(patch, Mapping):
+        return {**base, **{k: _merge(base.get(k), v) for k, v in patch.items()}}
+    if isinstance(base, (list, tuple)) and isinstance(patch, (list, tuple)) and len(base) == len(patch):
+        return [_merge(b, p) for b, p in zip(base, patch, strict=True)]
+    return patch

@@ -1,0 +1,54 @@
+"""What a conversion found and did, as data that prints as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from minidiff.config import ModelConfig
+from minidiff.files import Lazy
+from weights_convert.engine import Drop
+
+
+@dataclass
+class Report:
+    """The account of one conversion.
+
+    ``mapped`` counts tensors by component; ``dropped`` has (what, how many, why) for every rule that applied;
+    ``evidence`` is what gave layout and family away, ``notes`` whatever was decided rather than read.
+    """
+
+    source: str
+    layout: str
+    family: str
+    evidence: list[str] = field(default_factory=list)
+    mapped: dict[str, int] = field(default_factory=dict)
+    dropped: list[tuple[str, int, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    target: str | None = None
+    hash: str | None = None
+
+    def drop(self, dropped: Mapping[Drop, Iterable[str]]) -> None:
+        """Enter the keys that named rules dropped."""
+        self.dropped += [(rule.name, len(list(keys)), rule.reason) for rule, keys in dropped.items()]
+
+    def __str__(self) -> str:
+        lines = [f"source    {self.source}", f"layout    {self.layout}", f"family    {self.family}"]
+        lines += [f"          because {e}" for e in self.evidence]
+        lines += [f"mapped    {n:6d}  {part}" for part, n in self.mapped.items()]
+        lines += [f"dropped   {n:6d}  {name}: {reason}" for name, n, reason in self.dropped]
+        lines += [f"note      {note}" for note in self.notes]
+        if self.target is not None:
+            lines.append(f"written   {self.target}")
+        if self.hash is not None:
+            lines.append(f"hash      {self.hash}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Source:
+    """A whole checkpoint in minidiff's terms, not read yet: tensors are named "unet.conv_in.weight" and so on."""
+
+    config: ModelConfig
+    tensors: dict[str, Lazy]
+    report: Report
