@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import ModelConfig, from_json, to_json
+from minidiff.config import ModelConfig, from_json, quote, to_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, write_tensors
 from minidiff.models.clip import CLIPText
@@ -75,7 +75,9 @@ def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source:
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{source}: tensor {names[0]!r} {problem}{more}; the file and its config disagree")
+            raise CheckpointError(
+                f"{source}: tensor {quote(names[0])} {problem}{more}; the file and its config disagree"
+            )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise CheckpointError(f"{source}: tensor {name!r} has shape {tensors[name].shape}, the config says {shape}")
@@ -118,7 +120,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{path}: a safetensors file, but not minidiff's; `minidiff convert` makes one of it")
     version = file.metadata[VERSION_KEY]
     if version != VERSION:
-        raise CheckpointError(f"{path}: format version {version!r}, this minidiff reads {VERSION!r}; update minidiff")
+        raise CheckpointError(
+            f"{path}: format version {quote(version)}, this minidiff reads {VERSION!r}; update minidiff"
+        )
     try:
         config = from_json(ModelConfig, file.metadata.get(CONFIG_KEY, ""))
     except ConfigError as e:

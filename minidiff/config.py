@@ -36,7 +36,8 @@ def check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _quote(value: Any) -> str:
+def quote(value: Any) -> str:
+    """``value`` as a message shows it, cut to 60 characters: it may come from a file of unknown origin."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
@@ -44,7 +45,7 @@ def _quote(value: Any) -> str:
 def within(low: float, high: float, **values: float | None) -> None:
     """Raise :class:`ConfigError` for a named value outside ``low``..``high``; NaN lies nowhere, None is let pass."""
     for name, value in values.items():
-        check(value is None or low <= value <= high, f"{name}={_quote(value)} must lie in {low}..{high}")
+        check(value is None or low <= value <= high, f"{name}={quote(value)} must lie in {low}..{high}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,10 +342,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     """``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: expected an object, got {_quote(value)}")
+            raise ConfigError(f"{where}: expected an object, got {quote(value)}")
         hints, fields = get_type_hints(kind), dataclasses.fields(kind)
         unknown = sorted(map(str, set(value) - {f.name for f in fields}))
-        check(not unknown, f"{where}: unknown field {', '.join(map(_quote, unknown[:3]))}")
+        check(not unknown, f"{where}: unknown field {', '.join(map(quote, unknown[:3]))}")
         required = {
             f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
@@ -357,19 +358,19 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             return None
         return _read(next(a for a in args if a is not type(None)), value, where)
     if origin is Literal:
-        check(value in args, f"{where}={_quote(value)} is none of {', '.join(map(str, args))}")
+        check(value in args, f"{where}={quote(value)} is none of {', '.join(map(str, args))}")
         return value
     if origin is tuple:
-        check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {_quote(value)}")
+        check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {quote(value)}")
         short = not dataclasses.is_dataclass(args[0]) or len(value) <= MOST_LEVELS
         check(short, f"{where}: {len(value)} entries; {MOST_LEVELS} is the most")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         check(len(kinds) == len(value), f"{where}: expected {len(kinds)} entries, got {len(value)}")
         return tuple(_read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        check(abs(value) < 2**1023, f"{where}={_quote(value)} is out of range")
+        check(abs(value) < 2**1023, f"{where}={quote(value)} is out of range")
         return float(value)
     base = origin or kind
     fits = isinstance(value, base) and (base is bool or not isinstance(value, bool))
-    check(fits, f"{where}: expected {base.__name__}, got {_quote(value)}")
+    check(fits, f"{where}: expected {base.__name__}, got {quote(value)}")
     return value

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minidiff.config import quote
 from minidiff.errors import CheckpointError
 
 DTYPES = {
@@ -113,16 +114,16 @@ class TensorFile:
         part = self._file.get_slice(name)
         kind = part.get_dtype()
         if kind not in DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has dtype {kind}, which minidiff does not read")
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} has dtype {kind}, which minidiff does not read")
         return Lazy(tuple(part.get_shape()), DTYPES[kind], lambda: self._load(name))
 
     def _load(self, name: str) -> Tensor:
         if self._file is None:
-            raise CheckpointError(f"{self.path}: tensor {name!r} was asked for after the file was closed")
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read ({_line(e)})") from None
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
         return tensor
 
     def close(self) -> None:
@@ -138,7 +139,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
     """
     for name, t in tensors.items():
         if t.dtype not in NAMES:
-            raise CheckpointError(f"{path}: tensor {name!r} has dtype {t.dtype}, which minidiff does not write")
+            raise CheckpointError(f"{path}: tensor {quote(name)} has dtype {t.dtype}, which minidiff does not write")
     order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
     table: dict[str, Any] = {"__metadata__": {**metadata, HASH_KEY: "0" * 64}}
     offset = 0
@@ -191,7 +192,7 @@ def _bytes(name: str, entry: Lazy) -> memoryview:
     tensor = entry.load()
     if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
         got, want = (tuple(tensor.shape), tensor.dtype), (entry.shape, entry.dtype)
-        raise CheckpointError(f"tensor {name!r} turned out to be {got} instead of {want}")
+        raise CheckpointError(f"tensor {quote(name)} turned out to be {got} instead of {want}")
     raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)
 

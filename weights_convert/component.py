@@ -86,8 +86,9 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         raise UnsupportedError(f"{options.where}: is of {named}; minidiff converts {', '.join(readers)}")
     try:
         return readers[kind](options)
-    except ConfigError as e:
-        raise CheckpointError(f"{options.where}: {e}") from None
+    except (ConfigError, TypeError, ValueError, AttributeError, KeyError, IndexError) as e:
+        # Every option is a user's JSON: a list where a name should be shows as any of these.
+        raise CheckpointError(f"{options.where}: is no usable config ({e})") from None
 
 
 def _key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
@@ -142,8 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises :class:`CheckpointError` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path}: no such file; the checkpoint's folder is incomplete") from None
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); the checkpoint's folder is incomplete") from None
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(found, dict):

@@ -12,6 +12,7 @@ from torch import Tensor
 from minidiff import checkpoint
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy
+from minidiff.models.tokenizer import clip_table
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
 from weights_convert.detection import CONVERTED, detect
 from weights_convert.folder import read_folder
@@ -33,9 +34,11 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
     """
     path, override = Path(src), read_override(config)
     found = detect(path)
-    if found.layout != "minidiff" and found.family not in CONVERTED:
+    if found.layout != "minidiff" and found.family not in CONVERTED[found.layout]:
         why = "; ".join(found.evidence)
-        raise UnsupportedError(f"{path}: family {found.family} is recognised ({why}), but is not converted yet")
+        raise UnsupportedError(
+            f"{path}: family {found.family}, which minidiff does not convert from this layout ({why})"
+        )
     report = Report(str(path), found.layout, found.family, list(found.evidence))
     if ema and found.layout != "original":
         raise CheckpointError(f"{path}: --ema is for original single files; a {found.layout} one has no EMA weights")
@@ -78,6 +81,8 @@ def convert(
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
     source = open_source(src, ema=ema, config=config)
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
+    if target is not None:
+        source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
     source.report.hash = checkpoint.write(dst, source.config, tensors)
     return replace(source.report, target=os.fspath(dst))
 
@@ -129,8 +134,13 @@ def _check_fit(source: Source) -> None:
     """The parts of a text-to-image model must agree about the tensors that they exchange."""
     c, where = source.config, source.report.source
     if c.text_encoder is not None and c.unet.context_dim != c.text_encoder.width:
-        widths = f"UNet reads vectors of {c.unet.context_dim}, the text encoder makes {c.text_encoder.width}"
-        raise CheckpointError(f"{where}: the {widths}; the parts are from different models")
+        clash = f"UNet reads vectors of {c.unet.context_dim}, the text encoder makes {c.text_encoder.width}"
+        raise CheckpointError(f"{where}: the {clash}; the parts are from different models")
+    if c.text_encoder is not None and c.tokenizer is not None:
+        size = len(c.tokenizer.vocab or clip_table()[0])
+        if size > c.text_encoder.vocab:
+            clash = f"tokenizer has {size} tokens, the text encoder knows {c.text_encoder.vocab}"
+            raise CheckpointError(f"{where}: the {clash}; the parts are from different models")
     if c.vae is not None and c.unet.out_channels != c.vae.latent_channels:
-        widths = f"UNet makes {c.unet.out_channels} channels, the VAE reads {c.vae.latent_channels}"
-        raise CheckpointError(f"{where}: the {widths}; the parts are from different models")
+        clash = f"UNet makes {c.unet.out_channels} channels, the VAE reads {c.vae.latent_channels}"
+        raise CheckpointError(f"{where}: the {clash}; the parts are from different models")

@@ -21,12 +21,13 @@ from weights_convert.keys_original import CLIP, UNET
 
 Layout = Literal["minidiff", "diffusers", "original"]
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # of torch.save, a zip since torch 1.6, and before
 TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 FLOW_PIPELINES = ("Flux", "StableDiffusion3", "AuraFlow", "Sana", "Lumina", "HiDream", "QwenImage", "Chroma")
 FLOW_KEYS = ("joint_blocks.", "double_blocks.", "single_blocks.")
 FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it has UNets trained on noise schedules"
-CONVERTED = ("sd1", "sd2", "ddpm")
+CONVERTED: dict[Layout, tuple[str, ...]] = {"diffusers": ("sd1", "sd2", "ddpm"), "original": ("sd1",)}
 
 
 @dataclass
@@ -91,12 +92,18 @@ def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[st
     unet = read_json(path / "unet" / "config.json")
     channels, linear = unet.get("in_channels", 4), unet.get("use_linear_projection", False)
     evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
-    family = "sd2" if linear else "sd1"
-    return (family if channels == 4 else f"{family}-inpainting" if channels == 9 else f"{family}-edit"), evidence
+    return _variant("sd2" if linear else "sd1", channels), evidence
+
+
+def _variant(family: str, channels: int) -> str:
+    """A UNet of 9 channels also reads a mask and the masked picture, one of 8 a second picture."""
+    return {4: family, 9: f"{family}-inpainting"}.get(channels, f"{family} with {channels} channels")
 
 
 def _file(path: Path) -> Found:
-    if path.suffix in PICKLES:
+    with open(path, "rb") as start:
+        magic = start.read(4)
+    if magic in PICKLE_MAGIC or path.suffix.lower() in PICKLES:
         tensors, others = read_pickle(path)
         return Found(path, "original", *_key_family(path, tensors), tensors=tensors, others=others)
     file = TensorFile(path)
@@ -129,8 +136,4 @@ def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]
             f"1 with {UNET}.*, first_stage_model.* and {CLIP}.*; for other layouts convert a diffusers folder"
         )
     evidence = [f"has {clues[family]!r}", f"its UNet takes {unet.shape[1]} channels"]
-    if family == "sd2":
-        family = "sd2 (single file)"
-    return (
-        family if unet.shape[1] == 4 else f"{family}-inpainting" if unet.shape[1] == 9 else f"{family}-edit"
-    ), evidence
+    return _variant(family, unet.shape[1]), evidence

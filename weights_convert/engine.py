@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.files import Lazy
 
 Shape = tuple[int, ...]
@@ -91,7 +91,7 @@ def expand(modules: Iterable[Module], model: nn.Module) -> list[Pair]:
     """The tensors of ``model`` (on any device, the meta device will do), paired by the module they belong to.
 
     A pair of modules that ``model`` lacks is passed over: a ResBlock has its ``skip`` only where the widths differ.
-    A parameter without a pair is a hole in the map, and an error.
+    A parameter that no pair covers raises :class:`UnsupportedError`: the layout has no place for it.
     """
     leaves: dict[str, list[str]] = {}
     for name in model.state_dict():
@@ -102,7 +102,8 @@ def expand(modules: Iterable[Module], model: nn.Module) -> list[Pair]:
         for theirs, ours, form in modules
         for leaf in leaves.pop(ours, ())
     ]
-    assert not leaves, f"the key map has no source for {next(iter(leaves))}"
+    if leaves:
+        raise UnsupportedError(f"this layout has no tensors for the model's {next(iter(leaves))!r}")
     return pairs
 
 
@@ -131,6 +132,9 @@ def translate(
         got, want = tensors[p.theirs].shape, p.form.stored(shapes[p.ours])
         if got != want:
             raise CheckpointError(f"{where}: tensor {p.theirs!r} has shape {list(got)}, {list(want)} was expected")
+        if not tensors[p.theirs].dtype.is_floating_point:
+            kind = tensors[p.theirs].dtype
+            raise CheckpointError(f"{where}: tensor {p.theirs!r} is {kind}; quantised weights are not supported")
     return Part({p.ours: _apply(tensors[p.theirs], shapes[p.ours], p.form.read) for p in pairs}, dropped)
 
 

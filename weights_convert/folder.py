@@ -47,7 +47,7 @@ def read_folder(
     for name, reason in UNWANTED.items():
         if _class(index, name):
             report.dropped.append((name, 1, reason))
-    schedule, sampler = _scheduler(folder, str(index.get("_class_name", "")), report)
+    schedule, sampler = _scheduler(folder, str(index.get("_class_name", "")), report, "sampler" in override)
     unet, vae, text = (components[n].config if n in components else None for n in ("unet", "vae", "text_encoder"))
     assert isinstance(unet, UNetConfig)
     assert vae is None or isinstance(vae, VAEConfig)
@@ -57,7 +57,7 @@ def read_folder(
         unet=unet,
         vae=vae,
         text_encoder=text,
-        tokenizer=_tokenizer(folder, text) if text else None,
+        tokenizer=_tokenizer(folder) if text else None,
         schedule=schedule,
         sampler=sampler,
     )
@@ -76,8 +76,11 @@ def _class(index: Mapping[str, Any], name: str) -> str | None:
     return entry[1] if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str) else None
 
 
-def _scheduler(folder: Path, pipeline: str, report: Report) -> tuple[ScheduleConfig, dict[str, Any]]:
-    """Noise schedule and sampler of the folder, with what the reference's pipelines change when they load it."""
+def _scheduler(folder: Path, pipeline: str, report: Report, own_sampler: bool) -> tuple[ScheduleConfig, dict[str, Any]]:
+    """Noise schedule and sampler of the folder, with what the reference's pipelines change when they load it.
+
+    ``own_sampler``: the user names a sampler, so the folder's may be one that minidiff does not have.
+    """
     place = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     file = place / "scheduler_config.json"
     if file.is_file() or report.family != "ddpm":
@@ -96,7 +99,8 @@ def _scheduler(folder: Path, pipeline: str, report: Report) -> tuple[ScheduleCon
             f"scheduler: {key} was {was}, set to {value} as {pipeline} does when it loads such a folder"
         )
     found = {**found, **changes}
-    return schedule_from_diffusers(found), sampler_to_config(sampler_from_diffusers(found))
+    sampler = {} if own_sampler else sampler_to_config(sampler_from_diffusers(found))
+    return schedule_from_diffusers(found), sampler
 
 
 def rewrite(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,12 +116,8 @@ def rewrite(found: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _tokenizer(folder: Path, text: CLIPTextConfig) -> TokenizerConfig:
+def _tokenizer(folder: Path) -> TokenizerConfig:
     place = folder / "tokenizer"
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; the checkpoint is incomplete")
-    config = tokenizer_config(place)
-    size = 49408 if config.vocab is None else len(config.vocab)
-    if size > text.vocab:
-        raise CheckpointError(f"{place}: {size} tokens, but the text encoder knows {text.vocab}; one is another's")
-    return config
+    return tokenizer_config(place)

@@ -55,7 +55,9 @@ LAYER = (
 CLIP_DROPS = (
     Drop("position ids", r"(.*\.)?position_ids", "0, 1, 2, ...: a constant that old versions of transformers stored"),
     Drop("contrastive scale", r"(.*\.)?logit_scale", "used only in training CLIP against pictures"),
-    Drop("unused projection", r"text_projection(\.weight)?", "this text encoder's pooled output is not projected"),
+    Drop(
+        "unused projection", r"(.*\.)?text_projection(\.weight)?", "this text encoder's pooled output is not projected"
+    ),
 )
 
 

@@ -42,12 +42,13 @@ def overlay(config: C, patch: Mapping[str, Any]) -> C:
     if not patch:
         return config
     assert dataclasses.is_dataclass(config) and not isinstance(config, type)  # noqa: PT018
-    return from_json(type(config), _merge(dataclasses.asdict(config), patch))
+    return from_json(type(config), merge(dataclasses.asdict(config), patch))
 
 
-def _merge(base: Any, patch: Any) -> Any:
+def merge(base: Any, patch: Any) -> Any:
+    """The merge of :func:`overlay`, on parsed JSON."""
     if isinstance(base, Mapping) and isinstance(patch, Mapping):
-        return {**base, **{k: _merge(base.get(k), v) for k, v in patch.items()}}
+        return {**base, **{k: merge(base.get(k), v) for k, v in patch.items()}}
     if isinstance(base, (list, tuple)) and isinstance(patch, (list, tuple)) and len(base) == len(patch):
-        return [_merge(b, p) for b, p in zip(base, patch, strict=True)]
+        return [merge(b, p) for b, p in zip(base, patch, strict=True)]
     return patch

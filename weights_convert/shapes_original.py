@@ -2,14 +2,14 @@
 
 A single file comes without a config. Its shapes tell everything but a few numbers: how many heads an attention has, how
 many groups a norm, which activation the text encoder uses, at which size it was trained. Those follow the family's rule
-(here the defaults of SD1), and whoever knows better overrides them.
+(here the defaults of SD1), and whoever knows better overrides them. What comes out are fields by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from minidiff.config import CLIPTextConfig, Level, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError
 from minidiff.files import Lazy
 from weights_convert.keys_original import CLIP, UNET, VAE
@@ -38,6 +38,11 @@ class Shapes:
             raise CheckpointError(f"{self.where}: tensor {key!r} has shape {list(shape)}, {ndim} dimensions expected")
         return shape
 
+    def is_convolution(self, name: str) -> bool:
+        """Whether a matrix is kept as a 1x1 convolution."""
+        tensor = self.tensors.get(f"{self.prefix}.{name}")
+        return tensor is not None and len(tensor.shape) == 4
+
     def count(self, name: Callable[[int], str]) -> int:
         """How many of ``name(0)``, ``name(1)``, ... there are."""
         n = 0
@@ -46,74 +51,65 @@ class Shapes:
         return n
 
 
-def unet(tensors: Mapping[str, Lazy], where: str) -> UNetConfig:
-    """The UNet's config, with SD1's eight heads at every level."""
+def unet(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
+    """The fields of a UNetConfig, with SD1's eight heads at every level."""
     s = Shapes(tensors, UNET, where)
-    in_channels = s.of("input_blocks.0.0.weight", 4)[1]
-    levels: list[list[Level]] = [[]]
+    levels: list[list[dict[str, Any]]] = [[]]
     context_dim, linear = None, False
-    for n in range(1, s.count(lambda n: f"input_blocks.{n}.0.{_first(s, n)}")):
+    n = 1
+    while s.has(f"input_blocks.{n}.0.op.weight") or s.has(f"input_blocks.{n}.0.out_layers.3.weight"):
         if s.has(f"input_blocks.{n}.0.op.weight"):
             levels.append([])
-            continue
-        levels[-1].append(_level(s, f"input_blocks.{n}", s.of(f"input_blocks.{n}.0.out_layers.3.weight", 4)[0]))
-        block = f"input_blocks.{n}.1"
-        if s.has(f"{block}.transformer_blocks.0.attn2.to_k.weight"):
-            context_dim = s.of(f"{block}.transformer_blocks.0.attn2.to_k.weight", 2)[1]
-            linear = len(tensors[f"{UNET}.{block}.proj_in.weight"].shape) == 2
+        else:
+            levels[-1].append(_level(s, f"input_blocks.{n}", s.of(f"input_blocks.{n}.0.out_layers.3.weight", 4)[0]))
+        if s.has(f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight"):
+            context_dim = s.of(f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+            linear = not s.is_convolution(f"input_blocks.{n}.1.proj_in.weight")
+        n += 1
     if not all(levels):
         raise CheckpointError(f"{where}: {UNET}.input_blocks has a level without ResBlocks; blocks are missing")
-    return UNetConfig(
-        levels=tuple(level[0] for level in levels),
-        mid=_level(s, "middle_block", levels[-1][-1].channels),
-        in_channels=in_channels,
-        out_channels=s.of("out.2.weight", 4)[0],
-        layers=len(levels[0]),
-        context_dim=context_dim,
-        linear_proj=linear,
-        added_dim=s.of("label_emb.0.0.weight", 2)[1] if s.has("label_emb.0.0.weight") else None,
-    )
+    return {
+        "levels": [level[0] for level in levels],
+        "mid": _level(s, "middle_block", levels[-1][-1]["channels"]),
+        "in_channels": s.of("input_blocks.0.0.weight", 4)[1],
+        "out_channels": s.of("out.2.weight", 4)[0],
+        "layers": len(levels[0]),
+        "context_dim": context_dim,
+        "linear_proj": linear,
+        "added_dim": s.of("label_emb.0.0.weight", 2)[1] if s.has("label_emb.0.0.weight") else None,
+    }
 
 
-def _first(s: Shapes, n: int) -> str:
-    """The tensor that tells that block ``n`` exists: the first one, a step down, or a ResBlock."""
-    if n == 0:
-        return "weight"
-    return "op.weight" if s.has(f"input_blocks.{n}.0.op.weight") else "in_layers.2.weight"
-
-
-def _level(s: Shapes, block: str, channels: int) -> Level:
+def _level(s: Shapes, block: str, channels: int) -> dict[str, Any]:
     depth = s.count(lambda k: f"{block}.1.transformer_blocks.{k}.attn1.to_q.weight")
     if not depth:
-        return Level(channels=channels)
-    return Level(channels=channels, attention="text", depth=depth, heads=SD1_HEADS)
+        return {"channels": channels}
+    return {"channels": channels, "attention": "text", "depth": depth, "heads": SD1_HEADS}
 
 
-def vae(tensors: Mapping[str, Lazy], where: str) -> VAEConfig:
-    """The autoencoder's config."""
+def vae(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
+    """The fields of a VAEConfig."""
     s = Shapes(tensors, VAE, where)
     levels = s.count(lambda i: f"encoder.down.{i}.block.0.conv1.weight")
-    latent = s.of("decoder.conv_in.weight", 4)[1]
-    return VAEConfig(
-        channels=tuple(s.of(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)),
-        image_channels=s.of("encoder.conv_in.weight", 4)[1],
-        latent_channels=latent,
-        layers=s.count(lambda j: f"encoder.down.0.block.{j}.conv1.weight"),
-        mid_attention=s.has("encoder.mid.attn_1.q.weight"),
-        quant_convs=s.has("quant_conv.weight"),
-    )
+    return {
+        "channels": [s.of(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)],
+        "image_channels": s.of("encoder.conv_in.weight", 4)[1],
+        "latent_channels": s.of("decoder.conv_in.weight", 4)[1],
+        "layers": s.count(lambda j: f"encoder.down.0.block.{j}.conv1.weight"),
+        "mid_attention": s.has("encoder.mid.attn_1.q.weight"),
+        "quant_convs": s.has("quant_conv.weight"),
+    }
 
 
-def clip(tensors: Mapping[str, Lazy], where: str, prefix: str) -> CLIPTextConfig:
-    """SD1's text encoder, whose names begin with ``prefix`` ("text_model." or nothing)."""
+def clip(tensors: Mapping[str, Lazy], where: str, prefix: str) -> dict[str, Any]:
+    """The fields of a CLIPTextConfig; names begin with ``prefix`` ("text_model." or nothing)."""
     s = Shapes(tensors, CLIP, where)
     vocab, width = s.of(f"{prefix}embeddings.token_embedding.weight", 2)
-    return CLIPTextConfig(
-        width=width,
-        layers=s.count(lambda i: f"{prefix}encoder.layers.{i}.mlp.fc1.weight"),
-        heads=max(1, width // CLIP_HEAD),
-        mlp=s.of(f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0],
-        vocab=vocab,
-        positions=s.of(f"{prefix}embeddings.position_embedding.weight", 2)[0],
-        end_token=min(49407, vocab - 1),
-    )
+    return {
+        "width": width,
+        "layers": s.count(lambda i: f"{prefix}encoder.layers.{i}.mlp.fc1.weight"),
+        "heads": max(1, width // CLIP_HEAD),
+        "mlp": s.of(f"{prefix}encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "vocab": vocab,
+        "positions": s.of(f"{prefix}embeddings.position_embedding.weight", 2)[0],
+    }

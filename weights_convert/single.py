@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
 from minidiff.checkpoint import build
-from minidiff.config import ModelConfig, TokenizerConfig
+from minidiff.config import ModelConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
 from weights_convert import keys_original as keys
 from weights_convert import shapes_original as shapes
 from weights_convert.engine import Drop, Pair, expand, translate
-from weights_convert.overlay import overlay
+from weights_convert.overlay import merge
 from weights_convert.report import Report, Source
 
 # A single file says nothing of its scheduler; this is the one that Stable Diffusion 1 was published with.
@@ -42,7 +43,7 @@ def read_original(
     """
     where = report.source
     prefix = "text_model." if f"{keys.CLIP}.text_model.final_layer_norm.weight" in tensors else ""
-    config = overlay(_config(tensors, where, prefix), override or {})
+    config = _config(tensors, where, prefix, override or {})
     if config.vae is None or config.text_encoder is None:
         raise ConfigError("config: a text-to-image model needs vae and text_encoder, and one of them is null")
     modules = {
@@ -64,19 +65,25 @@ def read_original(
     return Source(config, part.tensors, report)
 
 
-def _config(tensors: Mapping[str, Lazy], where: str, prefix: str) -> ModelConfig:
+def _config(tensors: Mapping[str, Lazy], where: str, prefix: str, override: Mapping[str, Any]) -> ModelConfig:
+    """What the shapes tell, what the family's rule adds, and what the user corrects."""
+    fields = {
+        "family": "sd1",
+        "unet": shapes.unet(tensors, where),
+        "vae": shapes.vae(tensors, where),
+        "text_encoder": shapes.clip(tensors, where, prefix),
+        "tokenizer": {},
+        "schedule": asdict(schedule_from_diffusers(SD1_SCHEDULER)),
+        "sampler": sampler_to_config(sampler_from_diffusers(SD1_SCHEDULER)),
+    }
     try:
-        return ModelConfig(
-            family="sd1",
-            unet=shapes.unet(tensors, where),
-            vae=shapes.vae(tensors, where),
-            text_encoder=shapes.clip(tensors, where, prefix),
-            tokenizer=TokenizerConfig(),
-            schedule=schedule_from_diffusers(SD1_SCHEDULER),
-            sampler=sampler_to_config(sampler_from_diffusers(SD1_SCHEDULER)),
-        )
+        return from_json(ModelConfig, merge(fields, override))
     except ConfigError as e:
-        raise CheckpointError(f"{where}: its shapes make no model of family sd1 ({e})") from None
+        if override:
+            raise
+        raise CheckpointError(
+            f"{where}: {e}; if it is a relative of SD1, config= says what shapes can't tell"
+        ) from None
 
 
 def _choose_weights(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
@@ -130,9 +131,13 @@ class Options:
     like_diffusers: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is not ClassVar:
-                _check_option(f"{type(self).__name__}.{name}", getattr(self, name), kind)
+        for name, kind in _option_types(type(self)).items():
+            _check_option(f"{type(self).__name__}.{name}", getattr(self, name), kind)
+
+
+@cache
+def _option_types(sampler: type[Options]) -> dict[str, Any]:
+    return {name: kind for name, kind in get_type_hints(sampler).items() if get_origin(kind) is not ClassVar}
 
 
 def _check_option(name: str, value: Any, kind: Any) -> None:

@@ -182,7 +182,9 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
     known = SIBLINGS.union(own, *(r.fields for r in READERS.values()))
     unknown = [key for key in config if key not in known and not key.startswith("_")]
     check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(own))}")
-    filled = {key: config.get(key, default) for key, default in own.items()}
+    # in a live scheduler's config, what its own class filled in does not count for another class
+    filled_in = config.get("_use_default_values", ())
+    filled = {key: default if key in filled_in else config.get(key, default) for key, default in own.items()}
     _one_of(filled, "prediction_type", reader.predictions)
     reason = reader.refuse(filled)
     if reason is not None:

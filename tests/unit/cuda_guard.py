@@ -17,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CARD = "cuda"
+NO_CARD = "no CUDA card in this machine; where there is one, `pytest -m cuda` runs this test on it"
+ON_A_CARD = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CARD)]
 
 COPIES = {"_to_copy", "copy", "copy_", "_copy_from", "_copy_from_and_resize"}
 # Their result's shape or type depends on data, which has to be fetched before the host can go on.

@@ -43,9 +43,8 @@ from minidiff.models.vae import VAE
 from minidiff.pipeline import StableDiffusion, from_parts
 from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.unit.cuda_guard import CudaGuard, GuardError
+from tests.unit.cuda_guard import ON_A_CARD, CudaGuard, GuardError
 
-NO_CARD = "no CUDA card in this machine; with one, `pytest -m cuda` runs this test on it"
 DTYPES = [torch.float16, torch.bfloat16]
 
 UNETS = {
@@ -89,14 +88,7 @@ def variant_id(options: dict[str, Any]) -> str:
     return "-".join(str(v) if k == "name" else f"{k}={v}" for k, v in options.items())
 
 
-@pytest.fixture(
-    params=[
-        "fake",
-        pytest.param(
-            "card", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CARD)]
-        ),
-    ]
-)
+@pytest.fixture(params=["fake", pytest.param("card", marks=ON_A_CARD)])
 def card(request: pytest.FixtureRequest) -> AbstractContextManager[Any]:
     """What to enter to have a CUDA card: a fake one, or nothing where it is real."""
     return fake_card() if request.param == "fake" else nullcontext()
@@ -232,7 +224,7 @@ def sd1(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusio
     """Stable Diffusion 1 in small, on the card."""
     config = ModelConfig(
         family="sd1",
-        unet=replace(UNETS["sd1"], sample_size=4),
+        unet=replace(UNETS["sd1"], levels=(Level(channels=16),), mid=text(16, 2), sample_size=4),
         schedule=ScheduleConfig(),
         sampler={"name": "pndm"},
         vae=VAE_TINY,

@@ -66,12 +66,12 @@ def test_the_recipe_survives_the_png(tmp_path: Path, prompt: str) -> None:
 
 def test_a_picture_without_a_recipe(tmp_path: Path) -> None:
     save_png(picture(), tmp_path / "a.png")
-    with pytest.raises(CheckpointError, match="a.png: carries no recipe"):
+    with pytest.raises(CheckpointError, match=r"a\.png: carries no recipe"):
         read_recipe(tmp_path / "a.png")
     with pytest.raises(CheckpointError, match="the picture: carries no recipe"):
         read_recipe(picture())
     picture().save(tmp_path / "a.jpg")
-    with pytest.raises(CheckpointError, match="a.jpg: carries no recipe"):
+    with pytest.raises(CheckpointError, match=r"a\.jpg: carries no recipe"):
         read_recipe(tmp_path / "a.jpg")
 
 

@@ -1,0 +1,294 @@
+"""minidiff's own file: what is in it comes back, what is wrong with it is one line, nothing is copied in vain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from minidiff import checkpoint
+from minidiff.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
+from minidiff.config import CLIP_L, SD15, VAE_SD, ModelConfig, to_json
+from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
+from minidiff.files import HASH_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
+from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load
+from tests.unit import tiny
+
+METADATA = {VERSION_KEY: checkpoint.VERSION, CONFIG_KEY: to_json(tiny.DDPM)}
+
+
+@pytest.fixture(scope="module")
+def ddpm() -> Unconditional:
+    return tiny.tiny_ddpm()
+
+
+def tensors_of(model: StableDiffusion | Unconditional) -> dict[str, Tensor]:
+    return {f"{n}.{k}": t for n, part in model.parts.items() for k, t in part.state_dict().items()}
+
+
+def lazies(tensors: dict[str, Tensor]) -> dict[str, Lazy]:
+    return {k: lazy(t) for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize("make", [tiny.tiny_sd, tiny.tiny_ddpm])
+def test_save_and_load_give_the_same_model(tmp_path: Path, make: Callable[[], StableDiffusion | Unconditional]) -> None:
+    model, path = make(), tmp_path / "model.safetensors"
+    told = model.save(path)
+    found = load(path, device="cpu")
+    assert type(found) is type(model)
+    assert found.config == model.config
+    assert found.hash == told == model.hash == content_hash(path)
+    ours, theirs = tensors_of(model), tensors_of(found)
+    assert list(ours) == list(theirs)
+    for name, t in ours.items():
+        assert t.dtype == theirs[name].dtype
+        assert torch.equal(t, theirs[name]), name
+    for part in found.parts.values():
+        assert not part.training
+        assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in part.parameters())
+    metadata = TensorFile(path).metadata
+    assert metadata.keys() == {"format", VERSION_KEY, CONFIG_KEY, HASH_KEY}
+    assert json.loads(metadata[CONFIG_KEY])["family"] == model.config.family
+
+
+def test_one_model_is_one_file_whatever_the_order(tmp_path: Path, ddpm: Unconditional) -> None:
+    entries = lazies(tensors_of(ddpm))
+    one = checkpoint.write(tmp_path / "a", tiny.DDPM, entries)
+    other = checkpoint.write(tmp_path / "b", tiny.DDPM, dict(reversed(entries.items())))
+    assert one == other
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_saving_what_was_loaded_changes_nothing(tmp_path: Path, ddpm: Unconditional) -> None:
+    ddpm.save(tmp_path / "a")
+    load(tmp_path / "a", "cpu").save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_float32_weights_are_the_mapped_ones(ddpm: Unconditional) -> None:
+    """No copy: each parameter is the very memory that was handed in."""
+    given = tensors_of(ddpm)
+    found = tensors_of(assemble(tiny.DDPM, lazies(given), device="cpu"))
+    for name, t in given.items():
+        assert found[name].data_ptr() == t.data_ptr(), name
+
+
+def test_loading_reads_each_tensor_once_and_meta_holds_no_memory(ddpm: Unconditional) -> None:
+    counts: dict[str, int] = {}
+
+    def counting(name: str, t: Tensor) -> Lazy:
+        def read_it() -> Tensor:
+            counts[name] = counts.get(name, 0) + 1
+            return t
+
+        return Lazy(tuple(t.shape), t.dtype, read_it)
+
+    parts = build(tiny.DDPM)
+    assert all(p.is_meta for part in parts.values() for p in part.parameters())
+    entries = {k: counting(k, t) for k, t in tensors_of(ddpm).items()}
+    checkpoint.account(parts, entries, "x")
+    assert counts == {}
+    fill(parts, entries)
+    assert set(counts.values()) == {1}
+    assert counts.keys() == entries.keys()
+
+
+def test_no_module_has_state_beyond_its_parameters() -> None:
+    """assign=True and the meta device leave buffers behind; so there are none."""
+    full = ModelConfig(
+        family="x",
+        unet=SD15,
+        schedule=tiny.SD.schedule,
+        vae=VAE_SD,
+        text_encoder=CLIP_L,
+        tokenizer=tiny.SD.tokenizer,
+    )
+    for config in (full, tiny.SD, tiny.DDPM):
+        for part in build(config).values():
+            assert list(part.buffers()) == []
+            assert part.state_dict().keys() == dict(part.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(tmp_path: Path, ddpm: Unconditional, dtype: torch.dtype) -> None:
+    want = tensors_of(ddpm)
+    ddpm.save(tmp_path / "full")
+    converted = load(tmp_path / "full", "cpu", dtype)
+    assert converted.dtype == dtype
+    assert all(torch.equal(t, want[k].to(dtype)) for k, t in tensors_of(converted).items())
+    converted.save(tmp_path / "other")
+    again = load(tmp_path / "other", "cpu")  # on the CPU float32, whatever the file holds
+    assert again.dtype == torch.float32
+    assert all(torch.equal(t, want[k].to(dtype).float()) for k, t in tensors_of(again).items())
+    as_is = build(tiny.DDPM)
+    fill(as_is, TensorFile(tmp_path / "other").lazy)  # None: as they are
+    assert all(p.dtype == dtype for part in as_is.values() for p in part.parameters())
+
+
+def test_another_device(tmp_path: Path, ddpm: Unconditional) -> None:
+    ddpm.save(tmp_path / "a")
+    found = load(tmp_path / "a", device="meta")
+    assert found.device == torch.device("meta")
+    assert all(p.is_meta for part in found.parts.values() for p in part.parameters())
+
+
+# --- what is wrong with a file ---------------------------------------------------------------------------------------
+
+NAME = "unet.down.0.res.0.conv1.weight"
+
+
+def _without(t: dict[str, Tensor]) -> None:
+    del t[NAME]
+
+
+def _without_three(t: dict[str, Tensor]) -> None:
+    del t[NAME], t["unet.conv_in.weight"], t["unet.conv_out.bias"]
+
+
+def _extra(t: dict[str, Tensor]) -> None:
+    t["unet.surprise"] = torch.ones(1)
+
+
+def _long(t: dict[str, Tensor]) -> None:
+    t["unet.x\n" + "y" * 10_000] = torch.ones(1)
+
+
+def _part(t: dict[str, Tensor]) -> None:
+    t["vae.decoder.conv_in.weight"] = torch.ones(1)
+
+
+def _shape(t: dict[str, Tensor]) -> None:
+    t[NAME] = t[NAME][..., :1].clone()
+
+
+def _rank(t: dict[str, Tensor]) -> None:
+    t[NAME] = t[NAME].flatten()
+
+
+def _whole(t: dict[str, Tensor]) -> None:
+    t[NAME] = t[NAME].to(torch.int8)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "missing": (_without, f"tensor '{NAME}' is missing; the file"),
+    "three missing": (_without_three, "tensor 'unet.conv_in.weight' is missing (and 2 more)"),
+    "extra": (_extra, "tensor 'unet.surprise' has no place in this model"),
+    "a long name": (_long, "has no place in this model"),
+    "a part that the config lacks": (_part, "tensor 'vae.decoder.conv_in.weight' has no place"),
+    "misshapen": (_shape, f"tensor '{NAME}' has shape (16, 16, 3, 1), the config says (16, 16, 3, 3)"),
+    "flat": (_rank, f"tensor '{NAME}' has shape (2304,), the config says (16, 16, 3, 3)"),
+    "whole numbers": (_whole, f"tensor '{NAME}' has dtype torch.int8"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_tensors_that_do_not_fit(tmp_path: Path, ddpm: Unconditional, wrong: str) -> None:
+    """Neither read nor written: one line that names the file and the tensor."""
+    change, words = WRONG[wrong]
+    tensors = tensors_of(ddpm)
+    change(tensors)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.write(path, tiny.DDPM, lazies(tensors))
+    assert list(tmp_path.iterdir()) == []
+    write_tensors(path, lazies(tensors), METADATA)
+    messages = [str(caught.value)]
+    for device in ("cpu", "meta"):
+        with pytest.raises(CheckpointError) as caught:
+            load(path, device)
+        messages.append(str(caught.value))
+    for message in messages:
+        assert message.startswith(f"{path}: ")
+        assert words in message
+        assert "\n" not in message
+        assert len(message) < 300 + len(str(path))
+
+
+def test_files_that_are_not_minidiffs(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"model.weight": torch.ones(1)}, path, {"format": "pt"})
+    assert not is_minidiff(TensorFile(path).metadata)
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: .* not minidiff's; `minidiff convert`"):
+        load(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({VERSION_KEY: "2"}, "format version '2', this minidiff reads '1'"),
+        ({VERSION_KEY: ""}, "format version ''"),
+        ({VERSION_KEY: "9" * 10_000}, "format version"),
+        ({CONFIG_KEY: ""}, "its config cannot be used (ModelConfig: not valid JSON"),
+        ({CONFIG_KEY: "[" * 100_000}, "its config cannot be used"),
+        ({CONFIG_KEY: "{}"}, "field family, schedule, unet is missing"),
+        ({CONFIG_KEY: to_json(tiny.DDPM).replace('"groups":8', '"groups":7')}, "groups=7 does not divide channels=16"),
+        ({CONFIG_KEY: to_json(tiny.DDPM).replace('"layers":1', '"layers":1000000000')}, "layers=1000000000"),
+        ({CONFIG_KEY: to_json(replace(tiny.SD, text_encoder=None, tokenizer=None))}, "is missing"),
+        ({CONFIG_KEY: to_json(replace(tiny.DDPM, vae=tiny.SD.vae))}, "is missing"),
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, ddpm: Unconditional, change: dict[str, str], words: str) -> None:
+    path = tmp_path / "a"
+    write_tensors(path, lazies(tensors_of(ddpm)), METADATA | change)
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+
+
+def test_a_header_without_a_config_or_hash(tmp_path: Path, ddpm: Unconditional) -> None:
+    path = tmp_path / "a"
+    safetensors.torch.save_file(tensors_of(ddpm), path, {VERSION_KEY: "1"})
+    with pytest.raises(CheckpointError, match="its config cannot be used"):
+        read(path)
+    safetensors.torch.save_file(tensors_of(ddpm), path, METADATA)
+    assert read(path).hash == ""
+    assert load(path, "cpu").hash == ""
+
+
+def test_read_opens_without_reading(tmp_path: Path, ddpm: Unconditional) -> None:
+    told = ddpm.save(tmp_path / "a")
+    found = read(tmp_path / "a")
+    assert (found.config, found.hash) == (tiny.DDPM, told)
+    assert found.file.lazy.keys() == tensors_of(ddpm).keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (replace(tiny.SD, text_encoder=None, tokenizer=None), "no text encoder"),
+        (replace(tiny.DDPM, vae=tiny.SD.vae), "no text encoder"),
+        (replace(tiny.SD, unet=replace(tiny.UNET, in_channels=9)), "inpainting"),
+        (replace(tiny.SD, unet=replace(tiny.UNET, added_dim=2000)), "SDXL"),
+    ],
+)
+def test_models_that_no_pipeline_runs(config: ModelConfig, words: str) -> None:
+    with pytest.raises(UnsupportedError, match=words):
+        checkpoint_to_pipeline(config)
+
+
+def checkpoint_to_pipeline(config: ModelConfig) -> Any:
+    from minidiff.pipeline import from_parts
+
+    return from_parts(config, build(config))
+
+
+def test_a_sampler_or_table_that_is_nonsense(ddpm: Unconditional) -> None:
+    config = replace(tiny.DDPM, sampler={"name": "magic"})
+    model = assemble(config, lazies(tensors_of(ddpm)), "cpu")
+    with pytest.raises(ConfigError, match="magic"):
+        model.generate(steps=1, progress=False)

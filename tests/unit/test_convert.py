@@ -1,0 +1,338 @@
+"""Conversion of whole checkpoints, without the reference at hand: layouts, options, the account, the command."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import weights_convert
+from minidiff import ConfigError, checkpoint, load
+from minidiff.config import SD15, ModelConfig
+from minidiff.files import TensorFile
+from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
+from tests.unit import convert_sources as sources
+from tests.unit.tiny import DDPM, SD, tiny_ddpm, tiny_sd
+from weights_convert import keys_diffusers, keys_original
+from weights_convert.component import meta_model
+from weights_convert.engine import CONV1X1, SAME, expand
+from weights_convert.folder import rewrite
+
+ROOT = Path(__file__).resolve().parents[2]
+PNDM = {"name": "pndm", "set_alpha_to_one": False, "steps_offset": 1, "runge_kutta": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sources.write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A folder that a test may spoil."""
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def original(tmp_path: Path) -> Path:
+    save_file(sources.original_tensors(), tmp_path / "original.safetensors")
+    return tmp_path / "original.safetensors"
+
+
+def assert_same_weights(ours: Pipeline, wanted: Pipeline) -> None:
+    assert ours.parts.keys() == wanted.parts.keys()
+    for name, part in wanted.parts.items():
+        got = ours.parts[name].state_dict()
+        assert got.keys() == part.state_dict().keys()
+        for key, tensor in part.state_dict().items():
+            assert torch.equal(got[key], tensor), f"{name}.{key}"
+
+
+def comparable(config: ModelConfig) -> ModelConfig:
+    return replace(config, family="", sampler={})
+
+
+# ---- key maps
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "tests" / "fixtures").glob("keys_*.txt")))
+def test_listings_show_the_maps(name: str) -> None:
+    """What a reviewer reads is what the code does; `python scripts/make_key_listings.py` writes them anew."""
+    listings = runpy.run_path(str(ROOT / "scripts" / "make_key_listings.py"))["listings"]()
+    assert (ROOT / "tests" / "fixtures" / name).read_text(encoding="utf-8") == listings[name]
+    assert set(listings) == {p.name for p in (ROOT / "tests" / "fixtures").glob("keys_*.txt")}
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "tests" / "fixtures").glob("keys_*.txt")))
+def test_listings_are_bijections(name: str) -> None:
+    lines = (ROOT / "tests" / "fixtures" / name).read_text(encoding="utf-8").splitlines()
+    theirs, ours = zip(*(line.removesuffix("  (conv1x1)").split(" -> ") for line in lines), strict=True)
+    assert len(set(theirs)) == len(set(ours)) == len(lines) > 100
+
+
+def test_every_parameter_has_a_source_in_the_original_layout() -> None:
+    model = meta_model(SD15)
+    pairs = expand(keys_original.unet(SD15), model)
+    assert {p.ours for p in pairs} == set(model.state_dict())
+    # The averages' keys have no dots; still no two of them may fall together.
+    assert len({keys_original.ema_key(p.theirs) for p in pairs}) == len(pairs)
+    assert keys_original.ema_key("model.diffusion_model.out.0.bias") == "model_ema.diffusion_modelout0bias"
+
+
+@pytest.mark.parametrize("form", [SAME, CONV1X1])
+@pytest.mark.parametrize("shape", [(6, 6), (6,)])
+def test_forms_are_inverse(form: Any, shape: tuple[int, ...]) -> None:
+    tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    stored = form.write(tensor)
+    assert tuple(stored.shape) == form.stored(shape)
+    assert torch.equal(form.read(stored), tensor)
+
+
+# ---- layouts
+
+
+def test_diffusers_folder(folder: Path, tmp_path: Path) -> None:
+    report = weights_convert.convert(folder, tmp_path / "out.safetensors")
+    sd = load(tmp_path / "out.safetensors", device="cpu")
+    assert isinstance(sd, StableDiffusion)
+    assert_same_weights(sd, tiny_sd())
+    assert comparable(sd.config) == comparable(SD)
+    assert {k: sd.config.sampler[k] for k in PNDM} == PNDM
+    assert (report.layout, report.family, report.dropped) == ("diffusers", "sd1", [])
+    assert report.mapped == {n: len(p.state_dict()) for n, p in tiny_sd().parts.items()}
+    assert report.hash == sd.hash
+    assert "because model_index.json names StableDiffusionPipeline" in str(report)
+
+
+def test_original_single_file(original: Path, tmp_path: Path) -> None:
+    report = weights_convert.convert(original, tmp_path / "out.safetensors", config=sources.OVERRIDE)
+    sd = load(tmp_path / "out.safetensors", device="cpu")
+    assert_same_weights(sd, tiny_sd())
+    assert comparable(sd.config) == comparable(SD)
+    assert {k: sd.config.sampler[k] for k in PNDM} == PNDM
+    assert (report.layout, report.family) == ("original", "sd1")
+    assert {name: n for name, n, _ in report.dropped} == {"noise schedule": 3, "position ids": 1}
+    assert "follow the family's rule" in str(report)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_ckpt(tmp_path: Path, zipped: bool, wrapped: bool) -> None:
+    tensors = sources.original_tensors()
+    found = {"state_dict": tensors, "global_step": 470000, "epoch": 3} if wrapped else tensors
+    torch.save(found, tmp_path / "sd.ckpt", _use_new_zipfile_serialization=zipped)
+    report = weights_convert.convert(tmp_path / "sd.ckpt", tmp_path / "out.safetensors", config=sources.OVERRIDE)
+    assert_same_weights(load(tmp_path / "out.safetensors", device="cpu"), tiny_sd())
+    assert [d for d in report.dropped if d[0] == "training state"] == (
+        [("training state", 2, "no tensors: global_step, epoch")] if wrapped else []
+    )
+
+
+def test_original_without_text_model_prefix(tmp_path: Path) -> None:
+    tensors = {k.replace("transformer.text_model.", "transformer."): t for k, t in sources.original_tensors().items()}
+    save_file(tensors, tmp_path / "sd.safetensors")
+    sd = weights_convert.load(tmp_path / "sd.safetensors", device="cpu", config=sources.OVERRIDE)
+    assert_same_weights(sd, tiny_sd())
+
+
+def test_bare_ddpm_folder(tmp_path: Path) -> None:
+    report = weights_convert.convert(sources.write_ddpm(tmp_path / "ddpm"), tmp_path / "out.safetensors")
+    model = load(tmp_path / "out.safetensors", device="cpu")
+    assert isinstance(model, Unconditional)
+    assert_same_weights(model, tiny_ddpm())
+    assert comparable(model.config) == comparable(DDPM)
+    assert "no scheduler_config.json" in str(report)
+
+
+def test_sharded(copy: Path) -> None:
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {k: names[i % 2] for i, k in enumerate(tensors)}
+    for name in names:
+        save_file({k: t for k, t in tensors.items() if where[k] == name}, copy / "unet" / name)
+    sources.write_json(copy / "unet" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": where})
+    assert_same_weights(weights_convert.load(copy, device="cpu"), tiny_sd())
+
+
+def test_load_is_convert_and_load(folder: Path, tmp_path: Path) -> None:
+    weights_convert.convert(folder, tmp_path / "out.safetensors")
+    direct, written = weights_convert.load(folder, device="cpu"), load(tmp_path / "out.safetensors", device="cpu")
+    assert direct.config == written.config
+    assert_same_weights(direct, written)
+
+
+def test_minidiff_file_to_another_dtype(folder: Path, tmp_path: Path) -> None:
+    weights_convert.convert(folder, tmp_path / "a.safetensors")
+    report = weights_convert.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bfloat16")
+    assert (report.layout, report.family) == ("minidiff", "sd1")
+    assert {t.dtype for t in TensorFile(tmp_path / "b.safetensors").lazy.values()} == {torch.bfloat16}
+
+
+# ---- options
+
+
+def test_dtypes_are_kept_unless_asked(copy: Path, tmp_path: Path) -> None:
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: t.half() for k, t in load_file(file).items()}, file)
+    weights_convert.convert(copy, tmp_path / "kept.safetensors")
+    kept = TensorFile(tmp_path / "kept.safetensors").lazy
+    assert {k.split(".")[0]: t.dtype for k, t in kept.items()} == {
+        "unet": torch.float32,
+        "vae": torch.float16,
+        "text_encoder": torch.float32,
+    }
+    report = weights_convert.convert(copy, tmp_path / "half.safetensors", dtype=torch.float16)
+    half = TensorFile(tmp_path / "half.safetensors").lazy
+    assert {t.dtype for t in half.values()} == {torch.float16}
+    key = "unet.conv_in.weight"
+    assert torch.equal(half[key].load(), kept[key].load().half())
+    assert "converted to float16" in str(report)
+
+
+def ema_file(path: Path) -> dict[str, Tensor]:
+    tensors = sources.original_tensors()
+    averaged = {keys_original.ema_key(k): t + 1 for k, t in tensors.items() if k.startswith(keys_original.UNET)}
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7)}
+    save_file(tensors | averaged | counters, path)
+    return tensors
+
+
+def test_ema_weights_are_picked_when_asked(tmp_path: Path) -> None:
+    ema_file(tmp_path / "sd.safetensors")
+    plain = weights_convert.open_source(tmp_path / "sd.safetensors", config=sources.OVERRIDE)
+    averaged = weights_convert.open_source(tmp_path / "sd.safetensors", ema=True, config=sources.OVERRIDE)
+    wanted = tiny_sd().unet.state_dict()
+    for key, tensor in wanted.items():
+        assert torch.equal(plain.tensors[f"unet.{key}"].load(), tensor)
+        assert torch.equal(averaged.tensors[f"unet.{key}"].load(), tensor + 1)
+    assert "EMA weights are there too" in str(plain.report)
+    assert "the EMA weights, as asked" in str(averaged.report)
+    counts = {name: n for name, n, _ in averaged.report.dropped}
+    assert (counts["last training step"], counts["EMA settings"]) == (len(wanted), 2)
+    assert {name: n for name, n, _ in plain.report.dropped}["EMA weights"] == len(wanted) + 2
+
+
+def test_config_as_a_file(original: Path, tmp_path: Path) -> None:
+    override = sources.OVERRIDE | {"schedule": {"prediction": "v_prediction"}}
+    sources.write_json(tmp_path / "fix.json", override)
+    found = weights_convert.open_source(original, config=tmp_path / "fix.json").config
+    assert found.schedule == replace(SD.schedule, prediction="v_prediction")
+
+
+def test_config_corrects_a_folder_too(folder: Path) -> None:
+    found = weights_convert.open_source(folder, config={"unet": {"mid": {"heads": 1}}, "sampler": {"name": "ddim"}})
+    assert found.config.unet.mid.heads == 1
+    assert found.config.unet.levels == SD.unet.levels
+    assert found.config.sampler == {"name": "ddim"}
+
+
+@pytest.mark.parametrize(
+    "config", [{"unets": {}}, {"unet": {"head": 3}}, {"unet": {"groups": 7}}, {"vae": None}, "missing.json"]
+)
+def test_config_that_does_not_fit(original: Path, config: Any) -> None:
+    with pytest.raises(ConfigError):
+        weights_convert.open_source(original, config=config)
+
+
+@pytest.mark.parametrize(
+    ("found", "changes"),
+    [
+        ({"_class_name": "PNDMScheduler", "steps_offset": 1}, {}),
+        ({"_class_name": "PNDMScheduler"}, {"steps_offset": 1}),
+        ({"_class_name": "DDIMScheduler", "steps_offset": 1}, {"clip_sample": False}),
+        (
+            {"_class_name": "DDIMScheduler", "steps_offset": 0, "clip_sample": True},
+            {"steps_offset": 1, "clip_sample": False},
+        ),
+        ({"_class_name": "EulerDiscreteScheduler", "steps_offset": 1, "clip_sample": False}, {}),
+    ],
+)
+def test_outdated_schedulers_are_rewritten(found: dict[str, Any], changes: dict[str, Any]) -> None:
+    assert rewrite(found) == changes
+
+
+def test_a_rewritten_scheduler_is_told(copy: Path) -> None:
+    old = {k: v for k, v in sources.SCHEDULER_JSON.items() if k != "steps_offset"}
+    sources.write_json(copy / "scheduler" / "scheduler_config.json", old)
+    found = weights_convert.open_source(copy)
+    assert found.config.sampler["steps_offset"] == 1
+    assert "steps_offset was absent, set to 1" in str(found.report)
+
+
+def test_content_filter_is_dropped_by_name(copy: Path) -> None:
+    index = sources.INDEX | {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
+    }
+    sources.write_json(copy / "model_index.json", index)
+    dropped = weights_convert.open_source(copy).report.dropped
+    assert [name for name, _, _ in dropped] == ["safety_checker", "feature_extractor"]
+
+
+def test_a_junk_option_is_mentioned(copy: Path) -> None:
+    sources.write_json(copy / "unet" / "config.json", sources.UNET_JSON | {"sparkle": 3})
+    assert "sparkle is not an option of UNet2DConditionModel" in str(weights_convert.open_source(copy).report)
+
+
+def test_opening_reads_no_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: TensorFile, name: str) -> Tensor:
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(TensorFile, "_load", read)
+    weights_convert.open_source(folder)
+
+
+def test_detect(folder: Path, original: Path, tmp_path: Path) -> None:
+    weights_convert.convert(folder, tmp_path / "out.safetensors")
+    paths = {
+        folder: ("diffusers", "sd1"),
+        original: ("original", "sd1"),
+        tmp_path / "out.safetensors": ("minidiff", "minidiff"),
+    }
+    for path, (layout, family) in paths.items():
+        found = weights_convert.detect(path)
+        assert (found.layout, found.family) == (layout, family)
+        assert "because" in str(found)
+
+
+# ---- the command
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "weights_convert", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_command(folder: Path, tmp_path: Path) -> None:
+    done = run(folder, tmp_path / "out.safetensors", "--dtype", "float16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "family    sd1" in done.stdout
+    assert checkpoint.read(tmp_path / "out.safetensors").config.unet == SD.unet
+
+
+def test_command_ends_a_mistake_in_one_line(tmp_path: Path) -> None:
+    failed = run(tmp_path / "nothing", tmp_path / "out.safetensors")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+    assert "no such file or folder" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_and_new_names_of_ddpm_attention() -> None:
+    model = meta_model(DDPM.unet)
+    new = {p.theirs for p in expand(keys_diffusers.unet(DDPM.unet), model)}
+    old = {p.theirs for p in expand(keys_diffusers.unet(DDPM.unet, old_names=True), model)}
+    assert "mid_block.attentions.0.to_out.0.weight" in new - old
+    assert "mid_block.attentions.0.proj_attn.weight" in old - new

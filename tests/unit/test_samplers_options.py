@@ -1,0 +1,326 @@
+"""Options of samplers: names, JSON, diffusers' configs, the familiar shell, and one clear line for what can't be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from minidiff.config import ScheduleConfig
+from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.samplers import (
+    DDIM,
+    DDPM,
+    PNDM,
+    SAMPLERS,
+    Euler,
+    EulerAncestral,
+    Scheduler,
+    sampler_from_config,
+    sampler_from_diffusers,
+    sampler_to_config,
+    schedule_from_diffusers,
+)
+from minidiff.schedule import NoiseSchedule
+from tests.tolerances import assert_close
+
+SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
+
+# what the folders of well-known checkpoints hold
+SD15 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+SDXL = {
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+CAT = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+    "variance_type": "fixed_large",
+}
+
+
+def test_names():
+    assert list(SAMPLERS) == ["ddpm", "ddim", "pndm", "euler", "euler_ancestral"]
+    assert sampler_from_config({"name": "pndm"}) == PNDM(spacing="leading", steps_offset=1, runge_kutta=False)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *(kind() for kind in SAMPLERS.values()),
+        DDPM(variance="learned", clip=2, threshold=0.9),
+        DDIM(eta=0.5),
+        PNDM(runge_kutta=True, like_diffusers=True),
+        Euler(s_churn=2.0, s_tmax=3.5, sigma_min=0.1, sigma_spacing="beta", continuous=True),
+    ],
+    ids=repr,
+)
+def test_json_round_trip(sampler):
+    text = json.dumps(sampler_to_config(sampler), allow_nan=False)
+    back = sampler_from_config(json.loads(text))
+    assert back == sampler
+    assert hash(back) == hash(sampler)
+
+
+def test_unknown_names_and_options_quote_the_known_ones():
+    with pytest.raises(ConfigError, match="'dpm' ; known|'dpm'; known are ddpm, ddim, pndm, euler, euler_ancestral"):
+        sampler_from_config({"name": "dpm"})
+    with pytest.raises(ConfigError, match="None; known are"):
+        sampler_from_config({})
+    with pytest.raises(ConfigError, match="pndm has no option 'eta'; it knows like_diffusers, spacing"):
+        sampler_from_config({"name": "pndm", "eta": 1})
+    with pytest.raises(ConfigError, match="spacing='middle' is none of leading"):
+        sampler_from_config({"name": "pndm", "spacing": "middle"})
+    with pytest.raises(ConfigError, match="none of the named samplers"):
+        sampler_to_config(object())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DDIM, {"spacing": "middle"}, "DDIM.spacing='middle' is none of 'leading'"),
+        (DDIM, {"eta": -0.5}, "eta=-0.5 must not be negative"),
+        (DDIM, {"eta": "1"}, "DDIM.eta='1' must be of type float"),
+        (DDIM, {"steps_offset": 1.5}, "steps_offset=1.5 must be of type int"),
+        (DDIM, {"steps_offset": True}, "steps_offset=True must be of type int"),
+        (DDIM, {"set_alpha_to_one": 1}, "set_alpha_to_one=1 must be of type bool"),
+        (DDPM, {"clip": 0.0}, "clip=0.0 must be positive"),
+        (DDPM, {"threshold": 99.5}, "threshold=99.5 is a fraction"),
+        (DDPM, {"variance": "large"}, "variance='large' is none of 'fixed_small'"),
+        (Euler, {"s_churn": -1.0}, "s_churn=-1.0 must not be negative"),
+        (Euler, {"sigma_min": 0.0}, "sigma_min=0.0 must be positive"),
+        (Euler, {"last_alpha_bar": 0.0}, "last_alpha_bar=0.0 must lie"),
+        (EulerAncestral, {"last_alpha_bar": 1.0}, "last_alpha_bar=1.0 must lie"),
+    ],
+)
+def test_options_are_checked_when_given(kind, options, message):
+    with pytest.raises(ConfigError) as caught:
+        kind(**options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS.values())
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "20", False])
+def test_impossible_numbers_of_steps(kind, steps):
+    with pytest.raises(ConfigError, match="steps="):
+        kind().plan(SCHEDULE, steps)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS.values())
+def test_exactly_one_of_steps_timesteps_and_sigmas(kind):
+    for given in ({}, {"steps": 5, "timesteps": [3, 1]}, {"timesteps": [3, 1], "sigmas": [3.0, 0.0]}):
+        with pytest.raises(ConfigError, match="exactly one of"):
+            kind().plan(SCHEDULE, **given)
+    with pytest.raises(ConfigError, match="needs the model's noise schedule"):
+        kind().plan(None, 5)
+
+
+@pytest.mark.parametrize("kind", [DDIM, PNDM, EulerAncestral])
+def test_methods_without_custom_timesteps(kind):
+    with pytest.raises(ConfigError, match="can't take timesteps; give steps"):
+        kind().plan(SCHEDULE, timesteps=[5, 3])
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (DDPM, {"timesteps": [3, 5]}, "must fall strictly"),
+        (DDPM, {"timesteps": [5, 5]}, "must fall strictly"),
+        (DDPM, {"timesteps": [1000, 5]}, "run from 1000 to 5, the model knows 0 to 999"),
+        (DDPM, {"timesteps": [5, -1]}, "run from 5 to -1"),
+        (DDPM, {"timesteps": [5.5, 1]}, "must be whole numbers"),
+        (DDPM, {"timesteps": []}, "timesteps is empty"),
+        (DDPM, {"sigmas": [3.0, 1.0]}, "can't take sigmas; give steps or timesteps"),
+        (Euler, {"timesteps": [3, 5]}, "must fall strictly"),
+        (Euler, {"timesteps": [float("nan")]}, "timesteps"),
+        (Euler, {"sigmas": [1.0]}, "at least 2"),
+        (Euler, {"sigmas": [1.0, 2.0]}, "must fall strictly"),
+        (Euler, {"sigmas": [1.0, -2.0]}, "must fall strictly"),
+        (Euler, {"sigmas": [float("inf"), 2.0]}, "must fall strictly"),
+    ],
+)
+def test_impossible_timesteps_and_sigmas(kind, given, message):
+    with pytest.raises(ConfigError, match=message):
+        kind().plan(SCHEDULE, **given)
+
+
+@pytest.mark.parametrize("kind", [DDIM, PNDM, DDPM])
+def test_thousand_steps_with_offset_1_have_no_index_1000(kind):
+    """Trap: 1000 steps with offset 1 (DF #10003)."""
+    with pytest.raises(
+        ConfigError, match="run from 1000 to 1, the model knows 0 to 999; use fewer steps or steps_offs"
+    ):
+        kind(steps_offset=1).plan(SCHEDULE, 1000)
+    assert len(kind(steps_offset=0).plan(SCHEDULE, 1000)) in (1000, 1001)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_runge_kutta_needs_4_steps(n):
+    with pytest.raises(ConfigError, match=f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4"):
+        PNDM(runge_kutta=True).plan(SCHEDULE, n)
+
+
+def test_pndm_can_not_start_inside_a_runge_kutta_interval():
+    sampler = PNDM(runge_kutta=True)
+    plan = sampler.plan(SCHEDULE, 20)
+    with pytest.raises(ConfigError, match="can't start at row 5"):
+        sampler.step(plan, 5, torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), sampler.start(), torch.zeros_like)
+
+
+def test_epsilon_model_at_zero_terminal_snr():
+    """Trap: an epsilon model rescaled goes black (DF PR #3664)."""
+    zero = NoiseSchedule.from_config(ScheduleConfig(zero_snr=True))
+    for kind in (DDIM, DDPM, PNDM):
+        with pytest.raises(ConfigError, match="zero_snr"):
+            kind(spacing="trailing").plan(zero, 10)
+        assert len(kind().plan(zero, 10)) in (10, 11)
+
+
+def test_learned_variance_needs_twice_the_channels():
+    sampler = DDPM(variance="learned")
+    x = torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ConfigError, match="variance='learned' needs 8 output channels, got 4"):
+        sampler.step(sampler.plan(SCHEDULE, 5), 0, x, x, (), torch.zeros_like)
+
+
+def test_eta_too_large_for_the_variance():
+    with pytest.raises(ConfigError, match=r"with eta=3\.0, .* at rows \[0"):
+        DDIM(eta=3.0).plan(SCHEDULE, 10)
+
+
+def test_rounding_below_0_counts_as_0_for_a_sampler_by_name():
+    zero = NoiseSchedule.from_config(ScheduleConfig(zero_snr=True, prediction="v_prediction"))
+    plan = DDIM(eta=1.0, spacing="trailing").plan(zero, 50)
+    assert plan.direction[0] == 0
+    assert bool(plan.direction.isfinite().all())
+
+
+def test_diffusers_configs_of_known_checkpoints():
+    assert sampler_from_diffusers(SD15) == PNDM(like_diffusers=True)
+    assert schedule_from_diffusers(SD15) == ScheduleConfig()
+    assert sampler_from_diffusers(SDXL) == Euler(spacing="leading", steps_offset=1, like_diffusers=True)
+    cat = DDPM(variance="fixed_large", clip=1.0, like_diffusers=True)
+    assert sampler_from_diffusers(CAT) == cat
+    assert schedule_from_diffusers(CAT) == ScheduleConfig(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+
+
+def test_missing_fields_have_the_defaults_of_their_class():
+    bare = {name: sampler_from_diffusers({"_class_name": name}) for name in (
+        "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    )}  # fmt: skip
+    assert list(bare.values()) == [
+        DDPM(clip=1.0, like_diffusers=True),
+        DDIM(clip=1.0, steps_offset=0, set_alpha_to_one=True, like_diffusers=True),
+        PNDM(steps_offset=0, runge_kutta=True, like_diffusers=True),
+        Euler(like_diffusers=True),
+        EulerAncestral(like_diffusers=True),
+    ]
+
+
+def test_options_of_step_may_stand_in_the_config():
+    c = {"_class_name": "EulerDiscreteScheduler", "s_churn": 1.0, "s_tmin": 0.1, "s_tmax": float("inf"), "s_noise": 2}
+    assert sampler_from_diffusers(c) == Euler(s_churn=1.0, s_tmin=0.1, s_noise=2, like_diffusers=True)
+    c = {"_class_name": "DDIMScheduler", "eta": 0.3, "use_clipped_model_output": True, "clip_sample": False}
+    ours = sampler_from_diffusers(c)
+    assert (ours.eta, ours.use_clipped, ours.clip) == (0.3, True, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({}, ConfigError, "no _class_name"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, UnsupportedError, "'FlowMatch.*known are DDPMScheduler, "),
+        ({**SDXL, "prediction_type": "flow_prediction"}, UnsupportedError, "flow"),
+        ({**SDXL, "use_flow_sigmas": True}, UnsupportedError, "flow"),
+        ({**SDXL, "karras": True}, ConfigError, "EulerDiscreteScheduler has no option 'karras'; it knows beta_end"),
+        ({**SDXL, "use_karras_sigmas": True, "use_beta_sigmas": True}, ConfigError, "exclude each other"),
+        ({**SDXL, "timestep_type": "odd"}, ConfigError, "timestep_type='odd' is none of discrete, continuous"),
+        ({**SDXL, "timestep_spacing": "odd"}, ConfigError, "spacing='odd' is none of"),
+        ({**SDXL, "steps_offset": None}, ConfigError, "steps_offset=None must be of type int"),
+        ({**SD15, "prediction_type": "sample"}, ConfigError, "'sample' is none of epsilon, v_prediction"),
+        ({**CAT, "variance_type": "fixed_large_log"}, ConfigError, "NaN in diffusers"),
+    ],
+)
+def test_what_a_diffusers_config_can_not_say(config, error, message):
+    with pytest.raises(error, match=message):
+        sampler_from_diffusers(config)
+
+
+def test_schedule_of_a_diffusers_config_is_checked():
+    with pytest.raises(
+        ConfigError, match="beta_schedule='sigmoid' is none of linear, scaled_linear, squaredcos_cap_v2"
+    ):
+        schedule_from_diffusers({**SD15, "beta_schedule": "sigmoid"})
+    with pytest.raises(ConfigError, match="2 betas are given"):
+        schedule_from_diffusers({**SD15, "trained_betas": [0.1, 0.2]})
+    with pytest.raises(ConfigError, match="trained_betas"):
+        schedule_from_diffusers({**SD15, "trained_betas": "abc"})
+    assert schedule_from_diffusers({**SDXL, "rescale_betas_zero_snr": True}).zero_snr
+    assert schedule_from_diffusers({**SDXL, "prediction_type": "original_sample"}).prediction == "sample"
+
+
+def test_the_familiar_loop_equals_plan_and_step():
+    s = Scheduler.from_diffusers(SD15)
+    s.set_timesteps(7)
+    sampler = s.sampler
+    plan, state = sampler.plan(s.schedule, 7), sampler.start()
+    x = y = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * s.init_noise_sigma
+    for i, t in enumerate(s.timesteps):
+        out = torch.sin(3 * s.scale_model_input(x, t))
+        x = s.step(out, t, x)
+        want = sampler.denoised(plan, i, y, out, state)
+        y, state = sampler.step(plan, i, y, out, state, torch.zeros_like)
+        assert_close(x, y)
+        assert_close(s.last_x0, want)
+
+
+def test_shell_refusals():
+    s = Scheduler.from_diffusers(SDXL)
+    with pytest.raises(ConfigError, match="call set_timesteps"):
+        s.timesteps  # noqa: B018
+    assert s.last_x0 is None
+    s.set_timesteps(5)
+    x = torch.zeros(2, 4, 2, 2)
+    with pytest.raises(ConfigError, match="t=3 is none of the scheduler's timesteps"):
+        s.step(x, 3, x)
+    with pytest.raises(ConfigError, match="3 generators for 2 images"):
+        ancestral = Scheduler(EulerAncestral(), SCHEDULE)
+        ancestral.set_timesteps(5)
+        ancestral.step(x, ancestral.timesteps[0], x, generator=[torch.Generator()] * 3)
+    with pytest.raises(ConfigError, match="DDIM has no sigmas"):
+        ddim = Scheduler(DDIM(), SCHEDULE)
+        ddim.set_timesteps(5)
+        ddim.sigmas  # noqa: B018
