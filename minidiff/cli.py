@@ -248,8 +248,6 @@ def convert(args: Namespace) -> None:
     src, dst = Path(args.src), Path(args.dst)
     if not src.exists():
         raise CheckpointError(f"{src}: no such file or folder")
-    if dst.exists() and src.samefile(dst):
-        raise ConfigError(f"{dst}: is what should be converted; name another file to write")
     if os.path.lexists(dst) and not args.force and not (dst.is_dir() and not any(dst.iterdir())):
         raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
     import weights_convert

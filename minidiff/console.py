@@ -64,13 +64,15 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            try:
-                work()
-            finally:
-                _flush()
+            work()
+            _flush()
         except SystemExit as e:  # --help and --version
+            with suppress(OSError):
+                _flush()
             return e.code if isinstance(e.code, int) else 0
         except BaseException as e:
+            with suppress(OSError):
+                _flush()
             if debug:
                 with suppress(OSError):
                     traceback.print_exc()

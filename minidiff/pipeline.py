@@ -375,7 +375,10 @@ def load(
 ) -> StableDiffusion | Unconditional:
     """Open a minidiff file; ``device`` and ``dtype`` as for :func:`assemble`. Raises :class:`CheckpointError`."""
     found = checkpoint.read(path)
-    return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash)
+    try:
+        return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash)
+    finally:
+        found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:

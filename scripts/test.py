@@ -28,8 +28,8 @@ def main() -> int:
     options, to_pytest = parser.parse_known_args()
     if options.oldest:
         _setup.enter(name=OLDEST, pins=tuple(oldest()))
-        named = any(os.path.exists(_setup.ROOT / argument.split("::")[0]) for argument in to_pytest)
-        return check([["pytest", *workers(), *([] if named else ["tests/unit"]), *to_pytest]])
+        # As an ini value: pytest reads it only where the arguments name no tests themselves.
+        return check([["pytest", *workers(), "-o", "testpaths=tests/unit", *to_pytest]])
     _setup.enter("test")
     static = [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]
     return check([*([] if options.only_tests else static), ["pytest", *workers(), *without_reference(), *to_pytest]])
@@ -77,7 +77,7 @@ def oldest() -> list[str]:
         if bound is None:
             sys.exit(f"pyproject.toml: the dependency {requirement!r} should read NAME>=VERSION")
         pins.append(f"{bound[1]}=={bound[2]}")  # 2.6 means 2.6.0 here
-    tools = [r for r in _setup.requirements("test") if not r.startswith(("minidiff", "ruff", "mypy"))]
+    tools = [r for r in _setup.requirements("test") if not r.startswith(("minidiff", "ruff", "mypy", "types-"))]
     return pins + tools
 
 

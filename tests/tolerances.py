@@ -22,17 +22,15 @@ class Tolerance:
 
 
 EXACT = Tolerance(0.0, 0.0, "the same operations in the same order")
-BATCH = Tolerance(1e-4, 0.0, "the kernels that a batch size picks sum in another order")
+BATCH = Tolerance(1e-4, 1e-5, "the kernels that a batch size picks sum in another order")
 FLOAT16_CUDA = Tolerance(
-    0.02,
+    0.05,
     0.0,
-    "float16 keeps 11 bits: on outputs divided by their standard deviation, held against float32 on the CPU; tiny models "
-    "in float16 on the CPU were within 0.009, and a card sums in another order",
+    "float16 keeps 11 bits: on outputs divided by their standard deviation, against float32 on the CPU; tiny models in "
+    "float16 on the CPU are within 0.025, a card sums in another order; a timestep that is off by 20 is 0.4 away",
 )
 BFLOAT16_CUDA = Tolerance(
-    0.15,
-    0.0,
-    "bfloat16 keeps 8 bits, an eighth of float16's precision; measured likewise, within 0.067 on the CPU",
+    0.3, 0.0, "bfloat16 keeps 8 bits, an eighth of float16's precision; measured likewise, within 0.15 on the CPU"
 )
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import pickletools
 import re
+import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,25 @@ HARMLESS = re.compile(
 LEGACY_PICKLES = 5  # torch before 1.6 wrote five in a row: magic number, version, system, the object, storage keys
 
 
-class Inert(dict[Any, Any]):
-    """Stands in for an object of training: takes any arguments, items and state, and does nothing with them."""
+class Inert:
+    """Stands in for an object of training: takes any arguments and any state, and does nothing with them."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+def inert_dict(*args: Any) -> dict[Any, Any]:
+    """Stands in for a defaultdict: the unpickler puts items into plain dicts only."""
+    return {}
+
+
+STAND_INS: dict[str, Any] = {"collections.defaultdict": inert_dict, "builtins.dict": inert_dict}
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
@@ -54,13 +67,15 @@ def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
     refused = sorted(n for n in names if not (_allowed_by_torch(n) or HARMLESS.fullmatch(n)))
     if refused:
         raise CheckpointError(f"{path}: refused, its pickle asks for {', '.join(refused[:3])}; only tensors are loaded")
-    stand_ins: list[Any] = [(Inert, n) for n in names if HARMLESS.fullmatch(n)]
+    stand_ins: list[Any] = [(STAND_INS.get(n, Inert), n) for n in names if HARMLESS.fullmatch(n)]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd protocols: it loads, or what it lacks is said below
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle can raise anything
-        line = " ".join(str(e).split())
-        raise CheckpointError(f"{path}: not loaded, a damaged or unsafe pickle ({line[:160]})") from None
+        # Torch's message begins with advice to load it without the guard; the reason stands behind these words.
+        reason = " ".join(str(e).split()).rpartition("WeightsUnpickler error: ")[2]
+        raise CheckpointError(f"{path}: not loaded, a damaged or unsafe pickle ({reason[:200]})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected tensors by name")
     others = []
@@ -100,9 +115,11 @@ def _global_names(path: Path) -> set[str]:
 
 
 def _names_in(file: Any) -> set[str]:
+    """The names in the next pickle of ``file``, as Python 3 calls them: protocol 2 still writes Python 2's."""
     names = set()
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
-            name = str(argument).replace(" ", ".")
-            names.add(re.sub(r"^__builtin__\.", "builtins.", name))  # as Python 2 called it, and protocol 2 still does
+            module, _, name = str(argument).partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            names.add(f"{module}.{name}")
     return names

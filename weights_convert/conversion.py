@@ -12,7 +12,6 @@ from torch import Tensor
 from minidiff import checkpoint
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy
-from minidiff.models.tokenizer import clip_table
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
 from weights_convert.detection import CONVERTED, detect
 from weights_convert.folder import read_folder
@@ -53,7 +52,10 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
         report.family = saved.config.family
         source = Source(overlay(saved.config, override), saved.file.lazy, report)
         report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
-    _check_fit(source)
+    vae, unet = source.config.vae, source.config.unet
+    if vae is not None and unet.out_channels != vae.latent_channels:
+        clash = f"UNet makes {unet.out_channels} channels, the VAE reads {vae.latent_channels}"
+        raise CheckpointError(f"{path}: the {clash}; the parts are from different models")
     return source
 
 
@@ -128,19 +130,3 @@ def _checked(name: str, tensor: Lazy, where: str, dtype: torch.dtype | None) -> 
         return out
 
     return Lazy(tensor.shape, want, load)
-
-
-def _check_fit(source: Source) -> None:
-    """The parts of a text-to-image model must agree about the tensors that they exchange."""
-    c, where = source.config, source.report.source
-    if c.text_encoder is not None and c.unet.context_dim != c.text_encoder.width:
-        clash = f"UNet reads vectors of {c.unet.context_dim}, the text encoder makes {c.text_encoder.width}"
-        raise CheckpointError(f"{where}: the {clash}; the parts are from different models")
-    if c.text_encoder is not None and c.tokenizer is not None:
-        size = len(c.tokenizer.vocab or clip_table()[0])
-        if size > c.text_encoder.vocab:
-            clash = f"tokenizer has {size} tokens, the text encoder knows {c.text_encoder.vocab}"
-            raise CheckpointError(f"{where}: the {clash}; the parts are from different models")
-    if c.vae is not None and c.unet.out_channels != c.vae.latent_channels:
-        clash = f"UNet makes {c.unet.out_channels} channels, the VAE reads {c.vae.latent_channels}"
-        raise CheckpointError(f"{where}: the {clash}; the parts are from different models")

@@ -92,7 +92,8 @@ def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[st
     unet = read_json(path / "unet" / "config.json")
     channels, linear = unet.get("in_channels", 4), unet.get("use_linear_projection", False)
     evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
-    return _variant("sd2" if linear else "sd1", channels), evidence
+    # What is no number the reader of the config will say.
+    return _variant("sd2" if linear else "sd1", channels if isinstance(channels, int) else 4), evidence
 
 
 def _variant(family: str, channels: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minidiff.config import CLIPTextConfig, ModelConfig, ScheduleConfig, TokenizerConfig, UNetConfig, VAEConfig
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
@@ -52,15 +52,19 @@ def read_folder(
     assert isinstance(unet, UNetConfig)
     assert vae is None or isinstance(vae, VAEConfig)
     assert text is None or isinstance(text, CLIPTextConfig)
-    config = ModelConfig(
-        family=report.family,
-        unet=unet,
-        vae=vae,
-        text_encoder=text,
-        tokenizer=_tokenizer(folder) if text else None,
-        schedule=schedule,
-        sampler=sampler,
-    )
+    tokenizer = _tokenizer(folder) if text else None
+    try:
+        config = ModelConfig(
+            family=report.family,
+            unet=unet,
+            vae=vae,
+            text_encoder=text,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            sampler=sampler,
+        )
+    except ConfigError as e:
+        raise CheckpointError(f"{folder}: its parts are from different models ({e})") from None
     tensors: dict[str, Lazy] = {f"{n}.{k}": t for n, c in components.items() for k, t in c.part.tensors.items()}
     # What concerns a component has been laid over its own config already, before its tensors were checked against it.
     return Source(overlay(config, {k: v for k, v in override.items() if k not in names}), tensors, report)
@@ -90,14 +94,12 @@ def _scheduler(folder: Path, pipeline: str, report: Report, own_sampler: bool) -
         report.notes.append("no scheduler_config.json: the family's rule, DDPM with linear betas from 0.0001 to 0.02")
     changes: dict[str, Any] = {}
     if report.family in ("sd1", "sd2"):
-        changes = rewrite(found)
+        pipeline, changes = "StableDiffusionPipeline", rewrite(found)
     elif pipeline == "DDIMPipeline" and found.get("_class_name") != "DDIMScheduler":
         changes = {"_class_name": "DDIMScheduler"}
     for key, value in changes.items():
         was = found.get(key, "absent")
-        report.notes.append(
-            f"scheduler: {key} was {was}, set to {value} as {pipeline} does when it loads such a folder"
-        )
+        report.notes.append(f"scheduler: {key} was {was}, set to {value} as {pipeline} does with such a folder")
     found = {**found, **changes}
     sampler = {} if own_sampler else sampler_to_config(sampler_from_diffusers(found))
     return schedule_from_diffusers(found), sampler

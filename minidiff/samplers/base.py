@@ -127,16 +127,18 @@ class Options:
     """
 
     order: ClassVar[int] = 1  # model calls per step, where a step takes several
+    in_sigma: ClassVar[bool] = False  # whether x is picture plus noise (a SigmaPlan), not of unit variance
 
     like_diffusers: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in _option_types(type(self)).items():
-            _check_option(f"{type(self).__name__}.{name}", getattr(self, name), kind)
+        own: type = type(self)
+        for name, kind in _option_types(own).items():
+            _check_option(f"{own.__name__}.{name}", getattr(self, name), kind)
 
 
 @cache
-def _option_types(sampler: type[Options]) -> dict[str, Any]:
+def _option_types(sampler: type) -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(sampler).items() if get_origin(kind) is not ClassVar}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class Euler(Options):
     ``like_diffusers``: log_linear has a sigma too many, so that the last step stops at training's smallest, and keeps
     the timesteps of ``spacing``; timestep T, which 1000 steps with an offset of 1 begin with, is let through.
     """
+
+    in_sigma: ClassVar[bool] = True
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class EulerAncestral(Options):
 
     ``like_diffusers``: timestep T, which 1000 steps with an offset of 1 begin with, is let through.
     """
+
+    in_sigma: ClassVar[bool] = True
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0

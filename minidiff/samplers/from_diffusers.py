@@ -165,7 +165,7 @@ def schedule_from_diffusers(config: Config) -> ScheduleConfig:
     if betas is None:
         data["beta_schedule"] = _one_of(c, "beta_schedule", reader.beta_schedules)
     else:
-        data["betas"] = [float(b) for b in betas]
+        data["betas"] = betas.tolist() if hasattr(betas, "tolist") else betas
     return from_json(ScheduleConfig, data)
 
 

@@ -124,21 +124,22 @@ class Scheduler:
         return x
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """``x0`` (B, ...) with noise up to timestep ``t``, scalar or one per image."""
+        """``x0`` (B, ...) with noise up to timestep ``t``, scalar or one per image.
+
+        Methods that work in sigma know the timesteps of the current run; the others any timestep of training, also
+        before ``set_timesteps``."""
         times = torch.as_tensor(t).reshape(-1)
-        if not isinstance(self._plan, SigmaPlan):
-            check(self.schedule is not None, "this scheduler has no noise schedule")
+        if not cast(Options, self.sampler).in_sigma:  # any timestep of training will do
             return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
-        rows = torch.tensor([self._find(v, 0) for v in times.tolist()])
-        sigma = self._plan.sigmas.to(x0.dtype)[rows].to(x0.device)
+        sigmas = self.sigmas.to(x0.dtype)
+        sigma = torch.stack([sigmas[self._find(v, 0)] for v in times.tolist()]).to(x0.device)
         return x0 + noise * sigma.reshape(-1, *(1 for _ in x0.shape[1:]))
 
     def _row(self, t: Tensor | float) -> int:
         """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has
         one timestep twice.)"""
-        plan, value = self.plan, float(t)
-        check(len(plan) > 0, "no timesteps")
-        return self._find(value, self._next)
+        _ = self.plan  # an error if there is none
+        return self._find(float(t), self._next)
 
     def _find(self, value: float, first: int) -> int:
         if value in self._at[first:]:

@@ -101,7 +101,7 @@ def test_add_noise(c, dtype):
 
 @pytest.mark.parametrize("c", CONFIGS, ids=label)
 def test_noise_may_be_given_instead_of_drawn(c):
-    ours, theirs = pair(c, 5)
+    ours, _ = pair(c, 5)
     x, out = torch.randn(2, *SHAPE)
     out = output(c, out, torch.Generator().manual_seed(0))
     t = ours.timesteps[0]

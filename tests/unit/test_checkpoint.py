@@ -17,7 +17,7 @@ from minidiff import checkpoint
 from minidiff.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
 from minidiff.config import CLIP_L, SD15, VAE_SD, ModelConfig, to_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import HASH_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
+from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load
 from tests.unit import tiny
 
@@ -78,6 +78,30 @@ def test_float32_weights_are_the_mapped_ones(ddpm: Unconditional) -> None:
     found = tensors_of(assemble(tiny.DDPM, lazies(given), device="cpu"))
     for name, t in given.items():
         assert found[name].data_ptr() == t.data_ptr(), name
+
+
+def test_a_weight_that_begins_off_a_cache_line_is_moved_to_one(ddpm: Unconditional) -> None:
+    """Where a matrix begins decides how its products are summed, and with it the bits."""
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat([torch.zeros(1), t.flatten()])[1:].reshape(t.shape)
+
+    given = {k: shifted(t) for k, t in tensors_of(ddpm).items()}
+    assert all(t.data_ptr() % ALIGNMENT for t in given.values())
+    found = tensors_of(assemble(tiny.DDPM, lazies(given), device="cpu"))
+    for name, t in given.items():
+        assert found[name].data_ptr() % ALIGNMENT == 0, name
+        assert torch.equal(found[name], t)
+
+
+def test_a_saved_model_is_mapped_and_not_copied(tmp_path: Path, ddpm: Unconditional) -> None:
+    """All that fills whole cache lines lies on them in the file, and stays there."""
+    ddpm.save(tmp_path / "a")
+    entries = TensorFile(tmp_path / "a").lazy
+    held = {k: e.load() for k, e in entries.items()}
+    found = tensors_of(assemble(tiny.DDPM, lazies(held), device="cpu"))
+    kept = [k for k, t in found.items() if t.data_ptr() == held[k].data_ptr()]
+    assert {k for k, e in entries.items() if e.nbytes % ALIGNMENT == 0} <= set(kept)
 
 
 def test_loading_reads_each_tensor_once_and_meta_holds_no_memory(ddpm: Unconditional) -> None:

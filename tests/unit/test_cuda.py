@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff import noise
@@ -24,11 +24,11 @@ from minidiff.samplers import SAMPLERS
 from tests.tolerances import BFLOAT16_CUDA, FLOAT16_CUDA, Tolerance, assert_close
 from tests.unit.cuda_guard import ON_A_CARD
 from tests.unit.test_fake_cuda import CLIP_TINY, UNETS, VAE_TINY
-from tests.unit.tiny import redraw, tiny_ddpm, tiny_sd
+from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_CARD)]
 HALF: dict[torch.dtype, Tolerance] = {torch.float16: FLOAT16_CUDA, torch.bfloat16: BFLOAT16_CUDA}
-RUN: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0, "output": "latent", "progress": False}
+RUN: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0, "seed": 3}
 
 
 def on_a_card(test: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,6 +38,20 @@ def on_a_card(test: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw(model: nn.Module, seed: int = 1) -> None:
+    """Weights that pass on what they get at about its size: prompt and time count for as much as the sample does."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.eval().modules():
+        for name, p in module.named_parameters(recurse=False):
+            random = torch.randn(p.shape, generator=g)
+            if p.ndim > 1:
+                p.copy_(random if isinstance(module, nn.Embedding) else random / p[0].numel() ** 0.5)
+            else:
+                norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and name == "weight"
+                p.copy_(1 + 0.3 * random if norm else 0.1 * random)
 
 
 def unet_case(kind: str) -> tuple[UNet, Callable[..., Tensor], list[Tensor]]:
@@ -99,7 +113,7 @@ def check_near(ours: Tensor, theirs: Tensor, dtype: torch.dtype, where: str) -> 
 @torch.no_grad()
 def test_model_in_half_precision(case: str, device: str, dtype: torch.dtype) -> None:
     model, call, inputs = CASES[case]()
-    redraw(model.eval())
+    draw(model)
     theirs = call(model, *inputs)
     model.to(device=device, dtype=dtype)
     check_near(call(model, *(to(v, device, dtype) for v in inputs)), theirs, dtype, case)
@@ -109,20 +123,28 @@ def test_model_in_half_precision(case: str, device: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_run_in_half_precision(name: str, device: str, dtype: torch.dtype) -> None:
-    """Prompt to latents. Each seed gives the same noise on every device; only the rounding differs."""
+    """Prompt to latents, and every guided prediction on the way. A seed's noise is the same on every device."""
     sd = tiny_sd()
-    theirs = sd.generate("a cat", sampler=name, seed=3, **RUN)
+    for part in sd.parts.values():
+        draw(part)
+    theirs = list(sd.steps("a cat", sampler=name, **RUN))
     sd.to(device, dtype)
-    check_near(sd.generate("a cat", sampler=name, seed=3, **RUN), theirs, dtype, name)
+    for step, wanted in zip(sd.steps("a cat", sampler=name, **RUN), theirs, strict=True):
+        check_near(step.out, wanted.out, dtype, f"{name}, row {step.i}, out")
+        check_near(step.x, wanted.x, dtype, f"{name}, row {step.i}, x")
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_the_bounds_can_be_missed(dtype: torch.dtype) -> None:
-    """Another prompt is further away than any rounding; so is a timestep that is off by one interval."""
-    sd = tiny_sd()
-    theirs = sd.generate("a cat", sampler="ddim", seed=3, **RUN)
+@pytest.mark.parametrize("wrong", ["timestep", "context"])
+@torch.no_grad()
+def test_the_bounds_can_be_missed(wrong: str, dtype: torch.dtype) -> None:
+    """A timestep that is off by one interval of fifty, or another prompt, is further away than any rounding."""
+    unet, call, (x, context) = unet_case("sd1")
+    draw(unet)
+    theirs = call(unet, x, context)
+    ours = unet(x, torch.tensor([961, 23]), context) if wrong == "timestep" else call(unet, x, context.flip(0))
     with pytest.raises(AssertionError, match="entries differ"):
-        check_near(sd.generate("a dog", sampler="ddim", seed=3, **RUN).to(dtype), theirs, dtype, "a dog")
+        check_near(ours.to(dtype), theirs, dtype, wrong)
 
 
 @on_a_card

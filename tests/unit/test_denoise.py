@@ -137,6 +137,8 @@ def test_an_assigned_x_changes_the_rest(name: str) -> None:
 
 def test_a_sample_that_requires_gradients_may_be_put_in() -> None:
     for step in start(Model()):
+        assert step.x0 is not None
+        assert not step.x0.requires_grad
         step.x = step.x.clone().requires_grad_()
     assert step.x.requires_grad
 

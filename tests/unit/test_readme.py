@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.unit import tiny
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 # The commands are started in another folder, and find the checkout even where it is not installed.
@@ -95,30 +97,7 @@ def run(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> int:
 
 def minidiff_file(path: Path) -> None:
     """A tiny Stable Diffusion 1 in minidiff's own format."""
-    from minidiff.config import (
-        CLIPTextConfig,
-        Level,
-        ModelConfig,
-        ScheduleConfig,
-        TokenizerConfig,
-        UNetConfig,
-        VAEConfig,
-        text,
-    )
-    from minidiff.pipeline import random_model
-
-    config = ModelConfig(
-        family="sd1",
-        unet=UNetConfig(
-            levels=(text(16, 2), Level(channels=32)), mid=text(32, 2), context_dim=32, groups=8, sample_size=8
-        ),
-        vae=VAEConfig(channels=(8, 8, 16, 16), layers=1, groups=8, sample_size=64),
-        text_encoder=CLIPTextConfig(width=32, layers=2, heads=2, mlp=64),
-        tokenizer=TokenizerConfig(),
-        schedule=ScheduleConfig(),
-        sampler={"name": "pndm"},
-    )
-    random_model(config).save(path)
+    tiny.random_model(tiny.SD).save(path)
 
 
 def diffusers_folder(path: Path) -> None:

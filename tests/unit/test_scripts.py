@@ -20,6 +20,8 @@ from types import ModuleType
 
 import pytest
 
+from minidiff import read_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("demo.py", "test.py", "_setup.py")
 
@@ -151,6 +153,21 @@ def test_environment_whose_python_is_gone_is_made_again(checkout: Path) -> None:
     done = probe(checkout, "")
     assert done.returncode == 7, done.stderr + done.stdout
     assert "removing" in done.stdout
+
+
+def test_demo_writes_a_picture_with_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo = script("demo", monkeypatch)
+    out = tmp_path / "new folder" / "picture.png"
+    assert demo.picture("a cat", 2, 5, str(out)) == 0
+    recipe = read_recipe(out)
+    assert (recipe["prompt"], recipe["steps"], recipe["seed"]) == ("a cat", 2, 5)
+    printed = capsys.readouterr().out
+    assert "RANDOM weights" in printed
+    assert str(out) in printed
+    assert demo.picture("a cat", 0, 5, str(out)) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -52,12 +52,21 @@ DDPM = ModelConfig(
 
 
 def redraw(module: nn.Module, seed: int = 0) -> None:
-    """Every parameter drawn anew, so that none is left at a 0 or a 1 behind which a slip could hide."""
+    """Every parameter drawn anew, so that none is left at a 0 or a 1 behind which a slip could hide.
+
+    The sizes are such that the prompt counts: in a small model with small weights it would drown in rounding.
+    """
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
-            scale = 0.5 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.3
-            p.copy_(scale * torch.randn(p.shape, generator=g) + (0.0 if p.ndim > 1 else 0.5))
+        for part in module.modules():
+            for name, p in part.named_parameters(recurse=False):
+                noise = torch.randn(p.shape, generator=g)
+                if isinstance(part, (nn.GroupNorm, nn.LayerNorm)) and name == "weight":
+                    p.copy_(1 + 0.3 * noise)
+                elif p.ndim == 1:
+                    p.copy_(0.3 * noise)
+                else:
+                    p.copy_(noise if isinstance(part, nn.Embedding) else noise / p[0].numel() ** 0.5)
 
 
 def tiny_sd(seed: int = 0) -> StableDiffusion:
