@@ -1,16 +1,35 @@
 """minidiff: Stable Diffusion from scratch in pure PyTorch.
 
-import minidiff
-sd = minidiff.load("model.safetensors")
-sd.generate("a photo of an astronaut riding a horse", seed=0)[0].save("astronaut.png")
+    import minidiff
+    sd = minidiff.load("model.safetensors")
+    image = sd.generate("a photo of an astronaut riding a horse", seed=0)[0]
+    minidiff.save_png(image, "astronaut.png")
+
+A public name is imported when it is first used: whoever imports minidiff, or asks it for `--help`, does not wait for
+PyTorch.
 """
 
-from minidiff.denoise import Prediction, Run, Step, denoise
-from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
-from minidiff.picture import read_recipe, save_png
-from minidiff.pipeline import StableDiffusion, Unconditional, load
-from minidiff.schedule import NoiseSchedule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from minidiff.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from minidiff.denoise import Prediction, Run, Step
+    from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
+    from minidiff.picture import read_recipe, save_png
+    from minidiff.pipeline import StableDiffusion, Unconditional, load
+    from minidiff.schedule import NoiseSchedule
+
+HOMES = {
+    "denoise": ("Prediction", "Run", "Step"),
+    "errors": ("CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
+    "picture": ("read_recipe", "save_png"),
+    "pipeline": ("StableDiffusion", "Unconditional", "load"),
+    "schedule": ("NoiseSchedule",),
+}
 
 __all__ = [
     "CheckpointError",
@@ -24,8 +43,20 @@ __all__ = [
     "Unconditional",
     "UnsupportedError",
     "__version__",
-    "denoise",
     "load",
     "read_recipe",
     "save_png",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"minidiff.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'minidiff' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -87,6 +87,7 @@ class Pipeline:
         self,
         predict: Predict,
         sampler: Sampler[Any, Any],
+        plan: Any,
         steps: int,
         shape: tuple[int, ...],
         latents: Tensor | None,
@@ -95,7 +96,6 @@ class Pipeline:
         labels: Sequence[dict[str, Any]],
     ) -> Run:
         """A run from ``latents``, or from noise of ``shape`` that is drawn here; ``labels``: what to note, by image."""
-        plan = sampler.plan(self.schedule, steps)
         check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
         seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
         randn = noise.source(shape[0], seeds, generator)
@@ -219,6 +219,7 @@ class StableDiffusion(Pipeline):
         latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
         """
         sampler = self.sampler(sampler)
+        plan = sampler.plan(self.schedule, steps)
         shape = self._latent_shape(height, width)
         _check_count("num_images", num_images)
         guidance_scale = _finite("guidance_scale", guidance_scale)
@@ -242,7 +243,7 @@ class StableDiffusion(Pipeline):
             for k in range(len(context))
         ]
         predict = self._predictor(context, negative, guidance_scale)
-        return self._run(predict, sampler, steps, (len(context), *shape), latents, seed, generator, labels)
+        return self._run(predict, sampler, plan, steps, (len(context), *shape), latents, seed, generator, labels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -328,8 +329,9 @@ class Unconditional(Pipeline):
         size = c.sample_size
         labels = [{"width": size, "height": size}] * batch_size
         shape = (batch_size, c.in_channels, size, size)
+        plan = sampler.plan(self.schedule, steps)
         return self._run(
-            lambda x, t: Prediction(self.unet(x, t)), sampler, steps, shape, latents, seed, generator, labels
+            lambda x, t: Prediction(self.unet(x, t)), sampler, plan, steps, shape, latents, seed, generator, labels
         )
 
 

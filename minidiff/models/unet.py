@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.config import Level, UNetConfig
+from minidiff.config import Level, UNetConfig, check
 from minidiff.models.attention import SpatialSelfAttention, SpatialTransformer
 from minidiff.models.blocks import Downsample, Embedding, ResBlock, Upsample, sinusoid
 
@@ -60,8 +60,12 @@ class UNet(nn.Module):
 
         ``context`` (B, L, context_dim) is the encoded prompt; ``added`` SDXL's pooled text (B, D) and sizes (B, 6);
         ``guidance`` (B, guidance_dim) LCM's code of the guidance scale; ``residuals`` what a ControlNet adds: one
-        tensor for every skip, in the order of the way down, and one for the middle.
+        tensor for every skip, in the order of the way down, and one for the middle. Raises :class:`ConfigError` if
+        the prompt or the sizes that this UNet reads are not given.
         """
+        c = self.config
+        check(c.context_dim is None or context is not None, "this UNet reads a prompt: context (B, L, D) is missing")
+        check(c.added_dim is None or added is not None, "this UNet reads sizes: added (pooled, ids) is missing")
         temb = self.embed_time(x, t, added, guidance)
         x = self.conv_in(x)
         skips = [x]

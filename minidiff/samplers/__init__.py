@@ -19,6 +19,7 @@ from minidiff.samplers.ddpm import DDPM
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
 from minidiff.samplers.from_diffusers import schedule_from_diffusers
+from minidiff.samplers.heun import Heun
 from minidiff.samplers.pndm import PNDM
 from minidiff.samplers.scheduler import Scheduler
 
@@ -30,6 +31,7 @@ __all__ = [
     "Draw",
     "Euler",
     "EulerAncestral",
+    "Heun",
     "Options",
     "Plan",
     "Sampler",
@@ -46,6 +48,7 @@ SAMPLERS: dict[str, type[Options]] = {
     "pndm": PNDM,
     "euler": Euler,
     "euler_ancestral": EulerAncestral,
+    "heun": Heun,
 }
 
 

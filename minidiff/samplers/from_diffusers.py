@@ -8,8 +8,10 @@ error. What diffusers passes to ``step()`` (eta, s_churn, ...) may stand in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from minidiff.config import ScheduleConfig, check, from_json
@@ -19,7 +21,9 @@ from minidiff.samplers.ddim import DDIM
 from minidiff.samplers.ddpm import DDPM, FIXED_LARGE_LOG
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
+from minidiff.samplers.heun import Heun
 from minidiff.samplers.pndm import PNDM
+from minidiff.schedule import MAX_BETA
 
 Config = Mapping[str, Any]
 Source = str | Callable[[Config], Any]
@@ -33,7 +37,9 @@ SCHEDULE: dict[str, Any] = {
     "trained_betas": None,
     "prediction_type": "epsilon",
 }
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
+SIGMA_SPACINGS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 LIMITS = {
     "clip_sample": True,
     "clip_sample_range": 1.0,
@@ -126,6 +132,15 @@ READERS: dict[str, Reader] = {
         options=SPACING_OPTIONS,
         predictions=("epsilon", "v_prediction"),
     ),
+    "HeunDiscreteScheduler": Reader(
+        sampler=Heun,
+        fields=SD_BETAS
+        | SIGMA_SPACINGS
+        | {"timestep_spacing": "linspace", "steps_offset": 0, "clip_sample": False, "clip_sample_range": 1.0},
+        options=SPACING_OPTIONS | {"sigma_spacing": _sigma_spacing, "clip": LIMIT_OPTIONS["clip"]},
+        beta_schedules=("linear", "scaled_linear", "squaredcos_cap_v2", "exp"),
+        refuse=_one_sigma_spacing,
+    ),
 }
 
 # Fields of schedulers that are not (yet) in READERS, and of old versions: ignored, as diffusers ignores them.
@@ -162,11 +177,20 @@ def schedule_from_diffusers(config: Config) -> ScheduleConfig:
         "prediction": c["prediction_type"].replace("original_sample", "sample"),
         "zero_snr": bool(c.get("rescale_betas_zero_snr", False)) and "rescale_betas_zero_snr" in reader.fields,
     }
+    if betas is None and _one_of(c, "beta_schedule", reader.beta_schedules) == "exp":
+        betas = _exp_betas(c["num_train_timesteps"])
     if betas is None:
-        data["beta_schedule"] = _one_of(c, "beta_schedule", reader.beta_schedules)
+        data["beta_schedule"] = c["beta_schedule"]
     else:
         data["betas"] = betas.tolist() if hasattr(betas, "tolist") else betas
     return from_json(ScheduleConfig, data)
+
+
+def _exp_betas(n: int) -> list[float]:
+    """The betas of alpha_bar = exp(-12 u) at the fraction u of the way, which only Heun's class knows."""
+    check(isinstance(n, int) and n > 0, f"num_train_timesteps={n!r} must be a whole number above 0")
+    curve = [math.exp(i / n * -12.0) for i in range(n + 1)]
+    return [min(1 - b / a, MAX_BETA) for a, b in pairwise(curve)]
 
 
 def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:

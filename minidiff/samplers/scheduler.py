@@ -139,6 +139,10 @@ class Scheduler:
         """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has
         one timestep twice.)"""
         _ = self.plan  # an error if there is none
+        if self._next == 0 and self.order > 1:  # a run begins where an interval does: the later of two equal rows
+            rows = [i for i, value in enumerate(self._at) if value == float(t)]
+            if rows:
+                return rows[:2][-1]
         return self._find(float(t), self._next)
 
     def _find(self, value: float, first: int) -> int:

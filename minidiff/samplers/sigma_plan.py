@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction
-from minidiff.samplers.base import Plan
-from minidiff.schedule import Spacing
+from minidiff.config import Prediction, check
+from minidiff.samplers import sigmas as spacings
+from minidiff.samplers.base import Options, Plan, check_timesteps
+from minidiff.samplers.sigmas import Floats
+from minidiff.schedule import NoiseSchedule, Spacing, spaced
+
+SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -76,3 +81,53 @@ def upcast(x: Tensor) -> Tensor:
 def widen(y: Tensor) -> Tensor:
     """``y`` in float32 at least: what a sum with a float32 sample makes of it anyway, written down."""
     return y.to(torch.promote_types(y.dtype, torch.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpacedSigmas(Options):
+    """Options of the methods that take their sigmas from the schedule and know no other ways to bend them.
+
+    ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta"
+    space them between the same ends in their own ways. ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR
+    schedule, where sigma would be infinite.
+    """
+
+    in_sigma: ClassVar[bool] = True
+
+    spacing: Spacing = "linspace"
+    steps_offset: int = 0
+    sigma_spacing: SigmaSpacing = "timesteps"
+    last_alpha_bar: float = 2**-24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.last_alpha_bar < 1, f"last_alpha_bar={self.last_alpha_bar} must lie between 0 and 1")
+
+    def levels(
+        self, schedule: NoiseSchedule, steps: int | None, timesteps: Sequence[float] | None = None
+    ) -> tuple[Floats, Floats, Floats]:
+        """Timesteps (n,), float32 or (away from "timesteps") float64; sigmas (n + 1,) float32, the last of them 0; and
+        the schedule's table of sigmas."""
+        table = spacings.sigma_table(schedule, self.last_alpha_bar)
+        like = self.like_diffusers
+        if timesteps is not None:
+            name, plain = type(self).__name__, self.sigma_spacing == "timesteps"
+            check(plain, f"{name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}, give steps")
+            t: Floats = np.array(timesteps, dtype=np.float32)
+        else:
+            t = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
+        check_timesteps(self, t, len(table) + like)
+        sigmas = spacings.at_timesteps(t, table)
+        if self.sigma_spacing != "timesteps":
+            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
+            sigmas = space[self.sigma_spacing](float(sigmas[-1]), float(sigmas[0]), len(t))
+            t = spacings.to_timesteps(sigmas, table)
+        return t, np.concatenate([sigmas, [0.0]]).astype(np.float32), table
+
+
+def sample_x0(prediction: Prediction, x: Tensor, out: Tensor, sigma: Tensor, variance: Tensor, c_out: Tensor) -> Tensor:
+    """The picture in ``x`` with noise ``sigma`` (0-dim, as the rows of the plan that go with it), in the dtype of
+    ``x``: for the methods that never go to float32."""
+    if prediction == "epsilon":
+        return x - sigma * out
+    return out * c_out + x / variance if prediction == "v_prediction" else out

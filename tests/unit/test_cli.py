@@ -615,20 +615,21 @@ def test_stdout_that_closes_or_is_full(models: Path, tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     model = str(models / "text.safetensors")
-    with process("info", model, cwd=tmp_path, stdout=write) as p:
+    env = {"PYTHONUNBUFFERED": ""}  # what a buffer still holds must not fail again when the interpreter ends
+    with process("info", model, cwd=tmp_path, stdout=write, env=env) as p:
         os.close(write)
         _, err = p.communicate(timeout=60)
     assert (p.returncode, err) == (0, b"")
     if not os.path.exists("/dev/full"):
         return
-    with open("/dev/full", "wb") as full, process("info", model, cwd=tmp_path, stdout=full) as p:
+    with open("/dev/full", "wb") as full, process("info", model, cwd=tmp_path, stdout=full, env=env) as p:
         _, err = p.communicate(timeout=60)
     assert (p.returncode, err.decode()) == (1, "minidiff: error: No space left on device\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sets the locale by environment")
 def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    env = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"}
     model = str(models / "text.safetensors")
     argv = ("generate", "füchse" + " 猫" * 100, "--model", model, "--steps", "1", "--seed", "1", "--quiet")
     with process(*argv, cwd=tmp_path, env=env) as p:
@@ -637,6 +638,5 @@ def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
     assert err.decode("ascii").startswith("minidiff: warning: ")
     assert len(err.decode("ascii").splitlines()) == 1
     (picture,) = tmp_path.iterdir()
-    assert out.decode("ascii").startswith("f")
-    prompt = minidiff.read_recipe(picture)["prompt"]  # as an ASCII system hands over its bytes
-    assert prompt.encode("utf-8", "surrogateescape") == argv[1].encode()
+    assert out.decode("ascii").startswith("f\\xfcchse-\\u732b-")
+    assert minidiff.read_recipe(picture)["prompt"] == argv[1]

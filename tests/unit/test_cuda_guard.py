@@ -16,8 +16,8 @@ from minidiff.denoise import Prediction, denoise
 from minidiff.models.unet import UNet
 from minidiff.samplers import DDIM, EulerAncestral
 from minidiff.schedule import NoiseSchedule
-from tests.unit.cuda_guard import CudaGuard, GuardError
-from tests.unit.test_fake_cuda import UNETS, build, fake_card, on_card, randn, sd1, watch_loop
+from tests.unit.cuda_guard import CudaGuard, GuardError, fake_card
+from tests.unit.test_fake_cuda import UNETS, build, on_card, randn, sd1, watch_loop
 
 Plant = Callable[[Any, int, Tensor], Tensor]
 

@@ -73,7 +73,7 @@ CAT = {
 
 
 def test_names():
-    assert list(SAMPLERS) == ["ddpm", "ddim", "pndm", "euler", "euler_ancestral"]
+    assert list(SAMPLERS)[:5] == ["ddpm", "ddim", "pndm", "euler", "euler_ancestral"]
     assert sampler_from_config({"name": "pndm"}) == PNDM(spacing="leading", steps_offset=1, runge_kutta=False)
 
 
