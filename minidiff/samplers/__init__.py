@@ -16,16 +16,22 @@ from minidiff.samplers import from_diffusers as _readers
 from minidiff.samplers.base import Draw, Options, Plan, Sampler
 from minidiff.samplers.ddim import DDIM
 from minidiff.samplers.ddpm import DDPM
+from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
 from minidiff.samplers.from_diffusers import schedule_from_diffusers
 from minidiff.samplers.heun import Heun
+from minidiff.samplers.lms import LMS
 from minidiff.samplers.pndm import PNDM
 from minidiff.samplers.scheduler import Scheduler
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "DPMSolver",
+    "DPMSolver2MSDE",
+    "DPMSolver3MSDE",
+    "LMS",
     "PNDM",
     "SAMPLERS",
     "Draw",
@@ -49,6 +55,10 @@ SAMPLERS: dict[str, type[Options]] = {
     "euler": Euler,
     "euler_ancestral": EulerAncestral,
     "heun": Heun,
+    "lms": LMS,
+    "dpmpp_2m": DPMSolver,
+    "dpmpp_2m_sde": DPMSolver2MSDE,
+    "dpmpp_3m_sde": DPMSolver3MSDE,
 }
 
 

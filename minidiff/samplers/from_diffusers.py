@@ -19,9 +19,11 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers.base import Options
 from minidiff.samplers.ddim import DDIM
 from minidiff.samplers.ddpm import DDPM, FIXED_LARGE_LOG
+from minidiff.samplers.dpm_solver import DPMSolver
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
 from minidiff.samplers.heun import Heun
+from minidiff.samplers.lms import LMS
 from minidiff.samplers.pndm import PNDM
 from minidiff.schedule import MAX_BETA
 
@@ -75,6 +77,45 @@ def _sigma_spacing(c: Config) -> str:
 def _one_sigma_spacing(c: Config) -> str | None:
     chosen = [name for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if c[name]]
     return f"{' and '.join(chosen)} exclude each other: keep one" if len(chosen) > 1 else None
+
+
+LAMBDA = SIGMA_SPACINGS | {
+    "solver_order": 2,
+    "lower_order_final": True,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "sigma_min": None,
+    "sigma_max": None,
+}
+LAMBDA_OPTIONS: dict[str, Source] = {
+    "threshold": LIMIT_OPTIONS["threshold"],
+    "threshold_max": "sample_max_value",
+    "sigma_spacing": _sigma_spacing,
+} | {name: name for name in ("solver_order", "lower_order_final", "sigma_min", "sigma_max")}
+DPM = LAMBDA | {
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "lambda_min_clipped": -float("inf"),
+    "variance_type": None,
+}
+DPM_OPTIONS: dict[str, Source] = LAMBDA_OPTIONS | {
+    "algorithm": lambda c: "dpmsolver++" if c["algorithm_type"] == "deis" else c["algorithm_type"],
+    "solver_type": lambda c: "midpoint" if c["solver_type"] in ("logrho", "bh1", "bh2") else c["solver_type"],
+    "lambda_min_clipped": lambda c: None if c["lambda_min_clipped"] == -float("inf") else c["lambda_min_clipped"],
+    "learned_variance": lambda c: c["variance_type"] in ("learned", "learned_range"),
+}
+
+
+def _sigma_spacing_or_lu(c: Config) -> str:
+    return "lu" if c["use_lu_lambdas"] and not c["use_karras_sigmas"] else _sigma_spacing(c)
+
+
+def _unfit_for_dpm(c: Config) -> str | None:
+    learned = c["variance_type"] in ("learned", "learned_range")
+    if learned and c["prediction_type"] != "epsilon":
+        return f"variance_type={c['variance_type']!r} goes with prediction_type='epsilon' only"
+    return _one_sigma_spacing(c)
 
 
 READERS: dict[str, Reader] = {
@@ -140,6 +181,28 @@ READERS: dict[str, Reader] = {
         options=SPACING_OPTIONS | {"sigma_spacing": _sigma_spacing, "clip": LIMIT_OPTIONS["clip"]},
         beta_schedules=("linear", "scaled_linear", "squaredcos_cap_v2", "exp"),
         refuse=_one_sigma_spacing,
+    ),
+    "LMSDiscreteScheduler": Reader(
+        sampler=LMS,
+        fields=SIGMA_SPACINGS | {"timestep_spacing": "linspace", "steps_offset": 0, "order": 4},
+        options=SPACING_OPTIONS | {"sigma_spacing": _sigma_spacing, "solver_order": "order"},
+        refuse=_one_sigma_spacing,
+    ),
+    "DPMSolverMultistepScheduler": Reader(
+        sampler=DPMSolver,
+        fields=DPM
+        | ZERO_SNR
+        | {"timestep_spacing": "linspace", "steps_offset": 0, "final_sigmas_type": "zero"}
+        | {"euler_at_final": False, "use_lu_lambdas": False},
+        options=SPACING_OPTIONS
+        | DPM_OPTIONS
+        | {
+            "sigma_spacing": _sigma_spacing_or_lu,
+            "final_sigma": "final_sigmas_type",
+            "euler_at_final": "euler_at_final",
+            "cut_timesteps": lambda c: c["beta_schedule"] == "squaredcos_cap_v2",
+        },
+        refuse=_unfit_for_dpm,
     ),
 }
 

@@ -23,6 +23,7 @@ from minidiff.config import check
 from minidiff.errors import ConfigError
 from minidiff.samplers.base import Options, Plan, Sampler
 from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
+from minidiff.samplers.lambda_plan import LambdaPlan, rates
 from minidiff.samplers.sigma_plan import SigmaPlan
 from minidiff.schedule import NoiseSchedule
 
@@ -78,7 +79,7 @@ class Scheduler:
     def sigmas(self) -> Tensor:
         """(n + 1,), where the method works in sigma; else ConfigError."""
         plan = self.plan
-        if not isinstance(plan, SigmaPlan):
+        if not isinstance(plan, (SigmaPlan, LambdaPlan)):
             raise ConfigError(f"{type(self.sampler).__name__} has no sigmas: it works with alpha_bar")
         return plan.sigmas
 
@@ -129,11 +130,16 @@ class Scheduler:
         Methods that work in sigma know the timesteps of the current run; the others any timestep of training, also
         before ``set_timesteps``."""
         times = torch.as_tensor(t).reshape(-1)
-        if not cast(Options, self.sampler).in_sigma:  # any timestep of training will do
+        in_lambda = isinstance(self._plan, LambdaPlan)
+        if not in_lambda and not cast(Options, self.sampler).in_sigma:  # any timestep of training will do
             return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
         sigmas = self.sigmas.to(x0.dtype)
         sigma = torch.stack([sigmas[self._find(v, 0)] for v in times.tolist()]).to(x0.device)
-        return x0 + noise * sigma.reshape(-1, *(1 for _ in x0.shape[1:]))
+        sigma = sigma.reshape(-1, *(1 for _ in x0.shape[1:]))
+        if in_lambda:
+            signal, sigma = rates(sigma)
+            x0 = signal * x0
+        return x0 + noise * sigma
 
     def _row(self, t: Tensor | float) -> int:
         """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has

@@ -47,6 +47,14 @@ def exponential(low: float, high: float, n: int) -> Floats:
     return sigmas
 
 
+def lu(table: Floats, n: int) -> Floats:
+    """(n,) float64 falling over all of ``table``, evenly spaced in lambda = -log sigma (Lu et al. 2022): as
+    :func:`exponential`, from logarithms in float32."""
+    high, low = float(np.log(table[-1:])[0]), float(np.log(table[:1])[0])
+    sigmas: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
+    return sigmas
+
+
 def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Floats:
     """(n,) float64 falling from ``high`` to ``low`` at the quantiles of a Beta(a, b) distribution, which puts more
     steps at both ends (Lee et al. 2024, "Beta Sampling is All You Need")."""

@@ -115,7 +115,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path, zipped: bool, w
         (torch.load, ("x",)),
         (torch.hub.load, ("x", "y")),
     ],
-    ids=str,
+    ids=["eval", "getattr", "print", "__import__", "torch.load", "torch.hub.load"],
 )
 @FORMS
 def test_other_functions_are_refused(tmp_path: Path, zipped: bool, function: Any, arguments: tuple[Any, ...]) -> None:
