@@ -12,7 +12,7 @@ from minidiff import checkpoint
 from minidiff.config import ModelConfig, ScheduleConfig, TokenizerConfig, UNetConfig
 from minidiff.console import one_line
 from minidiff.errors import CheckpointError
-from minidiff.files import Lazy, content_hash
+from minidiff.files import Lazy, all_finite, content_hash
 
 Rows = list[tuple[str, str]]
 
@@ -73,7 +73,7 @@ def first_not_finite(tensors: Mapping[str, Lazy]) -> tuple[str, str] | None:
     """(name, "3 NaN and 1 infinite values of 64") of the first tensor that is not finite; reads them one by one."""
     for name in sorted(tensors):
         tensor = tensors[name].load()
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             return name, f"{nan:,} NaN and {inf:,} infinite values of {tensor.numel():,}"
     return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minidiff import checkpoint
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import Lazy
+from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
 from weights_convert.detection import CONVERTED, detect
 from weights_convert.folder import read_folder
@@ -120,11 +120,11 @@ def _checked(name: str, tensor: Lazy, where: str, dtype: torch.dtype | None) -> 
 
     def load() -> Tensor:
         found = tensor.load()
-        bad = int((~torch.isfinite(found)).sum())
-        if bad:
+        if not all_finite(found):
+            bad = int((~torch.isfinite(found)).sum())
             raise CheckpointError(f"{where}: {bad} of {found.numel()} values of {name!r} are NaN or infinite")
         out = found.to(want)
-        if want != found.dtype and not bool(torch.isfinite(out).all()):
+        if want != found.dtype and not all_finite(out):
             most = float(found.abs().max())
             raise CheckpointError(f"{where}: {name!r} reaches {most:g}, too much for {want}; choose another dtype")
         return out

@@ -16,6 +16,7 @@ from minidiff.samplers import from_diffusers as _readers
 from minidiff.samplers.base import Draw, Options, Plan, Sampler
 from minidiff.samplers.ddim import DDIM
 from minidiff.samplers.ddpm import DDPM
+from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
 from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
@@ -28,12 +29,14 @@ from minidiff.samplers.scheduler import Scheduler
 __all__ = [
     "DDIM",
     "DDPM",
-    "DPMSolver",
-    "DPMSolver2MSDE",
-    "DPMSolver3MSDE",
+    "DPM2",
     "LMS",
     "PNDM",
     "SAMPLERS",
+    "DPM2Ancestral",
+    "DPMSolver",
+    "DPMSolver2MSDE",
+    "DPMSolver3MSDE",
     "Draw",
     "Euler",
     "EulerAncestral",
@@ -59,6 +62,8 @@ SAMPLERS: dict[str, type[Options]] = {
     "dpmpp_2m": DPMSolver,
     "dpmpp_2m_sde": DPMSolver2MSDE,
     "dpmpp_3m_sde": DPMSolver3MSDE,
+    "dpm2": DPM2,
+    "dpm2_ancestral": DPM2Ancestral,
 }
 
 

@@ -19,6 +19,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers.base import Options
 from minidiff.samplers.ddim import DDIM
 from minidiff.samplers.ddpm import DDPM, FIXED_LARGE_LOG
+from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
 from minidiff.samplers.dpm_solver import DPMSolver
 from minidiff.samplers.euler import Euler
 from minidiff.samplers.euler_ancestral import EulerAncestral
@@ -115,6 +116,8 @@ def _unfit_for_dpm(c: Config) -> str | None:
     learned = c["variance_type"] in ("learned", "learned_range")
     if learned and c["prediction_type"] != "epsilon":
         return f"variance_type={c['variance_type']!r} goes with prediction_type='epsilon' only"
+    if c["algorithm_type"] == "deis" and c.get("final_sigmas_type") == "zero":
+        return "algorithm_type='deis' needs final_sigmas_type='sigma_min'"
     return _one_sigma_spacing(c)
 
 
@@ -203,6 +206,20 @@ READERS: dict[str, Reader] = {
             "cut_timesteps": lambda c: c["beta_schedule"] == "squaredcos_cap_v2",
         },
         refuse=_unfit_for_dpm,
+    ),
+    "KDPM2DiscreteScheduler": Reader(
+        sampler=DPM2,
+        fields=SD_BETAS | SIGMA_SPACINGS | {"timestep_spacing": "linspace", "steps_offset": 0},
+        options=SPACING_OPTIONS | {"sigma_spacing": _sigma_spacing},
+        predictions=("epsilon", "v_prediction"),
+        refuse=_one_sigma_spacing,
+    ),
+    "KDPM2AncestralDiscreteScheduler": Reader(
+        sampler=DPM2Ancestral,
+        fields=SD_BETAS | SIGMA_SPACINGS | {"timestep_spacing": "linspace", "steps_offset": 0},
+        options=SPACING_OPTIONS | {"sigma_spacing": _sigma_spacing},
+        predictions=("epsilon", "v_prediction"),
+        refuse=_one_sigma_spacing,
     ),
 }
 

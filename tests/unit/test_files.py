@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,17 @@ from torch import Tensor
 
 from minidiff import files
 from minidiff.errors import CheckpointError
-from minidiff.files import ALIGNMENT, DTYPES, HASH_KEY, TensorFile, atomic, content_hash, lazy, write_tensors
+from minidiff.files import (
+    ALIGNMENT,
+    DTYPES,
+    HASH_KEY,
+    TensorFile,
+    all_finite,
+    atomic,
+    content_hash,
+    lazy,
+    write_tensors,
+)
 
 # --- atomic ----------------------------------------------------------------------------------------------------------
 
@@ -441,3 +452,22 @@ print(grown, pages() - before)
     grown, touched = map(int, done.stdout.split())
     assert grown < 4 * 2**20
     assert touched > 60 * 2**20  # the measure itself works: once summed up, the bytes are there
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_all_finite_sees_what_isfinite_sees(dtype: torch.dtype, bad: float) -> None:
+    limits = torch.finfo(dtype)
+    tensor = torch.tensor([[0.0, -0.0, limits.max], [limits.min, limits.tiny, limits.smallest_normal]], dtype=dtype)
+    assert all_finite(tensor)
+    assert all_finite(tensor.t())
+    tensor[1, 2] = bad
+    assert not all_finite(tensor)
+    assert not all_finite(tensor.t()[2:])
+    assert all_finite(tensor.t()[:1])
+
+
+def test_all_finite_of_nothing_and_of_integers() -> None:
+    assert all_finite(torch.zeros(0))
+    assert all_finite(torch.tensor(1.5))
+    assert all_finite(torch.tensor([2**62]))

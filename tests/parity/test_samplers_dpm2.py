@@ -1,0 +1,113 @@
+"""DPM2 and DPM2 ancestral (KDPM2), chained against diffusers: equal bits at every call."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+from minidiff.errors import ConfigError
+from minidiff.samplers import DPM2, DPM2Ancestral, Scheduler
+from tests.parity.sampler_twins import DTYPES, SHAPE, compare, compare_all, config, label, reference
+
+PREDICTIONS = ("epsilon", "v_prediction")
+SPACINGS = (
+    {},
+    {"timestep_spacing": "leading"},
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+)
+SIGMAS = (
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+)
+BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
+NAMES = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+
+PLAIN = [(s, g) for s, g in product(SPACINGS, SIGMAS)]
+ALL = [
+    config(name, **s, **g, prediction_type=PREDICTIONS[(i + i // 4) % 2])
+    for name in NAMES
+    for i, (s, g) in enumerate(PLAIN)
+]
+OTHER = [{"beta_schedule": b, "beta_start": 0.0001, "beta_end": 0.02} for b in ("linear", "squaredcos_cap_v2")]
+OTHER += [{"trained_betas": BETAS}, {"num_train_timesteps": 400}]
+ALL += [config(name, **o) for name in NAMES for o in OTHER]
+ALL += [{"_class_name": name} for name in NAMES]
+
+
+@pytest.mark.parametrize("c", ALL, ids=lambda c: f"{c['_class_name'][5:10]}-{label(c)}")
+def test_trajectories(c):
+    compare_all(c, (1, 2, 3, 5, 20) if c.get("use_beta_sigmas") else (1, 2, 3, 5, 20, 50))
+
+
+@pytest.mark.parametrize("c", ALL[::7], ids=lambda c: f"{c['_class_name'][5:10]}-{label(c)}")
+def test_from_every_interval(c):
+    twin = reference(c)
+    twin.set_timesteps(20)
+    for first in range(0, 39, 2):
+        compare(c, 20, DTYPES[first // 2 % 3], first=first, twin=twin)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "given",
+    [(999, {}), (61, {"timestep_spacing": "trailing"}), (1000, {"timestep_spacing": "leading", "steps_offset": 1})],
+    ids=str,
+)
+def test_many_steps_and_slips_of_the_reference(name, given):
+    compare(config(name, **given[1]), given[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.bfloat16, torch.float32)])
+def test_sample_and_model_of_different_dtypes(name, dtypes):
+    compare(config(name, prediction_type="v_prediction"), 10, dtypes[0], out_dtype=dtypes[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sample_prediction_is_refused_as_in_the_reference(name):
+    c = config(name, prediction_type="sample")
+    ref = reference(c)
+    ref.set_timesteps(3)
+    with pytest.raises(NotImplementedError):
+        ref.step(torch.zeros(SHAPE), ref.timesteps[0], torch.zeros(SHAPE))
+    with pytest.raises(ConfigError, match="prediction_type='sample'"):
+        Scheduler.from_diffusers(c)
+
+
+@pytest.mark.parametrize("sampler", [DPM2(), DPM2Ancestral(like_diffusers=True)])
+def test_it_refuses_to_start_in_the_middle_of_an_interval(sampler):
+    plan, x = sampler.plan(Scheduler.from_diffusers(config(NAMES[0])).schedule, 5), torch.zeros(1, 4, 2, 2)
+    with pytest.raises(ConfigError, match="can't start at row 3"):
+        sampler.step(plan, 3, x, x, sampler.start(), torch.zeros_like)
+
+
+def test_by_name_karras_timesteps_are_not_rounded():
+    schedule = Scheduler.from_diffusers(config(NAMES[0])).schedule
+    ours, theirs = (DPM2(sigma_spacing="karras", like_diffusers=like).plan(schedule, 10) for like in (False, True))
+    assert torch.equal(ours.sigmas, theirs.sigmas)
+    assert torch.equal(ours.timesteps[2::2].round(), theirs.timesteps[2::2].float())
+    assert not torch.equal(ours.timesteps[2::2], theirs.timesteps[2::2].float())
+    assert ours.timesteps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("first", [0, 2, 8])
+def test_the_familiar_loop(name, first):
+    c = config(name, use_exponential_sigmas=True)
+    ours, theirs = Scheduler.from_diffusers(c), reference(c)
+    ours.set_timesteps(8)
+    theirs.set_timesteps(8)
+    theirs.set_begin_index(first)
+    a, b = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    x = y = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * ours.init_noise_sigma
+    for t in ours.timesteps[first:]:
+        seen = ours.scale_model_input(x, t)
+        assert torch.equal(seen, theirs.scale_model_input(y, t))
+        x = ours.step(torch.sin(seen), t, x, generator=a)
+        y = theirs.step(torch.sin(seen), t, y, **({"generator": b} if "Ancestral" in name else {})).prev_sample
+        assert torch.equal(x, y)

@@ -1,0 +1,98 @@
+"""LMS, chained against diffusers and its quadrature by scipy: equal bits at every step."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from scipy import integrate
+
+from minidiff.errors import ConfigError
+from minidiff.samplers import LMS, Scheduler
+from minidiff.samplers.lms import NODES, adams_bashforth_coefs
+from tests.parity.sampler_twins import compare, compare_all, compare_starts, config, label, reference
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = (
+    {},
+    {"timestep_spacing": "leading"},
+    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"timestep_spacing": "trailing"},
+)
+SIGMAS = (
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+)
+BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
+
+
+def lms(**options):
+    return config("LMSDiscreteScheduler", **options)
+
+
+ALL = [{**lms(**s, **g), "prediction_type": PREDICTIONS[i % 3]} for i, (s, g) in enumerate(product(SPACINGS, SIGMAS))]
+ALL += [lms(order=o, **g) for o, g in zip((1, 2, 3, 8), SIGMAS, strict=True)]
+ALL += [lms(beta_schedule=b, beta_start=0.0001, beta_end=0.02) for b in ("linear", "squaredcos_cap_v2")]
+ALL += [lms(trained_betas=BETAS), lms(num_train_timesteps=400), {"_class_name": "LMSDiscreteScheduler"}]
+
+
+@pytest.mark.parametrize("c", ALL, ids=label)
+def test_trajectories(c):
+    compare_all(c, (1, 2, 3, 5, 20))
+
+
+@pytest.mark.parametrize("c", ALL[::6], ids=label)
+def test_50_steps(c):
+    compare(c, 50)
+
+
+@pytest.mark.parametrize("c", ALL[2::11], ids=label)
+def test_from_every_row(c):
+    compare_starts(c)
+
+
+def test_trailing_row_too_many_of_the_reference():
+    compare(lms(timestep_spacing="trailing"), 61)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.bfloat16, torch.float32)])
+def test_sample_and_model_of_different_dtypes(dtypes):
+    compare(lms(prediction_type="v_prediction"), 10, dtypes[0], out_dtype=dtypes[1])
+
+
+@pytest.mark.parametrize("option", [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}])
+@pytest.mark.parametrize("n", [30, 200])
+def test_coefficients_are_those_of_scipy(option, n):
+    ref = reference(lms(**option))
+    ref.set_timesteps(n)
+    ours = adams_bashforth_coefs(ref.sigmas, 8)
+    for i in range(7, n, n // 8):
+        for order in (2, 3, 4, 6, 8):
+            theirs = [ref.get_lms_coefficient(order, i, k) for k in range(order)]
+            assert torch.equal(ours[i, order - 1, :order], torch.tensor(theirs, dtype=torch.float32)), (i, order)
+
+
+def test_the_rule_is_quadpacks():
+    total, _ = integrate.quad(lambda v: v**20 + v**3 + 1, -1, 1)
+    ours = sum(w * (2 * x**20 + 2 if x else 1) for x, w in NODES)
+    assert ours == pytest.approx(total, rel=1e-14)
+
+
+@pytest.mark.parametrize("option", SIGMAS)
+def test_all_weights_add_up_to_the_interval(option):
+    """Whatever the order: a constant slope is integrated exactly, up to float32."""
+    plan = Scheduler.from_diffusers(lms(**option))
+    plan.set_timesteps(12)
+    dt = (plan.sigmas[1:] - plan.sigmas[:-1])[3:]
+    sums = plan.plan.coefs[3:].sum(dim=2)
+    assert torch.allclose(sums, dt[:, None].expand(-1, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_order_is_checked():
+    with pytest.raises(ConfigError, match=r"solver_order=9 must lie in 1\.\.8"):
+        LMS(solver_order=9)
+    with pytest.raises(ConfigError, match="solver_order=0 must lie"):
+        Scheduler.from_diffusers(lms(order=0))
