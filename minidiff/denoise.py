@@ -107,7 +107,8 @@ class Run(Iterator[Step]):
         """
         from tqdm import tqdm
 
-        for _ in tqdm(self, total=len(self), disable=not progress, unit="step"):
+        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
+        for _ in tqdm(self, total=len(self), disable=not progress, unit="step", bar_format=bar):
             pass
         if self._latest is None:
             raise ConfigError("the run was closed before its first step; there is no last one")
