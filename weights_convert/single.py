@@ -13,6 +13,7 @@ from minidiff.config import ModelConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
+from minidiff.schedule import NoiseSchedule
 from weights_convert import keys_original as keys
 from weights_convert import shapes_original as shapes
 from weights_convert.engine import Drop, Pair, expand, translate
@@ -30,6 +31,7 @@ SD1_SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+SCHEDULE_ROUNDING = 5e-3  # a table in bfloat16 is up to 2e-3 from ours, a zero-SNR one 3.5e-2
 LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was asked for, and taken instead")
 
 
@@ -46,6 +48,7 @@ def read_original(
     config = _config(tensors, where, prefix, override or {})
     if config.vae is None or config.text_encoder is None:
         raise ConfigError("config: a text-to-image model needs vae and text_encoder, and one of them is null")
+    _check_schedule(tensors, config, where)
     modules = {
         "unet": keys.unet(config.unet),
         "vae": keys.vae(config.vae),
@@ -84,6 +87,20 @@ def _config(tensors: Mapping[str, Lazy], where: str, prefix: str, override: Mapp
         raise CheckpointError(
             f"{where}: {e}; if it is a relative of SD1, config= says what shapes can't tell"
         ) from None
+
+
+def _check_schedule(tensors: Mapping[str, Lazy], config: ModelConfig, where: str) -> None:
+    """A file that carries the noise table of its training must not be run with another one."""
+    stored = tensors.get("alphas_cumprod")
+    if stored is None:
+        return
+    ours = NoiseSchedule.from_config(config.schedule).alphas_cumprod
+    gap = float((stored.load().float() - ours).abs().max()) if stored.shape == ours.shape else float("inf")
+    if not gap <= SCHEDULE_ROUNDING:
+        raise CheckpointError(
+            f"{where}: its noise table (alphas_cumprod) differs from the schedule's by {gap:.3g}; say what it was "
+            'trained with, such as config={"schedule": {"zero_snr": true, "prediction": "v_prediction"}}'
+        )
 
 
 def _choose_weights(

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights_convert
-from minidiff import ConfigError, checkpoint, load
-from minidiff.config import SD15, ModelConfig
+from minidiff import CheckpointError, ConfigError, NoiseSchedule, checkpoint, load
+from minidiff.config import SD15, ModelConfig, ScheduleConfig
 from minidiff.files import TensorFile
 from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
 from tests.unit import convert_sources as sources
@@ -338,3 +338,21 @@ def test_old_and_new_names_of_ddpm_attention() -> None:
     old = {p.theirs for p in expand(keys_diffusers.unet(DDPM.unet, old_names=True), model)}
     assert "mid_block.attentions.0.to_out.0.weight" in new - old
     assert "mid_block.attentions.0.proj_attn.weight" in old - new
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_noise_table_in_the_file_must_be_the_schedules(tmp_path: Path, dtype: torch.dtype) -> None:
+    def table(**options: Any) -> Tensor:
+        return NoiseSchedule.from_config(ScheduleConfig(**options)).alphas_cumprod.to(dtype)
+
+    tensors = sources.original_tensors()
+    save_file(tensors | {"alphas_cumprod": table()}, tmp_path / "plain.safetensors")
+    weights_convert.open_source(tmp_path / "plain.safetensors", config=sources.OVERRIDE)
+    save_file(tensors | {"alphas_cumprod": table(zero_snr=True)}, tmp_path / "zero.safetensors")
+    with pytest.raises(CheckpointError, match=r"zero\.safetensors: its noise table .* differs .*zero_snr"):
+        weights_convert.open_source(tmp_path / "zero.safetensors", config=sources.OVERRIDE)
+    right = {**sources.OVERRIDE, "schedule": {"zero_snr": True}}
+    assert weights_convert.open_source(tmp_path / "zero.safetensors", config=right).config.schedule.zero_snr
+    save_file(tensors | {"alphas_cumprod": table()[:500].clone()}, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="noise table"):
+        weights_convert.open_source(tmp_path / "short.safetensors", config=sources.OVERRIDE)
