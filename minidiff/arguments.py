@@ -7,6 +7,7 @@ picture's recipe may fill are None here.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from typing import Any
@@ -28,10 +29,26 @@ examples:
   minidiff info sd15.safetensors --check
   minidiff info picture.png
 """
+PLAN_EXAMPLES = """\
+examples:
+  minidiff plan --sampler euler --steps 20
+  minidiff plan --sampler ddim --steps 50 --set steps_offset=0
+  minidiff plan --model sd15.safetensors
+"""
 CONVERT_EXAMPLES = """\
 examples:
   minidiff convert ./stable-diffusion-v1-5 sd15.safetensors --dtype float16
   minidiff convert v1-5-pruned.ckpt sd15.safetensors --ema
+"""
+TRAIN_EXAMPLES = """\
+examples:
+  minidiff train --data photos/ --out run --size 32 --steps 20000
+  minidiff train --data photos/ --out run --size 32 --steps 20000 --resume
+  minidiff train --data captioned/ --out tuned --model sd15.safetensors --rate 1e-5 --batch 4 --cache-latents
+  torchrun --nproc-per-node 4 -m minidiff train --data photos/ --out run
+
+A run's folder holds model.safetensors, which `minidiff generate --model` takes, state.safetensors for --resume,
+log.csv, and samples/. To go on with a run, repeat its options and add --resume.
 """
 
 
@@ -44,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_info(commands)
     _add_convert(commands)
+    _add_plan(commands)
+    _add_train(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -123,6 +142,84 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
     p.add_argument("--force", action="store_true", help="replace DST if it exists")
+
+
+def _add_plan(commands: Any) -> None:
+    about = "print every number that a sampler will use: timesteps, sigmas, coefficients"
+    p = commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=PLAN_EXAMPLES)
+    p.late = _samplers
+    p.add_argument("--model", metavar="PATH", help="take schedule and sampler from it (default: Stable Diffusion's)")
+    p.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the model's own, else pndm)")
+    p.add_argument("--steps", type=_positive, default=50, metavar="N", help="how many (default: 50)")
+    p.add_argument(
+        "--set", action="append", default=[], type=_setting, metavar="OPTION=VALUE", help="an option of the sampler"
+    )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} should be OPTION=VALUE, such as spacing=trailing")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _add_train(commands: Any) -> None:
+    about = "train a model on your own pictures, from nothing or from a model that exists"
+    p = commands.add_parser("train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=TRAIN_EXAMPLES)
+    g = p.add_argument_group("model and data")
+    g.add_argument(
+        "--data",
+        required=True,
+        metavar="WHAT",
+        help="a folder of pictures (a model with text reads cat.txt beside cat.png, or metadata.jsonl), shapes (drawn "
+        "on the fly), or torchvision:NAME",
+    )
+    g.add_argument("--out", required=True, metavar="FOLDER", help="where the run is kept")
+    g.add_argument("--resume", action="store_true", help="go on with the run in FOLDER")
+    g.add_argument("--model", metavar="PATH", help="begin with this model (default: a new, small one without text)")
+    g.add_argument("--config", metavar="FILE.json", help="begin with a new model of this config")
+    g.add_argument(
+        "--parts",
+        choices=("unet", "unet+text_encoder", "vae"),
+        default="unet",
+        help="what learns (default: unet; vae: the autoencoder alone)",
+    )
+    g.add_argument("--size", type=_positive, metavar="N", help="pixels (default: the model's; 64 for a new one)")
+    g.add_argument("--cache-latents", action="store_true", help="compute latents once, and keep them in FOLDER")
+    g.add_argument("--held-out", metavar="WHAT", help="data to measure the loss on whenever samples are made")
+    g.add_argument("--download", action="store_true", help="let torchvision fetch its data set, into ./data")
+    g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--steps", type=_positive, metavar="N", help="optimiser steps of the whole run (default: 1000)")
+    g.add_argument("--batch", type=_positive, metavar="N", help="pictures a step, on all machines (default: 16)")
+    g.add_argument("--accumulate", type=_positive, metavar="N", help="parts of a batch: less memory (default: 1)")
+    g.add_argument("--rate", type=_finite, metavar="X", help="the highest learning rate (default: 1e-4)")
+    g.add_argument("--curve", metavar="NAME", help="how it falls: cosine, linear or constant (default: cosine)")
+    g.add_argument("--warmup", type=_count, metavar="N", help="steps in which it rises (default: a tenth, at most 500)")
+    g.add_argument("--decay", type=_finite, metavar="X", help="weight decay (default: 0.01)")
+    g.add_argument("--clip", type=_finite, metavar="X", help="the longest gradient; 0: any (default: 1)")
+    g.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
+    g.add_argument("--ema", type=_finite, metavar="X", help="decay of the weights' average; 0: none (default: 0.9999)")
+    g.add_argument("--seed", type=int, metavar="N", help="of the weights, the order and the noise (default: 0)")
+    g = p.add_argument_group("objective")
+    g.add_argument("--min-snr", type=_finite, metavar="X", help="weigh timesteps by min-SNR; 5 is usual (default: no)")
+    g.add_argument("--offset-noise", type=_finite, metavar="X", help="0.1 is usual (default: 0)")
+    g.add_argument("--drop-prompt", type=_finite, metavar="X", help="share of empty prompts (default: 0.1)")
+    g.add_argument("--kl", type=_finite, metavar="X", help="vae: weight of the KL divergence (default: 1e-6)")
+    g = p.add_argument_group("output")
+    g.add_argument(
+        "--save-every", type=_positive, metavar="N", help="steps from checkpoint to checkpoint (default: 500)"
+    )
+    g.add_argument("--sample-every", type=_count, metavar="N", help="steps from grid to grid; 0: none (default: 0)")
+    g.add_argument("--samples", type=_positive, metavar="N", help="pictures in a grid (default: 16)")
+    g.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The ``minidiff`` command: ``generate``, ``info`` and ``convert``.
+"""The ``minidiff`` command: ``generate``, ``info``, ``convert``, ``plan`` and ``train``.
 
 The only module that knows every other one; each is imported by the function that needs it. stdout carries results alone
 (paths, reports), stderr everything else.
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    commands = {"generate": generate, "info": info, "convert": convert}
+    commands = {"generate": generate, "info": info, "convert": convert, "plan": plan, "train": train}
     if args.command is None:
         raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
     commands[args.command](args)
@@ -256,3 +256,34 @@ def convert(args: Namespace) -> None:
         args.src, args.dst, to=args.to, dtype=_dtype(args.dtype), ema=args.ema, config=args.config
     )
     print(report)
+
+
+def plan(args: Namespace) -> None:
+    """``minidiff plan``."""
+    from minidiff.config import ScheduleConfig
+    from minidiff.samplers import sampler_from_config
+    from minidiff.schedule import NoiseSchedule
+
+    config: dict[str, Any] = {"name": "pndm"}
+    schedule = ScheduleConfig()
+    if args.model is not None:
+        import weights_convert
+
+        found = weights_convert.open_source(args.model).config
+        config, schedule = found.sampler, found.schedule
+    if args.sampler is not None:
+        config = {"name": args.sampler}
+    print(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
+
+
+def train(args: Namespace) -> None:
+    """``minidiff train``."""
+    if args.model is not None and args.config is not None:
+        raise ConfigError("--model and --config are both given; a run begins with one or the other")
+    import torch
+
+    from minidiff.training.command import run
+
+    device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    assert device is not None
+    print(run(args, lambda path: _open_model(path, device, torch.float32)[0], device))

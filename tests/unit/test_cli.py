@@ -640,3 +640,15 @@ def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
     (picture,) = tmp_path.iterdir()
     assert out.decode("ascii").startswith("f\\xfcchse-\\u732b-")
     assert minidiff.read_recipe(picture)["prompt"] == argv[1]
+
+
+def test_plan(run: Run) -> None:
+    ended = run("plan", "--sampler", "ddim", "--steps", "50", "--set", "steps_offset=0", "--set", "spacing=leading")
+    assert (ended.status, ended.err) == (0, [])
+    assert [line.split()[:2] for line in ended.out[2:]] == [[str(i), str(980 - 20 * i)] for i in range(50)]
+    assert "x starts as noise * 14.6146" in run("plan", "--sampler", "euler", "--steps", "3").out[0]
+    assert run("plan", "--model", "text", "--steps", "2").out[0].startswith("PNDMPlan: 3 model calls")
+    one_error(run("plan", "--sampler", "ddim", "--set", "foo=1"), "ddim has no option 'foo'")
+    one_error(run("plan", "--set", "spacing"), "'spacing' should be OPTION=VALUE")
+    one_error(run("plan", "--sampler", "ddim", "--steps", "5000"), "steps=5000")
+    one_error(run("plan", "--model", "missing.safetensors"), "missing.safetensors", "no such file")
