@@ -27,7 +27,7 @@ from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.picture import label, to_pil, to_unit
-from minidiff.samplers import SAMPLERS, sampler_from_config, sampler_to_config
+from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.base import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.version import VERSION
@@ -411,8 +411,9 @@ def _finite(name: str, value: Any) -> float:
 
 def _note(sampler: Any) -> dict[str, Any]:
     """A sampler for the recipe: its name and options, or what it is called where it is the caller's own."""
-    own = type(sampler) not in SAMPLERS.values()
-    return {"name": type(sampler).__name__, "options": str(sampler)} if own else sampler_to_config(sampler)
+    if name_of(sampler) is None:
+        return {"name": type(sampler).__name__, "options": str(sampler)}
+    return sampler_to_config(sampler)
 
 
 def _texts(prompt: str | Sequence[str]) -> list[str]:

@@ -2,69 +2,154 @@
 
 A sampler chosen by name follows the mathematics, with defaults that suit Stable Diffusion; one that is read from a
 scheduler_config.json does what diffusers does, its slips included (``like_diffusers``).
+
+``SAMPLERS`` is the registry. A method's file is imported when it is first asked for: there are many, a run needs one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
 
 from minidiff.config import check, from_json
 from minidiff.errors import ConfigError
-from minidiff.samplers import from_diffusers as _readers
 from minidiff.samplers.base import Draw, Options, Plan, Sampler
-from minidiff.samplers.ddim import DDIM
-from minidiff.samplers.ddpm import DDPM
-from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
-from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE
-from minidiff.samplers.euler import Euler
-from minidiff.samplers.euler_ancestral import EulerAncestral
-from minidiff.samplers.from_diffusers import schedule_from_diffusers
-from minidiff.samplers.heun import Heun
-from minidiff.samplers.lms import LMS
-from minidiff.samplers.pndm import PNDM
-from minidiff.samplers.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from minidiff.samplers.cm import CM
+    from minidiff.samplers.ddim import DDIM
+    from minidiff.samplers.ddim_inverse import DDIMInverse
+    from minidiff.samplers.ddpm import DDPM
+    from minidiff.samplers.deis import DEIS
+    from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
+    from minidiff.samplers.dpm_inverse import DPMSolverInverse
+    from minidiff.samplers.dpm_singlestep import DPMSolverSinglestep
+    from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE
+    from minidiff.samplers.dpmpp_sde import DPMSDE
+    from minidiff.samplers.edm import EDMEuler
+    from minidiff.samplers.edm_multistep import EDMMultistep
+    from minidiff.samplers.euler import Euler
+    from minidiff.samplers.euler_ancestral import EulerAncestral
+    from minidiff.samplers.from_diffusers import schedule_from_diffusers
+    from minidiff.samplers.heun import Heun
+    from minidiff.samplers.ipndm import IPNDM
+    from minidiff.samplers.lcm import LCM
+    from minidiff.samplers.lms import LMS
+    from minidiff.samplers.pndm import PNDM
+    from minidiff.samplers.sa_solver import SASolver
+    from minidiff.samplers.scheduler import Scheduler
+    from minidiff.samplers.tcd import TCD
+    from minidiff.samplers.unipc import UniPC
 
 __all__ = [
+    "CM",
     "DDIM",
     "DDPM",
+    "DEIS",
     "DPM2",
+    "DPMSDE",
+    "IPNDM",
+    "LCM",
     "LMS",
     "PNDM",
     "SAMPLERS",
+    "TCD",
+    "DDIMInverse",
     "DPM2Ancestral",
     "DPMSolver",
     "DPMSolver2MSDE",
     "DPMSolver3MSDE",
+    "DPMSolverInverse",
+    "DPMSolverSinglestep",
     "Draw",
+    "EDMEuler",
+    "EDMMultistep",
     "Euler",
     "EulerAncestral",
     "Heun",
     "Options",
     "Plan",
+    "SASolver",
     "Sampler",
     "Scheduler",
+    "UniPC",
     "sampler_from_config",
     "sampler_from_diffusers",
     "sampler_to_config",
     "schedule_from_diffusers",
 ]
 
-SAMPLERS: dict[str, type[Options]] = {
-    "ddpm": DDPM,
-    "ddim": DDIM,
-    "pndm": PNDM,
-    "euler": Euler,
-    "euler_ancestral": EulerAncestral,
-    "heun": Heun,
-    "lms": LMS,
-    "dpmpp_2m": DPMSolver,
-    "dpmpp_2m_sde": DPMSolver2MSDE,
-    "dpmpp_3m_sde": DPMSolver3MSDE,
-    "dpm2": DPM2,
-    "dpm2_ancestral": DPM2Ancestral,
+# name: the file and the class
+PLACES = {
+    "ddpm": ("ddpm", "DDPM"),
+    "ddim": ("ddim", "DDIM"),
+    "pndm": ("pndm", "PNDM"),
+    "euler": ("euler", "Euler"),
+    "euler_ancestral": ("euler_ancestral", "EulerAncestral"),
+    "heun": ("heun", "Heun"),
+    "lms": ("lms", "LMS"),
+    "dpmpp_2m": ("dpm_solver", "DPMSolver"),
+    "dpmpp_2m_sde": ("dpm_solver", "DPMSolver2MSDE"),
+    "dpmpp_3m_sde": ("dpm_solver", "DPMSolver3MSDE"),
+    "dpm2": ("dpm2", "DPM2"),
+    "dpm2_ancestral": ("dpm2", "DPM2Ancestral"),
+    "deis": ("deis", "DEIS"),
+    "unipc": ("unipc", "UniPC"),
+    "lcm": ("lcm", "LCM"),
+    "tcd": ("tcd", "TCD"),
+    "ddim_inverse": ("ddim_inverse", "DDIMInverse"),
+    "edm_euler": ("edm", "EDMEuler"),
+    "edm_dpmpp_2m": ("edm_multistep", "EDMMultistep"),
+    "dpmpp_2s": ("dpm_singlestep", "DPMSolverSinglestep"),
+    "dpmpp_2m_inverse": ("dpm_inverse", "DPMSolverInverse"),
+    "cm": ("cm", "CM"),
+    "ipndm": ("ipndm", "IPNDM"),
+    "sa_solver": ("sa_solver", "SASolver"),
+    "dpmpp_sde": ("dpmpp_sde", "DPMSDE"),
 }
+HOMES = {kind: file for file, kind in PLACES.values()} | {
+    "Scheduler": "scheduler",
+    "schedule_from_diffusers": "from_diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'minidiff.samplers' has no attribute {name!r}")
+    return getattr(import_module(f"minidiff.samplers.{HOMES[name]}"), name)
+
+
+class Registry(Mapping[str, type[Options]]):
+    """Sampler classes by name, each imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> type[Options]:
+        file, kind = PLACES[name]
+        return cast(type[Options], getattr(import_module(f"minidiff.samplers.{file}"), kind))
+
+    def __contains__(self, name: object) -> bool:
+        return name in PLACES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(PLACES)
+
+    def __len__(self) -> int:
+        return len(PLACES)
+
+
+SAMPLERS = Registry()
+
+
+def name_of(sampler: Any) -> str | None:
+    """The name under which the class of ``sampler`` is registered; None for a sampler from elsewhere."""
+    kind = type(sampler)
+    names = (n for n, (file, own) in PLACES.items() if (f"minidiff.samplers.{file}", own) == _place(kind))
+    return next(names, None)
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
@@ -73,7 +158,9 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     Raises UnsupportedError for a class that is not known and for flow matching, ConfigError for unknown or impossible
     options.
     """
-    return cast(Sampler[Any, Any], _readers.sampler_from_diffusers(config))
+    from minidiff.samplers import from_diffusers
+
+    return cast(Sampler[Any, Any], from_diffusers.sampler_from_diffusers(config))
 
 
 def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
@@ -83,7 +170,7 @@ def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     """
     name = config.get("name")
     known = ", ".join(SAMPLERS)
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ConfigError(f"no sampler is called {name!r}; known are {known}")
     kind = SAMPLERS[name]
     options = {key: value for key, value in config.items() if key != "name"}
@@ -95,7 +182,8 @@ def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
 
 def sampler_to_config(sampler: Any) -> dict[str, Any]:
     """The sampler as a dict that :func:`sampler_from_config` reads back equal, every option spelled out."""
-    for name, kind in SAMPLERS.items():
-        if type(sampler) is kind:
-            return {"name": name, **dataclasses.asdict(sampler)}
+    name = name_of(sampler)
+    if name is not None:
+        options = dataclasses.asdict(sampler).items()
+        return {"name": name, **{k: list(v) if isinstance(v, tuple) else v for k, v in options}}  # as JSON has it
     raise ConfigError(f"{type(sampler).__name__} is none of the named samplers: {', '.join(SAMPLERS)}")

@@ -128,6 +128,7 @@ class Options:
 
     order: ClassVar[int] = 1  # model calls per step, where a step takes several
     in_sigma: ClassVar[bool] = False  # whether x is picture plus noise (a SigmaPlan), not of unit variance
+    own_levels: ClassVar[bool] = False  # whether it brings its own noise levels, and needs no NoiseSchedule
 
     like_diffusers: bool = False
 
@@ -143,10 +144,16 @@ def _option_types(sampler: type) -> dict[str, Any]:
 
 
 def _check_option(name: str, value: Any, kind: Any) -> None:
-    """Raise ConfigError unless ``value`` is of type ``kind``: a Literal, bool, int, float, or one of these or None."""
+    """Raise ConfigError unless ``value`` is of type ``kind``: a Literal, bool, int, float, one of these or None, or a
+    tuple of one of these."""
     if get_origin(kind) is Literal:
         known = get_args(kind)
         return check(value in known, f"{name}={value!r} is none of {', '.join(map(repr, known))}")
+    if get_origin(kind) is tuple:  # of any length, of one type
+        check(isinstance(value, tuple), f"{name}={value!r} must be a tuple")
+        for entry in value:
+            _check_option(name, entry, get_args(kind)[0])
+        return None
     kinds = get_args(kind) or (kind,)
     if float in kinds:
         kinds = (*kinds, int)

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.config import check
 from minidiff.errors import ConfigError
-from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Draw, check_chosen, need_schedule, root
 from minidiff.samplers.sigma_plan import SigmaPlan, SpacedSigmas, sample_x0, sigma_rows
-from minidiff.samplers.sigmas import Floats
 from minidiff.schedule import NoiseSchedule
 
 
@@ -76,10 +76,9 @@ class DPM2(SpacedSigmas):
             times = times.round()
         s = torch.from_numpy(levels)
         middle, to, up = self._split(s)
-        between: Floats = spacings.to_timesteps(middle.numpy(), table).astype(times.dtype)
-        n = len(times)
-        t = torch.from_numpy(times)
-        t = torch.cat([t[:1], torch.stack([torch.from_numpy(between)[: n - 1], t[1:]], dim=1).flatten()])
+        ends = torch.from_numpy(times)
+        between = timesteps_between(middle[:-1], torch.from_numpy(np.log(table))).to(ends.dtype)
+        t = torch.cat([ends[:1], torch.stack([between, ends[1:]], dim=1).flatten()])
         start = s[:-1]
         seen, dt = interleave(start, middle), interleave(middle - start, to - start)
         rows = sigma_rows(t if self.like_diffusers else t.float(), seen, self.spacing, schedule.prediction)
@@ -131,6 +130,12 @@ class DPM2Ancestral(DPM2):
         down = root(to**2 - up**2, self, "sigma_down")
         middle = s.log().lerp(down.log(), 0.5).exp()[:-1]
         middle[-1] = 0.0
+        lost = (~(middle[:-1] > 0)).nonzero().flatten().tolist()
+        check(
+            not lost,
+            f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle (diffusers: NaN); "
+            "use more steps",
+        )
         return middle, down[:-1], up[:-1]
 
     def _arrive(self, plan: DPM2Plan, i: int, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
@@ -140,3 +145,13 @@ class DPM2Ancestral(DPM2):
 def interleave(first: Tensor, second: Tensor) -> Tensor:
     """(2n - 1,): the entries of two (n,) rows by turns, the last of ``second`` left out."""
     return torch.stack([first, second], dim=1).flatten()[:-1]
+
+
+def timesteps_between(sigmas: Tensor, logs: Tensor) -> Tensor:
+    """(n,): the fractional timesteps at which training's log sigmas ``logs`` (T,) are those of ``sigmas`` (n,): as
+    ``sigmas.to_timesteps``, but all in float32, as the reference does it for the middles."""
+    log_sigma = torch.from_numpy(np.log(sigmas.clamp(min=1e-10).numpy()))
+    below = (log_sigma[None] - logs[:, None] >= 0).cumsum(dim=0).argmax(dim=0).clip(max=len(logs) - 2)
+    low, high = logs[below], logs[below + 1]
+    share = ((low - log_sigma) / (low - high)).clip(0, 1)
+    return (1 - share) * below + share * (below + 1)

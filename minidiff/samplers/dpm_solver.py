@@ -5,9 +5,9 @@ From lambda to lambda + h (``lambda_plan.py``), the equation for x with the mode
     x_next = noise_next / noise * x  +  signal_next * integral of exp(-(h - u)) x0(lambda + u) du over 0..h
 
 DPM-Solver++ (2022b) replaces x0 under the integral by a polynomial through its latest one to three values: D0 the
-latest value, D1 and D2 its divided differences in units of h. Then the integrals are
+latest value, D1 and D2 its divided differences in units of h. Then the integral is
 
-    order 1: (1 - exp(-h)) D0      + order 2: ((exp(-h) - 1) / h + 1) D1      - order 3: ((exp(-h) - 1 + h) / h**2 - 1/2) D2
+    (1 - exp(-h)) D0 + ((exp(-h) - 1) / h + 1) D1 - ((exp(-h) - 1 + h) / h**2 - 1/2) D2      of order 1, 2, 3
 
 ("heun" takes that D1; "midpoint" takes (1 - exp(-h)) / 2, equal up to O(h**2)). DPM-Solver (2022a) does the same with
 epsilon, where signal and noise change places and h its sign. The sde forms solve the reverse stochastic equation
@@ -26,8 +26,8 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Draw, check_chosen, need_schedule
-from minidiff.samplers.lambda_plan import FEW, LambdaOptions, LambdaPlan, check_usable, lambda_rows
-from minidiff.samplers.sigma_plan import upcast, widen
+from minidiff.samplers.lambda_plan import FEW, LambdaOptions, LambdaPlan, lambda_rows, unclipped, usable
+from minidiff.samplers.sigma_plan import upcast
 from minidiff.samplers.sigmas import Floats
 from minidiff.schedule import (
     NoiseSchedule,
@@ -61,7 +61,7 @@ class DPMSolverPlan(LambdaPlan):
 
     def columns(self) -> dict[str, Tensor | Sequence[Any]]:
         most = [min(order, i + 1) for i, order in enumerate(self.orders)]
-        own = {"order": most, "x_coef": self.x_coef, "D0": self.d0, "D1": self.d1}
+        own: dict[str, Tensor | Sequence[Any]] = {"order": most, "x_coef": self.x_coef, "D0": self.d0, "D1": self.d1}
         return super().columns() | own | ({"fresh": self.fresh} if bool(self.fresh.any()) else {})
 
 
@@ -118,24 +118,13 @@ class DPMSolver(LambdaOptions):
         orders = self._orders(len(t))
         rows = lambda_rows(t, s, schedule.prediction)
         algorithm, kind, like = self.algorithm, self.solver_type, self.like_diffusers
-        coefs = multistep_coefficients(algorithm, kind, rows["signal"], rows["noise"], rows["h"], like)
-        check_usable(self, orders, 1, coefs["x_coef"], coefs["d0"], coefs["fresh"])
-        check_usable(self, orders, 2, coefs["d1"], coefs["inv_r0"])
-        check_usable(self, orders, 3, coefs["d1_heun"], coefs["d2"], coefs["inv_r1"], coefs["inv_r"], coefs["share"])
-        return DPMSolverPlan(**rows, **coefs, orders=orders)
+        by_order = multistep_coefficients(algorithm, kind, rows["signal"], rows["noise"], rows["h"], like)
+        for order, coefs in enumerate(by_order, 1):
+            rows |= usable(self, orders, order, coefs)
+        return DPMSolverPlan(**rows, orders=orders)
 
     def _last(self, schedule: NoiseSchedule) -> int:
-        """How many timesteps of training have a lambda that is not clipped."""
-        total = len(schedule)
-        if self.lambda_min_clipped is None:
-            return total
-        alpha_bar = schedule.alphas_cumprod.clone()
-        if alpha_bar[-1] == 0:
-            alpha_bar[-1] = self.last_alpha_bar
-        lambdas = torch.log(torch.sqrt(alpha_bar)) - torch.log(torch.sqrt(1 - alpha_bar))
-        last = total - int(torch.searchsorted(lambdas.flip(0), self.lambda_min_clipped))
-        check(last >= 1, f"lambda_min_clipped={self.lambda_min_clipped} clips every timestep of training")
-        return last
+        return unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
 
     def _orders(self, n: int) -> tuple[int, ...]:
         """The highest order of each of ``n`` rows."""
@@ -167,14 +156,7 @@ class DPMSolver(LambdaOptions):
         """x0 is made in the model's dtype; the sum is in float32."""
         m = self.convert(plan, i, x, out, state)
         outputs = (*state.outputs, m)[-self.solver_order :]
-        order = min(plan.orders[i], len(outputs))
-        after = plan.x_coef[i] * upcast(x) + widen(plan.d0[i] * m)
-        if order == 2:
-            after = after + widen(plan.d1[i] * (plan.inv_r0[i] * (m - outputs[-2])))
-        if order == 3:
-            near, far = plan.inv_r0[i] * (m - outputs[-2]), plan.inv_r1[i] * (outputs[-2] - outputs[-3])
-            after = after + widen(plan.d1_heun[i] * (near + plan.share[i] * (near - far)))
-            after = after + widen(plan.d2[i] * (plan.inv_r[i] * (near - far)))
+        after = multistep(plan, i, upcast(x), outputs)
         if self.algorithm.startswith("sde"):
             after = after + plan.fresh[i] * draw(upcast(m))
         return after.to(m.dtype), History(outputs)
@@ -212,6 +194,24 @@ class DPMSolver3MSDE(DPMSolver2MSDE):
     solver_order: int = 3
 
 
+def multistep(plan: DPMSolverPlan, i: int, x: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
+    """The step at row ``i`` but for fresh noise, from the latest ``outputs``, summed in the wider dtype."""
+    m, order = outputs[-1], min(plan.orders[i], len(outputs))
+    after = plan.x_coef[i] * x + meet(plan.d0[i] * m, x)
+    if order == 2:
+        after = after + meet(plan.d1[i] * (plan.inv_r0[i] * (m - outputs[-2])), x)
+    if order == 3:
+        near, far = plan.inv_r0[i] * (m - outputs[-2]), plan.inv_r1[i] * (outputs[-2] - outputs[-3])
+        after = after + meet(plan.d1_heun[i] * (near + plan.share[i] * (near - far)), x)
+        after = after + meet(plan.d2[i] * (plan.inv_r[i] * (near - far)), x)
+    return after
+
+
+def meet(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` in the wider dtype of both: what their sum makes of it anyway, written down."""
+    return y.to(torch.promote_types(y.dtype, x.dtype))
+
+
 def check_algorithm(algorithm: str, order: int, final_sigma: str) -> None:
     """Raise ConfigError for what the formulas can't do."""
     reaches = algorithm.endswith("++") or final_sigma != "zero"
@@ -222,35 +222,68 @@ def check_algorithm(algorithm: str, order: int, final_sigma: str) -> None:
 
 def multistep_coefficients(
     algorithm: Algorithm, kind: SolverType, signal: Tensor, noise: Tensor, h: Tensor, like_diffusers: bool
-) -> dict[str, Tensor]:
-    """The rows of :class:`DPMSolverPlan` from ``signal`` and ``noise`` (n + 1,) and ``h`` (n,)."""
-    to_signal, to_noise = signal[1:], noise[1:]
+) -> list[dict[str, Tensor]]:
+    """The rows of :class:`DPMSolverPlan` that steps of order 1, 2 and 3 or higher need, from ``signal`` and ``noise``
+    (n + 1,) and ``h`` (n,)."""
+    parts = exponentials(algorithm, signal[:-1], noise[:-1], signal[1:], noise[1:], h, like_diffusers)
     h_0 = torch.cat([h[:1], h[:-1]])  # the first row, which has no history, is there to keep the length
     h_1 = torch.cat([h_0[:1], h_0[:-1]])
     r0, r1 = h_0 / h, h_1 / h
+    return [
+        {"x_coef": parts.x_coef, "d0": parts.d0, "fresh": parts.fresh},
+        {"d1": parts.d1_midpoint if kind == "midpoint" else parts.d1_heun, "inv_r0": 1.0 / r0},
+        {
+            "d1_heun": parts.d1_heun,
+            "d2": parts.d2,
+            "inv_r1": 1.0 / r1,
+            "share": r0 / (r0 + r1),
+            "inv_r": 1.0 / (r0 + r1),
+        },
+    ]
+
+
+class Exponentials(NamedTuple):
+    """What x, D0, D1 (of both solver types), D2 and fresh noise are multiplied by, (n,) each."""
+
+    x_coef: Tensor
+    d0: Tensor
+    d1_midpoint: Tensor
+    d1_heun: Tensor
+    d2: Tensor
+    fresh: Tensor
+
+
+def exponentials(
+    algorithm: Algorithm,
+    signal: Tensor,
+    noise: Tensor,
+    to_signal: Tensor,
+    to_noise: Tensor,
+    h: Tensor,
+    like_diffusers: bool,
+) -> Exponentials:
+    """The coefficients of steps of length ``h`` from one signal and noise to another, all (n,)."""
     fresh = torch.zeros_like(h)
     if algorithm == "dpmsolver++":
         decay = torch.exp(-h) - 1.0
-        x_coef, d0 = to_noise / noise[:-1], -(to_signal * decay)
+        x_coef, d0 = to_noise / noise, -(to_signal * decay)
         half, heun = 0.5 * d0, to_signal * (decay / h + 1.0)
         d2 = -(to_signal * ((decay + h) / h**2 - 0.5))
     elif algorithm == "dpmsolver":
         growth = torch.exp(h) - 1.0
-        x_coef, d0 = to_signal / signal[:-1], -(to_noise * growth)
+        x_coef, d0 = to_signal / signal, -(to_noise * growth)
         half, heun = 0.5 * d0, -(to_noise * (growth / h - 1.0))
         d2 = -(to_noise * ((growth - h) / h**2 - 0.5))
     elif algorithm == "sde-dpmsolver++":
         rise = 1 - torch.exp(-2.0 * h)
-        x_coef, d0 = to_noise / noise[:-1] * torch.exp(-h), to_signal * rise
+        x_coef, d0 = to_noise / noise * torch.exp(-h), to_signal * rise
         half, heun = 0.5 * d0, to_signal * (rise / (-2.0 * h) + 1.0)
         d2 = to_signal * ((rise - 2.0 * h) / (2.0 * h) ** 2 + (-0.5 if like_diffusers else 0.5))
         fresh = to_noise * torch.sqrt(rise)
     else:
         growth = torch.exp(h) - 1.0
-        x_coef, d0 = to_signal / signal[:-1], -(2.0 * (to_noise * growth))
+        x_coef, d0 = to_signal / signal, -(2.0 * (to_noise * growth))
         half, heun = -(to_noise * growth), -(2.0 * (to_noise * (growth / h - 1.0)))
         d2 = torch.zeros_like(h)  # no order 3
         fresh = to_noise * torch.sqrt(torch.exp(2 * h) - 1.0)
-    rows = {"x_coef": x_coef, "d0": d0, "d1": half if kind == "midpoint" else heun, "d1_heun": heun, "d2": d2}
-    inverses = {"inv_r0": 1.0 / r0, "inv_r1": 1.0 / r1, "share": r0 / (r0 + r1), "inv_r": 1.0 / (r0 + r1)}
-    return rows | {"fresh": fresh} | inverses
+    return Exponentials(x_coef, d0, half, heun, d2, fresh)

@@ -33,15 +33,19 @@ FEW = 15  # runs of fewer steps end with steps of lower order, which are more st
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class LambdaPlan(Plan):
     """``sigmas``, ``signal``, ``noise`` and ``lambdas`` have an entry more than there are rows: where the last step
-    lands. ``h`` (n,) is each step in lambda."""
+    lands. ``h`` (n,) is each step in lambda. ``noise_by_timestep``: the start of image to image reads alpha_bar off the
+    timestep, not off sigma."""
 
     sigmas: Tensor
     signal: Tensor
     noise: Tensor
     lambdas: Tensor
     h: Tensor
+    noise_by_timestep: bool = False
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        if self.noise_by_timestep:
+            return super().add_noise(x0, noise, i)
         signal, sigma = rates(self.sigmas[i].to(x0.dtype))
         return signal * x0 + sigma * noise
 
@@ -75,13 +79,13 @@ def lambda_rows(timesteps: Tensor, sigmas: Tensor, prediction: Prediction) -> di
 
 
 @dataclass(frozen=True, kw_only=True)
-class LambdaOptions(Options):
+class LambdaSpacing(Options):
     """Options of the whole family.
 
     ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta" go
-    from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``solver_order``: how many of the latest outputs
-    a step uses. ``lower_order_final``: the last steps use fewer. ``threshold``: the percentile of dynamic thresholding
-    of x0 as a fraction (None: none), its bound kept in 1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the
+    from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
+    outputs. ``threshold``: the percentile of dynamic thresholding of x0 as a fraction (None: none), its bound kept in
+    1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the
     end of a zero-SNR schedule, where sigma is infinite.
 
     ``like_diffusers``: the timesteps of the other sigma spacings are made whole: rounded for karras (cut with
@@ -95,7 +99,6 @@ class LambdaOptions(Options):
     sigma_spacing: Literal["timesteps", "karras", "exponential", "beta"] = "timesteps"
     sigma_min: float | None = None
     sigma_max: float | None = None
-    solver_order: int = 2
     lower_order_final: bool = True
     threshold: float | None = None
     threshold_max: float = 1.0
@@ -104,7 +107,6 @@ class LambdaOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(1 <= self.solver_order <= 3, f"solver_order={self.solver_order} must be 1, 2 or 3")
         check(0 < self.last_alpha_bar < 1, f"last_alpha_bar={self.last_alpha_bar} must lie between 0 and 1")
         fits = self.threshold is None or 0 <= self.threshold <= 1
         check(fits, f"threshold={self.threshold} is a fraction: it must lie in 0..1")
@@ -186,6 +188,30 @@ class LambdaOptions(Options):
         return (t if cut else t.round()).astype(np.int64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LambdaOptions(LambdaSpacing):
+    """The options of :class:`LambdaSpacing`, and ``solver_order``: how many of the latest outputs a step uses."""
+
+    solver_order: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(1 <= self.solver_order <= 3, f"solver_order={self.solver_order} must be 1, 2 or 3")
+
+
+def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:
+    """How many of training's timesteps, the lowest ones, have a lambda of ``lambda_min`` (None: any) or more."""
+    if lambda_min is None:
+        return len(schedule)
+    alpha_bar = schedule.alphas_cumprod.clone()
+    if alpha_bar[-1] == 0:
+        alpha_bar[-1] = last_alpha_bar
+    lambdas = torch.log(torch.sqrt(alpha_bar)) - torch.log(torch.sqrt(1 - alpha_bar))
+    last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), lambda_min))
+    check(last >= 1, f"lambda_min_clipped={lambda_min} clips every timestep of training")
+    return last
+
+
 def whole(sampler: Options, timesteps: Sequence[float]) -> Floats:
     """``timesteps`` as int64. Raises ConfigError for fractions."""
     fits = all(float(t).is_integer() for t in timesteps)
@@ -193,14 +219,20 @@ def whole(sampler: Options, timesteps: Sequence[float]) -> Floats:
     return np.array([int(t) for t in timesteps], dtype=np.int64)
 
 
-def check_usable(sampler: Options, orders: tuple[int, ...], order: int, *rows: Tensor) -> None:
-    """Raise ConfigError where coefficients of an ``order`` that a row may use are not finite: two sigmas that are
-    equal, or a higher-order step to sigma 0, which the reference turns into NaN."""
-    wanted = torch.tensor([min(o, i + 1) >= order for i, o in enumerate(orders)], dtype=torch.bool, device="cpu")
-    for row in rows:
+def usable(
+    sampler: Options, orders: tuple[int, ...], order: int, rows: dict[str, Tensor], ahead: int = 1
+) -> dict[str, Tensor]:
+    """``rows`` of coefficients for steps of ``order``, 0 where no step of that order is made: by ``orders`` or because
+    row i knows no more than i + ``ahead`` outputs.
+
+    Raises ConfigError where one that may be made has coefficients that are not finite: two sigmas are equal, or a
+    higher-order step leads to sigma 0. The reference gives NaN there."""
+    wanted = torch.tensor([min(o, i + ahead) >= order for i, o in enumerate(orders)], dtype=torch.bool, device="cpu")
+    for row in rows.values():
         bad = (wanted & ~row.isfinite()).nonzero().flatten().tolist()
         check(
             not bad,
             f"{type(sampler).__name__}: no finite coefficients of order {order} at rows {bad[:4]} of {len(orders)}, "
             "where two sigmas are equal or the last is 0; use fewer steps, a lower solver_order or lower_order_final",
         )
+    return {name: torch.where(wanted, row, 0.0) for name, row in rows.items()}

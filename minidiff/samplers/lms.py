@@ -1,7 +1,7 @@
 """LMS: linear multistep, a polynomial through the latest slopes, integrated over the next interval (k-diffusion's LMS).
 
-The path is dx / d sigma = slope(x, sigma), the slope being (x - x0) / sigma. Adams and Bashforth replace the unknown
-slope ahead by the polynomial through the latest ``m`` known ones. Their weights are integrals of Lagrange's polynomials,
+The path is dx / d sigma = slope(x, sigma), the slope being (x - x0) / sigma. Adams and Bashforth put the polynomial
+through the latest m known slopes in the place of the unknown one ahead. Their weights are integrals of Lagrange's,
 
     coef[k] = integral from sigma_i to sigma_{i+1} of  prod_{j != k} (tau - sigma_{i-j}) / (sigma_{i-k} - sigma_{i-j})
 

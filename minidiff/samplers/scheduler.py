@@ -22,7 +22,6 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.errors import ConfigError
 from minidiff.samplers.base import Options, Plan, Sampler
-from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
 from minidiff.samplers.lambda_plan import LambdaPlan, rates
 from minidiff.samplers.sigma_plan import SigmaPlan
 from minidiff.schedule import NoiseSchedule
@@ -42,6 +41,8 @@ class Scheduler:
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Scheduler:
         """From a ``scheduler_config.json`` as a dict. Raises as :func:`sampler_from_diffusers` does."""
+        from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
+
         sampler = cast(Sampler[Any, Any], sampler_from_diffusers(config))
         return cls(sampler, NoiseSchedule.from_config(schedule_from_diffusers(config)))
 
@@ -130,9 +131,13 @@ class Scheduler:
         Methods that work in sigma know the timesteps of the current run; the others any timestep of training, also
         before ``set_timesteps``."""
         times = torch.as_tensor(t).reshape(-1)
-        in_lambda = isinstance(self._plan, LambdaPlan)
-        if not in_lambda and not cast(Options, self.sampler).in_sigma:  # any timestep of training will do
-            return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
+        in_lambda = isinstance(self._plan, LambdaPlan) and not self._plan.noise_by_timestep
+        sampler = cast(Options, self.sampler)
+        if not in_lambda and not sampler.in_sigma:
+            if not sampler.own_levels:  # any timestep of training will do
+                return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
+            rows = [self._find(v, 0) for v in times.tolist()] * (len(x0) // len(times))
+            return torch.cat([self.plan.add_noise(x0[k : k + 1], noise[k : k + 1], i) for k, i in enumerate(rows)])
         sigmas = self.sigmas.to(x0.dtype)
         sigma = torch.stack([sigmas[self._find(v, 0)] for v in times.tolist()]).to(x0.device)
         sigma = sigma.reshape(-1, *(1 for _ in x0.shape[1:]))

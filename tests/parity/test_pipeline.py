@@ -17,9 +17,15 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from diffusers.pipelines import PNDMPipeline
 
@@ -38,6 +44,12 @@ SCHEDULERS: dict[str, Any] = {
     "euler": EulerDiscreteScheduler(**SD, steps_offset=1),
     "euler karras": EulerDiscreteScheduler(**SD, steps_offset=1, use_karras_sigmas=True),
     "euler_ancestral": EulerAncestralDiscreteScheduler(**SD, steps_offset=1),
+    "heun": HeunDiscreteScheduler(**SD, steps_offset=1),
+    "lms": LMSDiscreteScheduler(**SD, steps_offset=1),
+    "dpm2_ancestral": KDPM2AncestralDiscreteScheduler(**SD, steps_offset=1),
+    "dpmpp_2m karras": DPMSolverMultistepScheduler(**SD, steps_offset=1, use_karras_sigmas=True),
+    "unipc": UniPCMultistepScheduler(**SD, steps_offset=1),
+    "deis": DEISMultistepScheduler(**SD, steps_offset=1),
 }
 PROMPT = "a red fox, sitting on a chair"
 NEGATIVE = "blurry, text"

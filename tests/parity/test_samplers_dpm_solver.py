@@ -82,7 +82,12 @@ def test_trajectories(c):
     chains(c)
 
 
-@pytest.mark.parametrize("c", ALL[::8], ids=label)
+@pytest.mark.parametrize("c", ALL[::3], ids=label)
+def test_50_steps(c):
+    compare(c, 50)
+
+
+@pytest.mark.parametrize("c", ALL[::10], ids=label)
 def test_from_every_row(c):
     starts(c)
 
@@ -136,7 +141,8 @@ def test_learned_variance_is_left_out(algorithm, monkeypatch):
 )
 def test_where_the_reference_gives_nan(options, steps, message):
     """Trap: limits of the reference."""
-    assert refuses_to_step(dpm(**options), steps)
+    if steps < 1000:  # there the reference takes its repeated timesteps for the last, and runs out of the table
+        assert refuses_to_step(dpm(**options), steps)
     with pytest.raises(ConfigError, match=message):
         Scheduler.from_diffusers(dpm(**options)).set_timesteps(steps)
 
@@ -178,11 +184,11 @@ def test_third_order_sde_has_the_right_sign_unless_like_diffusers():
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     options = {"algorithm": "sde-dpmsolver++", "solver_order": 3}
     ours, theirs = (DPMSolver(**options, like_diffusers=like).plan(schedule, 50) for like in (False, True))
-    assert bool((ours.d2[:-1] > 0).all())
+    assert bool((ours.d2[2:-1] > 0).all())
     gap = ours.d2 - theirs.d2
-    assert torch.allclose(gap, ours.signal[1:])
-    phi = ours.d2[:-1].double() / ours.signal[1:-1].double()
-    h = 2 * ours.h[:-1].double()
+    assert torch.allclose(gap[2:-1], ours.signal[3:-1])
+    phi = ours.d2[2:-1].double() / ours.signal[3:-1].double()
+    h = 2 * ours.h[2:-1].double()
     assert torch.allclose(phi, (-torch.expm1(-h) - h) / h**2 + 0.5, atol=1e-4)
 
 

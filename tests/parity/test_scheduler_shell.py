@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -22,6 +24,10 @@ CONFIGS = [
     config("EulerDiscreteScheduler", s_churn=5.0, s_noise=1.01, prediction_type="v_prediction"),
     config("EulerAncestralDiscreteScheduler"),
     config("EulerAncestralDiscreteScheduler", timestep_spacing="trailing", prediction_type="v_prediction"),
+    config("LMSDiscreteScheduler", use_karras_sigmas=True),
+    config("LCMScheduler"),
+    config("TCDScheduler", eta=0.6),
+    {"_class_name": "CMStochasticIterativeScheduler"},
 ]
 
 
@@ -35,7 +41,7 @@ def pair(c, n):
 def loop(ours, theirs, c, first=0, dtype=torch.float32, make=lambda: torch.Generator().manual_seed(3)):
     options = {k: v for k, v in c.items() if k in STEP_OPTIONS}
     model, a, b = torch.Generator().manual_seed(1), make(), make()
-    pndm = c["_class_name"] == "PNDMScheduler"
+    draws = "generator" in inspect.signature(theirs.step).parameters
     noise = torch.randn(SHAPE, generator=model).to(dtype)
     x, y = noise * ours.init_noise_sigma, noise * theirs.init_noise_sigma
     assert_close(ours.timesteps, theirs.timesteps)
@@ -44,10 +50,10 @@ def loop(ours, theirs, c, first=0, dtype=torch.float32, make=lambda: torch.Gener
         assert_close(seen, theirs.scale_model_input(y, t))
         out = output(c, seen, model)
         x = ours.step(out, t, x, generator=a)
-        step = theirs.step(out, t, y, **options, **({} if pndm else {"generator": b}))
+        step = theirs.step(out, t, y, **options, **({"generator": b} if draws else {}))
         y = step.prev_sample
         assert_close(x, y, where=f"{label(c)} t={t}")
-        if not pndm and "s_churn" not in options:
+        if "pred_original_sample" in step and "s_churn" not in options:
             assert_close(ours.last_x0, step.pred_original_sample)
 
 

@@ -121,9 +121,12 @@ def test_model_in_half_precision(case: str, device: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name, kind in SAMPLERS.items() if not kind.own_levels])
 def test_run_in_half_precision(name: str, device: str, dtype: torch.dtype) -> None:
-    """Prompt to latents, and every guided prediction on the way. A seed's noise is the same on every device."""
+    """Prompt to latents, and every guided prediction on the way. A seed's noise is the same on every device.
+
+    Not with the samplers that bring noise levels of their own: a model of another schedule takes those for times it
+    was not made for, and what it answers leads far away, with bfloat16's rounding even farther."""
     sd = tiny_sd()
     for part in sd.parts.values():
         draw(part)

@@ -76,6 +76,21 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "pndm", "like_diffusers": True, "runge_kutta": True},
     {"name": "euler", "s_churn": 40.0},
     {"name": "euler", "sigma_spacing": "karras"},
+    {"name": "dpmpp_2m", "solver_order": 3, "threshold": 0.995, "sigma_spacing": "lu"},
+    {"name": "dpmpp_2m", "algorithm": "dpmsolver", "solver_type": "heun", "final_sigma": "sigma_min"},
+    {"name": "dpmpp_2s", "solver_order": 3, "solver_type": "heun"},
+    {"name": "deis", "solver_order": 3},
+    {"name": "unipc", "solver_order": 3},
+    {"name": "unipc", "predict_x0": False, "final_sigma": "sigma_min", "solver_type": "bh1"},
+    {"name": "sa_solver", "predictor_order": 3, "corrector_order": 4},
+    {"name": "sa_solver", "algorithm": "noise_prediction"},
+    {"name": "heun", "clip": 1.0},
+    {"name": "lms", "like_diffusers": True},
+    {"name": "lcm", "threshold": 0.995},
+    {"name": "tcd", "eta": 0.0},
+    {"name": "edm_euler", "s_churn": 40.0, "threshold": 0.995},
+    {"name": "edm_dpmpp_2m", "solver_order": 3},
+    {"name": "edm_dpmpp_2m", "sde": True, "heun": True},
 ]
 
 

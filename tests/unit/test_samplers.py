@@ -8,7 +8,27 @@ import pytest
 import torch
 
 from minidiff.config import ScheduleConfig
-from minidiff.samplers import DDIM, DDPM, PNDM, SAMPLERS, Euler, EulerAncestral
+from minidiff.samplers import (
+    DDIM,
+    DDPM,
+    DEIS,
+    DPM2,
+    LMS,
+    PNDM,
+    SAMPLERS,
+    TCD,
+    DDIMInverse,
+    DPM2Ancestral,
+    DPMSolver,
+    DPMSolver3MSDE,
+    DPMSolverInverse,
+    DPMSolverSinglestep,
+    Euler,
+    EulerAncestral,
+    Heun,
+    SASolver,
+    UniPC,
+)
 from minidiff.schedule import NoiseSchedule, v_from_x0
 from tests.tolerances import Tolerance, assert_close
 from tests.unit.cuda_guard import fake_card
@@ -29,6 +49,25 @@ ALL = [
     Euler(s_churn=3.0, sigma_spacing="karras"),
     Euler(sigma_spacing="beta", spacing="trailing"),
     EulerAncestral(),
+    DPMSolver(),
+    DPMSolver(algorithm="dpmsolver", solver_type="heun", final_sigma="sigma_min", threshold=0.99, threshold_max=9.0),
+    DPMSolver(algorithm="sde-dpmsolver++", solver_order=3, sigma_spacing="karras"),
+    DEIS(solver_order=3, spacing="leading"),
+    UniPC(solver_order=3),
+    UniPC(solver_type="bh1", sigma_spacing="beta", disable_corrector=(1,)),
+    SASolver(predictor_order=3, corrector_order=4, spacing="leading"),
+    SASolver(algorithm="noise_prediction"),
+    DPMSolverSinglestep(solver_order=3),
+    DPMSolverSinglestep(algorithm="sde-dpmsolver++"),
+    DDIMInverse(),
+    DPMSolverInverse(),
+    Heun(),
+    Heun(sigma_spacing="karras", clip=9.0),
+    LMS(),
+    LMS(solver_order=2, spacing="trailing"),
+    DPM2(),
+    DPM2Ancestral(sigma_spacing="exponential"),
+    TCD(),
 ]
 DETERMINISTIC = [
     DDIM(),
@@ -41,6 +80,19 @@ DETERMINISTIC = [
     Euler(),
     Euler(sigma_spacing="karras", spacing="leading"),
     Euler(interpolation="log_linear"),
+    DPMSolver(),
+    DPMSolver(solver_type="heun", lower_order_final=False, sigma_spacing="lu"),
+    DPMSolver(solver_order=3, spacing="trailing"),
+    UniPC(),
+    UniPC(solver_order=3, solver_type="bh1", spacing="leading"),
+    DPMSolverSinglestep(),
+    DPMSolverSinglestep(solver_order=3, solver_type="heun", spacing="leading"),
+    Heun(),
+    Heun(spacing="leading", sigma_spacing="exponential"),
+    LMS(),
+    LMS(solver_order=3, sigma_spacing="karras"),
+    DPM2(),
+    DPM2(sigma_spacing="beta"),
 ]
 
 
@@ -108,6 +160,7 @@ def test_a_perfect_model_gives_the_picture_from_every_row(sampler, prediction):
     end = SCHEDULE.alphas_cumprod[0] if not getattr(sampler, "set_alpha_to_one", True) else torch.tensor(1.0)
     want = end**0.5 * x0 + (1 - end) ** 0.5 * epsilon
     starts = [i for i in range(len(plan)) if i >= getattr(plan, "warm_up", 0) or i % 4 == 0]
+    starts = [i for i in starts if i % sampler.order == 0]
     for first in starts:
         a = plan.alpha_bars
 
@@ -165,14 +218,14 @@ def test_named_samplers_land_on_the_next_row_and_diffusers_does_not():
         assert like.prev.tolist() == (like.timesteps - 142).tolist()
 
 
-@pytest.mark.parametrize("kind", SAMPLERS.values())
+@pytest.mark.parametrize("kind", [kind for kind in SAMPLERS.values() if kind is not DPMSolver3MSDE])
 def test_like_diffusers_changes_nothing_where_the_reference_is_right(kind):
     leading = {"spacing": "leading"} if hasattr(kind, "spacing") else {}
     for n in (4, 20, 40):
         ours, theirs = (kind(**leading, like_diffusers=like).plan(SCHEDULE, n) for like in (False, True))
         for name, row in rows(ours).items():
             if name not in ("prev", "up", "half", "down"):  # where the two read other rows to the same effect
-                assert_close(row, rows(theirs)[name], where=name)
+                assert_close(row, rows(theirs)[name].to(row.dtype), where=name)  # DPM++ SDE's timesteps are float64
         x = randn() * ours.init_noise_sigma
         a, b = (
             run(kind(like_diffusers=like), plan, lambda i, x: randn(seed=i), x)
@@ -200,6 +253,7 @@ def test_the_short_form_of_euler_is_not_what_we_do():
 
 
 FLOAT32_TIMES = (
+    "dpmpp_sde",
     "euler",
     "euler_ancestral",
     "heun",
@@ -260,13 +314,9 @@ def test_noise_is_drawn_only_when_the_reference_draws_it(sampler, draws):
 @pytest.mark.parametrize("sampler", ALL, ids=repr)
 def test_half_precision_stays_half(sampler, dtype):
     plan = sampler.plan(SCHEDULE, 5)
-    x = randn(dtype=dtype)
+    x, state = randn(dtype=dtype), sampler.start()
     for i in range(len(plan)):
-        after, _ = (
-            sampler.step(plan, i, x, output(sampler, x), sampler.start(), torch.zeros_like)
-            if not (getattr(plan, "warm_up", 0) and i % 4)
-            else (x, None)
-        )
+        after, state = sampler.step(plan, i, x, output(sampler, x), state, torch.zeros_like)
         assert after.dtype == dtype
         assert sampler.scale_input(plan, i, x).dtype == dtype
 

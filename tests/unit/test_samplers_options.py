@@ -26,6 +26,7 @@ from minidiff.schedule import NoiseSchedule
 from tests.tolerances import assert_close
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
+BRING_THEIR_OWN = [kind for kind in SAMPLERS.values() if kind.own_levels]  # sigmas: they need no schedule
 
 # what the folders of well-known checkpoints hold
 SD15 = {
@@ -74,6 +75,8 @@ CAT = {
 
 def test_names():
     assert list(SAMPLERS)[:5] == ["ddpm", "ddim", "pndm", "euler", "euler_ancestral"]
+    others = "heun lms dpm2 dpm2_ancestral lcm tcd edm_euler edm_dpmpp_2m cm ipndm"
+    assert set(others.split()) <= set(SAMPLERS)
     assert sampler_from_config({"name": "pndm"}) == PNDM(spacing="leading", steps_offset=1, runge_kutta=False)
 
 
@@ -144,6 +147,9 @@ def test_exactly_one_of_steps_timesteps_and_sigmas(kind):
     for given in ({}, {"steps": 5, "timesteps": [3, 1]}, {"timesteps": [3, 1], "sigmas": [3.0, 0.0]}):
         with pytest.raises(ConfigError, match="exactly one of"):
             kind().plan(SCHEDULE, **given)
+    if kind in BRING_THEIR_OWN:
+        assert len(kind().plan(None, 5)) == 5
+        return
     with pytest.raises(ConfigError, match="needs the model's noise schedule"):
         kind().plan(None, 5)
 

@@ -1,0 +1,119 @@
+"""A Brownian path from a seed, the same wherever and in whatever order it is looked at.
+
+The path over the whole range is one normal draw. Halving the range, the left half's increment given the whole one's is
+normal again (a Brownian bridge), and so on down: a binary tree in which every node has a seed of its own, made of the
+path's seed and the node's place (Kidger et al. 2021, "Efficient and Accurate Gradients for Neural SDEs", section 4).
+An increment over any interval is the sum over the few nodes that make it up. The draws are those of the torchsde
+package for the same seed. Which nodes and seeds an interval needs is worked out beforehand, as numbers: what is left to
+a sampler's step is to draw.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DIGITS = 6  # the ends of intervals are rounded to these
+POOL = 24
+
+
+class Bridge(NamedTuple):
+    """One halving: the seed of its draw, the mean and the standard deviation of the left half's increment (the mean
+    is ``left`` * the whole * ``per``), and which half is wanted."""
+
+    seed: int
+    left: float
+    per: float
+    std: float
+    is_left: bool
+
+
+class Node(NamedTuple):
+    """An interval of the tree and how to get to it: the halvings on the way from the top."""
+
+    start: float
+    end: float
+    key: int
+    depth: int
+    way: tuple[Bridge, ...]
+
+
+Increment = tuple[tuple[Bridge, ...], ...]
+"""The nodes that make up an interval, from left to right."""
+
+
+@dataclass(frozen=True)
+class BrownianTree:
+    """The path of ``seed`` over ``start``..``end``."""
+
+    start: float
+    end: float
+    seed: int
+
+    @property
+    def root(self) -> tuple[int, float]:
+        """The seed of the whole range's draw, and its standard deviation."""
+        seeds = np.random.SeedSequence(entropy=self.seed, pool_size=POOL).generate_state(3)
+        return int(seeds[0]), math.sqrt(self.end - self.start)
+
+    def increment(self, a: float, b: float) -> Increment:
+        """The nodes for the interval ``a``..``b``, which must rise."""
+        top = Node(round(self.start, DIGITS), round(self.end, DIGITS), 0, 0, ())
+        a, b = (round(min(max(t, top.start), top.end), DIGITS) for t in (a, b))
+        return tuple(node.way for node in self._cover(top, a, b))
+
+    def _cover(self, node: Node, a: float, b: float) -> list[Node]:
+        if a == b:
+            return []
+        if (a, b) == (node.start, node.end):
+            return [node]
+        left, right = self._halves(node)
+        if b <= left.end:
+            return self._cover(left, a, b)
+        if a >= left.end:
+            return self._cover(right, a, b)
+        return self._cover(left, a, left.end) + self._cover(right, left.end, b)
+
+    def _halves(self, node: Node) -> tuple[Node, Node]:
+        start, end, key, depth, way = node
+        middle = round(0.5 * (end + start), DIGITS)
+        left, right, per = middle - start, end - middle, 1 / (end - start)
+        std = math.sqrt(left * right * per)
+        seed = _seed(self.seed, key, depth)
+        return (
+            Node(start, middle, 2 * key, depth + 1, (*way, Bridge(seed, left, per, std, True))),
+            Node(middle, end, 2 * key + 1, depth + 1, (*way, Bridge(seed, left, per, std, False))),
+        )
+
+
+@cache
+def _seed(entropy: int, key: int, depth: int) -> int:
+    sequence = np.random.SeedSequence(entropy=entropy, spawn_key=(key, depth), pool_size=POOL)
+    return int(sequence.generate_state(4)[0])
+
+
+def draw_increment(root: tuple[int, float], nodes: Increment, like: Tensor) -> Tensor:
+    """The path's increment over an interval, in the shape and dtype of ``like`` and drawn on its device: normal, with
+    the interval's length as variance."""
+    seen: dict[tuple[Bridge, ...], Tensor] = {(): seeded(root[0], like) * root[1]}
+    total = torch.zeros_like(like)
+    for k, way in enumerate(nodes):
+        for depth, bridge in enumerate(way):
+            if way[: depth + 1] not in seen:
+                whole = seen[way[:depth]]
+                left = bridge.left * whole * bridge.per + bridge.std * seeded(bridge.seed, like)
+                seen[way[: depth + 1]] = left if bridge.is_left else whole - left
+        total = seen[way] if k == 0 else total + seen[way]
+    return total
+
+
+def seeded(seed: int, like: Tensor) -> Tensor:
+    """Standard normal noise of a seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)

@@ -1,0 +1,175 @@
+"""LCM: a distilled model that sees the whole way to the picture in one call (Luo et al. 2023, "Latent Consistency
+Models"; the multistep sampling is algorithm 1 of Song et al. 2023).
+
+The consistency function is the model's x0, mixed with the sample so that nothing changes at timestep 0:
+
+    f(x, t) = c_out * x0 + c_skip * x        c_skip = s**2 / ((10 t)**2 + s**2),  c_out = 10 t / sqrt((10 t)**2 + s**2)
+
+with s = 0.5. More steps than one are taken by adding fresh noise to f, as much as the next timestep has, and asking
+again. The model was distilled at ``original_steps`` timesteps only, so the run visits some of those: there can't be
+more steps than that, 50 for the published models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.config import check
+from minidiff.samplers.base import (
+    Draw,
+    Options,
+    Plan,
+    check_chosen,
+    check_no_pure_noise,
+    check_timesteps,
+    need_schedule,
+    unit,
+)
+from minidiff.samplers.limits import LimitedOptions
+from minidiff.schedule import NoiseSchedule, check_steps, to_x0
+
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class LCMPlan(Plan):
+    """Rows: the roots ``signal`` and ``noise`` of alpha_bar and 1 - alpha_bar; ``c_out`` and ``c_skip`` of the
+    consistency function; ``signal_next`` and ``noise_next``, with which it is made noisy again where ``noisy`` says so:
+    not after the last row, where they are 1 and 0."""
+
+    signal: Tensor
+    noise: Tensor
+    c_out: Tensor
+    c_skip: Tensor
+    signal_next: Tensor
+    noise_next: Tensor
+    noisy: tuple[bool, ...]
+
+    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
+        own = {name: getattr(self, name) for name in ("c_out", "c_skip", "signal_next", "noise_next")}
+        return super().columns() | own
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCM(LimitedOptions):
+    """The options.
+
+    ``original_steps``: at how many evenly spaced timesteps the model was distilled. ``strength``: only the lower part
+    of them is visited, for image to image. ``timestep_scaling``: the 10 above.
+
+    ``like_diffusers``: where strength cuts off given timesteps, the last step is not known as such, and makes the
+    picture as noisy again as it was.
+    """
+
+    original_steps: int = 50
+    strength: float = 1.0
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_distilled(self, self.original_steps, self.strength)
+
+    def plan(
+        self,
+        schedule: NoiseSchedule | None,
+        steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> LCMPlan:
+        """``steps`` in 1..original_steps * strength, or ``timesteps``: whole numbers that fall strictly."""
+        schedule = need_schedule(schedule, self)
+        check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        total = len(schedule)
+        if timesteps is None:
+            visited = distilled_timesteps(self, check_steps(steps, total), total, self.original_steps, self.strength)
+        else:
+            visited = given_timesteps(self, timesteps, total, self.strength)
+        goes_on = self.like_diffusers and timesteps is not None and len(visited) < len(timesteps)
+        t = torch.from_numpy(visited)
+        alpha_bar = schedule.alphas_cumprod[t]
+        check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)
+        following = torch.cat([alpha_bar[1:], alpha_bar[-1:] if goes_on else unit()[None]])
+        scaled = t * self.timestep_scaling
+        return LCMPlan(
+            timesteps=t,
+            alpha_bars=alpha_bar,
+            init_noise_sigma=unit(),
+            prediction=schedule.prediction,
+            signal=alpha_bar.sqrt(),
+            noise=(1 - alpha_bar).sqrt(),
+            c_out=scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
+            c_skip=SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
+            signal_next=following.sqrt(),
+            noise_next=(1 - following).sqrt(),
+            noisy=(*(True for _ in t[1:]), goes_on),
+        )
+
+    def start(self) -> tuple[()]:
+        return ()
+
+    def scale_input(self, plan: LCMPlan, i: int, x: Tensor) -> Tensor:
+        return x
+
+    def denoised(self, plan: LCMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+        """The consistency function: the model's x0, limited, and mixed with ``x``."""
+        x0 = self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+        return plan.c_out[i] * x0 + plan.c_skip[i] * x
+
+    def step(
+        self, plan: LCMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+    ) -> tuple[Tensor, tuple[()]]:
+        x0 = self.denoised(plan, i, x, out, state)
+        if not plan.noisy[i]:
+            return x0, state
+        return plan.signal_next[i] * x0 + plan.noise_next[i] * draw(x0), state
+
+
+# --- the timesteps of distilled models, for TCD too -------------------------------------------------------------------
+
+
+def check_distilled(sampler: Options, original_steps: int | None, strength: float) -> None:
+    """Raise ConfigError unless the options of a distilled sampler make sense."""
+    name = type(sampler).__name__
+    check(original_steps is None or original_steps >= 1, f"{name}: original_steps={original_steps} must be positive")
+    check(0 < strength <= 1, f"{name}: strength={strength} must lie above 0, up to 1")
+
+
+def distilled_timesteps(
+    sampler: Options, steps: int, total: int, original_steps: int | None, strength: float
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(steps,) falling int64: some of the ``original_steps`` (None: all ``total``) timesteps of distillation, evenly
+    spaced by their number, the lower ``strength`` of them."""
+    name = type(sampler).__name__
+    if original_steps is None:
+        origin = np.arange(int(total * strength))
+    else:
+        known = original_steps <= total
+        check(known, f"{name}: original_steps={original_steps} exceeds the {total} timesteps of training")
+        origin = np.arange(1, int(original_steps * strength) + 1) * (total // original_steps) - 1
+    share = "" if strength == 1 else f" with strength={strength}"
+    what = "original_steps" if original_steps is not None else "timesteps of training"
+    enough = steps <= len(origin)
+    check(enough, f"{name}: steps={steps} is more than the {len(origin)} {what}{share} that the model was distilled at")
+    chosen = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(np.int64)
+    return origin[::-1][chosen].astype(np.int64)
+
+
+def given_timesteps(
+    sampler: Options, timesteps: Sequence[float], total: int, strength: float
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``timesteps`` as int64, the last ``strength`` of them. ConfigError unless they are whole numbers that fall
+    strictly within 0..total - 1."""
+    name = type(sampler).__name__
+    check_timesteps(sampler, timesteps, total)
+    fits = all(float(t).is_integer() and t >= 0 for t in timesteps)
+    check(fits, f"{name}: timesteps must be whole numbers, 0 or above, got {list(timesteps)[:6]}")
+    kept = int(len(timesteps) * strength)
+    check(kept >= 1, f"{name}: strength={strength} leaves none of {len(timesteps)} timesteps")
+    return np.array([int(t) for t in timesteps], dtype=np.int64)[len(timesteps) - kept :]

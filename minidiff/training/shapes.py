@@ -1,0 +1,205 @@
+"""The procedural data set: pictures of coloured shapes with captions, as many as one likes, the same everywhere.
+
+Item k of seed s is a function of (s, k) alone, through a hash instead of a running generator (the output function of
+SplitMix64: Steele, Lea, Flood 2014): a run can stop and go on at any item, and workers need no state. Half of the
+scenes have one thing, half have two.
+
+One in ten (shape, colour, background) triples is held out: no training scene contains it and so no caption names it,
+though each of its words, and each pair of them, occurs in training. A model that draws these has learnt to compose.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minidiff.config import check
+from minidiff.training.captions import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Facts, Named, caption
+from minidiff.training.scenes import SIDE, Scene, Thing, draw
+
+Kind = Literal["train", "single", "held_out", "two"]
+Triple = tuple[str, str, str]  # shape, colour, background
+
+RADIUS = {"small": 7.0, "medium": 9.6, "large": 13.0}  # pixels
+MIDDLE = SIDE / 2
+OFF = 16.0  # how far from the middle "left", "top" and the two of a pair lie
+CENTRES = {"left": (-OFF, 0.0), "right": (OFF, 0.0), "top": (0.0, -OFF), "bottom": (0.0, OFF), "centre": (0.0, 0.0)}
+PAIR = {"left of": (CENTRES["left"], CENTRES["right"]), "above": (CENTRES["top"], CENTRES["bottom"])}
+SCATTER = {1: 2.0, 2: 1.0}  # pixels either way by number of things: two large ones keep a gap of 3.5 or more
+SWELL = 0.02  # how much a radius varies either way
+
+TWO_THINGS = 0.5  # shares of the scenes, or of their captions
+SIZE_NAMED = 0.6
+PLACE_NAMED = 0.6
+JOINED_BY_AND = 0.2
+DRAWS = 16  # random numbers per item
+
+
+def held_out(shape: str, colour: str, background: str) -> bool:
+    """Whether the triple is kept from training: 26 of the 264 whose colour and background differ.
+
+    The steps 1, 3, 1 share no factor with 10, so of the triples with a given pair of words at most one is held out.
+    """
+    return (SHAPES.index(shape) + 3 * COLOURS.index(colour) + BACKGROUNDS.index(background)) % 10 == 9
+
+
+TRIPLES: tuple[Triple, ...] = tuple(t for t in itertools.product(SHAPES, COLOURS, BACKGROUNDS) if t[1] != t[2])
+HELD_OUT: tuple[Triple, ...] = tuple(t for t in TRIPLES if held_out(*t))
+TRAINED: tuple[Triple, ...] = tuple(t for t in TRIPLES if not held_out(*t))
+ON_GROUND = {ground: tuple(t for t in TRAINED if t[2] == ground) for ground in BACKGROUNDS}
+PLACE_IN = {t: i for ground in BACKGROUNDS for i, t in enumerate(ON_GROUND[ground])}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample: the scene as drawn, what its caption says of it, and the caption."""
+
+    scene: Scene
+    facts: Facts
+    caption: str
+
+
+def items(seed: int, start: int, count: int, kind: Kind = "train") -> list[Item]:
+    """Items ``start`` to ``start + count - 1`` of ``seed``, scenes undrawn.
+
+    ``kind``: "train"; or for evaluation "single" (one thing, a trained triple), "held_out" (one thing, a held-out
+    triple), "two" (two things whose relation the caption says). Each kind is a stream of its own.
+    Raises :class:`ConfigError` for a seed or a start below 0 or a count below 1.
+    """
+    check(0 <= seed < 2**63, f"seed={seed} must lie in 0..2**63 - 1")
+    check(start >= 0 and count >= 1, f"start={start}, count={count}: items are counted from 0, at least one at a time")
+    check(kind in _SALT, f"kind={kind!r} is none of {', '.join(_SALT)}")
+    return [_item(row, kind) for row in _uniforms(seed, start, count, kind).tolist()]
+
+
+def batch(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
+    """Training items ``start`` to ``start + count - 1``: pixels float32 (count, 3, 64, 64) in [-1, 1], captions."""
+    return drawn(items(seed, start, count))
+
+
+def drawn(chosen: Sequence[Item]) -> tuple[Tensor, list[str]]:
+    """Pixels (B, 3, 64, 64) and captions of ``chosen`` items."""
+    return draw([item.scene for item in chosen]), [item.caption for item in chosen]
+
+
+class Shapes(Dataset[tuple[Tensor, str]]):
+    """The first ``length`` training items of ``seed`` as torch's data loaders take them: (pixels (3, 64, 64), caption).
+
+    A loader that asks for a list of items at once gets them drawn at once.
+    """
+
+    def __init__(self, seed: int = 0, length: int = 1_000_000) -> None:
+        check(length >= 1, f"length={length} must be at least 1")
+        self.seed, self.length = seed, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, k: int) -> tuple[Tensor, str]:
+        return self.__getitems__([k])[0]
+
+    def __getitems__(self, ks: Sequence[int]) -> list[tuple[Tensor, str]]:
+        for k in ks:
+            if not 0 <= k < self.length:
+                raise IndexError(f"item {k} of a data set of {self.length}")
+        pixels, captions = drawn([items(self.seed, int(k), 1)[0] for k in ks])
+        return list(zip(pixels, captions, strict=True))
+
+
+def single_object_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
+    """``n`` captions of one thing, of triples that are trained on, each with what a right picture shows."""
+    return [(item.caption, item.facts) for item in items(seed, 0, n, "single")]
+
+
+def held_out_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
+    """``n`` captions of one thing, of held-out triples, each with what a right picture shows."""
+    return [(item.caption, item.facts) for item in items(seed, 0, n, "held_out")]
+
+
+def two_object_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
+    """``n`` captions of two things and their relation, each with what a right picture shows."""
+    return [(item.caption, item.facts) for item in items(seed, 0, n, "two")]
+
+
+_SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3}
+
+
+def _uniforms(seed: int, start: int, count: int, kind: str) -> np.ndarray:
+    """float64 (count, DRAWS) in [0, 1): a hash of seed, kind, item and column."""
+    key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(_SALT[kind]))
+    rows = _mix(key + np.arange(start, start + count, dtype=np.uint64))
+    bits = _mix(rows[:, None] + _GOLDEN * np.arange(1, DRAWS + 1, dtype=np.uint64))
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every bit of a uint64 depends on all of the input's, and no two inputs meet."""
+    z = z + _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def _item(u: list[float], kind: Kind) -> Item:
+    """The item that ``DRAWS`` numbers in [0, 1) stand for; each has one use."""
+    triples = HELD_OUT if kind == "held_out" else TRAINED
+    shape, colour, ground = triples[int(u[0] * len(triples))]
+    size = SIZES[int(u[1] * 3)]
+    named = Named(shape, colour, size if u[3] < SIZE_NAMED else None)
+    wording = int(u[5] * 2**39)
+    if kind != "two" and (kind != "train" or u[6] >= TWO_THINGS):
+        place = PLACES[int(u[8] * len(PLACES))]
+        scene = Scene(ground, (_thing(shape, colour, size, CENTRES[place], SCATTER[1], u[9], u[10], u[11]),))
+        facts = Facts(ground, (named,), place=place if u[15] < PLACE_NAMED else None)
+        return Item(scene, facts, caption(facts, wording))
+    shape_2, colour_2, _ = _another((shape, colour, ground), u[7])
+    size_2 = SIZES[int(u[2] * 3)]
+    named_2 = Named(shape_2, colour_2, size_2 if u[4] < SIZE_NAMED else None)
+    relation = RELATIONS[int(u[8] * 2)]
+    here, there = PAIR[relation]
+    thing = _thing(shape, colour, size, here, SCATTER[2], u[9], u[10], u[11])
+    thing_2 = _thing(shape_2, colour_2, size_2, there, SCATTER[2], u[12], u[13], u[14])
+    if kind == "train" and u[15] < JOINED_BY_AND:  # "and" promises no order
+        facts = Facts(ground, (named_2, named) if u[15] < JOINED_BY_AND / 2 else (named, named_2))
+    else:
+        facts = Facts(ground, (named, named_2), relation=relation)
+    return Item(Scene(ground, (thing, thing_2)), facts, caption(facts, wording))
+
+
+def _another(first: Triple, u: float) -> Triple:
+    """A trained triple on the same background that is not ``first``: of another shape, another colour or both."""
+    candidates = ON_GROUND[first[2]]
+    return candidates[(PLACE_IN[first] + 1 + int(u * (len(candidates) - 1))) % len(candidates)]
+
+
+def _thing(
+    shape: str, colour: str, size: str, off: tuple[float, float], scatter: float, u: float, v: float, w: float
+) -> Thing:
+    """A thing about ``off`` the middle; ``u``, ``v``, ``w`` in [0, 1) say where exactly and how large."""
+    x = MIDDLE + off[0] + scatter * (2 * u - 1)
+    y = MIDDLE + off[1] + scatter * (2 * v - 1)
+    return Thing(shape, colour, size, x, y, RADIUS[size] * (1 + SWELL * (2 * w - 1)))
+
+
+__all__ = [
+    "HELD_OUT",
+    "TRAINED",
+    "Item",
+    "Shapes",
+    "batch",
+    "drawn",
+    "held_out",
+    "held_out_prompts",
+    "items",
+    "single_object_prompts",
+    "two_object_prompts",
+]
