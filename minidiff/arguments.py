@@ -43,12 +43,12 @@ examples:
 TRAIN_EXAMPLES = """\
 examples:
   minidiff train --data photos/ --out run --size 32 --steps 20000
-  minidiff train --data photos/ --out run --size 32 --steps 20000 --resume
+  minidiff train --data photos/ --out run --resume
   minidiff train --data captioned/ --out tuned --model sd15.safetensors --rate 1e-5 --batch 4 --cache-latents
   torchrun --nproc-per-node 4 -m minidiff train --data photos/ --out run
 
 A run's folder holds model.safetensors, which `minidiff generate --model` takes, state.safetensors for --resume,
-log.csv, and samples/. To go on with a run, repeat its options and add --resume.
+log.csv, and samples/. With --resume, what is not given is as it was.
 """
 
 
@@ -184,7 +184,6 @@ def _add_train(commands: Any) -> None:
     g.add_argument(
         "--parts",
         choices=("unet", "unet+text_encoder", "vae"),
-        default="unet",
         help="what learns (default: unet; vae: the autoencoder alone)",
     )
     g.add_argument("--size", type=_positive, metavar="N", help="pixels (default: the model's; 64 for a new one)")
@@ -192,6 +191,7 @@ def _add_train(commands: Any) -> None:
     g.add_argument("--held-out", metavar="WHAT", help="data to measure the loss on whenever samples are made")
     g.add_argument("--download", action="store_true", help="let torchvision fetch its data set, into ./data")
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
+    g.add_argument("--fsdp", action="store_true", help="under torchrun: spread the model over the processes")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=_positive, metavar="N", help="optimiser steps of the whole run (default: 1000)")
     g.add_argument("--batch", type=_positive, metavar="N", help="pictures a step, on all machines (default: 16)")

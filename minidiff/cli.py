@@ -286,4 +286,6 @@ def train(args: Namespace) -> None:
 
     device = _device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     assert device is not None
-    print(run(args, lambda path: _open_model(path, device, torch.float32)[0], device))
+    path = run(args, lambda path: _open_model(path, device, torch.float32)[0], device)
+    if path is not None:
+        print(path)

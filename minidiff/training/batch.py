@@ -1,0 +1,37 @@
+"""What the loop asks of its data: pictures by number, from a stream without end.
+
+A stream that can be asked for any of its numbers needs no state. A run that stopped after n pictures goes on with
+number n, and two machines take the halves of one batch without a word between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minidiff.models.vae import DiagonalGaussian
+
+
+class Batch(NamedTuple):
+    """``pixels`` (B, 3, H, W) in [-1, 1]; ``captions``, where there are any; ``latents``, where they were cached."""
+
+    pixels: Tensor
+    captions: Sequence[str] | None = None
+    latents: DiagonalGaussian | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        latents = self.latents
+        if latents is not None:
+            latents = DiagonalGaussian(latents.mean.to(device), latents.logvar.to(device))
+        return Batch(self.pixels.to(device), self.captions, latents)
+
+
+class Data(Protocol):
+    """Any object with this method can be trained on. Equal arguments give equal batches."""
+
+    def batch(self, start: int, count: int) -> tuple[Tensor, Sequence[str] | None] | Batch:
+        """Examples ``start`` .. ``start + count - 1`` of the stream: a :class:`Batch`, or (pixels, captions)."""

@@ -1,0 +1,142 @@
+"""Sets of pictures, and the endless shuffled streams that are made of them.
+
+A set is finite and hands out any of its pictures by index: a folder (folder.py), one of torchvision's, the beginning of
+a stream, or a set whose latents were computed beforehand (latents.py). ``Shuffled`` deals them out, every picture once
+an epoch, each epoch in an order of its own that follows from seed and epoch alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minidiff.config import check, quote
+from minidiff.errors import ConfigError
+from minidiff.models.vae import DiagonalGaussian
+from minidiff.training.batch import Batch, Data
+from minidiff.training.images import to_pixels
+from minidiff.training.settings import MOST_STEPS
+
+
+class PictureSet(Protocol):
+    """A finite set of pictures of one size, with or without captions."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """Those pictures, in that order."""
+
+
+class Shuffled:
+    """An endless stream of a finite set. Example k is picture k % n of a shuffle of epoch k // n."""
+
+    def __init__(self, pictures: PictureSet, seed: int = 0) -> None:
+        """Raises :class:`ConfigError` for a set of fewer than two pictures: there is nothing to generalise from."""
+        n = len(pictures)
+        check(n != 0, "there is no picture to train on")
+        check(n != 1, "there is only one picture to train on; a model needs at least two, and rather thousands")
+        self.pictures, self.seed = pictures, seed
+        self._epoch, self._order = -1, [0]
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Examples ``start`` .. ``start + count - 1``."""
+        return self.pictures.take([self.index(k) for k in range(start, start + count)])
+
+    def index(self, k: int) -> int:
+        """Which picture example ``k`` is."""
+        epoch, place = divmod(k, len(self.pictures))
+        if epoch != self._epoch:
+            g = torch.Generator().manual_seed((self.seed * MOST_STEPS + epoch) % 2**32)
+            self._epoch, self._order = epoch, torch.randperm(len(self.pictures), generator=g).tolist()
+        return self._order[place]
+
+
+class FirstOf:
+    """The first ``count`` examples of a stream, as a set."""
+
+    def __init__(self, stream: Data, count: int) -> None:
+        self.stream, self.count = stream, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """Those examples."""
+        return join([Batch(*self.stream.batch(k, 1)) for k in indices])
+
+
+class ShapesStream:
+    """The procedural set of shapes.py, 64 x 64 pixels with captions, as a stream."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Items ``start`` .. ``start + count - 1`` of the seed."""
+        from minidiff.training.shapes import batch
+
+        return Batch(*batch(self.seed, start, count))
+
+
+class TorchvisionSet:
+    """One of torchvision's data sets by name, such as "CIFAR10"; the names of its classes are the captions.
+
+    It is looked for in ``root``, and fetched only if ``download`` says so. Raises :class:`ConfigError` for a name that
+    torchvision does not have, and for data that are not there.
+    """
+
+    def __init__(self, name: str, size: int, root: str = "data", download: bool = False) -> None:
+        from torchvision import datasets  # type: ignore[import-untyped]
+
+        cls = getattr(datasets, name, None)
+        known = isinstance(cls, type) and issubclass(cls, datasets.VisionDataset)
+        check(known, f"torchvision has no data set {quote(name)}; its documentation lists them, such as CIFAR10")
+        assert cls is not None
+        takes = inspect.signature(cls).parameters
+        options: dict[str, Any] = {"root": root, "download": download}
+        try:
+            self.source: Any = cls(**{key: value for key, value in options.items() if key in takes})
+        except (RuntimeError, OSError, TypeError, ValueError, ImportError) as e:
+            hint = "" if download or "download" not in takes else "; --download fetches it"
+            raise ConfigError(f"torchvision's {name} in {root}: {' '.join(str(e).split())}{hint}") from None
+        self.size = size
+        self.classes: Sequence[str] = getattr(self.source, "classes", ())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """Those pictures, brought to size."""
+        rows = [self.source[i] for i in indices]
+        pixels = torch.stack([to_pixels(row[0], self.size) for row in rows])
+        captions = [self.caption(row[1] if isinstance(row, tuple) and len(row) > 1 else None) for row in rows]
+        known = [text for text in captions if text is not None]
+        return Batch(normalised(pixels), known if len(known) == len(rows) else None)
+
+    def caption(self, label: Any) -> str | None:
+        """What a label says: text is text, a number is the name of its class."""
+        if isinstance(label, str):
+            return label
+        named = isinstance(label, int) and 0 <= label < len(self.classes)
+        return str(self.classes[label]) if named else None
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], as models see pictures."""
+    return pixels.float() / 127.5 - 1
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches as one."""
+    captions = [text for b in batches for text in b.captions or ()]
+    latents = [b.latents for b in batches if b.latents is not None]
+    both = None
+    if latents:
+        both = DiagonalGaussian(torch.cat([g.mean for g in latents]), torch.cat([g.logvar for g in latents]))
+    has_captions = all(b.captions is not None for b in batches)
+    return Batch(torch.cat([b.pixels for b in batches]), captions if has_captions else None, both)

@@ -1,0 +1,42 @@
+"""The random numbers of training: each example of the endless stream has a generator of its own.
+
+Example k of a run draws its timestep, its noise and its coins from a seed made of the run's seed and k, and of nothing
+else. So a run that is resumed needs no generator restored; a batch cut into parts, or spread over machines, sees the
+same numbers as one that is not; and an example's noise can be looked up afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B1  # 2**32 over the golden ratio, odd: seeds 0, 1, 2 ... start far apart
+
+
+class Draws:
+    """The generators of examples ``first`` .. ``first + count - 1``; what is asked for comes in the order of asking.
+
+    All numbers are drawn on the CPU in float32 or int64, then moved to ``device``.
+    """
+
+    def __init__(self, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> None:
+        # The CPU's generator keeps 32 bits of a seed: examples share a stream after four billion of them, not before.
+        seeds = [(seed * GOLDEN + k) % 2**32 for k in range(first, first + count)]
+        self.streams = [torch.Generator().manual_seed(s) for s in seeds]
+        self.device = torch.device(device)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal (B, \\*shape)."""
+        out = torch.empty(len(self.streams), *shape)
+        for row, stream in zip(out, self.streams, strict=True):
+            row.normal_(generator=stream)
+        return out.to(self.device)
+
+    def integers(self, below: int) -> Tensor:
+        """int64 (B,), each of 0 .. below - 1 as likely as any other."""
+        drawn = [torch.randint(below, (1,), generator=stream) for stream in self.streams]
+        return torch.cat(drawn).to(self.device)
+
+    def uniform(self) -> Tensor:
+        """float32 (B,) in [0, 1)."""
+        return torch.cat([torch.rand(1, generator=stream) for stream in self.streams]).to(self.device)

@@ -1,0 +1,71 @@
+"""What a run tells: a line of a CSV file for every step, the same curves for TensorBoard if that is installed."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from minidiff.training.loop import Report
+
+COLUMNS = [field.name for field in dataclasses.fields(Report)]
+
+
+class Table:
+    """A CSV file whose first column is the step; a run that goes on from step ``done`` drops the lines behind it."""
+
+    def __init__(self, path: Path, columns: list[str], done: int) -> None:
+        rows: list[list[str]] = []
+        if done and path.is_file():
+            with open(path, newline="", encoding="utf-8", errors="replace") as old:
+                # A kill may have cut the last line short; its step is made again, and so is its line.
+                rows = [r for r in csv.reader(old) if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= done]
+        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115  (Journal.close)
+        self.writer = csv.writer(self.file)
+        self.write(columns, *rows)
+
+    def write(self, *rows: Any) -> None:
+        """Lines that are in the file at once, so that one can watch it grow."""
+        self.writer.writerows(rows)
+        self.file.flush()
+
+
+class Journal:
+    """``log.csv`` and ``held_out.csv`` in ``folder``, and curves for TensorBoard."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        self.folder, self.done = folder, done
+        self.steps = Table(folder / "log.csv", COLUMNS, done)
+        self.evaluations: Table | None = None
+        self.board: Any = None
+        if find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def step(self, report: Report) -> None:
+        """What one step did."""
+        self.steps.write(dataclasses.astuple(report))
+        self._draw(report.step, {name: getattr(report, name) for name in COLUMNS[1:]})
+
+    def held_out(self, step: int, loss: float) -> None:
+        """The loss on held-out data after ``step``."""
+        if self.evaluations is None:
+            self.evaluations = Table(self.folder / "held_out.csv", ["step", "loss"], self.done)
+        self.evaluations.write((step, loss))
+        self._draw(step, {"held_out": loss})
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        for table in (self.steps, self.evaluations):
+            if table is not None:
+                table.file.close()
+        if self.board is not None:
+            self.board.close()

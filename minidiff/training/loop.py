@@ -1,0 +1,139 @@
+"""The training loop: forward, backward, clip, step, average; over and over.
+
+One call of :meth:`Trainer.step` is one optimiser step, and reads from top to bottom. Nothing here writes a file or
+prints; whoever iterates over :meth:`Trainer.steps` does (see run.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from minidiff.config import check
+from minidiff.errors import ConfigError
+from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.training.batch import Batch, Data
+from minidiff.training.curves import rate_at
+from minidiff.training.draws import Draws
+from minidiff.training.ema import EMA
+from minidiff.training.ranks import Alone
+from minidiff.training.settings import TrainConfig
+from minidiff.training.task import make_task
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one optimiser step did. ``norm``: the length of the gradient before it was clipped."""
+
+    step: int  # the first one is 1
+    loss: float
+    rate: float
+    norm: float
+
+
+class Trainer:
+    """A model, its data, its optimiser, and how many steps are ``done``; state.py saves and restores all of that."""
+
+    def __init__(
+        self, pipe: StableDiffusion | Unconditional, data: Data, config: TrainConfig, ranks: Alone | None = None
+    ) -> None:
+        """``pipe`` is trained in place, where it is. Raises :class:`ConfigError` if it lacks what should learn."""
+        self.pipe, self.data, self.config = pipe, data, config
+        self.ranks = Alone() if ranks is None else ranks
+        share = config.accumulate * self.ranks.count
+        fits = config.batch % share == 0
+        check(fits, f"batch={config.batch} does not divide into accumulate x machines = {share} equal parts")
+        self.task = make_task(pipe, config)
+        self.device = self.task.device
+        self.model = self.ranks.wrap(self.task)
+        self.weights: dict[str, Tensor] = dict(self.task.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            list(self.weights.values()), lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.decay
+        )
+        self.ema = None if config.ema is None else EMA(self.weights, config.ema)
+        # float16 has no room below 6e-8, where most gradients are: the loss is scaled up, the gradients down again.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
+        self.done = 0
+
+    def steps(self) -> Iterator[Report]:
+        """Train to the end of the run; one :class:`Report` after every step."""
+        while self.done < self.config.steps:
+            yield self.step()
+
+    def step(self) -> Report:
+        """One optimiser step on the next ``batch`` examples.
+
+        Raises :class:`ConfigError`, before any weight is changed, if the loss or the gradient is not finite.
+        """
+        c = self.config
+        total = torch.zeros((), device=self.device)
+        for part in range(c.accumulate):
+            first, count = self.share(part)
+            with self.ranks.quiet(self.model, last=part == c.accumulate - 1):
+                loss = (
+                    self.loss(self.model, self.data, first, count, c.seed) / c.accumulate
+                )  # a mean of equal parts' means
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)  # before the clipping, or that would measure the scale as well
+        norm = clip_grad_norm_(self.weights.values(), math.inf if c.clip is None else c.clip)
+        report = self.report(total, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = report.rate
+        self.scaler.step(self.optimizer)  # left out if the scaled gradient overflowed; the next scale is smaller
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.ema is not None:
+            self.ema.update(self.weights, self.done)
+        return report
+
+    def share(self, part: int) -> tuple[int, int]:
+        """(first, count): the examples of the stream that are this machine's in part ``part`` of the coming step."""
+        count = self.config.batch // (self.config.accumulate * self.ranks.count)
+        return self.done * self.config.batch + (part * self.ranks.count + self.ranks.rank) * count, count
+
+    def loss(self, model: nn.Module, data: Data, first: int, count: int, seed: int) -> Tensor:
+        """The loss of examples ``first`` .. ``first + count - 1`` of ``data``, in the precision of the run."""
+        batch = Batch(*data.batch(first, count)).to(self.device)
+        dtype = PRECISIONS[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            loss: Tensor = model(batch, Draws(seed, first, count, self.device))
+        return loss
+
+    def report(self, total: Tensor, norm: Tensor) -> Report:
+        """The numbers of a step, fetched from the device in one go, and checked."""
+        loss, length = torch.stack([self.ranks.mean(total), self.ranks.whole(norm).to(total)]).tolist()
+        step = self.done + 1
+        # An overflow in float16 is the scaler's business; everywhere else it would spoil every weight for good.
+        for name, value in (("loss", loss), ("gradient", 0.0 if self.scaler.is_enabled() else length)):
+            if not math.isfinite(value):
+                advice = "try a lower rate, a longer warm-up or another precision"
+                raise ConfigError(
+                    f"step {step}: the {name} is {value}; the weights of step {self.done} stand; {advice}"
+                )
+        return Report(step, loss, rate_at(self.config, self.done), length)
+
+    @torch.no_grad()
+    def evaluate(self, data: Data, count: int) -> float:
+        """The mean loss of the averaged weights on the first ``count`` examples of ``data``.
+
+        Timesteps and noise are the same at every call and differ from those of the training.
+        """
+        size = max(1, self.config.batch // self.config.accumulate)
+        with self.averaged():
+            parts = [(k, min(size, count - k)) for k in range(0, count, size)]
+            losses = [self.loss(self.task, data, k, n, self.config.seed + 1) * n for k, n in parts]
+        return float(torch.stack(losses).sum() / count)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the model has its averaged weights, if an average is kept: for whatever is looked at."""
+        return nullcontext() if self.ema is None else self.ema.applied(self.weights)

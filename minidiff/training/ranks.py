@@ -1,0 +1,41 @@
+"""What the loop asks of the machines it runs on, answered for a single one. distributed.py answers for several."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+
+
+class Alone:
+    """One process does everything."""
+
+    rank = 0
+    count = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def wrap(self, task: nn.Module) -> nn.Module:
+        """What is called in place of ``task``, so that gradients end up equal everywhere."""
+        return task
+
+    def quiet(self, task: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """A context for one part of a batch: gradients need to be exchanged after the ``last`` one only."""
+        return nullcontext()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """A scalar, averaged over the processes."""
+        return value
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of which each process has a slice, put together in all of them."""
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every process has come this far."""
+
+    def leave(self) -> None:
+        """Part from the others, at the end."""

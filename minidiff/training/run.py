@@ -1,0 +1,150 @@
+"""A whole run in a folder: the loop, with a bar on the screen, a journal, samples and checkpoints beside it.
+
+folder/state.safetensors    where the run is: what `--resume` reads
+folder/model.safetensors    the model with its averaged weights: what `minidiff generate --model` reads
+folder/log.csv              loss, rate and gradient of every step
+folder/samples/             a grid of pictures every so many steps
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minidiff.checkpoint import write
+from minidiff.errors import ConfigError
+from minidiff.files import lazy
+from minidiff.picture import save_png, to_pil, to_unit
+from minidiff.pipeline import StableDiffusion
+from minidiff.training.batch import Batch, Data
+from minidiff.training.journal import Journal
+from minidiff.training.loop import Report, Trainer
+from minidiff.training.state import Keeper, remove_leftovers, unsaved
+from minidiff.training.task import latent_scale
+
+MODEL = "model.safetensors"
+STATE = Keeper.name
+SAMPLE_STEPS = 25
+
+
+def train(
+    trainer: Trainer,
+    folder: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    held_out: Data | None = None,
+    progress: bool = True,
+    keeper: Keeper | None = None,
+) -> Report | None:
+    """Train to the end of the run, writing to ``folder``; the last step's report, None if there was none to do.
+
+    ``resume``: go on from the state in ``folder``. ``held_out``: data to measure the loss on whenever samples are made.
+    Whatever stops a run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint stands.
+    """
+    from tqdm import tqdm
+
+    keeper = Keeper() if keeper is None else keeper
+    folder, c, main = Path(folder), trainer.config, trainer.ranks.main
+    check_folder(folder, resume, keeper)
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+    trainer.ranks.wait()
+    if resume:
+        keeper.resume(trainer, folder)
+    report = None
+    journal = Journal(folder, trainer.done) if main else None
+    bar = tqdm(total=c.steps, initial=trainer.done, disable=not (progress and main), unit="step")
+    try:
+        for report in trainer.steps():
+            bar.set_postfix(loss=f"{report.loss:.4f}", rate=f"{report.rate:.2g}", refresh=False)
+            bar.update()
+            if journal is not None:
+                journal.step(report)
+            last = report.step == c.steps
+            if last or report.step % c.save_every == 0:
+                keeper.save(trainer, folder)
+                export(trainer, folder / MODEL)
+            if c.sample_every and (last or report.step % c.sample_every == 0):
+                look(trainer, folder, held_out, journal)
+    finally:
+        bar.close()
+        if journal is not None:
+            journal.close()
+    return report
+
+
+def check_folder(folder: Path, resume: bool, keeper: Keeper) -> None:
+    """Raise :class:`ConfigError` if ``folder`` holds a run that is not to be resumed, or none and one should be."""
+    there = keeper.exists(folder)
+    if resume and not there:
+        raise ConfigError(f"{folder}: holds no {keeper.name} to resume; leave --resume out to begin a run")
+    if there and not resume:
+        raise ConfigError(f"{folder}: holds a run already; go on with --resume, or name another folder")
+
+
+def export(trainer: Trainer, path: Path) -> None:
+    """Write the model with its averaged weights as a minidiff file. Every process takes part, the main one writes.
+
+    A VAE gets its ``scaling_factor`` measured on the first pictures: the UNet that will be trained on its latents
+    expects unit variance.
+    """
+    pipe, config = trainer.pipe, trainer.pipe.config
+    with trainer.averaged():
+        if trainer.config.parts == ("vae",):
+            assert isinstance(pipe, StableDiffusion)
+            assert config.vae is not None
+            scale = latent_scale(pipe, Batch(*trainer.data.batch(0, trainer.config.batch)))
+            config = replace(config, vae=replace(config.vae, scaling_factor=scale))
+        states = {name: part.state_dict() for name, part in pipe.parts.items()}
+        tensors = {f"{n}.{k}": lazy(trainer.ranks.whole(t)) for n, state in states.items() for k, t in state.items()}
+        if trainer.ranks.main:
+            try:
+                write(path, config, tensors)
+            except OSError as e:
+                raise unsaved(e, trainer.done, path) from e
+
+
+def look(trainer: Trainer, folder: Path, held_out: Data | None, journal: Journal | None) -> None:
+    """A grid of samples, and the loss on held-out data: both with the averaged weights. Only the main process has a
+    ``journal``, and writes."""
+    with trainer.averaged():
+        pictures = samples(trainer)
+    loss = None if held_out is None else trainer.evaluate(held_out, trainer.config.samples)
+    if journal is not None:
+        (folder / "samples").mkdir(exist_ok=True)
+        (image,) = to_pil(grid(pictures)[None])
+        save_png(image, folder / "samples" / f"step-{trainer.done:07d}.png")
+        if loss is not None:
+            journal.held_out(trainer.done, loss)
+
+
+@torch.no_grad()
+def samples(trainer: Trainer) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1]: drawn by the model, the same noise every time; of a VAE, pictures repeated."""
+    c, pipe = trainer.config, trainer.pipe
+    if not isinstance(pipe, StableDiffusion):
+        drawn: Tensor = pipe.generate(c.samples, SAMPLE_STEPS, "ddim", seed=c.seed, output="tensor", progress=False)
+        return drawn
+    batch = Batch(*trainer.data.batch(0, c.samples))
+    if c.parts == ("vae",):
+        pixels = batch.pixels.to(pipe.device)
+        return torch.cat([to_unit(pixels), to_unit(pipe.vae.decode(pipe.vae.encode(pixels).mean))])
+    options: dict[str, Any] = dict(guidance_scale=3.0 if c.drop_prompt else 1.0, output="tensor", progress=False)
+    captions = list(batch.captions or [""])
+    pictures: Tensor = pipe.generate(captions, steps=SAMPLE_STEPS, sampler="ddim", seed=c.seed, **options)
+    return pictures
+
+
+def grid(pictures: Tensor) -> Tensor:
+    """(N, C, H, W) -> one picture (C, rows * H, columns * W), nearly square, the last row filled up with black."""
+    columns = round(len(pictures) ** 0.5)
+    missing = -len(pictures) % columns
+    pictures = torch.cat([pictures, pictures.new_zeros(missing, *pictures.shape[1:])])
+    return rearrange(pictures, "(r c) ch h w -> ch (r h) (c w)", c=columns)

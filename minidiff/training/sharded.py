@@ -1,0 +1,134 @@
+"""A model that is spread over the processes (FSDP: Zhao et al. 2023; torch's second edition of it, ``fully_shard``).
+
+Each process keeps a slice of every weight, of its average and of its moments. A block's weights are gathered just
+before it runs and let go after; its gradients are averaged and sliced on the way back. Checkpoints are written in
+slices too (torch.distributed.checkpoint), and read by any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.config import quote
+from minidiff.errors import CheckpointError
+from minidiff.models.blocks import ResBlock
+from minidiff.models.vae import VAE
+from minidiff.training.distributed import Replicas, is_main
+from minidiff.training.loop import Trainer
+from minidiff.training.state import Keeper, compare, contents, facts, parse_facts
+from minidiff.training.task import Task
+
+FACTS = "run.json"
+
+
+class Shards(Replicas):
+    """A slice of the model in every process."""
+
+    def wrap(self, task: nn.Module) -> nn.Module:
+        """``task``, its parts sliced: block by block, so that only one is whole at a time."""
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        assert isinstance(task, Task)
+        for part in task.children():
+            for block in part.modules():
+                if isinstance(block, ResBlock):
+                    fully_shard(block)
+            fully_shard(part)
+            if isinstance(part, VAE):
+                for method in ("encode", "decode"):
+                    register_fsdp_forward_method(part, method)
+        return task
+
+    @contextmanager
+    def quiet(self, task: nn.Module, last: bool) -> Iterator[None]:
+        """All parts of a batch but the last are added up at home, whole: one exchange a step, and more memory."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in task.children():
+            assert isinstance(part, FSDPModule)
+            part.set_requires_gradient_sync(last)
+        yield
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A sliced tensor put together, in every process."""
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardKeeper(Keeper):
+    """A run as a folder of slices: each process writes its own, and any number of processes reads them again.
+
+    The folder is written beside and renamed, as a whole; what a kill leaves half-way is put right by ``exists``.
+    """
+
+    name = "state"
+
+    def exists(self, folder: Path) -> bool:
+        """Whether ``folder`` holds a run; one that was being put in place is, first."""
+        place, new, old = (folder / name for name in (self.name, ".state.new", ".state.old"))
+        if not place.exists():  # killed between the two renames of save
+            for candidate in (new, old):
+                if (candidate / ".metadata").is_file() and is_main():
+                    candidate.rename(place)
+                    break
+        return (place / ".metadata").is_file()
+
+    def facts(self, folder: Path) -> dict[str, Any]:
+        """What the run in ``folder`` says of itself."""
+        path = folder / self.name / FACTS
+        try:
+            return parse_facts(path.read_text(encoding="utf-8"), path)
+        except OSError as e:
+            raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write the run; every process calls it, and returns when it is written."""
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        place, new, old = (folder / name for name in (self.name, ".state.new", ".state.old"))
+        if trainer.ranks.main:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            new.mkdir()
+            (new / FACTS).write_text(json.dumps(facts(trainer)), encoding="utf-8")
+        trainer.ranks.wait()
+        save(contents(trainer), checkpoint_id=str(new))  # ".metadata" comes last: with it, the folder is complete
+        if trainer.ranks.main:
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+            shutil.rmtree(old, ignore_errors=True)
+        trainer.ranks.wait()
+
+    def resume(self, trainer: Trainer, folder: Path) -> None:
+        """Set the trainer of this process to where the run in ``folder`` was, however many processes wrote it."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        path = folder / self.name
+        found = self.facts(folder)
+        compare(trainer, found, path)
+        there = set(FileSystemReader(str(path)).read_metadata().state_dict_metadata)
+        for (
+            name,
+            w,
+        ) in trainer.weights.items():  # room for the moments, which the optimiser would make at its first step
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in there]
+            if keys:
+                trainer.optimizer.state[w] = {k: torch.zeros(()) if k == "step" else torch.zeros_like(w) for k in keys}
+        tensors = contents(trainer)
+        wrong = sorted(there ^ tensors.keys())
+        if wrong:
+            raise CheckpointError(f"{path}: tensor {quote(wrong[0])} is missing, or has no place in this model")
+        load(tensors, checkpoint_id=str(path))
+        trainer.scaler.load_state_dict(found["scaler"])
+        trainer.done = found["done"]

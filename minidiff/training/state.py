@@ -1,0 +1,192 @@
+"""A training run on disk: everything that the next step depends on, in one file that is there whole or not at all.
+
+Weights, their average and the optimiser's moments are tensors of a safetensors file; how many steps are done and with
+which settings stands as JSON in its header. Random numbers and the order of the data need no line: both follow from the
+number of the step. So a run that goes on from the file makes the same weights as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.config import ModelConfig, from_json, quote
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.files import Lazy, TensorFile, lazy, write_tensors
+from minidiff.training.loop import Trainer
+from minidiff.training.settings import TrainConfig
+
+KEY = "minidiff.training"
+FREE = {"steps", "accumulate", "save_every", "sample_every", "samples"}  # what a run may change when it goes on
+
+
+class Keeper:
+    """How a run is kept in its folder: in one file that the main process writes. (In slices: sharded.py.)"""
+
+    name = "state.safetensors"
+
+    def exists(self, folder: Path) -> bool:
+        """Whether ``folder`` holds a run."""
+        return (folder / self.name).exists()
+
+    def facts(self, folder: Path) -> dict[str, Any]:
+        """What the run in ``folder`` says of itself, see :func:`facts`. Raises :class:`CheckpointError` if damaged."""
+        file = TensorFile(folder / self.name)
+        try:
+            return read_facts(file)
+        finally:
+            file.close()
+
+    def save(self, trainer: Trainer, folder: Path) -> None:
+        """Write the run; every process calls it, and returns when it is written."""
+        if trainer.ranks.main:
+            save(trainer, folder / self.name)
+        trainer.ranks.wait()
+
+    def resume(self, trainer: Trainer, folder: Path) -> None:
+        """Set the trainer of this process to where the run in ``folder`` was."""
+        resume(trainer, folder / self.name)
+
+
+def save(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Write the run to ``path``, atomically.
+
+    Raises OSError, with the old file intact, if the disk is full; :class:`CheckpointError` if there is no such folder.
+    """
+    tensors = {name: lazy(t) for name, t in contents(trainer).items()}
+    try:
+        write_tensors(path, tensors, {"format": "pt", KEY: json.dumps(facts(trainer))})
+    except OSError as e:
+        raise unsaved(e, trainer.done, path) from e
+
+
+def unsaved(e: OSError, step: int, path: str | os.PathLike[str]) -> OSError:
+    """``e`` in words that say which step was lost, and that the one before it was not."""
+    old = "; the checkpoint before it stands" if os.path.exists(path) else ""
+    return OSError(e.errno, f"step {step} could not be saved ({e.strerror}){old}", str(path))
+
+
+def contents(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor of the run by name: "weights.unet.conv_in.weight", "ema. ...", "optimizer. ... .exp_avg"."""
+    tensors = {f"weights.{name}": w for name, w in trainer.weights.items()}
+    if trainer.ema is not None:
+        tensors |= {f"ema.{name}": w for name, w in trainer.ema.average.items()}
+    for name, w in trainer.weights.items():  # a weight that never had a gradient has no moments
+        tensors |= {f"optimizer.{name}.{key}": m for key, m in trainer.optimizer.state.get(w, {}).items()}
+    return tensors
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What is no tensor: progress, settings, the model's config and the scale of the loss."""
+    return {
+        "done": trainer.done,
+        "settings": dataclasses.asdict(trainer.config),
+        "model": dataclasses.asdict(trainer.pipe.config),
+        "scaler": trainer.scaler.state_dict(),
+    }
+
+
+def resume(trainer: Trainer, path: str | os.PathLike[str]) -> None:
+    """Set ``trainer`` to where the run in ``path`` was.
+
+    Raises :class:`CheckpointError` for a file that is no training state, is damaged, or belongs to another model or to
+    other settings (all but the length of the run, ``accumulate``, and what is written when, must be equal).
+    """
+    file = TensorFile(path)
+    try:
+        found = read_facts(file)
+        compare(trainer, found, path)
+        restore(trainer, file.lazy, path)
+        trainer.scaler.load_state_dict(found["scaler"])
+        trainer.done = found["done"]
+    finally:
+        file.close()
+
+
+def read_facts(file: TensorFile) -> dict[str, Any]:
+    """What :func:`facts` wrote, checked."""
+    if KEY not in file.metadata:
+        raise CheckpointError(f"{file.path}: holds no training run; `minidiff train --model` starts one from a model")
+    return parse_facts(file.metadata[KEY], file.path)
+
+
+def parse_facts(text: str, path: Path) -> dict[str, Any]:
+    """The JSON of :func:`facts`. Raises :class:`CheckpointError`, naming ``path``, if something in it is wrong."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+        from_json(TrainConfig, found["settings"])
+        from_json(ModelConfig, found["model"])
+        known = isinstance(found["done"], int) and isinstance(found["scaler"], dict)
+    except (ValueError, KeyError, TypeError, ConfigError) as e:
+        raise CheckpointError(f"{path}: its record of the run cannot be used ({e})") from None
+    if not known:
+        raise CheckpointError(f"{path}: its record of the run is damaged")
+    return found
+
+
+def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Raise :class:`CheckpointError` for the first field in which the run on disk differs from this one."""
+    for what, now in (("model", trainer.pipe.config), ("settings", trainer.config)):
+        here = json.loads(json.dumps(dataclasses.asdict(now)))
+        for name, value in here.items():
+            then = found[what].get(name)
+            if then != value and not (what == "settings" and name in FREE):
+                was, wanted = _first_difference(name, then, value)
+                raise CheckpointError(
+                    f"{path}: was trained with {was}, now it is {wanted}; use that, or another folder"
+                )
+
+
+def _first_difference(name: str, then: Any, now: Any) -> tuple[str, str]:
+    """Where two JSON values part, as "name=then" and "now": a model's config is too long to be quoted whole."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in now:
+            if then.get(key) != now[key]:
+                return _first_difference(f"{name}.{key}", then.get(key), now[key])
+    return f"{name}={quote(then)}", quote(now)
+
+
+@torch.no_grad()
+def restore(trainer: Trainer, tensors: dict[str, Lazy], path: str | os.PathLike[str]) -> None:
+    """Copy every tensor to its place. Raises :class:`CheckpointError` if one is missing, superfluous or misshapen."""
+    moments: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.weights}
+    places = {f"weights.{name}": w for name, w in trainer.weights.items()}
+    if trainer.ema is not None:
+        places |= {f"ema.{name}": w for name, w in trainer.ema.average.items()}
+    missing = sorted(places.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{path}: tensor {missing[0]!r} is missing; the file is damaged")
+    for name, entry in tensors.items():
+        kind, _, rest = name.partition(".")
+        owner, _, key = rest.rpartition(".")
+        if name in places:
+            if tuple(places[name].shape) != entry.shape:
+                shapes = f"{entry.shape}, the model's has {tuple(places[name].shape)}"
+                raise CheckpointError(f"{path}: tensor {quote(name)} has shape {shapes}")
+        elif kind != "optimizer" or owner not in moments:
+            raise CheckpointError(f"{path}: tensor {quote(name)} has no place in this model")
+        else:
+            moments[owner][key] = entry.load()
+    for name, place in places.items():
+        place.copy_(tensors[name].load())
+    state = trainer.optimizer.state_dict()
+    names = list(trainer.weights)
+    # Cloned: what is read lies in the mapped file, and the file may be replaced while this run goes on.
+    state["state"] = {
+        i: {key: m.clone() for key, m in moments[name].items()} for i, name in enumerate(names) if moments[name]
+    }
+    trainer.optimizer.load_state_dict(state)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed run left half-written beside its files."""
+    for path in folder.glob(".*.part"):
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,143 @@
+"""``minidiff train`` from the command line: a run from nothing, going on with it, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff.cli import main
+from minidiff.files import TensorFile
+from tests.tolerances import assert_close
+from tests.unit.tiny import DDPM, SD, tiny_sd
+
+TINY = ["--steps", "4", "--batch", "2", "--rate", "1e-3", "--save-every", "2", "--quiet", "--device", "cpu"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve pictures, a bright square at different places, with captions."""
+    path = tmp_path / "photos"
+    path.mkdir()
+    for i in range(12):
+        image = Image.new("RGB", (24, 20), (40, 60, 120))
+        image.paste((250, 220, 180), (2 + i, 4 + i // 2, 10 + i, 12 + i // 2))
+        image.save(path / f"{i:02}.png")
+        (path / f"{i:02}.txt").write_text(f"square number {i}")
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """The config of a tiny pixel model, as a file."""
+    (tmp_path / "ddpm.json").write_text(json.dumps(asdict(DDPM)))
+    return str(tmp_path / "ddpm.json")
+
+
+def complaint(capfd: Any, *argv: Any) -> str:
+    """The one line that ``argv`` ends in."""
+    assert main(["train", *map(str, argv)]) == 2
+    lines = capfd.readouterr().err.strip().split("\n")
+    assert len(lines) == 1
+    return str(lines[0])
+
+
+def test_a_folder_of_pictures_trains_a_model_and_the_loss_falls(photos: Path, tmp_path: Path, tiny: str) -> None:
+    """From about 1.3 to below 0.5 in 40 steps: the mean over the last ten."""
+    run = tmp_path / "run"
+    options = [*TINY, "--steps", "40", "--batch", "8", "--rate", "5e-3", "--sample-every", "40", "--samples", "4"]
+    assert main(["train", "--data", str(photos), "--out", str(run), "--config", tiny, *options]) == 0
+    losses = [float(line.split(",")[1]) for line in (run / "log.csv").read_text().split()[1:]]
+    assert losses[0] > 0.9
+    assert sum(losses[-10:]) / 10 < 0.5
+    assert Image.open(run / "samples" / "step-0000040.png").size == (16, 16)
+    assert main(["generate", "--model", str(run / "model.safetensors"), "--steps", "2", "--sampler", "ddim", "--quiet",
+                 "--out", str(tmp_path / "new.png")]) == 0  # fmt: skip
+
+
+def test_going_on_needs_no_repeated_options_and_ends_at_the_same_weights(
+    photos: Path, tmp_path: Path, tiny: str
+) -> None:
+    begin = ["train", "--data", str(photos), "--curve", "constant", *TINY]
+    assert main([*begin, "--out", str(tmp_path / "whole"), "--config", tiny]) == 0
+    assert main([*begin, "--out", str(tmp_path / "half"), "--config", tiny, "--steps", "2", "--warmup", "0"]) == 0
+    rest = ["train", "--data", str(photos), "--out", str(tmp_path / "half"), "--steps", "4", "--quiet"]
+    assert main([*rest, "--resume", "--device", "cpu"]) == 0
+    whole, half = (TensorFile(tmp_path / name / "state.safetensors").lazy for name in ("whole", "half"))
+    assert len(whole) > 300
+    for name, tensor in whole.items():
+        assert_close(half[name].load(), tensor.load(), where=name)
+
+
+def test_a_text_model_is_tuned_on_cached_latents(photos: Path, tmp_path: Path, capfd: Any) -> None:
+    model = tiny_sd()
+    model.save(tmp_path / "sd.safetensors")
+    begin = ["train", "--data", str(photos), "--model", str(tmp_path / "sd.safetensors"), "--size", "16", *TINY]
+    out = tmp_path / "run"
+    assert main([*begin, "--out", str(out), "--cache-latents", "--ema", "0"]) == 0
+    assert capfd.readouterr().out.strip() == str(out / "model.safetensors")
+    assert (out / "latents.safetensors").is_file()
+    tuned = minidiff.load(out / "model.safetensors", device="cpu")
+    assert not tuned.unet.conv_in.weight.equal(model.unet.conv_in.weight)
+    for part in ("vae", "text_encoder"):
+        for name, w in tuned.parts[part].state_dict().items():
+            assert_close(w, model.parts[part].state_dict()[name], where=name)
+    assert main([*begin[:3], "--out", str(out), "--resume", "--size", "16", "--steps", "5", "--quiet"]) == 0
+    assert main([*begin, "--out", str(tmp_path / "vae"), "--parts", "vae"]) == 0
+
+
+def test_a_new_model_of_the_default_size(photos: Path, tmp_path: Path) -> None:
+    assert (
+        main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), "--size", "8", *TINY, "--steps", "1"])
+        == 0
+    )
+    model = minidiff.load(tmp_path / "run" / "model.safetensors", device="cpu")
+    assert model.generate(1, steps=1, sampler="ddim", output="tensor", progress=False).shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", "nowhere"], "no such folder of pictures"),
+        (["--data", "torchvision:Nothing"], "torchvision has no data set 'Nothing'"),
+        (["--model", "a", "--config", "b"], "--model and --config are both given"),
+        (["--config", "nothing.json"], "nothing.json: no such file"),
+        (["--batch", "3", "--accumulate", "2"], "does not divide"),
+        (["--curve", "steep"], "cosine"),
+        (["--rate", "0"], "rate=0.0 must be above 0"),
+        (["--fsdp"], "torchrun"),
+        (["--resume"], "holds no state.safetensors"),
+        (["--size", "1000"], "--size 1000"),
+        (["--parts", "vae"], "vae cannot be trained: this small ddpm model has only unet"),
+        (["--cache-latents"], "only a UNet on latents has any"),
+        (["--held-out", "nowhere"], "no such folder of pictures"),
+    ],
+)
+def test_mistakes_are_one_line(photos: Path, tmp_path: Path, capfd: Any, options: list[str], words: str) -> None:
+    begin = ["--data", photos, "--out", tmp_path / "run", "--size", "8", "--quiet", "--device", "cpu"]
+    assert words in complaint(capfd, *begin, *options)
+
+
+def test_captions_missing_and_other_settings(photos: Path, tmp_path: Path, capfd: Any, tiny: str) -> None:
+    (tmp_path / "sd.json").write_text(json.dumps(asdict(SD)))
+    (photos / "03.txt").unlink()
+    out = ["--out", tmp_path / "run"]
+    said = complaint(capfd, "--data", photos, *out, "--config", tmp_path / "sd.json", *TINY)
+    assert "03.png: has no caption" in said
+    assert main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), "--config", tiny, *TINY]) == 0
+    capfd.readouterr()
+    assert "batch=2, now it is 4" in complaint(capfd, "--data", photos, *out, *TINY, "--batch", "4", "--resume")
+
+
+def test_help(capfd: Any) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capfd.readouterr().out
+    assert "--resume" in out
+    assert "examples:" in out
+    assert torch.is_grad_enabled()

@@ -1,0 +1,153 @@
+"""Two processes on gloo, started by torchrun as a user would, against one: the same examples, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minidiff.files import TensorFile
+from minidiff.training.distributed import Replicas
+from minidiff.training.sharded import ShardKeeper
+from tests.tolerances import BATCH, assert_close
+from tests.unit.tiny import DDPM
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+OPTIONS = ["--steps", "3", "--batch", "4", "--rate", "1e-3", "--curve", "constant", "--warmup", "0", "--seed", "3"]
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with eight pictures and a tiny config."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("distributed")
+    (path / "photos").mkdir()
+    for i in range(8):
+        image = Image.new("RGB", (16, 16), (30 * i, 128, 255 - 30 * i))
+        image.paste("white", (i, i, i + 6, i + 6))
+        image.save(path / "photos" / f"{i}.png")
+    (path / "photos" / "broken.png").touch()
+    (path / "tiny.json").write_text(json.dumps(asdict(DDPM)))
+    return path
+
+
+def launch(workplace: Path, ranks: int, out: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Train with so many processes, one thread each."""
+    start = (
+        [*LAUNCH, str(ranks), "-m", "minidiff"]
+        if ranks > 1 or "--fsdp" in options
+        else [sys.executable, "-m", "minidiff"]
+    )
+    command = [
+        *start,
+        "train",
+        "--data",
+        "photos",
+        "--config",
+        "tiny.json",
+        "--out",
+        out,
+        *OPTIONS,
+        *options,
+        "--device",
+        "cpu",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=workplace, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def tensors(workplace: Path, out: str) -> dict[str, Tensor]:
+    file = TensorFile(workplace / out / "state.safetensors")
+    return {name: entry.load() for name, entry in file.lazy.items()}
+
+
+def single(workplace: Path) -> dict[str, Tensor]:
+    """What one process makes of the batch in one piece."""
+    if not (workplace / "joined").exists():
+        launch(workplace, 1, "joined")
+    return tensors(workplace, "joined")
+
+
+def test_two_processes_are_one(workplace: Path) -> None:
+    """Equal bits to one process that takes the batch in the same two halves; with the batch in one piece, equal up to
+    the order of summation, in the weights: the moments of the optimiser are far smaller than the tolerance."""
+    two = launch(workplace, 2, "two")
+    launch(workplace, 1, "halves", "--accumulate", "2")
+    assert two.stdout.split() == ["two/model.safetensors"]
+    assert two.stderr.count("1 of 9 pictures cannot be read") == 1
+    assert two.stderr.count("warning:") == 1
+    assert (workplace / "two" / "log.csv").read_text().count("\n") == 4
+    ours, halves, joined = tensors(workplace, "two"), tensors(workplace, "halves"), single(workplace)
+    assert ours.keys() == halves.keys() == joined.keys()
+    for name, tensor in ours.items():
+        assert_close(tensor, halves[name], where=name)
+        if name.startswith("weights."):
+            assert_close(tensor, joined[name], BATCH, where=name)
+
+
+def test_parts_of_a_batch_and_resuming_with_another_number_of_processes(workplace: Path) -> None:
+    """Each process takes its share of every part, and exchanges after the last; one goes on where two stopped."""
+    launch(workplace, 2, "parts", "--accumulate", "2", "--steps", "2")
+    launch(workplace, 1, "parts", "--resume", "--accumulate", "4")
+    parts = tensors(workplace, "parts")
+    for name, tensor in single(workplace).items():
+        if name.startswith("weights."):
+            assert_close(parts[name], tensor, BATCH, where=name)
+
+
+def test_slices_are_one_model(workplace: Path) -> None:
+    """FSDP with two processes, then with one that reads what two wrote, against one process without."""
+    launch(
+        workplace, 2, "slices", "--fsdp", "--steps", "2", "--accumulate", "2", "--sample-every", "2", "--samples", "1"
+    )
+    assert sorted(p.name for p in (workplace / "slices" / "state").iterdir() if p.suffix == ".distcp") == [
+        "__0_0.distcp",
+        "__1_0.distcp",
+    ]
+    launch(workplace, 1, "slices", "--fsdp", "--resume", "--sample-every", "0")
+    ours = TensorFile(workplace / "slices" / "model.safetensors").lazy
+    joined = single(workplace)
+    assert len(ours) > 100
+    for name, entry in ours.items():
+        assert_close(entry.load(), joined[f"ema.{name}"], BATCH, where=name)
+
+
+@pytest.mark.parametrize("left", [".state.new", ".state.old"])
+def test_slices_that_a_kill_left_half_way(tmp_path: Path, left: str) -> None:
+    """Between the two renames there is no "state": the new one is taken if it is whole, else the old one."""
+    keeper = ShardKeeper()
+    assert not keeper.exists(tmp_path)
+    for name in (".state.new", ".state.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name)
+    for name in {".state.old", left}:
+        (tmp_path / name / ".metadata").touch()
+    assert keeper.exists(tmp_path)
+    assert (tmp_path / "state" / "who").read_text() == left
+
+
+def test_parts_are_quiet_until_the_last() -> None:
+    """What DistributedDataParallel is told: to exchange gradients after the last part, and not before."""
+
+    class Told(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self) -> None:
+            self.require_backward_grad_sync = True
+
+    told, seen = Told(), []
+    for last in (False, False, True):
+        with Replicas.quiet(Replicas.__new__(Replicas), told, last):
+            seen.append(told.require_backward_grad_sync)
+    assert seen == [False, False, True]
