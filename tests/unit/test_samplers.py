@@ -224,7 +224,7 @@ def test_like_diffusers_changes_nothing_where_the_reference_is_right(kind):
     for n in (4, 20, 40):
         ours, theirs = (kind(**leading, like_diffusers=like).plan(SCHEDULE, n) for like in (False, True))
         for name, row in rows(ours).items():
-            # the two read other rows to the same effect; SA's alpha_bar is the table's there, and follows from sigma here
+            # read from other rows to the same effect; SA's alpha_bar is the table's there, here it follows from sigma
             if name not in ("prev", "up", "half", "down") and (kind, name) != (SASolver, "alpha_bars"):
                 assert_close(row, rows(theirs)[name].to(row.dtype), where=name)  # DPM++ SDE's timesteps are float64
         x = randn() * ours.init_noise_sigma
