@@ -32,6 +32,9 @@ FLOAT16_CUDA = Tolerance(
 BFLOAT16_CUDA = Tolerance(
     0.3, 0.0, "bfloat16 keeps 8 bits, an eighth of float16's precision; measured likewise, within 0.15 on the CPU"
 )
+SNR = Tolerance(0.0, 1e-5, "the reference takes two roots and squares their quotient")
+WEIGHTS_SUM = Tolerance(1e-5, 1e-4, "float32 weights of alternating sign, added up")
+EXPANSION = Tolerance(1e-4, 0.0, "a difference of nearly equal float32 exponentials, against its value in float64")
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance = EXACT, where: str = "") -> None:

@@ -24,6 +24,7 @@ from tests.parity.lambda_twins import (
     turn,
 )
 from tests.parity.sampler_twins import SHAPE, compare, config, label, reference
+from tests.tolerances import EXPANSION, assert_close
 
 SIGMAS_AND_LU = (*SIGMAS, {"use_lu_lambdas": True})
 # what each algorithm can do: epsilon can't reach sigma 0, and sde-dpmsolver has no order 3
@@ -189,7 +190,7 @@ def test_third_order_sde_has_the_right_sign_unless_like_diffusers():
     assert torch.allclose(gap[2:-1], ours.signal[3:-1])
     phi = ours.d2[2:-1].double() / ours.signal[3:-1].double()
     h = 2 * ours.h[2:-1].double()
-    assert torch.allclose(phi, (-torch.expm1(-h) - h) / h**2 + 0.5, atol=1e-4)
+    assert_close(phi, (-torch.expm1(-h) - h) / h**2 + 0.5, EXPANSION)
 
 
 def test_timesteps_of_karras_are_fractions_unless_like_diffusers():

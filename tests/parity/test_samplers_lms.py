@@ -12,6 +12,7 @@ from minidiff.errors import ConfigError
 from minidiff.samplers import LMS, Scheduler
 from minidiff.samplers.lms import NODES, adams_bashforth_coefs
 from tests.parity.sampler_twins import compare, compare_all, compare_some, compare_starts, config, label, reference
+from tests.tolerances import WEIGHTS_SUM, assert_close
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = (
@@ -93,7 +94,7 @@ def test_all_weights_add_up_to_the_interval(option):
     plan.set_timesteps(12)
     dt = (plan.sigmas[1:] - plan.sigmas[:-1])[3:]
     sums = plan.plan.coefs[3:].sum(dim=2)
-    assert torch.allclose(sums, dt[:, None].expand(-1, 4), rtol=1e-4, atol=1e-5)
+    assert_close(sums, dt[:, None].expand(-1, 4), WEIGHTS_SUM)
 
 
 def test_order_is_checked():

@@ -30,7 +30,7 @@ from minidiff.training.loop import Trainer
 from minidiff.training.objective import min_snr_weights, snr
 from minidiff.training.settings import TrainConfig
 from tests.parity.twins import folder_twin, ours, unet_twin
-from tests.tolerances import assert_close
+from tests.tolerances import SNR, assert_close
 
 STEPS, BATCH, PARTS, RATE, WARMUP = 30, 4, 2, 3e-3, 5
 WORDS = ("a red fox", "an owl", "two blue circles on a table", "the sea at night", "a tree")
@@ -181,6 +181,6 @@ def test_min_snr_weights(prediction: Prediction) -> None:
     t = torch.arange(1000)
     theirs = compute_snr(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), t)
     ratio = snr(NoiseSchedule.from_config(ScheduleConfig()), t)
-    torch.testing.assert_close(ratio, theirs, rtol=1e-5, atol=0)  # theirs takes two roots and squares their quotient
+    assert_close(ratio, theirs, SNR)
     weights = theirs.clamp(max=5) / (theirs if prediction == "epsilon" else theirs + 1)
-    torch.testing.assert_close(min_snr_weights(prediction, ratio, 5.0), weights, rtol=1e-5, atol=0)
+    assert_close(min_snr_weights(prediction, ratio, 5.0), weights, SNR)
