@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.config import quote
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.blocks import ResBlock
 from minidiff.models.vae import VAE
 from minidiff.training.distributed import Replicas, is_main
@@ -37,6 +37,11 @@ class Shards(Replicas):
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         assert isinstance(task, Task)
+        old = not hasattr(torch.cpu.Stream, "record_event")
+        if old and task.device.type == "cpu":
+            raise UnsupportedError(
+                f"torch {torch.__version__} can slice a model on GPUs only; update it, or leave --fsdp out"
+            )
         for part in task.children():
             for block in part.modules():
                 if isinstance(block, ResBlock):
