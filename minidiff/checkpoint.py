@@ -64,6 +64,7 @@ def fill(
     for name, part in parts.items():
         state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
+        part.to(device=device)  # moves what follows from the config (buffers); every weight is there already
 
 
 def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source: str) -> None:

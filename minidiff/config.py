@@ -8,6 +8,7 @@ model: a config is also read from files of unknown origin, and must not make a p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import types
 import typing
@@ -218,6 +219,7 @@ class CLIPTextConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     projection: int | None = None  # width of the pooled output; None: the pooled token is not projected
     vocab: int = 49408
+    kept: tuple[int, ...] | None = None  # ids, ascending, with a vector of their own; the others share one. None: all
     positions: int = 77
     end_token: int = 49407  # the pooled output is read where this id stands first
     eps: float = 1e-5
@@ -229,6 +231,9 @@ class CLIPTextConfig:
         within(1, MOST_TOKENS, vocab=self.vocab)
         within(0, 1, eps=self.eps)
         check(self.width % self.heads == 0, f"heads={self.heads} does not divide width={self.width}")
+        if self.kept is not None:
+            rising = all(a < b for a, b in itertools.pairwise((-1, *self.kept, self.vocab)))
+            check(rising, f"kept={quote(self.kept)} must be ids below vocab={self.vocab} in ascending order")
 
 
 CLIP_L = CLIPTextConfig()

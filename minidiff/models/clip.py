@@ -7,6 +7,7 @@ checkpoints simply leave the last layer out), SDXL the last but one of two encod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class CLIPText(nn.Module):
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.config = config
-        self.token = nn.Embedding(config.vocab, config.width)
+        self.token = token_table(config)
         self.position = nn.Embedding(config.positions, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
@@ -49,6 +50,46 @@ class CLIPText(nn.Module):
         end = (ids == self.config.end_token).int().argmax(dim=-1)
         pooled = last[torch.arange(len(ids), device=ids.device), end]
         return TextOutput(last, penultimate, self.projection(pooled))
+
+
+class SharedEmbedding(nn.Embedding):
+    """A table of the ids in ``kept`` alone, (1 + kept, width): row 0 serves every other id, and begins as zeros.
+
+    A small model that was trained on sixty words carries sixty vectors, and still reads the ids of the public table.
+    """
+
+    row_of: Tensor
+
+    def __init__(self, vocab: int, kept: Sequence[int], width: int) -> None:
+        self.vocab, self.kept = vocab, tuple(kept)
+        super().__init__(1 + len(kept), width)
+        # Follows from the config and is no weight; on the CPU even while a model is built without memory.
+        self.register_buffer("row_of", rows(vocab, kept), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Weights as they are before any training."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight[0] = 0
+        if "row_of" in self._buffers:  # memory that was made without contents
+            self.row_of.copy_(rows(self.vocab, self.kept))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.row_of[ids])
+
+
+def rows(vocab: int, kept: Sequence[int]) -> Tensor:
+    """int64 (vocab,): which row of a :class:`SharedEmbedding` each id reads."""
+    row_of = torch.zeros(vocab, dtype=torch.int64, device="cpu")
+    row_of[torch.tensor(kept, dtype=torch.int64, device="cpu")] = torch.arange(1, 1 + len(kept), device="cpu")
+    return row_of
+
+
+def token_table(config: CLIPTextConfig) -> nn.Embedding:
+    """id -> vector of ``config.width``: a row for every id, or for those that the config keeps."""
+    if config.kept is None:
+        return nn.Embedding(config.vocab, config.width)
+    return SharedEmbedding(config.vocab, config.kept, config.width)
 
 
 class Layer(nn.Module):

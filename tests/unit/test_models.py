@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import config as c
+from minidiff.errors import ConfigError
 from minidiff.models import attention as attention_module
 from minidiff.models.attention import Attention
 from minidiff.models.blocks import sinusoid
@@ -392,3 +393,26 @@ def test_the_two_activations_differ() -> None:
     ids = torch.tensor([[8, 1, 9]])
     gap = (clip()(ids).last - clip(replace(CLIP, activation="gelu"))(ids).last).abs().max()
     assert 1e-4 < gap < 1
+
+
+def test_clip_with_rows_for_the_kept_ids_alone() -> None:
+    """Kept ids have vectors of their own, all others read row 0; nothing else differs from the whole table."""
+    small = clip(replace(CLIP, kept=(1, 4, 9)))
+    assert small.token.weight.shape == (4, 16)
+    whole = clip()
+    state = small.state_dict()
+    state["token.weight"] = small.token.weight[[0, 1, 0, 0, 2, 0, 0, 0, 0, 3]]
+    whole.load_state_dict(state)
+    ids = torch.tensor([[8, 1, 2, 4, 9, 9], [1, 1, 4, 0, 9, 9]])
+    for here, there in zip(small(ids), whole(ids), strict=True):
+        assert_close(here, there, EXACT)
+    assert "token.row_of" not in state
+    fresh = CLIPText(replace(CLIP, kept=(1, 4, 9)))
+    assert not fresh.token.weight[0].any()
+    assert fresh.token.weight[1:].all()
+
+
+@pytest.mark.parametrize("kept", [(3, 1), (1, 1), (-1, 2), (4, 10)])
+def test_clip_refuses_kept_ids_that_are_no_ascending_ids(kept: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="ascending"):
+        replace(CLIP, kept=kept)

@@ -1,0 +1,129 @@
+"""The recipe of the bundled model: from nothing to `minidiff/assets/shapes.safetensors`, on two CPU cores.
+
+    python scripts/train_shapes.py                   # everything; can be stopped, and goes on where it was
+    python scripts/train_shapes.py --out out/shapes  # where the runs are kept (this is the default)
+
+Two trainings with `minidiff.training`: an autoencoder learns to repeat the pictures of the procedural data
+set through 16 x 16 x 4 latents; then a UNet and a text encoder learn, together and from scratch, to denoise those
+latents given the captions. What is shipped are the averaged weights in float16. `scripts/eval_shapes.py` scores them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from minidiff import checkpoint
+from minidiff.config import (
+    CLIPTextConfig,
+    Level,
+    ModelConfig,
+    ScheduleConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VAEConfig,
+    text,
+)
+from minidiff.errors import MinidiffError
+from minidiff.files import lazy
+from minidiff.models.tokenizer import Tokenizer
+from minidiff.pipeline import StableDiffusion, load, random_model
+from minidiff.training.captions import vocabulary
+from minidiff.training.data import ShapesStream
+from minidiff.training.loop import Trainer
+from minidiff.training.run import MODEL, STATE, train
+from minidiff.training.settings import TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSET = ROOT / "minidiff" / "assets" / "shapes.safetensors"
+WIDTH = 128  # of a text token
+
+VAE = TrainConfig(parts=("vae",), steps=1200, batch=16, rate=3e-3, warmup=50, decay=0.0, ema=0.99, kl=1e-2, samples=32)
+UNET = TrainConfig(
+    parts=("unet", "text_encoder"),
+    steps=4000,
+    batch=64,
+    rate=1.2e-3,
+    warmup=100,
+    betas=(0.9, 0.99),
+    ema=0.998,
+    save_every=200,
+    sample_every=400,
+    samples=36,
+)
+
+
+def config() -> ModelConfig:
+    """Stable Diffusion's parts at a hundredth of the size; the text encoder keeps the tokens of the captions alone."""
+    tokenizer = Tokenizer()
+    known = {i for word in (*vocabulary(), ",") for i in tokenizer.encode(word)}
+    kept = tuple(sorted(known | {tokenizer.start, tokenizer.end}))
+    return ModelConfig(
+        family="shapes",
+        unet=UNetConfig(
+            levels=(Level(channels=48), text(96, 3), text(128, 4)),
+            mid=text(128, 4),
+            context_dim=WIDTH,
+            layers=1,
+            groups=16,
+            sample_size=16,
+        ),
+        vae=VAEConfig(channels=(16, 32, 64), layers=1, groups=8, mid_attention=False, sample_size=64),
+        text_encoder=CLIPTextConfig(width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, kept=kept),
+        tokenizer=TokenizerConfig(),
+        schedule=ScheduleConfig(prediction="v_prediction"),
+        sampler={"name": "ddim"},
+    )
+
+
+def run(pipe: StableDiffusion, settings: TrainConfig, folder: Path, seed: int) -> StableDiffusion:
+    """One training, or the rest of one, in ``folder``; the model with its averaged weights."""
+    for part in (pipe.unet, pipe.vae):
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    print(f"{'+'.join(settings.parts)}: {settings.steps} steps of {settings.batch} in {folder}", flush=True)
+    train(Trainer(pipe, ShapesStream(seed), settings), folder, resume=(folder / STATE).exists())
+    trained = load(folder / MODEL)
+    assert isinstance(trained, StableDiffusion)
+    return trained
+
+
+def ship(pipe: StableDiffusion, path: Path) -> None:
+    """Write the model in float16: half the size, and a tenth of a level of the 255 at most in the pictures."""
+    tensors = {
+        f"{name}.{key}": lazy(weight.half().contiguous())
+        for name, part in pipe.parts.items()
+        for key, weight in part.state_dict().items()
+    }
+    checkpoint.write(path, pipe.config, tensors)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/shapes", metavar="FOLDER", help="(default: out/shapes)")
+    parser.add_argument(
+        "--asset", default=str(ASSET), metavar="FILE", help="where the model goes (default: the package)"
+    )
+    args = parser.parse_args()
+    folder = Path(args.out)
+    try:
+        pipe = random_model(config(), seed=0)
+        assert isinstance(pipe, StableDiffusion)
+        print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
+        pipe = run(pipe, VAE, folder / "vae", seed=1)
+        pipe = run(pipe, UNET, folder / "unet", seed=0)
+        ship(pipe, Path(args.asset))
+    except (MinidiffError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
