@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from minidiff.denoise import Prediction, Run, Step
     from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
     from minidiff.picture import read_recipe, save_png
-    from minidiff.pipeline import StableDiffusion, Unconditional, load
+    from minidiff.pipeline import StableDiffusion, Unconditional, bundled, load
     from minidiff.schedule import NoiseSchedule
 
 HOMES = {
     "denoise": ("Prediction", "Run", "Step"),
     "errors": ("CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
     "picture": ("read_recipe", "save_png"),
-    "pipeline": ("StableDiffusion", "Unconditional", "load"),
+    "pipeline": ("StableDiffusion", "Unconditional", "bundled", "load"),
     "schedule": ("NoiseSchedule",),
 }
 
@@ -43,6 +43,7 @@ __all__ = [
     "Unconditional",
     "UnsupportedError",
     "__version__",
+    "bundled",
     "load",
     "read_recipe",
     "save_png",

@@ -80,7 +80,9 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the picture shows; several make several pictures")
     g = p.add_argument_group("model")
     g.add_argument(
-        "--model", metavar="PATH", help="a minidiff file, or a checkpoint of another layout (converted in memory)"
+        "--model",
+        metavar="PATH",
+        help="a minidiff file, or a checkpoint of another layout (converted in memory)",
     )
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     g.add_argument(

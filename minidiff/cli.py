@@ -55,11 +55,6 @@ def generate(args: Namespace) -> None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
     recipe = _fill_from_recipe(args) if args.recipe is not None else {}
-    if args.model is None:
-        raise ConfigError(
-            "no model given, and none ships with minidiff yet; name one with --model PATH: "
-            "a minidiff file, a diffusers folder, or an original .safetensors or .ckpt"
-        )
     destination = Destination(args.out, args.force)
     sampler = _sampler(args.sampler)
     if args.seed is None:
@@ -79,7 +74,9 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
 
     if isinstance(pipe, StableDiffusion):
         if not args.prompt:
-            raise ConfigError('no prompt given; say what the picture shows: minidiff generate "a red fox" --model ...')
+            raise ConfigError(
+                'no prompt given; say what the picture shows: minidiff generate "a red star on a blue background"'
+            )
         return pipe.steps(
             args.prompt,
             negative_prompt=args.negative or "",
@@ -173,11 +170,16 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _open_model(
-    path: str, device: torch.device | None, dtype: torch.dtype | None
+    path: str | None, device: torch.device | None, dtype: torch.dtype | None
 ) -> tuple[StableDiffusion | Unconditional, bool]:
-    """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted."""
+    """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted.
+
+    Without a path it is the bundled one.
+    """
     import minidiff
 
+    if path is None:
+        return minidiff.bundled(device, dtype), False
     if _is_minidiff(path):
         return minidiff.load(path, device, dtype), False
     import weights_convert

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib.resources import as_file, files
 from typing import Any, Literal, cast
 
 import torch
@@ -23,7 +25,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, lazy
 from minidiff.guidance import guide
 from minidiff.models.clip import CLIPText, TextOutput
-from minidiff.models.tokenizer import Tokenizer
+from minidiff.models.tokenizer import END, START, Tokenizer
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.picture import label, to_pil, to_unit
@@ -31,6 +33,8 @@ from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.base import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.version import VERSION
+
+BUNDLED = "assets/shapes.safetensors"
 
 Output = Literal["pil", "tensor", "latent"]
 Seed = int | Sequence[int] | None
@@ -143,7 +147,9 @@ class StableDiffusion(Pipeline):
     @torch.no_grad()
     def encode_prompt(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(context, pooled or None) as the UNet takes them: context (B, 77, context_dim) in the UNet's dtype."""
-        ids = self.tokenizer(_texts(texts)).to(self.text_encoder.token.weight.device)
+        texts = _texts(texts)
+        self._warn_of_unknown_words(texts)
+        ids = self.tokenizer(texts).to(self.text_encoder.token.weight.device)
         out: TextOutput = self.text_encoder(ids)
         return getattr(out, self.config.text_layer).to(self.device, self.dtype), None
 
@@ -251,6 +257,15 @@ class StableDiffusion(Pipeline):
         latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
         # Divided by the factor: its reciprocal, multiplied, would round differently.
         return to_unit(self.vae.decode(latents / self.vae.config.scaling_factor))
+
+    def _warn_of_unknown_words(self, texts: Sequence[str]) -> None:
+        """One line for the words that a model with a small vocabulary reads as gaps."""
+        kept = self.text_encoder.config.kept
+        strange = [] if kept is None else self.tokenizer.unknown(" ".join(texts), kept)
+        if kept is not None and strange:
+            known = sorted({self.tokenizer.decode([i]) for i in kept} - {START, END})
+            words = f"this {self.config.family} model does not know {', '.join(map(repr, strange))}"
+            warnings.warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
 
     def _predictor(self, context: Tensor, negative: Tensor | None, scale: float) -> Predict:
         """The UNet with its prompt bound: (scaled x, t) -> :class:`Prediction`."""
@@ -381,6 +396,19 @@ def load(
         return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash)
     finally:
         found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
+
+
+def bundled(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+    """The small model that ships with minidiff: 64 x 64 pictures of coloured shapes, "a red star on a blue background".
+
+    What it was trained on, and how well it draws, stands in the README; ``scripts/train_shapes.py`` makes it from
+    nothing. ``device`` and ``dtype`` as for :func:`assemble`. Raises :class:`UnsupportedError` where it is missing.
+    """
+    asset = files("minidiff") / BUNDLED
+    if not asset.is_file():
+        raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
+    with as_file(asset) as path:
+        return cast(StableDiffusion, load(path, device, dtype))
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:

@@ -75,7 +75,7 @@ def evaluate(make: Make, captions: Sequence[str], folder: Path, shuffle: bool = 
 
 def model_maker(args: argparse.Namespace) -> Make:
     """Pictures from the model that the command line names."""
-    sd = minidiff.load(args.model) if args.model else _bundled()
+    sd = minidiff.load(args.model) if args.model else minidiff.bundled()
     if not isinstance(sd, minidiff.StableDiffusion):
         raise ConfigError(f"{args.model} takes no prompt; a model of the shapes is wanted")
     scale = 1.0 if args.no_guidance else args.scale
@@ -95,14 +95,6 @@ def model_maker(args: argparse.Namespace) -> Make:
         return images
 
     return make
-
-
-def _bundled() -> minidiff.StableDiffusion:
-    make = getattr(minidiff, "bundled", None)
-    if make is None:
-        raise ConfigError("no model is bundled with this version; name one with --model FILE")
-    sd: minidiff.StableDiffusion = make()
-    return sd
 
 
 def drawn_maker(kind: shapes.Kind, seed: int, count: int) -> Make:

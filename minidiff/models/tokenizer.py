@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from heapq import heappop, heappush
 from importlib.resources import files
@@ -126,6 +126,12 @@ class Tokenizer:
                 for word in words(normalize(part)):
                     ids += self._cache.get(word) or self._merge(word)
         return ids
+
+    def unknown(self, text: str, kept: Collection[int]) -> list[str]:
+        """The words of ``text`` with a token outside ``kept``, each once, in order; marks between words don't count."""
+        found = [word for part in self._special.split(mend(text))[::2] for word in words(normalize(part))]
+        found = [word for word in found if any(c.isalnum() for c in word)]
+        return [word for word in dict.fromkeys(found) if not set(self.encode(word)) <= set(kept)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that ids stand for, as the tokenizer saw it (composed, lower case); special tokens by name.

@@ -119,8 +119,3 @@ def vocabulary() -> frozenset[str]:
 def words(text: str) -> list[str]:
     """The words of ``text`` in lower case, in order, without the marks around them ("Star!" -> "star")."""
     return re.findall(r"\w+(?:['’-]\w+)*", text.lower())
-
-
-def unknown_words(prompt: str) -> list[str]:
-    """The words of ``prompt`` that no caption contains, each once, in order: what a model of shapes can't know."""
-    return [word for word in dict.fromkeys(words(prompt)) if word not in vocabulary()]

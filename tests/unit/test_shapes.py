@@ -29,7 +29,6 @@ from minidiff.training.captions import (
     Facts,
     Named,
     caption,
-    unknown_words,
     vocabulary,
     words,
 )
@@ -317,18 +316,3 @@ def test_the_vocabulary_is_what_captions_use(many: list[shapes.Item]) -> None:
     assert 40 <= len(vocabulary()) <= 60
     assert all(re.fullmatch(r"[a-z ,]+", item.caption) for item in many)
     assert not any("  " in item.caption or " ," in item.caption for item in many)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "unknown"),
-    [
-        ("a large red star on a blue background", []),
-        ("A Large RED star, on a blue background!", []),
-        ("", []),
-        ("a crimson dragon on a blue background, a dragon", ["crimson", "dragon"]),
-        ("a red-hot star", ["red-hot"]),
-        ("ein roter Stern 🌟 星", ["ein", "roter", "stern", "星"]),
-    ],
-)
-def test_unknown_words_are_named(prompt: str, unknown: list[str]) -> None:
-    assert unknown_words(prompt) == unknown

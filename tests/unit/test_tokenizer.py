@@ -343,3 +343,21 @@ def test_the_merges_are_packed_without_a_date() -> None:
     packed = files("minidiff").joinpath("assets/clip_merges.txt.gz").read_bytes()
     assert packed[4:8] == b"\0\0\0\0"  # gzip's time stamp: the same table gives the same file
     assert gzip.decompress(packed).startswith(b"i n\nt h\n")
+
+
+KEPT = set(Tokenizer().encode("a large red star on a blue background"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a large red star on a blue background", []),
+        ("A Large RED star, on a blue background!", []),
+        ("", []),
+        ("a crimson dragon on a blue background, a dragon", ["crimson", "dragon"]),
+        ("a red-hot star", ["hot"]),
+        ("ein roter star \U0001f31f \u661f", ["ein", "roter", "\u661f"]),
+    ],
+)
+def test_words_that_a_small_vocabulary_lacks_are_named(prompt: str, unknown: list[str]) -> None:
+    assert Tokenizer().unknown(prompt, KEPT) == unknown

@@ -1,0 +1,37 @@
+"""Where training starts: a network that does as little as possible.
+
+The last layer of every residual branch is set to 0, so that each block begins by passing its input on, and a deep
+network begins as a shallow one (Ho et al. 2020 start so, as did Goyal et al. 2017 for ResNets). Without it the branches
+of a new network drown what comes through in noise, and the first thousand steps go into quieting them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from minidiff.models.attention import SpatialSelfAttention, SpatialTransformer, TransformerBlock
+from minidiff.models.blocks import ResBlock
+from minidiff.models.clip import Layer
+
+
+@torch.no_grad()
+def quiet(part: nn.Module) -> None:
+    """Set the last layer of each residual branch of a UNet, VAE or text encoder to 0, in place."""
+    for module in part.modules():
+        for last in last_layers(module):
+            for p in last.parameters():
+                p.zero_()
+
+
+def last_layers(module: nn.Module) -> list[nn.Module]:
+    """Those layers of ``module`` whose output is added to what went around them."""
+    if isinstance(module, ResBlock):
+        return [module.conv2]
+    if isinstance(module, SpatialTransformer):
+        return [module.proj_out]
+    if isinstance(module, TransformerBlock):
+        return [module.attn1.out, module.attn2.out, module.ff.out]
+    if isinstance(module, SpatialSelfAttention):
+        return [module.attn.out]
+    return [module.attn.out, module.fc2] if isinstance(module, Layer) else []
