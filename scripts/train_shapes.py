@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,16 +53,30 @@ VAE = TrainConfig(
 )
 UNET = TrainConfig(
     parts=("unet", "text_encoder"),
-    steps=5000,
+    steps=7000,
     batch=32,
     rate=1e-3,
+    curve="constant",
     warmup=100,
     betas=(0.9, 0.99),
     ema=0.997,
     save_every=200,
-    sample_every=500,
+    sample_every=1000,
     samples=36,
 )
+
+
+def runs() -> dict[str, tuple[TrainConfig, Data]]:
+    """The trainings in their order, by the folder of each; every one begins with the averaged weights of the last.
+
+    A learning rate that stays, and falls in a run of its own, lets one decide late how long to go on.
+    """
+    return {
+        "1-vae": (VAE, Crowd(1)),
+        "2-vae": (replace(VAE, steps=800, rate=1e-3), Crowd(2)),
+        "3-unet": (UNET, ShapesStream(0)),
+        "4-unet": (replace(UNET, steps=2000, curve="linear", seed=1), ShapesStream(1)),
+    }
 
 
 class Crowd:
@@ -160,8 +175,8 @@ def main() -> int:
     try:
         pipe = new_model()
         print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
-        pipe = run(pipe, VAE, Crowd(1), folder / "vae")
-        pipe = run(pipe, UNET, ShapesStream(0), folder / "unet")
+        for name, (settings, data) in runs().items():
+            pipe = run(pipe, settings, data, folder / name)
         ship(pipe, Path(args.asset))
     except (MinidiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,0 +1,164 @@
+"""Low-rank adapters: a small file that bends a model towards a style or a subject (Hu et al. 2021, "LoRA").
+
+An adapter adds to the weight W of a layer a product of two thin matrices, W + scale * up @ down, of rank 4 to 128 where
+W has hundreds of rows and columns. It is applied from outside, in one of two ways:
+
+    fused   the sum is computed once and takes the place of W; sampling costs nothing more
+    live    the layer adds scale * up(down(x)) to its output; weights stay as they are
+
+Both are taken back by :meth:`Applied.remove`, after which every weight has the bits that it had: what is replaced is
+kept, and nothing is ever subtracted. The arithmetic runs in the order of the peft library, and gives its bits.
+``weights_convert.read_lora`` makes an :class:`Adapter` of a file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from minidiff.config import check
+from minidiff.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one layer: ``up @ down``, times its strength, times ``alpha`` / ``divisor``.
+
+    ``alpha``: None stands for the divisor, which is the rank, or its root (``rank_stabilised``; Kalajdzievski 2023).
+    For a linear layer ``down`` is (rank, in) and ``up`` (out, rank); for a convolution (rank, in, k, k) and
+    (out, rank, 1, 1): first the layer's own kernel to few channels, then a 1x1 convolution to all.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    rank_stabilised: bool = False
+
+    def factor(self, strength: float) -> float:
+        """What ``up @ down`` is multiplied by. In this order: the quotient alone would round differently."""
+        rank = self.down.shape[0]
+        divisor = math.sqrt(rank) if self.rank_stabilised else rank
+        return strength * (divisor if self.alpha is None else self.alpha) / divisor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it is made for."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self, weight: Tensor, strength: float) -> Tensor:
+        """What is added to ``weight``, of its shape, device and dtype."""
+        down, up = self.down.to(weight), self.up.to(weight)
+        if down.ndim == 2:
+            change = up @ down
+        elif down.shape[2:] == (1, 1):
+            change = (up[:, :, 0, 0] @ down[:, :, 0, 0])[:, :, None, None]
+        else:
+            change = F.conv2d(down.transpose(0, 1), up).transpose(0, 1)
+        return (change * self.factor(strength)).reshape(weight.shape)
+
+    def live(self, layer: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        """A forward hook of ``layer`` that adds the update to its output."""
+        weight = layer.get_parameter("weight")
+        down, up, factor = self.down.to(weight), self.up.to(weight), self.factor(strength)
+
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+            if isinstance(layer, nn.Conv2d):
+                few = F.conv2d(
+                    inputs[0], down.reshape(len(down), -1, *layer.kernel_size), None, layer.stride, layer.padding
+                )
+                return out + F.conv2d(few, up.reshape(*up.shape[:2], 1, 1)) * factor
+            return out + F.linear(F.linear(inputs[0], down.flatten(1)), up.flatten(1)) * factor
+
+        return hook
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The updates of one file, by the layer they belong to: "unet.down.0.attn.0.blocks.0.attn1.q".
+
+    ``unmatched``: keys of the file that belong to no layer of the model, of ``found`` layers that it names in all.
+    """
+
+    name: str
+    updates: Mapping[str, Update]
+    found: int = 0
+    unmatched: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line: how much of the file found its place."""
+        total = max(self.found, len(self.updates))
+        lost = f"; {len(self.unmatched)} keys were left out, {self.unmatched[0]!r} first" if self.unmatched else ""
+        return f"{self.name}: {len(self.updates)} of {total} modules{lost}"
+
+
+class Applied:
+    """Adapters at work in a model, until :meth:`remove`."""
+
+    def __init__(self, kept: Mapping[str, tuple[nn.Module, nn.Parameter]], hooks: Sequence[RemovableHandle]) -> None:
+        self.kept, self.hooks = dict(kept), list(hooks)
+
+    def remove(self) -> None:
+        """Give the model back as it was, bit for bit. Once is enough; twice does no harm."""
+        for layer, weight in self.kept.values():
+            layer.weight = weight
+        for hook in self.hooks:
+            hook.remove()
+        self.kept.clear()
+        self.hooks.clear()
+
+
+@torch.no_grad()
+def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]], *, live: bool = False) -> Applied:
+    """Put ``adapters``, each with its strength (1 is as trained, 0 nothing), to work in a model's ``parts``.
+
+    Several add up, in the order given. Whatever was applied last should be removed first. Raises :class:`ConfigError`
+    for a strength that is no finite number, and :class:`CheckpointError`, before anything is changed, for an update
+    that does not fit its layer or an adapter that has none.
+    """
+    for adapter, strength in adapters:
+        check(math.isfinite(strength), f"{adapter.name}: a strength of {strength}; it must be a finite number")
+        if not adapter.updates:
+            raise CheckpointError(f"{adapter.name}: holds no update for any layer of this model")
+        for name, update in adapter.updates.items():
+            fits(parts, adapter.name, name, update)
+    kept: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+    hooks: list[RemovableHandle] = []
+    for adapter, strength in adapters:
+        for name, update in adapter.updates.items():
+            layer = find(parts, name)
+            if live:
+                hooks.append(layer.register_forward_hook(update.live(layer, strength)))
+                continue
+            weight = layer.get_parameter("weight")
+            assert isinstance(weight, nn.Parameter)
+            kept.setdefault(name, (layer, weight))
+            layer.weight = nn.Parameter(weight + update.delta(weight, strength), requires_grad=weight.requires_grad)
+    return Applied(kept, hooks)
+
+
+def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update) -> None:
+    """Raise :class:`CheckpointError` unless layer ``name`` is linear or a convolution of the update's shape."""
+    layer = find(parts, name)
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise CheckpointError(f"{adapter}: {name} is no layer that an adapter can bend ({type(layer).__name__})")
+    wanted, got = tuple(layer.weight.shape), update.shape
+    same = got == wanted or (got[:2] == wanted[:2] and set(got[2:] + wanted[2:]) <= {1})
+    if not same or update.down.shape[0] != update.up.shape[1]:
+        shapes = f"up {tuple(update.up.shape)} and down {tuple(update.down.shape)}"
+        raise CheckpointError(f"{adapter}: {shapes} do not fit {name}, whose weight is {wanted}")
+
+
+def find(parts: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The layer by its full name, the part's name first. Raises :class:`CheckpointError` if there is none."""
+    part, _, path = name.partition(".")
+    try:
+        return parts[part].get_submodule(path)
+    except (KeyError, AttributeError):
+        raise CheckpointError(f"this model has no layer {name!r}") from None
