@@ -246,15 +246,20 @@ class TokenizerConfig:
     """Which byte-pair table turns text into ids, and how a short prompt is filled up.
 
     ``merges`` is None for the public CLIP table, which ships with minidiff; a checkpoint with a table of its own
-    carries its vocabulary (tokens in the order of their ids) and merges here.
+    carries its vocabulary (tokens in the order of their ids) and merges here. ``added`` are words that were learned
+    later (embeddings.py), each with the number of its vectors; their ids follow those of the vocabulary.
     """
 
     pad: int = 49407  # SD1 fills with the end token, SD2 and SDXL's second encoder with 0
     length: int = 77
     vocab: tuple[str, ...] | None = None
     merges: tuple[tuple[str, str], ...] | None = None
+    added: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
+        for name, count in self.added:
+            check(name != "" and not any(c.isspace() for c in name), f"added: {quote(name)} must be one word")
+            within(1, WIDEST, added=count)
         within(2, WIDEST, length=self.length)  # start and end token alone need 2
         within(0, MOST_TOKENS, pad=self.pad)
         check((self.vocab is None) == (self.merges is None), "vocab and merges come together, or neither does")
@@ -318,6 +323,7 @@ class ModelConfig:
                 fits, f"the tokenizer's length={tokenizer.length} exceeds the encoder's positions={encoder.positions}"
             )
             tokens = CLIPTextConfig.vocab if tokenizer.vocab is None else len(tokenizer.vocab)
+            tokens += sum(count for _, count in tokenizer.added)
             check(tokens <= encoder.vocab, f"the tokenizer has {tokens} tokens, the text encoder vocab={encoder.vocab}")
         width = sum(encoder.width for encoder, _ in pairs if encoder is not None)
         fits = width in (0, self.unet.context_dim)

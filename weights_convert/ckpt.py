@@ -58,8 +58,22 @@ def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
     """The tensors of a pickled checkpoint, mapped rather than read where the format allows, and what else is in it.
 
     A wrapping ``state_dict`` is opened; the names of everything that is no tensor (``optimizer_states``, ``epoch``)
-    come second. Raises :class:`CheckpointError` for a file that is missing or damaged, or that holds any object beyond
-    tensors and the stand-ins' list, named in the message; nothing in it is executed.
+    come second. Raises as :func:`read_object` does.
+    """
+    found = read_object(path)
+    others = []
+    if isinstance(found.get("state_dict"), dict):
+        others = [str(k) for k in found if k != "state_dict"]
+        found = found["state_dict"]
+    others += [str(k) for k, v in found.items() if not isinstance(v, Tensor)]
+    return {str(k): _lazy(path, str(k), v) for k, v in found.items() if isinstance(v, Tensor)}, others
+
+
+def read_object(path: Path) -> dict[Any, Any]:
+    """The dict that a pickle holds, as it is.
+
+    Raises :class:`CheckpointError` for a file that is missing or damaged, or that holds any object beyond tensors and
+    the stand-ins' list, named in the message; nothing in it is executed.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -78,12 +92,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
         raise CheckpointError(f"{path}: not loaded, a damaged or unsafe pickle ({reason[:200]})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected tensors by name")
-    others = []
-    if isinstance(found.get("state_dict"), dict):
-        others = [str(k) for k in found if k != "state_dict"]
-        found = found["state_dict"]
-    others += [str(k) for k, v in found.items() if not isinstance(v, Tensor)]
-    return {str(k): _lazy(path, str(k), v) for k, v in found.items() if isinstance(v, Tensor)}, others
+    return found
 
 
 def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:

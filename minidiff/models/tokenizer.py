@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import re
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from heapq import heappop, heappush
 from importlib.resources import files
@@ -94,7 +94,19 @@ class Tokenizer:
         self.start, self.end, self.pad, self.length = self.ids[START], self.ids[END], config.pad, config.length
         specials = sorted({START, END, self.vocab[self.pad]}, key=len, reverse=True)  # the longest match wins
         self._special = re.compile(f"({'|'.join(map(re.escape, specials))})")
+        self.added: dict[str, range] = {}  # a learned word as it looks in normalised text -> the ids of its vectors
+        free = len(self.vocab)
+        for name, count in config.added:
+            self.added[normalize(name)] = range(free, free + count)
+            free += count
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self._cache: dict[str, list[int]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many ids there are: those of the vocabulary, then those of learned words."""
+        return len(self.vocab) + sum(map(len, self.added.values()))
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         """Ids of one prompt or several, int64 (B, length): start, the text, end, padding.
@@ -123,13 +135,21 @@ class Tokenizer:
             if i % 2:  # re.split puts what it split at on the odd places
                 ids.append(self.ids[part])
             else:
-                for word in words(normalize(part)):
-                    ids += self._cache.get(word) or self._merge(word)
+                for piece in self._pieces(normalize(part)):
+                    ids += self.added.get(piece) or self._cache.get(piece) or self._merge(piece)
         return ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """The words of normalised text, learned ones cut out first, wherever they stand."""
+        if self._added is None:
+            yield from words(text)
+            return
+        for i, part in enumerate(self._added.split(text)):
+            yield from ([part] if i % 2 else words(part))
 
     def unknown(self, text: str, kept: Collection[int]) -> list[str]:
         """The words of ``text`` with a token outside ``kept``, each once, in order; marks between words don't count."""
-        found = [word for part in self._special.split(mend(text))[::2] for word in words(normalize(part))]
+        found = [word for part in self._special.split(mend(text))[::2] for word in self._pieces(normalize(part))]
         found = [word for word in found if any(c.isalnum() for c in word)]
         return [word for word in dict.fromkeys(found) if not set(self.encode(word)) <= set(kept)]
 
@@ -139,7 +159,12 @@ class Tokenizer:
         Broken UTF-8 becomes U+FFFD. Raises ConfigError for an id that the vocabulary does not have.
         """
         raw = bytearray()
+        learned = {span.start: name for name, span in self.added.items()}
+        beyond = {i for span in self.added.values() for i in span}
         for i in map(int, ids):
+            if i in beyond:
+                raw += (learned[i] + " ").encode() if i in learned else b""
+                continue
             if not 0 <= i < len(self.vocab):
                 raise ConfigError(f"id {i} is beyond the vocabulary of {len(self.vocab)} tokens")
             token = self.vocab[i]

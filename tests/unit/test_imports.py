@@ -32,6 +32,7 @@ LAYERS: dict[str, int] = {
     "minidiff.arguments": 5,
     "minidiff.info": 5,
     "minidiff.conventions": 5,
+    "minidiff.embeddings": 5,
     "minidiff.fast": 5,
     "minidiff.lora": 5,
     "minidiff.parity": 5,

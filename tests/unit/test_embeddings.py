@@ -1,0 +1,174 @@
+"""Learned words: where a prompt has one, its vectors stand; the model keeps it; what does not fit is one clear line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from minidiff import embeddings
+from minidiff.config import TokenizerConfig
+from minidiff.embeddings import Word
+from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
+from minidiff.models.tokenizer import Tokenizer
+from minidiff.pipeline import StableDiffusion, load, random_model
+from tests.tolerances import EXACT, assert_close
+from tests.unit import tiny
+from weights_convert import read_embedding
+
+CAT = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def sd() -> StableDiffusion:
+    return tiny.tiny_sd()
+
+
+def test_a_word_becomes_its_ids_wherever_it_stands() -> None:
+    plain, taught = Tokenizer(), Tokenizer(TokenizerConfig(added=(("<Cat>", 2), ("<cat>s", 1))))
+    assert taught.size == 49411
+    for text in ("a <cat> sits", "a<CAT> sits", "a <cAt>  sits"):
+        assert taught.encode(text) == [*plain.encode("a"), 49408, 49409, *plain.encode("sits")]
+    assert taught.encode("<cat>s") == [49410], "the longer word wins"
+    assert taught.encode("<dog>") == plain.encode("<dog>")
+    assert taught.decode(taught.encode("a <cat> sits")) == "a <cat> sits"
+    assert taught(["a <cat>"])[0, :6].tolist() == [49406, *plain.encode("a"), 49408, 49409, 49407, 49407]
+
+
+@pytest.mark.parametrize("added", [(("two words", 1),), (("", 1),), (("<x>", 0),)])
+def test_names_that_are_no_word(added: Any) -> None:
+    with pytest.raises(ConfigError, match="added"):
+        TokenizerConfig(added=added)
+
+
+@torch.no_grad()
+def test_its_vectors_are_what_the_encoder_sees(sd: StableDiffusion) -> None:
+    before = sd.encode_prompt("a cat")[0]
+    embeddings.add(sd, Word("<cat>", {"text_encoder": CAT}))
+    seen: list[Tensor] = []
+    handle = sd.text_encoder.token.register_forward_hook(lambda *a: seen.append(a[2]))
+    sd.encode_prompt("a <cat>")
+    handle.remove()
+    assert_close(seen[0][0, 2:4], CAT, EXACT)
+    assert_close(sd.encode_prompt("a cat")[0], before, EXACT)
+    embeddings.add(sd, Word("<dog>", {"text_encoder": CAT[:1]}))
+    assert sd.tokenizer.encode("<dog><cat>") == [49410, 49408, 49409]
+    assert sd.text_encoder.token.weight.shape == (49411, 16)
+
+
+def test_a_saved_model_keeps_it(sd: StableDiffusion, tmp_path: Path) -> None:
+    embeddings.add(sd, Word("<cat>", {"text_encoder": CAT}))
+    sd.save(tmp_path / "taught.safetensors")
+    back = load(tmp_path / "taught.safetensors")
+    assert isinstance(back, StableDiffusion)
+    assert back.config.tokenizer is not None
+    assert back.config.tokenizer.added == (("<cat>", 2),)
+    assert_close(back.encode_prompt("a <cat>")[0], sd.encode_prompt("a <cat>")[0], EXACT)
+    assert not torch.equal(back.encode_prompt("a <cat>")[0], back.encode_prompt("a cat")[0])
+
+
+def test_rows_that_a_table_has_to_spare_are_used(sd: StableDiffusion) -> None:
+    roomy = replace(tiny.SD, text_encoder=replace(tiny.SD.text_encoder, vocab=49420))
+    model = random_model(roomy)
+    assert isinstance(model, StableDiffusion)
+    embeddings.add(model, Word("<cat>", {"text_encoder": CAT}))
+    assert model.text_encoder.token.weight.shape == (49420, 16)
+    assert_close(model.text_encoder.token.weight[49408:49410].detach(), CAT, EXACT)
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "words"),
+    [
+        (Word("<cat>", {"text_encoder": CAT[:, :8]}), CheckpointError, "16 wide"),
+        (Word("<cat>", {"text_encoder": CAT[:0]}), CheckpointError, "shape"),
+        (Word("<cat>", {"text_encoder_2": CAT}), CheckpointError, "no vectors for the text_encoder"),
+        (Word("<cat>", {"text_encoder": CAT * torch.inf}), CheckpointError, "infinite"),
+        (Word("a cat", {"text_encoder": CAT}), ConfigError, "one word"),
+    ],
+)
+def test_words_that_do_not_fit(sd: StableDiffusion, word: Word, error: type[MinidiffError], words: str) -> None:
+    config, weight = sd.config, sd.text_encoder.token.weight
+    with pytest.raises(error, match=words):
+        embeddings.add(sd, word)
+    assert sd.config is config
+    assert sd.text_encoder.token.weight is weight
+
+
+def test_a_word_twice_and_a_model_with_few_words(sd: StableDiffusion) -> None:
+    embeddings.add(sd, Word("<cat>", {"text_encoder": CAT}))
+    with pytest.raises(ConfigError, match="known already"):
+        embeddings.add(sd, Word("<CAT>", {"text_encoder": CAT}))
+    few = random_model(replace(tiny.SD, text_encoder=replace(tiny.SD.text_encoder, kept=(320, 49406, 49407))))
+    assert isinstance(few, StableDiffusion)
+    with pytest.raises(UnsupportedError, match="fixed vocabulary"):
+        embeddings.add(few, Word("<cat>", {"text_encoder": CAT}))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, content: Any) -> Path:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(content, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "name"),
+    [
+        ("learned_embeds.bin", {"<cat-toy>": CAT[0]}, "<cat-toy>"),
+        ("learned_embeds.safetensors", {"<cat-toy>": CAT}, "<cat-toy>"),
+        (
+            "easy.pt",
+            {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": torch.nn.Parameter(CAT)},
+                "name": "cat-toy",
+                "step": 9,
+            },
+            "cat-toy",
+        ),
+        ("bad-hands.safetensors", {"emb_params": CAT}, "bad-hands"),
+        ("nameless.pt", {"string_to_param": {"*": CAT}}, "nameless"),
+    ],
+)
+def test_forms_of_files(tmp_path: Path, file: str, content: Any, name: str) -> None:
+    word = read_embedding(saved(tmp_path / file, content), tiny.SD)
+    assert word.name == name
+    assert_close(word.vectors["text_encoder"], CAT[: len(word.vectors["text_encoder"])], EXACT)
+    assert not word.vectors["text_encoder"].requires_grad
+    assert read_embedding(tmp_path / file, tiny.SD, "<mine>").name == "<mine>"
+
+
+def test_a_pair_for_two_encoders(tmp_path: Path) -> None:
+    path = saved(tmp_path / "both.safetensors", {"clip_l": CAT, "clip_g": torch.ones(2, 24)})
+    word = read_embedding(path, tiny.SD)
+    assert {part: tuple(v.shape) for part, v in word.vectors.items()} == {
+        "text_encoder": (2, 16),
+        "text_encoder_2": (2, 24),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"a": CAT, "b": CAT + 1, "c": CAT + 2}, "3 tensors"),
+        ({}, "0 tensors"),
+        ({"a": CAT.int()}, "int32"),
+        ({"a": CAT[None]}, "shape"),
+    ],
+)
+def test_files_that_hold_no_word(tmp_path: Path, content: Any, words: str) -> None:
+    for name in ("x.pt", "x.safetensors"):
+        if content or name == "x.pt":
+            with pytest.raises(CheckpointError, match=words):
+                read_embedding(saved(tmp_path / name, content), tiny.SD)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_embedding(tmp_path / "none.pt", tiny.SD)
