@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minidiff.config import ModelConfig, from_json, quote, to_json
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, write_tensors
+from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, check_header, write_tensors
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
@@ -124,6 +124,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: format version {quote(version)}, this minidiff reads {VERSION!r}; update minidiff"
         )
+    check_header(path)
     try:
         config = from_json(ModelConfig, file.metadata.get(CONFIG_KEY, ""))
     except ConfigError as e:

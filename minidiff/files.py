@@ -43,7 +43,9 @@ EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
-HASH_KEY = "minidiff.hash"
+HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
+HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
+BLANK = "0" * 64  # what stands in a hash's place while it is computed
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
@@ -160,7 +162,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
         if t.dtype not in NAMES:
             raise CheckpointError(f"{path}: tensor {quote(name)} has dtype {t.dtype}, which minidiff does not write")
     order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
-    table: dict[str, Any] = {"__metadata__": {**metadata, HASH_KEY: "0" * 64}}
+    table: dict[str, Any] = {"__metadata__": {**metadata, HEADER_KEY: BLANK, HASH_KEY: BLANK}}
     offset = 0
     for name in order:  # whole cache lines first, so that every large tensor starts on one
         t = tensors[name]
@@ -172,6 +174,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
         offset += t.nbytes
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    header = _put(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
     digest = hashlib.sha256(header)
     with atomic(path) as file:
         file.write(len(header).to_bytes(8, "little"))
@@ -180,10 +183,23 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
             data = _bytes(name, tensors[name])
             digest.update(data)
             file.write(data)
-        found = header.index(f'"{HASH_KEY}":"'.encode()) + len(HASH_KEY) + 4
-        file.seek(8 + found)
-        file.write(digest.hexdigest().encode())
+        file.seek(8)
+        file.write(_put(header, HASH_KEY, digest.hexdigest()))
     return digest.hexdigest()
+
+
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`CheckpointError` if the header of a file that :func:`write_tensors` wrote was changed since.
+
+    A changed digit in a config would be another model without an error. Files of before this was kept are let pass.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, os.path.getsize(path)))
+    told = _value(header, HEADER_KEY)
+    blank = _put(_put(header, HEADER_KEY, BLANK), HASH_KEY, BLANK)
+    if told is not None and told != hashlib.sha256(blank).hexdigest():
+        raise CheckpointError(f"{path}: its header is not what minidiff wrote; the file is damaged, get it again")
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
@@ -197,14 +213,27 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, path.stat().st_size))  # no file's header is longer than the file
-        mark = f'"{HASH_KEY}":"'.encode()
-        if mark not in header:
+        if _value(header, HASH_KEY) is None:
             raise CheckpointError(f"{path}: carries no content hash; it was not written by minidiff")
-        found = header.index(mark) + len(mark)
-        digest = hashlib.sha256(header[:found] + b"0" * 64 + header[found + 64 :])
+        digest = hashlib.sha256(_put(header, HASH_KEY, BLANK))
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _value(header: bytes, key: str) -> str | None:
+    """The hash that stands under ``key`` in a header's bytes, or None."""
+    mark = f'"{key}":"'.encode()
+    at = header.find(mark)
+    return None if at < 0 else header[at + len(mark) :][:64].decode("ascii", "replace")
+
+
+def _put(header: bytes, key: str, value: str) -> bytes:
+    """A header's bytes with the hash under ``key`` replaced, where there is one."""
+    mark = f'"{key}":"'.encode()
+    at = header.find(mark)
+    start = at + len(mark)
+    return header if at < 0 else header[:start] + value.encode() + header[start + 64 :]
 
 
 def _bytes(name: str, entry: Lazy) -> memoryview:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidiff.config import quote
 from minidiff.errors import CheckpointError
 from minidiff.files import NAMES, Lazy, lazy
 
@@ -98,6 +99,8 @@ def read_object(path: Path) -> dict[Any, Any]:
 def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:
     if tensor.layout != torch.strided or tensor.dtype not in NAMES:
         raise CheckpointError(f"{path}: tensor {name!r} is {tensor.layout} of {tensor.dtype}, not one minidiff reads")
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise CheckpointError(f"{path}: tensor {name!r} has strides {tensor.stride()}; the pickle is damaged")
     return lazy(tensor.detach())
 
 
@@ -113,6 +116,11 @@ def _global_names(path: Path) -> set[str]:
             with open(path, "rb") as file:
                 return set().union(*(_names_in(file) for _ in range(LEGACY_PICKLES)))
         with zipfile.ZipFile(path) as archive:
+            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+            if packed:  # torch.save never compresses; what does may unpack to anything
+                raise CheckpointError(
+                    f"{path}: {quote(packed[0])} in it is compressed; torch.save writes no such archive"
+                )
             inner = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
             if not inner:
                 raise CheckpointError(f"{path}: a zip archive, but none that torch.save writes")

@@ -17,7 +17,7 @@ from minidiff import checkpoint
 from minidiff.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
 from minidiff.config import CLIP_L, SD15, VAE_SD, ModelConfig, to_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
+from minidiff.files import ALIGNMENT, HASH_KEY, HEADER_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load, random_model
 from tests.unit import tiny
 
@@ -54,7 +54,7 @@ def test_save_and_load_give_the_same_model(tmp_path: Path, make: Callable[[], St
         assert not part.training
         assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in part.parameters())
     metadata = TensorFile(path).metadata
-    assert metadata.keys() == {"format", VERSION_KEY, CONFIG_KEY, HASH_KEY}
+    assert metadata.keys() == {"format", VERSION_KEY, CONFIG_KEY, HASH_KEY, HEADER_KEY}
     assert json.loads(metadata[CONFIG_KEY])["family"] == model.config.family
 
 
@@ -329,3 +329,13 @@ def test_a_text_encoder_with_few_rows_comes_back(tmp_path: Path) -> None:
     assert back.text_encoder.token.weight.shape == (5, 16)
     assert torch.equal(back.encode_prompt("a red a")[0], model.encode_prompt("a red a")[0])
     assert not torch.equal(back.encode_prompt("a red a")[0], back.encode_prompt("a a a")[0])
+
+
+def test_a_changed_header_is_seen_when_the_file_is_opened(tmp_path: Path, ddpm: Unconditional) -> None:
+    """A digit of the config changed by a bad disk is another model, which would load and paint nonsense."""
+    ddpm.save(path := tmp_path / "m.safetensors")
+    data = path.read_bytes()
+    assert data.count(b'\\"heads\\":3') == 1
+    path.write_bytes(data.replace(b'\\"heads\\":3', b'\\"heads\\":1'))
+    with pytest.raises(CheckpointError, match="header is not what minidiff wrote"):
+        read(path)

@@ -185,3 +185,23 @@ def test_zip_files_are_mapped_not_read(tmp_path: Path, monkeypatch: pytest.Monke
     read_pickle(tmp_path / "sd.ckpt")
     assert calls[0]["mmap"] is True
     assert calls[0]["weights_only"] is True
+
+
+def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:
+    """torch.save stores, and never compresses; a few kilobytes could unpack to any size."""
+    torch.save({"a": torch.zeros(4)}, plain := tmp_path / "plain.ckpt")
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert list(read_pickle(plain)[0]) == ["a"]
+    with pytest.raises(CheckpointError, match="is compressed"):
+        read_pickle(tmp_path / "bomb.ckpt")
+
+
+@FORMS
+def test_a_tensor_whose_entries_share_memory_is_refused(tmp_path: Path, zipped: bool) -> None:
+    torch.save(
+        {"a": torch.arange(12.0).as_strided((3, 4), (3, 1))}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped
+    )
+    with pytest.raises(CheckpointError, match="strides"):
+        read_pickle(tmp_path / "a.ckpt")
