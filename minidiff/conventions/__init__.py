@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minidiff.config import ScheduleConfig, check
-from minidiff.conventions.levels import table
+from minidiff.conventions.levels import noise_table
 from minidiff.conventions.profiles import PROFILES, Profile
 from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.starts import Start, start
@@ -78,7 +78,7 @@ class Convention:
             method=method,
             given=given,
             inner=sampler_from_config({**inner, **given}),
-            table=table(self.profile.table.value, schedule),
+            table=noise_table(self.profile.table.value, schedule),
             scheduler=self.scheduler,
         )
 

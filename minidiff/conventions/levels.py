@@ -45,7 +45,7 @@ class Table:
         return (sigmas.log() - self.logs[:, None]).abs().argmin(dim=0).float()
 
 
-def table(kind: str, config: ScheduleConfig) -> Table:
+def noise_table(kind: str, config: ScheduleConfig) -> Table:
     """The table of ``config``: "float32" throughout; "rounded": alpha_bar in float64, then float32; "float64": sigma in
     float64 too. Zero-SNR and curved schedules, which these programs build otherwise or not at all, are float32."""
     schedule = NoiseSchedule.from_config(config)
@@ -111,7 +111,8 @@ def ddim_uniform(table: Table, n: int) -> Tensor:
 def beta(table: Table, n: int) -> Tensor:
     """ComfyUI: at the quantiles of a Beta(0.6, 0.6) distribution, rounded to whole timesteps, each once (Lee 2024)."""
     shares = 1 - np.linspace(0, 1, n, endpoint=False)
-    t = np.rint(inverse_betainc(0.6, 0.6, shares) * (len(table.sigmas) - 1)).astype(int).tolist()
+    places = inverse_betainc(0.6, 0.6, shares) * (len(table.sigmas) - 1)
+    t = np.floor(places + (0.5 + 1e-9)).astype(int).tolist()  # the median is a tie, which scipy's last bit rounds up
     return table.sigmas[sorted(set(t), reverse=True)]
 
 
