@@ -68,10 +68,14 @@ class ProgramSampler:
         return self._told(inner.plan(self.table.schedule, sigmas=walk.tolist()))
 
     def _strided(self, steps: int) -> Any:
-        """DDIM and PLMS; a1111 makes no step from timestep 1."""
-        times = strided(len(self.table.sigmas), steps)
-        plan = self.inner.plan(self.table.schedule, timesteps=times)
-        return plan if self.profile.name != "a1111" else without_last_row(plan)
+        """DDIM and PLMS. For some steps (3, 9, 27, ...) the highest timestep is T, which there is not: CompVis fails,
+        a1111 takes T - 1. And a1111 makes no step from timestep 1."""
+        total = len(self.table.sigmas)
+        times = strided(total, steps)
+        if self.profile.name != "a1111":
+            return self.inner.plan(self.table.schedule, timesteps=times)
+        times = [min(t, total - 1) for t in times]
+        return without_last_row(self.inner.plan(self.table.schedule, timesteps=times))
 
     def _told(self, plan: Any) -> Any:
         """``plan`` with the timesteps that the program tells the model, and its scale of the first noise."""

@@ -67,9 +67,12 @@ def test_30_steps_are_31_rows() -> None:
 
 
 def test_ldm_has_no_timestep_1000() -> None:
-    for steps in (333, 501):  # every third from 0 reaches 999, and every one
+    for steps in (3, 9, 27, 333, 501):  # every 333rd from 0 reaches 999, ..., and every one
         with pytest.raises(ConfigError, match="timesteps run from 1000 to 1"):
             planned("ldm", "ddim", steps)
+    assert planned("a1111", "ddim", 3).timesteps.tolist() == [999, 667, 334]
+    with pytest.raises(ConfigError, match="must fall strictly"):  # it visits 999 twice
+        planned("a1111", "ddim", 501)
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
