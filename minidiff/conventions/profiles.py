@@ -78,7 +78,7 @@ FIELDS = {
     "offset": ("offset", "the whole walk shifted by one timestep"),
     "final": ("where the last step lands", "a little noise left over, or none"),
     "told": ("timestep that the model is told", "the network's other input"),
-    "scale": ("first noise times", "0.2 % of contrast at sigma 14.6"),
+    "scale": ("first noise times", "0.2 % of its size at sigma 14.6"),
     "device": ("noise drawn on", "another algorithm, so another picture altogether"),
     "order": ("order of draws", "what a seed means for the second picture of a batch"),
     "later": ("noise of the steps", "another picture, for ancestral and SDE samplers"),

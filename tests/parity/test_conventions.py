@@ -1,4 +1,4 @@
-"""``like="diffusers"`` against the pinned diffusers: the same plan as the scheduler's, for every class that it names."""
+"""``like="diffusers"`` against the pinned diffusers: the same plan as the scheduler's, for every class it names."""
 
 from __future__ import annotations
 

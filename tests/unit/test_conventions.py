@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +129,9 @@ def test_uniform_is_linear_in_log_sigma(like: str, steps: int) -> None:
     plan = planned(like, "euler", steps)
     t = np.linspace(999, 0, steps)
     np.testing.assert_allclose(sigmas_of(plan), at(t), rtol=3e-6)
-    np.testing.assert_allclose(plan.timesteps.numpy(), t, atol=2e-2, rtol=0)  # read back from sigma: what the model gets
+    np.testing.assert_allclose(
+        plan.timesteps.numpy(), t, atol=2e-2, rtol=0
+    )  # read back from sigma: what the model gets
     assert plan.sigmas[-1] == 0
     assert plan.init_noise_sigma == plan.sigmas[0]
     assert f"{plan.init_noise_sigma:.4f}" == "14.6146"
@@ -293,7 +296,7 @@ def test_trap_img2img_start() -> None:
 def test_starts_stay_within_their_plan(like: str, strength: float, steps: int) -> None:
     """Against the programs' slices, taken from a list of that many timesteps."""
     convention, rising = read(like), list(range(0, 1000, 1000 // steps))
-    if like == "comfyui" and 0 < strength and steps / strength > 1000:
+    if like == "comfyui" and strength > 0 and steps / strength > 1000:
         with pytest.raises(ConfigError, match="comfyui plans"):
             convention.start("euler", steps, strength)
         return
@@ -422,3 +425,11 @@ def test_names_and_choices() -> None:
         with pytest.raises(ConfigError, match="steps="):
             planned("a1111", "euler", steps)
     assert math.isclose(float(planned("comfyui", "euler", 1000).sigmas[-2]), SIGMAS[0], rel_tol=1e-6)
+
+
+def test_the_readmes_table_is_made_from_the_data() -> None:
+    """When it fails: put ``python -c "from minidiff.conventions.table import markdown; print(markdown())"`` there."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    start, end = "<!-- conventions: made by minidiff/conventions/table.py -->\n", "\n\n<!-- conventions: end -->"
+    assert text.count(start) == text.count(end) == 1
+    assert text.split(start)[1].split(end)[0] == markdown()

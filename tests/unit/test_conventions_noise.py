@@ -133,7 +133,9 @@ def test_trap_guidance_scale_0_through_the_pipeline(sd) -> None:
     assert not torch.allclose(prompt, empty, atol=1e-3)
     assert_close(sd.generate("a fox", guidance_scale=0, like="diffusers", **common), prompt)
     by_formula = sd.generate("a fox", guidance_scale=0, like="ldm:cpu", **common)
-    assert_close(by_formula, sd.generate("", guidance_scale=1, like="ldm:cpu", **common), Tolerance(1e-4, 1e-4, "batch"))
+    assert_close(
+        by_formula, sd.generate("", guidance_scale=1, like="ldm:cpu", **common), Tolerance(1e-4, 1e-4, "batch")
+    )
 
 
 def test_calls_of_the_unet(sd) -> None:
@@ -170,7 +172,7 @@ def test_a_picture_of_a_shared_stream_says_its_place(sd) -> None:
 def test_what_is_given_wins(sd) -> None:
     common = {"steps": 4, "output": "latent", "progress": False}
     sampler = sampler_from_config({"name": "euler", "spacing": "trailing"})
-    ready = sd.steps("a fox", sampler=sampler, seed=1, like="comfyui", **{"steps": 3})
+    ready = sd.steps("a fox", sampler=sampler, seed=1, like="comfyui", steps=3)
     assert type(ready.plan).__name__ == "EulerPlan"
     assert_close(ready.plan.sigmas, sampler.plan(sd.schedule, 3).sigmas)
     given = cpu(8, 1, *SHAPE[1:])
