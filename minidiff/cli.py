@@ -148,13 +148,9 @@ def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
     from minidiff.samplers import sampler_from_config
 
     if like is not None:
-        from minidiff.config import ScheduleConfig
-        from minidiff.conventions import read
+        from minidiff.conventions import checked
 
-        convention = read(like)
-        if choice is not None:
-            convention.sampler(ScheduleConfig(), choice)
-        return choice
+        return checked(like, choice)
     if choice is None:
         return None
     return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)

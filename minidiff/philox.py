@@ -85,6 +85,7 @@ def box_muller(words: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 A100 = Card()
+UNLIMITED = Card(2**40)  # a thread for every number
 
 
 class CudaStream:
@@ -98,13 +99,13 @@ class CudaStream:
     def randn(self, shape: tuple[int, ...]) -> Tensor:
         """float32 of ``shape``, on the CPU; the next call goes on from there."""
         count = math.prod(shape)
-        values = self.normals(count, np.arange(count))
+        values = self.normals(count, np.arange(count, dtype=np.int64))
         threads = BLOCK * self._blocks(count)
         self.offset += ((count - 1) // (threads * UNROLL) + 1) * UNROLL
         return torch.from_numpy(values).reshape(shape)
 
     def normals(self, count: int, which: NDArray[Any]) -> NDArray[np.float32]:
-        """The entries ``which`` (N,) of a draw of ``count`` numbers; nothing moves on."""
+        """The entries ``which`` (N,), int64, of a draw of ``count`` numbers; nothing moves on."""
         threads = BLOCK * self._blocks(count)
         thread, turn = which % threads, which // threads  # turn 0..3 is the first call of a thread, 4..7 the second
         call = self.offset // UNROLL + turn // UNROLL

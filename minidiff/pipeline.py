@@ -76,9 +76,14 @@ class Pipeline:
 
     def sampler(self, choice: SamplerChoice = None, like: Convention | None = None) -> Sampler[Any, Any]:
         """The sampler meant by ``choice``: a name, {"name": ..., options}, one that is ready, or None for the
-        checkpoint's own; ``like`` another program runs the one of that name, where it is not ready."""
-        if like is not None and (choice is None or isinstance(choice, (str, Mapping))):
-            return like.sampler(self.config.schedule, str(self.config.sampler["name"]) if choice is None else choice)
+        checkpoint's own; with ``like``, that program's sampler of the name."""
+        if like is not None:
+            choice = str(self.config.sampler.get("name")) if choice is None else choice
+            if not isinstance(choice, (str, Mapping)):
+                raise ConfigError(
+                    f'{type(choice).__name__} is ready as it is; with like= give {{"name": ..., options}}'
+                )
+            return like.sampler(self.config.schedule, choice)
         if choice is None:
             return sampler_from_config(self.config.sampler)
         if isinstance(choice, (str, Mapping)):
@@ -106,11 +111,9 @@ class Pipeline:
         """A run from ``latents``, or from noise of ``shape`` that is drawn here; ``labels``: what to note, by image.
         ``streams`` replace ``seed`` and ``generator``: another program's noise."""
         check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
-        if streams is None:
-            seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
-            randn = later = noise.source(shape[0], seeds, generator)
-        else:
-            randn, later, seeds = streams.first, streams.later, None
+        seeds = noise.seeds_of(shape[0], seed) if generator is None and streams is None else seed
+        randn: noise.Randn = noise.source(shape[0], seeds, generator) if streams is None else streams.first
+        later: noise.Randn = randn if streams is None else streams.later
         x = randn(shape, self.dtype, self.device) if latents is None else latents.to(self.device, self.dtype)
         check(tuple(x.shape) == shape, f"latents of shape {tuple(x.shape)} do not fit; {shape} is wanted")
         # Euler counts noise in units of the picture (x = x0 + sigma * noise) and so starts from sigma_max * noise,

@@ -22,13 +22,13 @@ from minidiff.errors import ConfigError
 from minidiff.philox import A100, Card
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
 
-DEVICES = {"cpu": "cpu", "gpu": "cuda", "nv": "cuda"}
+DEVICES = ("cpu", "gpu", "nv")
 
 
 @dataclass(frozen=True)
 class Convention:
-    """A program, and what the user chose where it offers a choice: ``scheduler`` (None: its default, or that of the
-    sampler), ``device`` of the noise ("cpu", "cuda" or None: its default), ``card`` whose CUDA stream it is."""
+    """A program, and what the user chose where it offers a choice: ``scheduler`` (None: its default), ``device`` of the
+    noise ("cpu", "gpu", "nv" or None: its default), ``card`` whose CUDA stream it is on a GPU."""
 
     profile: Profile
     scheduler: str | None = None
@@ -36,8 +36,7 @@ class Convention:
     card: Card = A100
 
     def __str__(self) -> str:
-        device = None if self.device is None else "cpu" if self.device == "cpu" else "gpu"
-        return ":".join(filter(None, [self.profile.name, self.scheduler, device]))
+        return ":".join(filter(None, [self.profile.name, self.scheduler, self.device]))
 
     def guided(self, scale: float) -> bool:
         """Whether both prompts are asked. Where they are not, the prediction is that of the prompt alone."""
@@ -97,7 +96,17 @@ def read(like: str | Convention) -> Convention:
         known = ", ".join([*profile.schedulers, *DEVICES])
         check(choice in profile.schedulers or choice in DEVICES, f"{name} has no {choice!r}; known are {known}")
         if choice in DEVICES:
-            device = DEVICES[choice]
+            device = choice
         else:
             scheduler = choice
     return Convention(profile, scheduler, device)
+
+
+def checked(like: str, choice: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
+    """``choice`` as it is, if the program has that sampler and it those options; what else a run needs is the model's.
+
+    Raises ConfigError as :func:`read` and :meth:`Convention.sampler` do."""
+    convention = read(like)
+    if choice is not None:
+        convention.sampler(ScheduleConfig(), choice)
+    return choice

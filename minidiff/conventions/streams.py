@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.conventions.profiles import Profile
-from minidiff.noise import Randn, seeds_of
-from minidiff.philox import Card, CudaStream
+from minidiff.noise import seeds_of
+from minidiff.philox import UNLIMITED, Card, CudaStream
 
-Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Stream = torch.Generator | CudaStream
+Mark = list[Tensor | int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Called with (shape, dtype, device) it gives standard normal noise for a batch: a single stream draws it in one
+    go, of several each draws its picture. ``keep``: in the dtype asked for, not in float32 and converted."""
+
+    streams: tuple[Stream, ...]
+    keep: bool
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        own = dtype if self.keep else torch.float32
+        row = shape if len(self.streams) == 1 else (1, *shape[1:])
+        return torch.cat([_draw(stream, row, own) for stream in self.streams]).to(device=device, dtype=dtype)
+
+    def mark(self) -> Mark:
+        """Where its streams are, for :meth:`rewind`."""
+        return [s.offset if isinstance(s, CudaStream) else s.get_state() for s in self.streams]
+
+    def rewind(self, mark: Mark) -> None:
+        """Back to where the streams were: the same noise once more."""
+        for stream, where in zip(self.streams, mark, strict=True):
+            if isinstance(stream, CudaStream):
+                stream.offset = int(where)
+            else:
+                stream.set_state(torch.as_tensor(where))
+
+
+def _draw(stream: Stream, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if isinstance(stream, CudaStream):
+        return stream.randn(shape).to(dtype)  # on the card too it is drawn in float32
+    return torch.randn(shape, generator=stream, dtype=dtype, device="cpu")
 
 
 class Streams(NamedTuple):
     """``first`` draws the first noise of a run, ``later`` that of its steps. ``seeds``: one for each stream, or each
     picture's; ``shared``: all pictures come from one stream."""
 
-    first: Randn
-    later: Randn
+    first: Source
+    later: Source
     seeds: list[int]
     shared: bool
 
@@ -34,8 +68,9 @@ class Streams(NamedTuple):
 def streams(profile: Profile, seed: int | Sequence[int] | None, count: int, device: str | None, card: Card) -> Streams:
     """The streams of ``profile`` for ``count`` pictures. A list of seeds gives every picture a stream of its own.
 
-    ``device``: "cpu" or "cuda" where the user chose one, else the program's own; "cuda" is computed on the CPU, for
-    ``card``. Raises ConfigError as :func:`noise.seeds_of` does.
+    ``device``: "cpu", "gpu" or "nv" where the user chose one, else the program's own. CUDA's stream is computed on the
+    CPU, for ``card``; "nv" is a1111's own way to do that, which knows no limit. Raises ConfigError as
+    :func:`noise.seeds_of` does.
     """
     shared = profile.order.value == "batch" and not isinstance(seed, Sequence)
     seeds = seeds_of(1 if shared else count, seed)
@@ -44,29 +79,12 @@ def streams(profile: Profile, seed: int | Sequence[int] | None, count: int, devi
     if profile.later.value == "same":
         return Streams(first, first, seeds, shared)
     # A new generator of the same seed, on the device where the model runs; on a CPU it would repeat the first noise.
-    where = device or "cuda"
+    where = device or "gpu"
     again = [s + 1 for s in seeds] if where == "cpu" else seeds
     return Streams(first, _source(again, where, card, keep), seeds, shared)
 
 
-def _source(seeds: list[int], device: str, card: Card, keep: bool) -> Randn:
-    """A function (shape, dtype, device) -> noise from a stream of each seed; one stream draws the whole batch."""
-    draws = [_cuda(s, card) if device == "cuda" else _cpu(s) for s in seeds]
-
-    def draw(shape: tuple[int, ...], dtype: torch.dtype, to: torch.device) -> Tensor:
-        own = dtype if keep else torch.float32
-        if len(draws) == 1:
-            return draws[0](shape, own).to(device=to, dtype=dtype)
-        return torch.cat([one((1, *shape[1:]), own) for one in draws]).to(device=to, dtype=dtype)
-
-    return draw
-
-
-def _cuda(seed: int, card: Card) -> Draw:
-    stream = CudaStream(seed, card)
-    return lambda shape, dtype: stream.randn(shape).to(dtype)
-
-
-def _cpu(seed: int) -> Draw:
-    generator = torch.Generator().manual_seed(seed)
-    return lambda shape, dtype: torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
+def _source(seeds: list[int], device: str, card: Card, keep: bool) -> Source:
+    if device == "cpu":
+        return Source(tuple(torch.Generator().manual_seed(s) for s in seeds), keep)
+    return Source(tuple(CudaStream(s, UNLIMITED if device == "nv" else card) for s in seeds), keep)

@@ -411,7 +411,7 @@ def test_what_is_given_wins() -> None:
 
 def test_names_and_choices() -> None:
     assert str(read("comfyui:karras:gpu")) == "comfyui:karras:gpu"
-    assert str(read("a1111:nv")) == "a1111:gpu"
+    assert str(read("a1111:nv")) == "a1111:nv"
     assert read(read("ldm")) == Convention(PROFILES["ldm"])
     with pytest.raises(ConfigError, match="no program is called 'invoke'; known are diffusers, ldm"):
         read("invoke")

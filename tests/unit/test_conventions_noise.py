@@ -94,6 +94,18 @@ def test_the_card_counts_where_a_draw_is_large() -> None:
     wide, other = (c.streams(5, 2).first(big, torch.float32, CPU) for c in (read("ldm"), narrow))
     assert torch.equal(wide.flatten()[:256], other.flatten()[:256])
     assert not torch.equal(wide, other)
+    nv = Convention(PROFILES["ldm"], device="nv", card=Card(1, 256))  # a1111's NV has no card
+    assert torch.equal(nv.streams(5, 2).first(big, torch.float32, CPU), wide)
+
+
+@pytest.mark.parametrize("like", ["diffusers", "ldm", "a1111", "a1111:cpu"])
+def test_streams_can_be_rewound(like: str) -> None:
+    source = read(like).streams(5, 2).later
+    source(SHAPE, torch.float32, CPU)
+    mark, first = source.mark(), source(SHAPE, torch.float32, CPU)
+    source.rewind(mark)
+    assert_close(source(SHAPE, torch.float32, CPU), first)
+    assert not torch.equal(source(SHAPE, torch.float32, CPU), first)
 
 
 # --- through the pipeline ---------------------------------------------------------------------------------------------
@@ -171,10 +183,12 @@ def test_a_picture_of_a_shared_stream_says_its_place(sd) -> None:
 
 def test_what_is_given_wins(sd) -> None:
     common = {"steps": 4, "output": "latent", "progress": False}
-    sampler = sampler_from_config({"name": "euler", "spacing": "trailing"})
-    ready = sd.steps("a fox", sampler=sampler, seed=1, like="comfyui", steps=3)
-    assert type(ready.plan).__name__ == "EulerPlan"
-    assert_close(ready.plan.sigmas, sampler.plan(sd.schedule, 3).sigmas)
+    choice = {"name": "euler", "spacing": "trailing"}
+    run = sd.steps("a fox", sampler=choice, seed=1, like="comfyui", steps=3)
+    own = sampler_from_config(choice)
+    assert_close(run.plan.sigmas, own.plan(sd.schedule, 3).sigmas, Tolerance(0, 1e-4, "alpha_bar in float64"))
+    with pytest.raises(ConfigError, match="Euler is ready as it is; with like= give"):
+        sd.steps("a fox", sampler=own, seed=1, like="comfyui", steps=3)
     given = cpu(8, 1, *SHAPE[1:])
     a = sd.generate("a fox", sampler="ddim", like="ldm", generator=torch.Generator().manual_seed(8), **common)
     assert_close(a, sd.generate("a fox", sampler="ddim", like="ldm", latents=given, **common))

@@ -21,6 +21,7 @@ RTX_A4000, RTX_2070_SUPER = Card(48, 1536), Card(40, 1024)
         ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
         ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
+    ids=["zeros", "ones", "pi"],
 )
 def test_known_answers_of_random123(counter: str, key: str, answer: str) -> None:
     words = [int(word, 16) for word in counter.split()]
@@ -36,6 +37,7 @@ def test_known_answers_of_random123(counter: str, key: str, answer: str) -> None
         (42, "0.1940 2.1614 -0.1721 0.8491 -1.9244 0.6530 -0.6494 -0.8175 0.5280 -1.2753"),
         (10, "-0.1029 1.6810 -0.2708"),  # pytorch issue 79496
     ],
+    ids=["seed 0", "seed 42", "seed 10"],
 )
 def test_small_draws_of_real_cards(seed: int, printed: str) -> None:
     values = [float(number) for number in printed.split()]
