@@ -138,6 +138,16 @@ def test_the_first_x_is_the_programs_noise_at_its_scale(sd) -> None:
     assert_close(seen[0], cpu(3, *SHAPE), SCALED)  # scaled by sqrt(sigma ** 2 + 1), divided by it for the model
 
 
+def test_the_noise_of_the_steps_is_the_programs(sd) -> None:
+    """comfyui's first step of Euler ancestral, taken by hand with the first numbers of a new CUDA generator."""
+    run = sd.steps("a fox", sampler="euler_ancestral", steps=3, seed=3, guidance_scale=1, like="comfyui")
+    step = next(run)
+    x = cpu(3, 1, *SHAPE[1:]) * run.plan.init_noise_sigma
+    sampler = read("comfyui").sampler(sd.config.schedule, "euler_ancestral")
+    want, _ = sampler.step(run.plan, 0, x, step.out, (), lambda like: CudaStream(3).randn(tuple(like.shape)))
+    assert_close(step.x, want)
+
+
 def test_trap_guidance_scale_0_through_the_pipeline(sd) -> None:
     common = {"steps": 2, "seed": 1, "output": "latent", "progress": False, "sampler": "ddim"}
     prompt = sd.generate("a fox", guidance_scale=1, like="diffusers", **common)
