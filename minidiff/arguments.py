@@ -33,6 +33,7 @@ PLAN_EXAMPLES = """\
 examples:
   minidiff plan --sampler euler --steps 20
   minidiff plan --sampler ddim --steps 50 --set steps_offset=0
+  minidiff plan --sampler euler --steps 20 --like a1111,comfyui:karras,diffusers
   minidiff plan --model sd15.safetensors
 """
 CONVERT_EXAMPLES = """\
@@ -107,6 +108,9 @@ def _add_generate(commands: Any) -> None:
         "--scale", type=_finite, metavar="X", help="how much the prompt counts; 1 is no guidance (default: 7.5)"
     )
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
+    g.add_argument(
+        "--like", metavar="PROGRAM", help="as it does it: diffusers, ldm, k-diffusion, a1111, comfyui, comfyui:karras"
+    )
     g = p.add_argument_group("output")
     g.add_argument(
         "--out", metavar="PATH", help="a folder, or a file name (default: named by prompt and seed, in this folder)"
@@ -153,6 +157,11 @@ def _add_plan(commands: Any) -> None:
     p.add_argument("--model", metavar="PATH", help="take schedule and sampler from it (default: Stable Diffusion's)")
     p.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the model's own, else pndm)")
     p.add_argument("--steps", type=_positive, default=50, metavar="N", help="how many (default: 50)")
+    p.add_argument(
+        "--like",
+        metavar="PROGRAMS",
+        help="as diffusers, ldm, k-diffusion, a1111 or comfyui plan it; several: a1111,ldm",
+    )
     p.add_argument(
         "--set", action="append", default=[], type=_setting, metavar="OPTION=VALUE", help="an option of the sampler"
     )

@@ -56,7 +56,7 @@ def generate(args: Namespace) -> None:
         args.width, args.height = args.size
     recipe = _fill_from_recipe(args) if args.recipe is not None else {}
     destination = Destination(args.out, args.force)
-    sampler = _sampler(args.sampler)
+    sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
     pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype))
@@ -87,8 +87,9 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             seed=args.seed,
             height=args.height,
             width=args.width,
+            like=args.like,
         )
-    for option in ("prompt", "negative", "scale", "width", "height"):
+    for option in ("prompt", "negative", "scale", "width", "height", "like"):
         if getattr(args, option) not in (None, []):
             what = "a prompt" if option == "prompt" else f"--{option}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
@@ -122,7 +123,10 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
     kinds["sampler"] = ("sampler", (dict,))
     if "prompt" in recipe:  # one without was made by a model that takes none of these
         kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
-        kinds |= {"width": ("width", whole), "height": ("height", whole)}
+        kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
+        if recipe.get("image"):
+            place = f"picture {recipe['image'] + 1} of {recipe.get('images')} from one stream"
+            raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue
@@ -135,10 +139,15 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
     return recipe
 
 
-def _sampler(choice: str | dict[str, Any] | None) -> Any:
-    """A sampler by name or from a recipe; made before the model is opened, so that a wrong name fails at once."""
+def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
+    """A sampler by name or from a recipe; made before the model is opened, so that a wrong name fails at once. Another
+    program's needs the model's schedule: it is checked, and stays a choice."""
     from minidiff.samplers import sampler_from_config
 
+    if like is not None:
+        from minidiff.conventions import checked
+
+        return checked(like, choice)
     if choice is None:
         return None
     return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
@@ -275,6 +284,11 @@ def plan(args: Namespace) -> None:
         config, schedule = found.sampler, found.schedule
     if args.sampler is not None:
         config = {"name": args.sampler}
+    if args.like is not None:
+        from minidiff.conventions.table import plans
+
+        print(plans(args.like.split(","), schedule, {"name": config["name"], **dict(args.set)}, args.steps))
+        return
     print(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
 
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from minidiff import checkpoint, noise
 from minidiff.config import ModelConfig, check
+from minidiff.conventions import Convention, read
+from minidiff.conventions.program import ProgramSampler
+from minidiff.conventions.streams import Streams
 from minidiff.denoise import Predict, Prediction, Run, denoise
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, lazy
@@ -38,7 +41,8 @@ BUNDLED = "assets/shapes.safetensors"
 
 Output = Literal["pil", "tensor", "latent"]
 Seed = int | Sequence[int] | None
-SamplerChoice = str | Sampler[Any, Any] | None
+SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
+Like = str | Convention | None
 
 
 class Pipeline:
@@ -74,12 +78,20 @@ class Pipeline:
         self.hash = checkpoint.write(path, self.config, tensors)
         return self.hash
 
-    def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
-        """The sampler meant by ``choice``: a name, one that is ready, or None for the checkpoint's own."""
+    def sampler(self, choice: SamplerChoice = None, like: Convention | None = None) -> Sampler[Any, Any]:
+        """The sampler meant by ``choice``: a name, {"name": ..., options}, one that is ready, or None for the
+        checkpoint's own; with ``like``, that program's sampler of the name."""
+        if like is not None:
+            choice = str(self.config.sampler.get("name")) if choice is None else choice
+            if not isinstance(choice, (str, Mapping)):
+                raise ConfigError(
+                    f'{type(choice).__name__} is ready as it is; with like= give {{"name": ..., options}}'
+                )
+            return like.sampler(self.config.schedule, choice)
         if choice is None:
             return sampler_from_config(self.config.sampler)
-        if isinstance(choice, str):
-            return sampler_from_config({"name": choice})
+        if isinstance(choice, (str, Mapping)):
+            return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
         check(callable(getattr(choice, "plan", None)), f"sampler={choice!r} is neither a name nor a Sampler")
         return choice
 
@@ -98,17 +110,20 @@ class Pipeline:
         seed: Seed,
         generator: noise.Generators | None,
         labels: Sequence[dict[str, Any]],
+        streams: Streams | None = None,
     ) -> Run:
-        """A run from ``latents``, or from noise of ``shape`` that is drawn here; ``labels``: what to note, by image."""
+        """A run from ``latents``, or from noise of ``shape`` that is drawn here; ``labels``: what to note, by image.
+        ``streams`` replace ``seed`` and ``generator``: another program's noise."""
         check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
-        seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
-        randn = noise.source(shape[0], seeds, generator)
+        seeds = noise.seeds_of(shape[0], seed) if generator is None and streams is None else seed
+        randn: noise.Randn = noise.source(shape[0], seeds, generator) if streams is None else streams.first
+        later: noise.Randn = randn if streams is None else streams.later
         x = randn(shape, self.dtype, self.device) if latents is None else latents.to(self.device, self.dtype)
         check(tuple(x.shape) == shape, f"latents of shape {tuple(x.shape)} do not fit; {shape} is wanted")
         # Euler counts noise in units of the picture (x = x0 + sigma * noise) and so starts from sigma_max * noise,
         # 14.6146 for SD; DDIM and PNDM keep the variance at 1 (x = a * x0 + s * noise) and start from plain noise.
         x = x * plan.init_noise_sigma
-        trail = denoise(predict, sampler, plan, x, draw=lambda like: randn(tuple(like.shape), like.dtype, like.device))
+        trail = denoise(predict, sampler, plan, x, draw=lambda like: later(tuple(like.shape), like.dtype, like.device))
         common = {
             "sampler": _note(sampler),
             "steps": int(steps),
@@ -121,7 +136,10 @@ class Pipeline:
         }
         # A seed says all about the noise only where nothing came from outside.
         known = seeds if isinstance(seeds, list) and latents is None else [None] * shape[0]
-        return Run(trail, plan, [{**own, "seed": s, **common} for own, s in zip(labels, known, strict=True)])
+        origins: list[dict[str, Any]] = [{"seed": s} for s in known]
+        if streams is not None and latents is None:
+            origins = [streams.note(k, shape[0]) for k in range(shape[0])]
+        return Run(trail, plan, [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)])
 
     def _deliver(self, run: Run, output: Output, progress: bool) -> Any:
         """Run to the end and hand over what was asked for."""
@@ -170,6 +188,7 @@ class StableDiffusion(Pipeline):
         negative_prompt_embeds: Tensor | None = None,
         output: Output = "pil",
         progress: bool = True,
+        like: Like = None,
     ) -> Any:
         """Pictures for one prompt or several, ``num_images`` of each, prompt by prompt.
 
@@ -182,6 +201,8 @@ class StableDiffusion(Pipeline):
         ``latents``: the first noise from outside, unit variance, (B, C, height / 8, width / 8).
         ``output``: "pil" for a list of PIL images that carry their recipe, "tensor" for float (B, 3, H, W) in [0, 1],
         "latent" for (B, C, h, w).
+        ``like``: as another program would do it: "diffusers", "ldm", "k-diffusion", "a1111" or "comfyui"
+        (``minidiff.conventions``): its noise levels, its noise and its rule for guidance; what is given here wins.
 
         Raises :class:`ConfigError` for any value that cannot work, before the first model call.
         """
@@ -200,6 +221,7 @@ class StableDiffusion(Pipeline):
             latents,
             prompt_embeds,
             negative_prompt_embeds,
+            like,
         )
         return self._deliver(run, output, progress)
 
@@ -218,13 +240,15 @@ class StableDiffusion(Pipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        like: Like = None,
     ) -> Run:
         """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call.
 
         Arguments are checked and the prompt is encoded before it returns. The last step's ``x`` holds the finished
         latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
         """
-        sampler = self.sampler(sampler)
+        convention = None if like is None else read(like)
+        sampler = self.sampler(sampler, convention)
         plan = sampler.plan(self.schedule, steps)
         shape = self._latent_shape(height, width)
         _check_count("num_images", num_images)
@@ -233,7 +257,8 @@ class StableDiffusion(Pipeline):
         negative: Tensor | None = None
         negative_prompt = "" if negative_prompt is None else negative_prompt
         negatives: list[str | None] = [*_texts(negative_prompt)]
-        if guidance_scale != 1:  # at exactly 1 the negative prompt cancels out: half the work
+        # at exactly 1 the negative prompt cancels out: half the work
+        if guidance_scale != 1 if convention is None else convention.guided(guidance_scale):
             negative, negatives = self._context(negative_prompt, negative_prompt_embeds, "negative_prompt")
             negative = _match(negative, context).repeat_interleave(num_images, dim=0)
         check(len(negatives) in (1, len(prompts)), f"{len(negatives)} negative prompts for {len(prompts)} prompts")
@@ -248,8 +273,16 @@ class StableDiffusion(Pipeline):
             }
             for k in range(len(context))
         ]
+        streams = None
+        if convention is not None:
+            labels = [{**label, "like": str(convention)} for label in labels]
+            streams = convention.streams(seed, len(context)) if generator is None else None
+            if streams is not None and isinstance(sampler, ProgramSampler):
+                sampler = sampler.seeded(streams.seeds)
+                plan = sampler.plan(self.schedule, steps)
         predict = self._predictor(context, negative, guidance_scale)
-        return self._run(predict, sampler, plan, steps, (len(context), *shape), latents, seed, generator, labels)
+        full = (len(context), *shape)
+        return self._run(predict, sampler, plan, steps, full, latents, seed, generator, labels, streams)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -439,6 +472,8 @@ def _finite(name: str, value: Any) -> float:
 
 def _note(sampler: Any) -> dict[str, Any]:
     """A sampler for the recipe: its name and options, or what it is called where it is the caller's own."""
+    if isinstance(sampler, ProgramSampler):
+        return sampler.note
     if name_of(sampler) is None:
         return {"name": type(sampler).__name__, "options": str(sampler)}
     return sampler_to_config(sampler)

@@ -178,6 +178,33 @@ def test_a_recipe_gives_the_same_picture(run: Run, tmp_path: Path) -> None:
     assert other == {**first, "prompt": "an owl", "guidance_scale": 0.0}, "options override, the rest is as it was"
 
 
+def test_like_another_program(run: Run, tmp_path: Path) -> None:
+    """The recipe notes the program, and repeats it; a picture of a shared stream is no picture of its own."""
+    made = ("--model", "text", "--sampler", "ddim", "--steps", 4, "--seed", 3, "--like", "ldm", "--quiet")
+    run("generate", "a fox", *made, "--out", "first.png")
+    recipe = minidiff.read_recipe(tmp_path / "first.png")
+    assert (recipe["like"], recipe["sampler"]) == ("ldm", {"name": "ddim"})
+    run("generate", "--recipe", "first.png", "--model", "text", "--out", "again.png", "--quiet")
+    assert np.array_equal(pixels(tmp_path / "first.png"), pixels(tmp_path / "again.png"))
+    both = run("generate", "a fox", *made, "--num-images", 2, "--out", ".")
+    second = next(path for path in both.out if minidiff.read_recipe(path).get("image") == 1)
+    ended = run("generate", "--recipe", second, "--model", "text")
+    one_error(ended, "picture 2 of 2 from one stream; make all of them, with --seed 3")
+    ended = run("generate", "a fox", "--model", "text", "--sampler", "euler", "--like", "ldm")
+    one_error(ended, "ldm has no sampler 'euler'; choose one of ddim, pndm")
+    one_error(run("generate", "--model", "plain", "--like", "ldm", "--steps", 2), "it cannot take --like")
+
+
+def test_plans_of_several_programs(run: Run) -> None:
+    ended = run("plan", "--sampler", "euler", "--steps", 5, "--like", "a1111,diffusers")
+    assert ended.status == 0
+    assert ended.out[0] == "a1111: 5 model calls, x starts as noise * 14.6146"
+    assert len(ended.out) == 2 + 1 + 5
+    own = run("plan", "--sampler", "euler", "--steps", 5, "--like", "a1111", "--set", "spacing=leading")
+    assert own.out[2].split()[1] == "800"
+    one_error(run("plan", "--like", "a1111,webui"), "no program is called 'webui'; known are diffusers, ldm, k-diffus")
+
+
 def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:
     random_model(TEXT, seed=2).save(tmp_path / "other.safetensors")
     run("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 1, "--out", "a.png", "--quiet")

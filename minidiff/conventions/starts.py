@@ -1,0 +1,83 @@
+"""Where image to image begins: how many steps a program makes for a strength, and the noise that they begin with.
+
+Strength 1 ignores the picture, strength 0 keeps it. Programs agree on that and on little else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minidiff.config import check
+from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.schedule import check_steps
+
+
+class Start(NamedTuple):
+    """A plan of ``steps`` is made; the picture gets the noise of row ``noised`` (at ``plan.timesteps[noised]``), and
+    ``runs`` rows are run from row ``first``. Rows count steps: a sampler of two model calls a step begins at ``first *
+    order``. ``noised`` need not be ``first``: CompVis begins one row above."""
+
+    steps: int
+    first: int
+    runs: int
+    noised: int
+
+
+def diffusers(steps: int, strength: float, total: int) -> Start:
+    """int(steps * strength) steps, the last ones of a plan of ``steps``."""
+    runs = min(int(steps * strength), steps)
+    return Start(steps, steps - runs, runs, steps - runs)
+
+
+def ldm(steps: int, strength: float, total: int) -> Start:
+    """int(strength * steps) steps from the bottom, noised as the row above them: that row must be there, so strength 1
+    fails where ``steps`` divides training's timesteps ``total`` (in CompVis' script by an IndexError)."""
+    rows, runs = len(range(0, total, total // steps)), int(strength * steps)
+    if runs == rows:
+        raise ConfigError(f"strength={strength}: ldm noises a picture as one row above the first of {rows}; use less")
+    return Start(steps, rows - runs, runs, rows - runs - 1)
+
+
+def a1111(steps: int, strength: float, total: int) -> Start:
+    """One step more than int(strength * steps), with strength 0.999 at most."""
+    runs = int(min(strength, 0.999) * steps) + 1
+    return Start(steps, steps - runs, runs, steps - runs)
+
+
+def a1111_strided(steps: int, strength: float, total: int) -> Start:
+    """Of DDIM and PLMS there: noised as one row above, as ldm, and the step of timestep 1 is left out."""
+    rows, kept = len(range(0, total, total // steps)), int(min(strength, 0.999) * steps)
+    return Start(steps, rows - kept, max(kept - 1, 0), rows - kept - 1)
+
+
+def comfyui(steps: int, strength: float, total: int) -> Start:
+    """All ``steps``, the last ones of a plan of int(steps / strength)."""
+    if strength > 0.9999:
+        return Start(steps, 0, steps, 0)
+    if strength == 0:
+        return Start(steps, steps, 0, steps)
+    planned = int(steps / strength)
+    check(planned <= total, f"strength={strength}: comfyui plans {planned} steps for {steps}; there are {total}")
+    return Start(planned, planned - steps, steps, planned - steps)
+
+
+STARTS: dict[str, Callable[[int, float, int], Start]] = {
+    "diffusers": diffusers,
+    "ldm": ldm,
+    "a1111": a1111,
+    "a1111 strided": a1111_strided,
+    "comfyui": comfyui,
+}
+
+
+def start(rule: str, steps: int, strength: float, total: int = 1000) -> Start:
+    """The start of image to image by ``rule`` for ``steps`` in 1..total and ``strength`` in 0..1.
+
+    Raises ConfigError outside of these, UnsupportedError for a program that has no image to image ("none").
+    """
+    check_steps(steps, total)
+    check(0 <= strength <= 1, f"strength={strength} must lie in 0..1")
+    if rule not in STARTS:
+        raise UnsupportedError("this program has no image to image of its own; choose another with like=")
+    return STARTS[rule](steps, strength, total)
