@@ -1,0 +1,94 @@
+"""Pairs: a pipeline of the reference, and ours read from the folder that it wrote; the same call on both.
+
+Noise comes from ``seeds``: one generator for the whole batch, or a list with one for each image, anew for every run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import weights_convert
+from minidiff.pipeline import StableDiffusion, load
+from minidiff.samplers import sampler_from_diffusers
+from minidiff.samplers.base import Sampler
+from tests.tolerances import assert_close
+
+PROMPT = "a red fox, sitting on a chair"
+NEGATIVE = "blurry, text"
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+
+# An argument of ours under the name that it has over there.
+RENAMED = {"steps": "num_inference_steps", "num_images": "num_images_per_prompt", "mask": "mask_image"}
+
+
+class Pair(NamedTuple):
+    """A reference pipeline and our own one with the same weights."""
+
+    theirs: Any
+    ours: StableDiffusion
+
+
+def make(folder: Path, theirs: Any) -> Pair:
+    """Write ``theirs`` as a folder, convert it to a file, and load that."""
+    theirs.save_pretrained(str(folder / "folder"))
+    weights_convert.convert(folder / "folder", folder / "model.safetensors")
+    ours = load(folder / "model.safetensors", device="cpu")
+    assert isinstance(ours, StableDiffusion)
+    return as_pipeline(Pair(theirs, ours), type(theirs))
+
+
+def as_pipeline(pair: Pair, kind: type[Any], **more: Any) -> Pair:
+    """The same parts as another pipeline of the reference, such as image to image."""
+    theirs = kind.from_pipe(pair.theirs, **more)
+    theirs.set_progress_bar_config(disable=True)
+    return Pair(theirs, pair.ours)
+
+
+def use(pair: Pair, scheduler: Any) -> Sampler[Any, Any]:
+    """Give the reference a fresh scheduler like ``scheduler``; returns our sampler of the same config."""
+    pair.theirs.scheduler = type(scheduler).from_config(scheduler.config)
+    return sampler_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+
+def streams(seeds: int | list[int]) -> Any:
+    """A generator for the batch, or one for each image."""
+    if isinstance(seeds, int):
+        return torch.Generator().manual_seed(seeds)
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def compare(
+    pair: Pair,
+    scheduler: Any,
+    prompt: Any = PROMPT,
+    seeds: int | list[int] = 3,
+    where: str = "",
+    only_theirs: dict[str, Any] | None = None,
+    only_ours: dict[str, Any] | None = None,
+    pixels: bool = True,
+    **options: Any,
+) -> Tensor:
+    """Demand equal latents, and pixels, of the same call; ``options`` in our words, but for those of one side only.
+
+    Returns the latents.
+    """
+    sampler = use(pair, scheduler)
+    theirs = {RENAMED.get(k, k): v for k, v in options.items()} | (only_theirs or {})
+    ours = {"sampler": sampler, "progress": False} | options | (only_ours or {})
+
+    def run(kind: str, their_kind: str) -> tuple[Tensor, Tensor]:
+        return (
+            pair.ours.generate(prompt, generator=streams(seeds), output=kind, **ours),
+            pair.theirs(prompt, generator=streams(seeds), output_type=their_kind, **theirs).images,
+        )
+
+    latents, reference = run("latent", "latent")
+    assert_close(latents, reference, where=f"{where}: latents")
+    assert latents.std() > 0.05, "a dead twin would prove nothing"
+    if pixels:
+        assert_close(*run("tensor", "pt"), where=f"{where}: pixels")
+    return latents
