@@ -8,7 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from diffusers import TCDScheduler
+from PIL import Image
 from torch import Tensor
 
 import weights_convert
@@ -23,6 +26,14 @@ SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", ste
 
 # An argument of ours under the name that it has over there.
 RENAMED = {"steps": "num_inference_steps", "num_images": "num_images_per_prompt", "mask": "mask_image"}
+
+
+def picture(width: int = 32, height: int = 32, seed: int = 0) -> Image.Image:
+    """A smooth RGB picture with some noise in it."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 5 + seed), np.cos(y / 7), np.sin((x + y) / 9)], axis=-1)
+    return Image.fromarray(np.uint8(np.clip(127 + 90 * waves + rng.normal(0, 20, waves.shape), 0, 255)))
 
 
 class Pair(NamedTuple):
@@ -51,7 +62,10 @@ def as_pipeline(pair: Pair, kind: type[Any], **more: Any) -> Pair:
 def use(pair: Pair, scheduler: Any) -> Sampler[Any, Any]:
     """Give the reference a fresh scheduler like ``scheduler``; returns our sampler of the same config."""
     pair.theirs.scheduler = type(scheduler).from_config(scheduler.config)
-    return sampler_from_diffusers({**scheduler.config, "_class_name": type(scheduler).__name__})
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    if isinstance(scheduler, TCDScheduler):  # whose step has another default than the 0 that pipelines give it
+        config["eta"] = 0.0
+    return sampler_from_diffusers(config)
 
 
 def streams(seeds: int | list[int]) -> Any:
