@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -348,7 +348,8 @@ class StableDiffusion(Pipeline):
         positive = self._conditions(given, num_images, shape, sizes, SCORE)
         negative: Conditions | None = None
         if guided:
-            negative = self._conditions(against, num_images, shape, negative_sizes or sizes, NEGATIVE_SCORE)
+            told = negative_sizes or (sizes and replace(sizes, score=None))
+            negative = self._conditions(against, num_images, shape, told, NEGATIVE_SCORE)
         count = len(positive.context)
 
         begin, seeds = self._begin(sampler, plan, rows, (count, *shape), latents, seed, generator)

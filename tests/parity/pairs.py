@@ -91,6 +91,7 @@ def compare(
     Returns the latents.
     """
     sampler = use(pair, scheduler)
+    options = {"guidance_scale": 7.5} | options  # over there the default is another in every pipeline
     theirs = {RENAMED.get(k, k): v for k, v in options.items()} | (only_theirs or {})
     ours = {"sampler": sampler, "progress": False} | options | (only_ours or {})
 
