@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion, Unconditional
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -135,6 +136,9 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
         if option in recipe and getattr(args, option) is None:
             name = f" ({recipe[option]})" if recipe[option] else ""
             raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
+    beyond = [key for key in PYTHON_ONLY if key in recipe]
+    if beyond:
+        raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
     if "strength" in recipe:
         kinds["strength"] = ("strength", number)
     for option, (key, kind) in kinds.items():

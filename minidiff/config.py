@@ -146,9 +146,11 @@ SD21 = replace(
     context_dim=1024,
     linear_proj=True,
     sample_size=96,
+    upcast_attention=True,
 )
 SDXL = replace(
     SD21,
+    upcast_attention=False,
     levels=(Level(channels=320), text(640, 10, depth=2), text(1280, 20, depth=10)),
     mid=text(1280, 20, depth=10),
     context_dim=2048,

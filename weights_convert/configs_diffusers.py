@@ -246,7 +246,8 @@ def vae(options: Options) -> VAEConfig:
         quant_convs=bool(quant),
         scaling_factor=float(o.number("scaling_factor", 0.18215)),
         sample_size=_side(o, 512),
-        upcast=bool(o.get("force_upcast", True)),
+        # On by default over there, but configs that leave it out are older than SDXL, whose autoencoder needs it.
+        upcast=bool(o.get("force_upcast", False)),
     )
 
 

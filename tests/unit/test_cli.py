@@ -178,6 +178,42 @@ def test_a_recipe_gives_the_same_picture(run: Run, tmp_path: Path) -> None:
     assert other == {**first, "prompt": "an owl", "guidance_scale": 0.0}, "options override, the rest is as it was"
 
 
+def test_from_a_picture(run: Run, models: Path, tmp_path: Path) -> None:
+    """--image, --mask and --strength are generate's; a recipe says what they were, but not the pictures themselves."""
+    for name, seed in (("a", 0), ("mask", 1)):
+        noise = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+    given = ("generate", "a fox", "--model", "text", "--steps", 4, "--seed", 7, "--image", "a.png", "--quiet")
+    assert run(*given, "--mask", "mask.png", "--strength", 0.6, "--out", "b").err == []
+    sd = minidiff.load(models / "text.safetensors")
+    image, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    (want,) = sd.generate("a fox", steps=4, seed=7, image=image, mask=mask, strength=0.6, progress=False)
+    assert np.array_equal(pixels(tmp_path / "b.png"), np.asarray(want))
+    assert want.size == (40, 32)
+    again = ("generate", "--model", "text", "--recipe", "b.png", "--out", "c", "--quiet")
+    one_error(run(*again), "b.png", "another picture (a.png)", "--image")
+    one_error(run(*again, "--image", "a.png"), "another picture (mask.png)", "--mask")
+    assert run(*again, "--image", "a.png", "--mask", "mask.png").err == []
+    assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "c.png"))
+
+
+def test_pictures_that_cannot_be_begun_from(run: Run, models: Path, tmp_path: Path) -> None:
+    text = ("generate", "a fox", "--model", "text", "--quiet", "--steps", 3)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for more, words in (
+        (("--image", "none.png"), ("none.png", "no such file")),
+        (("--mask", "a.png"), ("--image",)),
+        (("--strength", 0.5), ("--image",)),
+        (("--image", "a.png", "--strength", 2), ("strength=2", "0..1")),
+        (("--image", "a.png", "--strength", 0.1), ("leaves no step",)),
+    ):
+        one_error(run(*text, *more), *words)
+    one_error(run("generate", "--model", "plain", "--image", "a.png", "--quiet"), "--image", "knows no text")
+    sd = minidiff.load(models / "text.safetensors")
+    minidiff.save_png(sd.generate("a", steps=2, clip_skip=0, denoising_end=0.9, progress=False)[0], tmp_path / "b.png")
+    one_error(run("generate", "--model", "text", "--recipe", "b.png", "--quiet"), "denoising_end", "Python")
+
+
 def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:
     random_model(TEXT, seed=2).save(tmp_path / "other.safetensors")
     run("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 1, "--out", "a.png", "--quiet")
