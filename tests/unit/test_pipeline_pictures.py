@@ -15,12 +15,15 @@ from minidiff import MinidiffError, Sizes, StableDiffusion
 from minidiff.config import CLIPTextConfig, ModelConfig, TokenizerConfig
 from minidiff.denoise import choose_rows
 from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.images import read
 from minidiff.models.attention import Attention, attention
 from minidiff.picture import read_recipe
 from minidiff.pipeline import from_parts, load, random_model
 from minidiff.precision import attention_in_float32
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
+from minidiff.training.settings import TrainConfig
+from minidiff.training.task import make_task
 from tests.tolerances import assert_close
 from tests.unit import tiny
 from tests.unit.test_pipeline import calls
@@ -166,6 +169,13 @@ def test_parts_that_do_not_fit(xl: StableDiffusion) -> None:
         replace(XL, unet=replace(XL.unet, added_dim=20))
 
 
+def test_training_does_not_know_what_else_a_unet_reads(xl: StableDiffusion) -> None:
+    for model in (xl, made(INPAINTING), made(replace(tiny.SD, unet=replace(tiny.UNET, guidance_dim=8)))):
+        with pytest.raises(UnsupportedError, match="UNet reads more than a prompt"):
+            make_task(model, TrainConfig())
+    make_task(xl, TrainConfig(parts=("vae",)))
+
+
 def test_an_sdxl_keeps_its_ways_in_a_file(xl: StableDiffusion, refiner: StableDiffusion, tmp_path: Path) -> None:
     for model, more in ((xl, {}), (refiner, {"image": picture()})):
         want = model.generate("a cat", output="latent", **QUIET, **more)  # type: ignore[arg-type]
@@ -193,6 +203,14 @@ def test_pictures_in_other_modes_are_made_rgb(sd: StableDiffusion) -> None:
     clear.putalpha(200)
     want = sd.generate("a", image=picture(), output="latent", **QUIET)
     assert_close(sd.generate("a", image=clear, output="latent", **QUIET), want)
+
+
+def test_a_mask_is_cut_at_one_half() -> None:
+    grey = torch.full((1, 1, SIDE, SIDE), 0.5)
+    grey[..., : SIDE // 2] = 0.4999
+    found = read(NOISE, grey, None, None, 8, 4).mask
+    assert found is not None
+    assert_close(found, torch.cat([torch.zeros(1, 1, SIDE, SIDE // 2), torch.ones(1, 1, SIDE, SIDE // 2)], dim=3))
 
 
 def test_clip_skip_reads_an_earlier_layer(sd: StableDiffusion) -> None:
