@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion, Unconditional
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -50,6 +51,8 @@ def generate(args: Namespace) -> None:
     from minidiff.destination import Destination
     from minidiff.picture import label, to_pil
 
+    if args.image is None and (args.mask is not None or args.strength is not None):
+        raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
     if args.size is not None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
@@ -62,7 +65,7 @@ def generate(args: Namespace) -> None:
     pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype))
     run = _prepare(pipe, args, sampler)
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
-    pixels = pipe.decode(run.last(progress=not args.quiet).x)
+    pixels = pipe.finish(run, progress=not args.quiet)
     images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
     for path in [destination.save(image) for image in images]:
         print(path)
@@ -79,7 +82,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             )
         return pipe.steps(
             args.prompt,
-            negative_prompt=args.negative or "",
+            negative_prompt=args.negative,
             steps=50 if args.steps is None else args.steps,
             guidance_scale=7.5 if args.scale is None else args.scale,
             sampler=sampler,
@@ -88,8 +91,11 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             height=args.height,
             width=args.width,
             like=args.like,
+            image=args.image,
+            strength=0.8 if args.strength is None else args.strength,
+            mask=args.mask,
         )
-    for option in ("prompt", "negative", "scale", "width", "height", "like"):
+    for option in ("prompt", "negative", "scale", "width", "height", "like", "image"):
         if getattr(args, option) not in (None, []):
             what = "a prompt" if option == "prompt" else f"--{option}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
@@ -124,9 +130,18 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
     if "prompt" in recipe:  # one without was made by a model that takes none of these
         kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
         kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
-        if recipe.get("image"):
-            place = f"picture {recipe['image'] + 1} of {recipe.get('images')} from one stream"
+        if recipe.get("place"):
+            place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
             raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
+    for option in ("image", "mask"):
+        if option in recipe and getattr(args, option) is None:
+            name = f" ({recipe[option]})" if recipe[option] else ""
+            raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
+    beyond = [key for key in PYTHON_ONLY if key in recipe]
+    if beyond:
+        raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
+    if "strength" in recipe:
+        kinds["strength"] = ("strength", number)
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue

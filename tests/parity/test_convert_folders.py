@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -183,6 +184,18 @@ def test_scheduler_is_rewritten_as_the_pipeline_does(scheduler: Any) -> None:
         changed = type(scheduler)(**options | rewrite(options | {"_class_name": type(scheduler).__name__}))
         for key in ("steps_offset", "clip_sample"):
             assert changed.config.get(key) == pipe.scheduler.config.get(key), (key, options)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_scheduler_is_rewritten_as_the_inpainting_pipeline_does() -> None:
+    """It leaves ``clip_sample``, and switches PNDM's warm-up off."""
+    parts = twins.pipeline_twin("inpaint").components
+    for scheduler in (PNDMScheduler(), DDIMScheduler()):
+        given = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+        pipe = StableDiffusionInpaintPipeline(**parts | {"scheduler": type(scheduler)(**given)})
+        changed = type(scheduler)(**given | rewrite(given | {"_class_name": type(scheduler).__name__}, inpaint=True))
+        for key in ("steps_offset", "clip_sample", "skip_prk_steps"):
+            assert changed.config.get(key) == pipe.scheduler.config.get(key), key
 
 
 def test_config_is_a_whole_model(plain: Any) -> None:

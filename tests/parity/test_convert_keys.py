@@ -70,7 +70,11 @@ CASES: dict[str, tuple[type[nn.Module], dict[str, Any], Any]] = {
     "unet_sdxl": (UNet2DConditionModel, SDXL, presets.SDXL),
     "unet_ddpm": (UNet2DModel, CAT256, presets.DDPM_CAT256),
     "vae_sd": (AutoencoderKL, VAE, presets.VAE_SD),
-    "vae_sdxl": (AutoencoderKL, VAE | {"sample_size": 1024, "scaling_factor": 0.13025}, presets.VAE_SDXL),
+    "vae_sdxl": (
+        AutoencoderKL,
+        VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+        presets.VAE_SDXL,
+    ),
     "clip_l": (CLIPTextModel, clip(hidden_size=768, num_hidden_layers=12), presets.CLIP_L),
     "clip_h": (CLIPTextModel, clip(hidden_size=1024, num_hidden_layers=23, hidden_act="gelu"), presets.OPENCLIP_H),
     "clip_bigg": (

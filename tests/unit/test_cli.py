@@ -187,7 +187,7 @@ def test_like_another_program(run: Run, tmp_path: Path) -> None:
     run("generate", "--recipe", "first.png", "--model", "text", "--out", "again.png", "--quiet")
     assert np.array_equal(pixels(tmp_path / "first.png"), pixels(tmp_path / "again.png"))
     both = run("generate", "a fox", *made, "--num-images", 2, "--out", ".")
-    second = next(path for path in both.out if minidiff.read_recipe(path).get("image") == 1)
+    second = next(path for path in both.out if minidiff.read_recipe(path).get("place") == 1)
     ended = run("generate", "--recipe", second, "--model", "text")
     one_error(ended, "picture 2 of 2 from one stream; make all of them, with --seed 3")
     ended = run("generate", "a fox", "--model", "text", "--sampler", "euler", "--like", "ldm")
@@ -203,6 +203,42 @@ def test_plans_of_several_programs(run: Run) -> None:
     own = run("plan", "--sampler", "euler", "--steps", 5, "--like", "a1111", "--set", "spacing=leading")
     assert own.out[2].split()[1] == "800"
     one_error(run("plan", "--like", "a1111,webui"), "no program is called 'webui'; known are diffusers, ldm, k-diffus")
+
+
+def test_from_a_picture(run: Run, models: Path, tmp_path: Path) -> None:
+    """--image, --mask and --strength are generate's; a recipe says what they were, but not the pictures themselves."""
+    for name, seed in (("a", 0), ("mask", 1)):
+        noise = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{name}.png")
+    given = ("generate", "a fox", "--model", "text", "--steps", 4, "--seed", 7, "--image", "a.png", "--quiet")
+    assert run(*given, "--mask", "mask.png", "--strength", 0.6, "--out", "b").err == []
+    sd = minidiff.load(models / "text.safetensors")
+    image, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    (want,) = sd.generate("a fox", steps=4, seed=7, image=image, mask=mask, strength=0.6, progress=False)
+    assert np.array_equal(pixels(tmp_path / "b.png"), np.asarray(want))
+    assert want.size == (40, 32)
+    again = ("generate", "--model", "text", "--recipe", "b.png", "--out", "c", "--quiet")
+    one_error(run(*again), "b.png", "another picture (a.png)", "--image")
+    one_error(run(*again, "--image", "a.png"), "another picture (mask.png)", "--mask")
+    assert run(*again, "--image", "a.png", "--mask", "mask.png").err == []
+    assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "c.png"))
+
+
+def test_pictures_that_cannot_be_begun_from(run: Run, models: Path, tmp_path: Path) -> None:
+    text = ("generate", "a fox", "--model", "text", "--quiet", "--steps", 3)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for more, words in (
+        (("--image", "none.png"), ("none.png", "no such file")),
+        (("--mask", "a.png"), ("--image",)),
+        (("--strength", 0.5), ("--image",)),
+        (("--image", "a.png", "--strength", 2), ("strength=2", "0..1")),
+        (("--image", "a.png", "--strength", 0.1), ("leaves no step",)),
+    ):
+        one_error(run(*text, *more), *words)
+    one_error(run("generate", "--model", "plain", "--image", "a.png", "--quiet"), "--image", "knows no text")
+    sd = minidiff.load(models / "text.safetensors")
+    minidiff.save_png(sd.generate("a", steps=2, clip_skip=0, denoising_end=0.9, progress=False)[0], tmp_path / "b.png")
+    one_error(run("generate", "--model", "text", "--recipe", "b.png", "--quiet"), "denoising_end", "Python")
 
 
 def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:

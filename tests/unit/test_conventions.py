@@ -21,6 +21,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import Tolerance, assert_close
+from tests.unit import tiny
 
 SD = ScheduleConfig()
 FLOAT32 = Tolerance(1e-6, 3e-6, "the program's float32 against float64 here")
@@ -433,3 +434,20 @@ def test_the_readmes_table_is_made_from_the_data() -> None:
     start, end = "<!-- conventions: made by minidiff/conventions/table.py -->\n", "\n\n<!-- conventions: end -->"
     assert text.count(start) == text.count(end) == 1
     assert text.split(start)[1].split(end)[0] == markdown()
+
+
+@pytest.mark.parametrize(("like", "calls"), [("diffusers", 2), ("a1111", 3), ("comfyui", 4), ("ldm", 2)])
+def test_image_to_image_begins_where_the_program_does(like: str, calls: int) -> None:
+    """Half the strength of four steps is two calls, one more in a1111, and all four in ComfyUI."""
+    sd = tiny.tiny_sd()
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    run = sd.steps(
+        "a fox", steps=4, image=picture, strength=0.5, sampler="ddim" if like == "ldm" else "euler", seed=1, like=like
+    )
+    assert len(run) == calls
+    first = next(run)
+    assert int(first.t) == int(run.plan.timesteps[len(run.plan.timesteps) - calls])
+    assert run.recipes[0]["like"] == like
+    assert torch.isfinite(run.last().x).all()
+    with pytest.raises(ConfigError, match="strength=2"):
+        sd.steps("a fox", steps=4, image=picture, strength=2, like=like)

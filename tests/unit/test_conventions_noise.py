@@ -184,7 +184,7 @@ def test_a_recipe_leads_back(sd, like: str) -> None:
 def test_a_picture_of_a_shared_stream_says_its_place(sd) -> None:
     images = sd.generate("a fox", steps=2, seed=4, num_images=2, sampler="ddim", like="ldm", progress=False)
     recipes = [json.loads(image.info["minidiff"]) for image in images]
-    assert [(r["seed"], r["image"], r["images"]) for r in recipes] == [(4, 0, 2), (4, 1, 2)]
+    assert [(r["seed"], r["place"], r["places"]) for r in recipes] == [(4, 0, 2), (4, 1, 2)]
     images = sd.generate("a fox", steps=2, seed=4, num_images=2, sampler="ddim", like="a1111", progress=False)
     recipes = [json.loads(image.info["minidiff"]) for image in images]
     assert [r["seed"] for r in recipes] == [4, 5]
