@@ -450,4 +450,4 @@ def test_image_to_image_begins_where_the_program_does(like: str, calls: int) -> 
     assert run.recipes[0]["like"] == like
     assert torch.isfinite(run.last().x).all()
     with pytest.raises(ConfigError, match="strength=2"):
-        sd.steps("a fox", steps=4, image=picture, strength=2, like=like)
+        sd.steps("a fox", steps=4, image=picture, strength=2, sampler="ddim", like=like)
