@@ -13,7 +13,7 @@ The last two are asked only where the first found something, so equal implementa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,7 +59,7 @@ class Judgement:
 
     @property
     def nearer(self) -> str:
-        """"A", "B" or "both" (equally near); "" where there is no common truth."""
+        """ "A", "B" or "both" (equally near); "" where there is no common truth."""
         if not self.same_function:
             return ""
         return "both" if self.error_a == self.error_b else "A" if self.error_a < self.error_b else "B"
@@ -87,17 +87,19 @@ def record(side: Runner) -> dict[str, Tensor]:
     return tape
 
 
-def chained(tape: Mapping[str, Tensor], side: Runner) -> dict[str, Difference]:
-    """A run of ``side`` by itself, held against ``tape`` as it goes; its stages in its own order."""
+def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Difference], list[str]]:
+    """A run of ``side`` by itself, held against ``tape`` as it goes, and the names of all of its stages."""
     found: dict[str, Difference] = {}
+    stages: list[str] = []
 
     def hold(stage: str, value: Tensor) -> Tensor:
+        stages.append(stage)
         if stage in tape:
             found[stage] = difference(tape[stage], value.detach().cpu())
         return value
 
     side.run(hold)
-    return found
+    return found, stages
 
 
 def locally(
@@ -118,32 +120,46 @@ def locally(
     return own
 
 
-def find(a: Runner, b: Runner, tolerance: float = 0.0, *, judge: bool = True) -> tuple[list[Row], list[str], list[str]]:
-    """Run both: one row a common stage in a's order, and the stages that only a and only b have.
+def find(
+    a: Runner, b: Runner, tolerance: float = 0.0, *, judge: bool = True, tell: Callable[[str], None] = lambda text: None
+) -> tuple[list[Row], list[str], list[str]]:
+    """Run both: one row a common stage in a's order, and the stages that only a and only b have. ``tell`` is called
+    with what happens next.
 
-    Raises :class:`ConfigError` if they have none in common.
+    Raises :class:`ConfigError` if they have no stage in common.
     """
+    tell(f"running {a.title}")
     tape = record(a)
-    apart = chained(tape, b)
-    rows, only_a, only_b = line_up(tape, apart, a.title, b.title)
+    tell(f"running {b.title}")
+    apart, stages = chained(tape, b)
+    rows, only_a, only_b = line_up(tape, stages, apart, a.title, b.title)
     if all(row.chained.within(tolerance) for row in rows):
         return rows, only_a, only_b
+    tell(f"they part; running {b.title} again, from {a.title}'s values at every stage")
     tape = {row.stage: tape[row.stage] for row in rows}
     mine = locally(tape, b, tape)
     local = {stage: difference(tape[stage], mine[stage]) for stage in tape if stage in mine}
     unequal = [stage for stage, d in local.items() if d.same_shape and d.finite and not d.equal]
-    judged = _judge(tape, mine, a, b, unequal) if judge and unequal else {}
+    judge = judge and len(unequal) > 0
+    if judge:
+        tell("running both in float64")
+    judged = _judge(tape, mine, a, b, unequal) if judge else {}
     return [Row(r.stage, r.chained, local.get(r.stage), judged.get(r.stage)) for r in rows], only_a, only_b
 
 
 def line_up(
-    tape: Mapping[str, Tensor], apart: Mapping[str, Difference], a: str, b: str
+    stages_a: Iterable[str], stages_b: Iterable[str], apart: Mapping[str, Difference], a: str, b: str
 ) -> tuple[list[Row], list[str], list[str]]:
-    """Rows for the stages that both have, in the tape's order. Raises :class:`ConfigError` if there are none."""
-    some = [", ".join(repr(s) for s in list(side)[:3]) or "none" for side in (tape, apart)]
-    check(any(s in apart for s in tape), f"no stage is common to both: {a} has {some[0]}, ...; {b} has {some[1]}, ...")
-    rows = [Row(stage, apart[stage]) for stage in tape if stage in apart]
-    return rows, [s for s in tape if s not in apart], [s for s in apart if s not in tape]
+    """Rows for the stages that both have, in a's order, and what only a and only b have.
+
+    Raises :class:`ConfigError` if there is nothing in common.
+    """
+    stages_a, stages_b = list(stages_a), list(stages_b)
+    some = [", ".join(repr(s) for s in stages[:3]) or "none" for stages in (stages_a, stages_b)]
+    check(len(apart) > 0, f"no stage is common to both: {a} has {some[0]}, ...; {b} has {some[1]}, ...")
+    in_a, in_b = set(stages_a), set(stages_b)
+    rows = [Row(stage, apart[stage]) for stage in stages_a if stage in apart]
+    return rows, [s for s in stages_a if s not in in_b], [s for s in stages_b if s not in in_a]
 
 
 def _judge(

@@ -53,6 +53,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     sampler: Sampler[Any, Any] | None = None
+    eta: float = 0.0  # of DDIM and TCD: diffusers' pipelines are told it at every step
 
 
 def first_step_only(scope: str) -> bool:

@@ -61,12 +61,6 @@ class Report:
     def __str__(self) -> str:
         return text(self)
 
-    def html(self) -> str:
-        """The same as one self-contained page."""
-        from minidiff.parity.page import page
-
-        return page(self)
-
 
 def section(stage: str) -> str:
     """The part of a run that a stage belongs to: "prompt", "plan", "step.0", ...; "network" for a module alone."""
@@ -82,23 +76,28 @@ def sections(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def verdict(report: Report) -> list[str]:
-    """The outcome in a few lines; the first is the whole of it in short."""
-    first = report.first
+def outcome(report: Report) -> str:
+    """The whole of it in one line."""
+    if report.first is not None:
+        return f"they part at {report.first.stage}"
     bound = "every value is equal" if report.tolerance == 0 else f"every stage is within {report.tolerance:g}"
+    return f"equal: {bound} at all {len(report.rows)} stages"
+
+
+def reasons(report: Report) -> dict[str, str]:
+    """What is known of the place where the sides part; empty if they do not."""
+    first = report.first
     if first is None:
-        return [f"equal: {bound} at all {len(report.rows)} stages"]
-    lines = [f"they part at {first.stage}"]
+        return {}
     shown = first.chained if first.local is None or first.local.within(report.tolerance) else first.local
-    lines.append(f"  how far   {describe(shown)}")
-    lines.append(f"  where     {where(report, first)}")
+    found = {"how far": describe(shown), "where": where(report, first)}
     if first.judgement is not None:
-        lines.append(f"  float64   {judged(first)}")
+        found["float64"] = judged(first)
     others = _elsewhere(report)
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        lines.append(f"  also      on equal inputs these differ too: {', '.join(others[:4])}{more}")
-    return lines
+        found["also"] = f"on equal inputs these differ too: {', '.join(others[:4])}{more}"
+    return found
 
 
 def _elsewhere(report: Report) -> list[str]:
@@ -134,7 +133,9 @@ def where(report: Report, row: Row) -> str:
     if any(s.startswith(row.stage + ".") for s in stages):
         return f"inside this block, behind {stages[k - 1]}: what it does with the outputs of its own modules"
     if row.stage + INPUT in stages and row.judgement is not None and row.judgement.same_function:
-        return "this module rounds otherwise on equal inputs: another kernel, order of summation, memory layout or dtype"
+        return (
+            "this module rounds otherwise on equal inputs: another kernel, order of summation, memory layout or dtype"
+        )
     if row.stage + INPUT in stages:
         return f"this module computes something else{alone}: weights, bias, epsilon, dtype"
     return next((advice for end, advice in PLACES if row.stage.endswith(end)), f"this stage differs{alone}")
@@ -147,7 +148,8 @@ def judged(row: Row) -> str:
     if not j.same_function:
         return f"not rounding: in float64 the two still differ, by {j.gap:.3g}, so they compute different functions"
     errors = f"A is {j.error_a:.3g} from the truth, B {j.error_b:.3g}"
-    same = "rounding: in float64 the two agree" if j.gap is not None else "only one side can run in it"
+    alone = "by the judge's recording" if row.local is None else "only one side can run in it"
+    same = "rounding: in float64 the two agree" if j.gap is not None else alone
     nearer = "both are equally near" if j.nearer == "both" else f"{j.nearer} is nearer"
     return f"{same}; {errors}: {nearer}"
 
@@ -155,18 +157,20 @@ def judged(row: Row) -> str:
 def text(report: Report, *, every: bool = False) -> str:
     """The report for a terminal: what was run, a row a section, the rows around the first place (or ``every``)."""
     lines = [f"{key:<9} {value}" for key, value in {"A": report.a, "B": report.b, **report.about}.items()]
-    lines += ["", *_table(("section", *COLUMNS), [_summary(s, rows, report) for s, rows in _grouped(report)])]
+    lines += ["", *_table(("section", *COLUMNS), [summary(s, rows, report) for s, rows in _grouped(report)])]
     first = report.first
     rows = list(report.rows)
     if first is not None and not every:
         k = rows.index(first)
         rows = rows[max(0, k - AROUND[0]) : k + AROUND[1]]
     if first is not None or every:
-        lines += ["", *_table(("stage", *COLUMNS), [_line(row, report) for row in rows])]
+        lines += ["", *_table(("stage", *COLUMNS), [line(row, report) for row in rows])]
     for side, only in (("A", report.only_a), ("B", report.only_b)):
         if only:
-            lines.append(f"\nonly in {side}: {', '.join(only[:4])}{f' and {len(only) - 4} more' if len(only) > 4 else ''}")
-    return "\n".join([*lines, "", *verdict(report)])
+            lines.append(
+                f"\nonly in {side}: {', '.join(only[:4])}{f' and {len(only) - 4} more' if len(only) > 4 else ''}"
+            )
+    return "\n".join([*lines, "", outcome(report), *(f"  {key:<9} {said}" for key, said in reasons(report).items())])
 
 
 COLUMNS = ("equal", "max abs", "relative", "ULPs", "on equal inputs", "nearer")
@@ -176,29 +180,29 @@ def _grouped(report: Report) -> list[tuple[str, list[Row]]]:
     return list(sections(report.rows).items())
 
 
-def _summary(name: str, rows: Sequence[Row], report: Report) -> tuple[str, ...]:
+def summary(name: str, rows: Sequence[Row], report: Report) -> tuple[str, ...]:
     """A section's row: how many stages are equal, and its largest differences."""
     equal = sum(row.chained.equal for row in rows)
-    worst = max(rows, key=lambda row: _size(row.chained))
+    worst = max(rows, key=lambda row: size(row.chained))
     local = [row for row in rows if row.local is not None]
-    most = max((_size(row.local) for row in local if row.local is not None), default=None)
+    most = max((size(row.local) for row in local if row.local is not None), default=None)
     ulps = [row.chained.ulps for row in rows if row.chained.ulps is not None]
     mark = "  <- they part" if report.first in rows else ""
-    figures = (_figure(worst.chained.max_abs), _figure(_size(worst.chained)), f"{max(ulps):,}" if ulps else "-")
+    figures = (_figure(worst.chained.max_abs), _figure(size(worst.chained)), f"{max(ulps):,}" if ulps else "-")
     return (name, f"{equal}/{len(rows)}", *figures, "-" if most is None else _figure(most), mark)
 
 
-def _line(row: Row, report: Report) -> tuple[str, ...]:
+def line(row: Row, report: Report) -> tuple[str, ...]:
     d, j = row.chained, row.judgement
-    local = "-" if row.local is None else _figure(_size(row.local))
+    local = "-" if row.local is None else _figure(size(row.local))
     nearer = "" if j is None else j.nearer if j.same_function else "neither"
     mark = f"{nearer}{'  <- they part' if row is report.first else ''}"
     shape = "shape" if not d.same_shape else _figure(d.max_abs)
     ulps = "-" if d.ulps is None else f"{d.ulps:,}"
-    return (row.stage, "yes" if d.equal else "no", shape, _figure(_size(d)), ulps, local, mark)
+    return (row.stage, "yes" if d.equal else "no", shape, _figure(size(d)), ulps, local, mark)
 
 
-def _size(d: Difference) -> float:
+def size(d: Difference) -> float:
     """The relative difference; a NaN counts as infinite."""
     return math.inf if math.isnan(d.max_rel) else d.max_rel
 

@@ -30,6 +30,7 @@ PARTS = ("text_encoder", "unet", "vae")
 # Samplers that share a class of diffusers with another, and the option that makes the difference.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 0}),  # without a seed it takes a random one
     "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
 }
 
@@ -123,11 +124,14 @@ class Theirs:
                     guidance_scale=r.scale,
                     height=r.height,
                     width=r.width,
+                    eta=r.eta,
                     generator=generator,
                     output_type="pt",
                 ).images
             else:
-                images = pipe(batch_size=1, num_inference_steps=r.steps, generator=generator, output_type="np").images
+                eta = {"eta": r.eta} if "eta" in inspect.signature(pipe.__call__).parameters else {}
+                options = {"num_inference_steps": r.steps, "generator": generator, "output_type": "np", **eta}
+                images = pipe(batch_size=1, **options).images
                 pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         probe.scope = "decode"
         probe.show("pixels", pixels)
