@@ -53,7 +53,9 @@ class Converter(NamedTuple):
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     """A checkpoint in minidiff and in the installed diffusers; prints the report, gives the exit status."""
     destination = _writable(args.html, args.force)
-    theirs.import_diffusers()
+    if not os.path.exists(args.checkpoint):
+        raise CheckpointError(f"{args.checkpoint}: no such file or folder")
+    theirs.import_diffusers()  # before a large model is opened in vain
     tell = _teller(args.quiet)
     with tempfile.TemporaryDirectory() as beside:
         pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])

@@ -78,7 +78,7 @@ class Ours:
         sampler = Shown(pipe.sampler(r.sampler), probe)
         with watched(probe, pipe.parts, self.names or {n: own_names(part) for n, part in pipe.parts.items()}):
             if isinstance(pipe, StableDiffusion):
-                size = {"height": r.height, "width": r.width}
+                size: dict[str, Any] = {"height": r.height, "width": r.width}
                 run = pipe.steps(r.prompt, r.negative, r.steps, r.scale, sampler=sampler, seed=r.seed, **size)
             else:
                 run = pipe.steps(1, r.steps, sampler=sampler, seed=r.seed)

@@ -102,7 +102,8 @@ def read(path: str | os.PathLike[str]) -> Recording:
             raise CheckpointError(f"{path}: a safetensors file, but no recording; `minidiff parity record` makes one")
         if version != VERSION:
             raise CheckpointError(f"{path}: a recording of version {quote(version)}; this minidiff reads {VERSION!r}")
-        stages, run = _json(path, file, STAGES_KEY, list), _json(path, file, RUN_KEY, dict)
+        stages = _json(path, file, STAGES_KEY, list, "a JSON list")
+        run = _json(path, file, RUN_KEY, dict, "a JSON object")
         if not stages or not all(isinstance(s, str) for s in stages):
             raise CheckpointError(f"{path}: {STAGES_KEY} must list the names of stages, and lists {quote(stages)}")
         listed, held = set(stages), set(file.lazy)
@@ -122,13 +123,12 @@ def read(path: str | os.PathLike[str]) -> Recording:
         file.close()
 
 
-def _json(path: Any, file: TensorFile, key: str, kind: type) -> Any:
+def _json(path: Any, file: TensorFile, key: str, kind: type, what: str) -> Any:
     try:
         found = json.loads(file.metadata.get(key, ""))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, kind):
-        what = {list: "a JSON list", dict: "a JSON object"}[kind]
         raise CheckpointError(f"{path}: {key} in its header should be {what}; record it again")
     return found
 
