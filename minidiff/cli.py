@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from minidiff.denoise import Run
-    from minidiff.parity.command import Converter
     from minidiff.pipeline import StableDiffusion, Unconditional
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -48,8 +47,8 @@ def _run(argv: list[str]) -> int | None:
         "plan": plan,
         "train": train,
         "parity": parity,
-        "parity record": parity_record,
-        "parity compare": parity_compare,
+        "parity record": parity,
+        "parity compare": parity,
     }
     if args.command is None:
         raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
@@ -303,36 +302,14 @@ def train(args: Namespace) -> None:
 
 
 def parity(args: Namespace) -> int:
-    """``minidiff parity``."""
-    from minidiff.parity import command
-
-    return command.parity(args, *_converter(args.device))
-
-
-def parity_record(args: Namespace) -> int:
-    """``minidiff parity record``."""
-    from minidiff.parity import command
-
-    return command.record(args, *_converter(args.device))
-
-
-def parity_compare(args: Namespace) -> int:
-    """``minidiff parity compare``."""
-    from minidiff.parity import command
-
-    return command.compare(args)
-
-
-def _converter(name: str) -> tuple[Converter, torch.device]:
-    """What parity needs of the converter, and the device by that name."""
+    """``minidiff parity``, ``parity record`` and ``parity compare``."""
     import weights_convert
-    from minidiff.parity.command import Converter
+    from minidiff.parity.command import Converter, run
     from weights_convert.module_names import module_names
 
-    device = _device(name)
-    assert device is not None
-    return Converter(
+    converter = Converter(
         lambda *what: _open_model(*what)[0],
         module_names,
         lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
-    ), device
+    )
+    return run(args, converter, _device(getattr(args, "device", "cpu")))

@@ -50,6 +50,14 @@ class Converter(NamedTuple):
     write_folder: Callable[[str, str], object]
 
 
+def run(args: Namespace, converter: Converter, device: torch.device | None) -> int:
+    """Whichever of the three was asked for; the exit status."""
+    if args.command == "parity compare":
+        return compare(args)
+    assert device is not None
+    return (record if args.command == "parity record" else parity)(args, converter, device)
+
+
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     """A checkpoint in minidiff and in the installed diffusers; prints the report, gives the exit status."""
     destination = _writable(args.html, args.force)

@@ -102,7 +102,8 @@ def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[No
     with ExitStack() as stack:
         for part, module in parts.items():
             if part == "text_encoder":
-                stack.enter_context(probe.watch_root(module, iter(("prompt", "negative")), TEXT_INPUTS, "context"))
+                texts = itertools.chain(("prompt", "negative"), (f"text.{i}" for i in itertools.count(2)))
+                stack.enter_context(probe.watch_root(module, texts, TEXT_INPUTS, "context"))
             if part == "unet":
                 scopes = (f"step.{i}" for i in itertools.count())
                 stack.enter_context(probe.watch_root(module, scopes, UNET_INPUTS, "prediction"))

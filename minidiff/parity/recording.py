@@ -155,7 +155,7 @@ def _judged(row: Row, a: Tensor, b: Tensor, truth: Tensor | None) -> Row:
     same = truth is not None and a.shape == b.shape == truth.shape and truth.dtype == torch.float64
     if truth is None or not same or row.chained.equal:
         return row
-    errors = [float((side.double() - truth).abs().max()) for side in (a, b)]
+    errors = [float((side.double() - truth).square().mean().sqrt()) for side in (a, b)]
     return Row(row.stage, row.chained, None, Judgement(errors[0], errors[1], None))
 
 

@@ -147,7 +147,7 @@ def judged(row: Row) -> str:
     assert j is not None
     if not j.same_function:
         return f"not rounding: in float64 the two still differ, by {j.gap:.3g}, so they compute different functions"
-    errors = f"A is {j.error_a:.3g} from the truth, B {j.error_b:.3g}"
+    errors = f"A is {j.error_a:.3g} from the truth (root mean square), B {j.error_b:.3g}"
     alone = "by the judge's recording" if row.local is None else "only one side can run in it"
     same = "rounding: in float64 the two agree" if j.gap is not None else alone
     nearer = "both are equally near" if j.nearer == "both" else f"{j.nearer} is nearer"

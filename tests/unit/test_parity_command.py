@@ -1,4 +1,4 @@
-"""``minidiff parity``, ``parity record`` and ``parity compare`` without diffusers: grammar, files, statuses, mistakes."""
+"""``minidiff parity``, ``parity record`` and ``parity compare`` without diffusers: grammar, files, status, mistakes."""
 
 from __future__ import annotations
 
