@@ -138,7 +138,7 @@ def in_float64(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for module in modules:
             for part in module.modules():
-                tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)  # type: ignore[assignment]
+                tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
                 for table in tables:
                     for name, tensor in table.items():
                         if tensor is not None and tensor.is_floating_point():
