@@ -67,11 +67,14 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     tell = _teller(args.quiet)
     with tempfile.TemporaryDirectory() as beside:
         pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
-        request = _request(args, pipe)
+        request = replace(_request(args, pipe), draw_like_diffusers=True)
         folder = _folder(args.checkpoint, Path(beside) / "folder", converter, tell)
         reference = theirs.open_pipeline(folder, DTYPES[args.dtype], device)
         if args.sampler is not None:
             sampler = sampler_from_diffusers(theirs.change_scheduler(reference, args.sampler))
+            if isinstance(pipe, Unconditional) and getattr(sampler, "in_sigma", False):
+                known = f"{type(reference).__name__} scales neither the noise nor what the model sees"
+                raise UnsupportedError(f"diffusers cannot run {args.sampler}: {known}; ddpm, ddim and pndm it can")
             request = replace(request, sampler=sampler, eta=getattr(sampler, "eta", 0.0))
         pairs = pair(pipe, reference, converter.module_names(pipe.config))
         about = {"model": f"{args.checkpoint} ({pipe.config.family})", **_about(pipe, request, args)}

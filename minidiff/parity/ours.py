@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minidiff.parity.names import module_names
@@ -54,6 +55,7 @@ class Request:
     width: int | None = None
     sampler: Sampler[Any, Any] | None = None
     eta: float = 0.0  # of DDIM and TCD: diffusers' pipelines are told it at every step
+    draw_like_diffusers: bool = False  # noise in the sample's dtype; minidiff's own seeds draw float32 and round it
 
 
 def first_step_only(scope: str) -> bool:
@@ -76,12 +78,15 @@ class Ours:
         """From prompt to pixels."""
         probe, pipe, r = Probe(tap, self.deep), self.pipe, self.request
         sampler = Shown(pipe.sampler(r.sampler), probe)
+        noise: dict[str, Any] = {"seed": r.seed}
+        if r.draw_like_diffusers:
+            noise = {"generator": torch.Generator().manual_seed(r.seed)}
         with watched(probe, pipe.parts, self.names or {n: own_names(part) for n, part in pipe.parts.items()}):
             if isinstance(pipe, StableDiffusion):
                 size: dict[str, Any] = {"height": r.height, "width": r.width}
-                run = pipe.steps(r.prompt, r.negative, r.steps, r.scale, sampler=sampler, seed=r.seed, **size)
+                run = pipe.steps(r.prompt, r.negative, r.steps, r.scale, sampler=sampler, **noise, **size)
             else:
-                run = pipe.steps(1, r.steps, sampler=sampler, seed=r.seed)
+                run = pipe.steps(1, r.steps, sampler=sampler, **noise)
             x = run.last().x
             probe.scope = "decode"
             probe.show("pixels", pipe.decode(x))

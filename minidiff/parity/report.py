@@ -101,12 +101,15 @@ def reasons(report: Report) -> dict[str, str]:
 
 
 def _elsewhere(report: Report) -> list[str]:
-    """The causes after the first, without the same place of other steps, and without a network that has one inside."""
+    """The causes after the first, without those that follow from another: the same place of other steps, the network
+    around a cause."""
     found: dict[str, str] = {}
     for row in report.causes:
         found.setdefault(row.stage.partition("/")[2] or row.stage, row.stage)
-    inside = any("/unet/" in stage for stage in found.values())
-    return [stage for place, stage in found.items() if not (inside and place == "prediction")][1:]
+    told = {"prediction"} if any("/unet/" in stage for stage in found.values()) else set()
+    if "start/x" in found.values():  # which diffusers does not let itself be handed
+        told.add("input")
+    return [stage for place, stage in found.items() if place not in told][1:]
 
 
 def describe(d: Difference) -> str:
