@@ -71,7 +71,8 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
         folder = _folder(args.checkpoint, Path(beside) / "folder", converter, tell)
         reference = theirs.open_pipeline(folder, DTYPES[args.dtype], device)
         if args.sampler is not None:
-            sampler = sampler_from_diffusers(theirs.change_scheduler(reference, args.sampler))
+            reference, config = theirs.change_scheduler(reference, args.sampler)
+            sampler = sampler_from_diffusers(config)
             if isinstance(pipe, Unconditional) and getattr(sampler, "in_sigma", False):
                 known = f"{type(reference).__name__} scales neither the noise nor what the model sees"
                 raise UnsupportedError(f"diffusers cannot run {args.sampler}: {known}; ddpm, ddim and pndm it can")

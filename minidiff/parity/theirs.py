@@ -77,8 +77,8 @@ def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: to
     return pipe
 
 
-def change_scheduler(pipe: Any, name: str) -> dict[str, Any]:
-    """Give ``pipe`` diffusers' scheduler for minidiff's sampler ``name``; the config that says what it is.
+def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """``pipe`` with diffusers' scheduler for minidiff's sampler ``name``, and the config that says what it is.
 
     Raises :class:`ConfigError` for a name that is not known.
     """
@@ -90,7 +90,11 @@ def change_scheduler(pipe: Any, name: str) -> dict[str, Any]:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
     except (ValueError, TypeError, NotImplementedError, ImportError) as e:
         raise UnsupportedError(f"diffusers cannot run {name} ({cls}) with this checkpoint's schedule ({e})") from None
-    return {**pipe.scheduler.config, "_class_name": cls}
+    config = {**pipe.scheduler.config, "_class_name": cls}
+    if name == "pndm" and not hasattr(pipe, "text_encoder"):  # DDPMPipeline hands its steps what PNDM does not take
+        pipe = import_diffusers().PNDMPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+    return pipe, config
 
 
 @dataclass

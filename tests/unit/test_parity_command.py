@@ -167,6 +167,8 @@ def test_mistakes_are_one_line(run: Any, models: Path, tmp_path: Path) -> None:
     one_error(run("parity", "record", text), "OUT.safetensors")
     one_error(run("parity"), "CHECKPOINT")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    one_error(run("parity", "record", "empty", "a.safetensors"), "empty: a folder with nothing", "not a model")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     one_error(run("parity", "record", text, "there.safetensors"), "exists already", "--force")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
