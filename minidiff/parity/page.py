@@ -17,6 +17,7 @@ from minidiff.parity.engine import Row
 from minidiff.parity.report import COLUMNS, Report
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1000, 240, 56, 24, 12
+LETTER = 7  # the width of one, roughly
 FLOOR, CEILING = -9.0, 1.0  # powers of ten
 MOST_POINTS = 4000  # of a long run the points that are drawn; the tables have all
 
@@ -44,7 +45,8 @@ tr.first td:first-child::after{content:"  they part here";color:var(--bad)}
 details{margin:8px 0}summary{cursor:pointer;padding:6px 0}summary .n{color:var(--dim)}summary .bad{color:var(--bad)}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--dim)}
 .grid{stroke:var(--line)}.own{fill:var(--a)}.local{fill:none;stroke:var(--b);stroke-width:1.4}.mark{stroke:var(--bad)}
-footer{margin-top:40px;color:var(--dim);font-size:13px}
+.key{font-size:13px;color:var(--dim);margin:8px 0}.dot{color:var(--a)}.ring{color:var(--b)}.bar{color:var(--bad)}
+a{color:inherit}footer{margin-top:40px;color:var(--dim);font-size:13px}
 """
 
 
@@ -60,13 +62,16 @@ def page(report: Report) -> str:
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             f"<title>{escape(f'{report.a} and {report.b}: {outcome}')}</title><style>{STYLE}</style></head><body>",
             f"<h1>{escape(report.a)} and {escape(report.b)}</h1>",
-            f'<div class="outcome{bad}"><b>{escape(outcome)}</b>{_list(named) if named else ""}</div>',
+            f'<div class="outcome{bad}"><b>{_link(outcome, bool(named))}</b>{_list(named) if named else ""}</div>',
             _list(facts),
             "<h2>The run at a glance</h2>",
             _picture(report),
+            f"<p class='key'>{KEY}</p>",
             "<h2>Sections</h2>",
             _table(
-                "section", [(*words.summary(n, rows, report)[:-1], "") for n, rows in _grouped(report)], _bars(report)
+                ("section", *COLUMNS[:-1]),
+                [words.summary(*group, report)[:-1] for group in _grouped(report)],
+                _bars(report),
             ),
             "<h2>Every stage</h2>",
             *(_section(name, rows, report) for name, rows in _grouped(report)),
@@ -77,12 +82,21 @@ def page(report: Report) -> str:
     )
 
 
+KEY = (
+    "Every stage in the order of the run, by its relative difference. <b class='dot'>●</b> A and B each by itself "
+    "<b class='ring'>○</b> B on A's values: what differs there arose there <b class='bar'>|</b> where they part"
+)
 LEGEND = (
     "max abs: the largest |A - B| of a stage. relative: that divided by the largest |A|. ULPs: the largest distance in "
     "units in the last place. on equal inputs: the relative difference when B is handed A's values at every stage, so "
     "that nothing is inherited. nearer: which side is nearer to the same computation in float64; neither: in float64 "
     "the two still differ, so they compute different functions."
 )
+
+
+def _link(outcome: str, parted: bool) -> str:
+    """The outcome, leading to the row of the first place."""
+    return f'<a href="#first">{escape(outcome)}</a>' if parted else escape(outcome)
 
 
 def _tolerance(report: Report) -> str:
@@ -124,16 +138,21 @@ def _section(name: str, rows: Sequence[Row], report: Report) -> str:
     lines = [words.line(row, report) for row in rows]
     lines = [(*line[:-1], line[-1].split("  <-")[0]) for line in lines]
     head = f'<summary><code>{escape(name)}</code> <span class="n">{said}</span></summary>'
-    return f"<details{shown}>{head}{_table('stage', lines, kinds)}</details>"
+    return f"<details{shown}>{head}{_table(('stage', *COLUMNS), lines, kinds)}</details>"
 
 
-def _table(first: str, lines: Iterable[Sequence[str]], kinds: Iterable[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in (first, *COLUMNS))
+def _table(names: Iterable[str], lines: Iterable[Sequence[str]], kinds: Iterable[str]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "\n".join(
-        f"<tr{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{''.join(f'<td>{escape(c)}</td>' for c in line)}</tr>"
+        f"<tr{_marks(kind)}>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>"
         for line, kind in zip(lines, kinds, strict=True)
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _marks(kind: str) -> str:
+    anchor = ' id="first"' if kind.endswith("first") else ""
+    return f'{anchor} class="{kind}"' if kind else ""
 
 
 def _only(report: Report) -> str:
@@ -156,13 +175,12 @@ def _picture(report: Report) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
     parts.append(f'<text x="{LEFT - 8}" y="{_height(0) + 4:.1f}" text-anchor="end">equal</text>')
-    start, latest = 0, -1e9
+    start = 0
     for name, inside in _grouped(report):
-        x = _across(start, len(rows))
+        x, end = _across(start, len(rows)), _across(start + len(inside), len(rows))
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        if x - latest > 8 * len(name) + 10:
+        if end - x > LETTER * len(name) + 6:
             parts.append(f'<text x="{x + 3:.1f}" y="{HEIGHT - 6}">{escape(name)}</text>')
-            latest = x
         start += len(inside)
     for k, row in enumerate(rows):
         if row is report.first:
