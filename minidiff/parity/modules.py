@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from minidiff.parity.engine import find
 from minidiff.parity.names import checked, with_blocks
-from minidiff.parity.report import Report
+from minidiff.parity.report import OUTPUT, Report
 from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
 
-OUTPUT = "output"
 ModuleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 

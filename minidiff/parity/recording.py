@@ -147,7 +147,7 @@ def compare(a: Recording, b: Recording, tolerance: float = 0.0, judge: Recording
     rows, only_a, only_b = line_up(a.tape, b.tape, apart, a.title, b.title)
     if judge is not None:
         rows = [_judged(row, a.tape[row.stage], b.tape[row.stage], judge.tape.get(row.stage)) for row in rows]
-    about = {key: str(a.run[key]) for key in ("family", *SAME, "dtype") if key in a.run and a.run[key] != ""}
+    about = {"run": ", ".join(f"{key} {a.run[key]!r}" for key in ("family", *SAME, "dtype") if key in a.run)}
     return Report(a.title, b.title, rows, tolerance, only_a, only_b, about)
 
 

@@ -10,6 +10,7 @@ from minidiff.parity.difference import Difference
 from minidiff.parity.engine import Row
 from minidiff.parity.taps import INPUT
 
+OUTPUT = "output"  # what a module that is compared alone gives back
 AROUND = (4, 8)  # rows shown before and after the place where two sides part
 
 # What to look at where a stage that is no module is the first to differ: (the end of its name, the advice).
@@ -129,19 +130,22 @@ def where(report: Report, row: Row) -> str:
     k = stages.index(row.stage)
     if row.local is not None and row.local.within(report.tolerance):
         return "no stage is beyond the tolerance by itself: small differences of earlier stages have added up"
-    alone = "" if row.local is None and k > 0 else " on equal inputs"
+    so_far = "equal" if report.tolerance == 0 else "within the tolerance"
+    alone = " on equal inputs" if row.local is not None else f", and every stage before it is {so_far}" if k else ""
     if row.stage.endswith(INPUT):
         before = f"between {stages[k - 1]} and it" if k else "before it"
         return f"what reaches this module differs; it is computed {before}, outside of any module that is compared"
     if any(s.startswith(row.stage + ".") for s in stages):
         return f"inside this block, behind {stages[k - 1]}: what it does with the outputs of its own modules"
-    if row.stage + INPUT in stages and row.judgement is not None and row.judgement.same_function:
+    if row.stage.count("/") == 1:  # a stage of the run, and no layer
+        return next((advice for end, advice in PLACES if row.stage.endswith(end)), f"this stage differs{alone}")
+    if row.stage == OUTPUT:
+        return f"the whole module's output, behind {stages[k - 1]}: what it does with the outputs of its own modules"
+    if row.judgement is not None and row.judgement.same_function:
         return (
             "this module rounds otherwise on equal inputs: another kernel, order of summation, memory layout or dtype"
         )
-    if row.stage + INPUT in stages:
-        return f"this module computes something else{alone}: weights, bias, epsilon, dtype"
-    return next((advice for end, advice in PLACES if row.stage.endswith(end)), f"this stage differs{alone}")
+    return f"this module computes something else{alone}: weights, bias, epsilon, dtype"
 
 
 def judged(row: Row) -> str:

@@ -65,7 +65,7 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     assert status == 0
     assert err == []
     assert out[-1].startswith("equal: every value is equal at all ")
-    assert any(line.startswith("prompt") and "a photo of an astronaut" in line for line in out)
+    assert any(line.startswith("run ") and "prompt 'a photo of an astronaut" in line for line in out)
 
     found = recording.read(tmp_path / "b.safetensors")
     tape = dict(found.tape)

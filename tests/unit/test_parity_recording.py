@@ -55,6 +55,8 @@ def test_a_slip_parts_from_the_recorded_run() -> None:
     report = compare(read(FIXTURE), ours(eps), RECORDED.relative)
     assert report.first is not None
     assert report.first.stage == "step.0/unet/mid.attn.0.norm"
+    said = "this module computes something else, and every stage before it is within the tolerance: weights, bias"
+    assert reasons(report)["where"].startswith(said)
 
 
 def test_the_fixture_is_small() -> None:
