@@ -52,6 +52,31 @@ examples:
 A run's folder holds model.safetensors, which `minidiff generate --model` takes, state.safetensors for --resume,
 log.csv, and samples/. With --resume, what is not given is as it was.
 """
+PARITY_EXAMPLES = """\
+examples:
+  minidiff parity ./stable-diffusion-v1-5
+  minidiff parity ./stable-diffusion-v1-5 --sampler euler --steps 8 --size 512x512 --html report.html
+  minidiff parity record sd15.safetensors ours.safetensors
+  minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides part, 2 for a mistake.
+`minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of
+record or compare is ./record, ./compare.)
+"""
+RECORD_EXAMPLES = """\
+examples:
+  minidiff parity record sd15.safetensors ours.safetensors --steps 8
+  minidiff parity record sd15.safetensors judge.safetensors --steps 8 --dtype float64
+
+What a recording is, and how a program in any language writes one, stands at the top of minidiff/parity/recording.py.
+"""
+COMPARE_EXAMPLES = """\
+examples:
+  minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+  minidiff parity compare ours.safetensors yours.safetensors --judge float64.safetensors --html report.html
+
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the recordings part, 2 for a mistake.
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -65,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_plan(commands)
     _add_train(commands)
+    _add_parity(commands)
+    _add_parity_record(commands)
+    _add_parity_compare(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -234,6 +262,95 @@ def _add_train(commands: Any) -> None:
     g.add_argument("--sample-every", type=_count, metavar="N", help="steps from grid to grid; 0: none (default: 0)")
     g.add_argument("--samples", type=_positive, metavar="N", help="pictures in a grid (default: 16)")
     g.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def joined(argv: list[str]) -> list[str]:
+    """``parity record`` and ``parity compare`` as the one word that the parser knows each by."""
+    second = argv[:1] == ["parity"] and argv[1:2] and argv[1] in ("record", "compare")
+    return [" ".join(argv[:2]), *argv[2:]] if second else argv
+
+
+def _add_parity(commands: Any) -> None:
+    about = "find where minidiff and the installed diffusers part, layer by layer and step by step"
+    p = commands.add_parser("parity", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=PARITY_EXAMPLES)
+    p.late = _samplers
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a diffusers folder, or what can be written as one")
+    _add_run(p, DTYPES)
+    g = p.add_argument_group("comparison")
+    _add_report(g)
+    g.add_argument(
+        "--no-judge",
+        dest="judge",
+        action="store_false",
+        help="where they part, don't run both in float64, which takes twice the memory, to tell rounding from a slip",
+    )
+
+
+def _add_parity_record(commands: Any) -> None:
+    about = "write every stage of a run to a file, to hold other programs against"
+    p = commands.add_parser(
+        "parity record", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=RECORD_EXAMPLES
+    )
+    p.late = _samplers
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="any checkpoint that minidiff opens")
+    p.add_argument("out", metavar="OUT.safetensors", help="the file to write")
+    _add_run(p, (*DTYPES, "float64"))
+    g = p.add_argument_group("recording")
+    g.add_argument(
+        "--layers",
+        choices=("first", "all", "none"),
+        default="first",
+        help="the UNet's layers in the first step, in all, or no layers of any network (default: first)",
+    )
+    g.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def _add_parity_compare(commands: Any) -> None:
+    about = "find where two recordings part"
+    p = commands.add_parser(
+        "parity compare", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=COMPARE_EXAMPLES
+    )
+    p.add_argument("a", metavar="A.safetensors", help="a recording")
+    p.add_argument("b", metavar="B.safetensors", help="another one, of the same run")
+    _add_report(p)
+    p.add_argument("--judge", metavar="C.safetensors", help="a recording in float64, which says who is nearer to it")
+    p.add_argument("--quiet", action="store_true", help="no hints")
+
+
+def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
+    """What is run, for the commands of parity that run something."""
+    g = p.add_argument_group("run")
+    g.add_argument("--prompt", metavar="TEXT", help="(default: a photo of an astronaut riding a horse)")
+    g.add_argument("--negative", metavar="TEXT", help="the negative prompt (default: the empty one)")
+    g.add_argument("--steps", type=_positive, default=4, metavar="N", help="(default: 4)")
+    g.add_argument("--scale", type=_finite, metavar="X", help="of the guidance (default: 7.5)")
+    g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
+    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first noise (default: 0)")
+    g.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
+    g.add_argument("--dtype", choices=dtypes, default="float32", help="what to compute in (default: float32)")
+    g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
+    g.add_argument("--quiet", action="store_true", help="no hints, and nothing about what is being done")
+
+
+def _add_report(g: Any) -> None:
+    """How two sides are compared, and what is told of it."""
+    g.add_argument(
+        "--tolerance",
+        type=_fraction,
+        default=0.0,
+        metavar="X",
+        help="how far a stage may be apart, as a share of its largest value (default: 0, equal values)",
+    )
+    g.add_argument("--html", metavar="FILE", help="write the report as a page too, one file that needs no other")
+    g.add_argument("--all", action="store_true", help="print every stage, not only those around the place")
+    g.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
+def _fraction(text: str) -> float:
+    value = _finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} should be 0 or more")
+    return value
 
 
 def _count(text: str) -> int:

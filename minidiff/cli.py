@@ -1,4 +1,4 @@
-"""The ``minidiff`` command: ``generate``, ``info``, ``convert``, ``plan`` and ``train``.
+"""The ``minidiff`` command: ``generate``, ``info``, ``convert``, ``plan``, ``train`` and ``parity``.
 
 The only module that knows every other one; each is imported by the function that needs it. stdout carries results alone
 (paths, reports), stderr everything else.
@@ -11,10 +11,11 @@ import os
 import random
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.arguments import parser
+from minidiff.arguments import joined, parser
 from minidiff.console import guard, say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -32,18 +33,27 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (without the program's name; by default the process's own); the exit status.
 
-    0 is success, 2 a mistake in what was asked for, 1 another failure, 130 Ctrl-C.
+    0 is success, 2 a mistake in what was asked for, 1 another failure (or, of ``parity``, a difference), 130 Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     return guard(lambda: _run(argv), debug="--debug" in argv)
 
 
-def _run(argv: list[str]) -> None:
-    args = parser().parse_args(argv)
-    commands = {"generate": generate, "info": info, "convert": convert, "plan": plan, "train": train}
+def _run(argv: list[str]) -> int | None:
+    args = parser().parse_args(joined(argv))
+    commands: dict[str, Callable[[Namespace], int | None]] = {
+        "generate": generate,
+        "info": info,
+        "convert": convert,
+        "plan": plan,
+        "train": train,
+        "parity": parity,
+        "parity record": parity,
+        "parity compare": parity,
+    }
     if args.command is None:
         raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
-    commands[args.command](args)
+    return commands[args.command](args)
 
 
 def generate(args: Namespace) -> None:
@@ -320,3 +330,17 @@ def train(args: Namespace) -> None:
     path = run(args, lambda path: _open_model(path, device, torch.float32)[0], device)
     if path is not None:
         print(path)
+
+
+def parity(args: Namespace) -> int:
+    """``minidiff parity``, ``parity record`` and ``parity compare``."""
+    import weights_convert
+    from minidiff.parity.command import Converter, run
+    from weights_convert.module_names import module_names
+
+    converter = Converter(
+        lambda *what: _open_model(*what)[0],
+        module_names,
+        lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
+    )
+    return run(args, converter, _device(getattr(args, "device", "cpu")))

@@ -56,7 +56,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def guard(work: Callable[[], object], *, debug: bool = False) -> int:
     """Run ``work`` and turn every way in which it can end into an exit status and, on failure, one line on stderr.
 
-    Warnings raised meanwhile are one line each too. ``debug`` prints the traceback of a failure before its line.
+    A whole number that ``work`` gives back is the status of a success, like that of diff(1). Warnings raised meanwhile
+    are one line each too. ``debug`` prints the traceback of a failure before its line.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
@@ -64,7 +65,7 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            work()
+            status = work()
             _flush()
         except SystemExit as e:  # --help and --version
             with suppress(OSError):
@@ -80,7 +81,7 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
                 return _end(e)
             except KeyboardInterrupt:  # once more, while the first one was being told
                 return 130
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def say(message: object, kind: str = "") -> None:

@@ -33,6 +33,9 @@ BFLOAT16_CUDA = Tolerance(
     0.3, 0.0, "bfloat16 keeps 8 bits, an eighth of float16's precision; measured likewise, within 0.15 on the CPU"
 )
 SNR = Tolerance(0.0, 1e-5, "the reference takes two roots and squares their quotient")
+RECORDED = Tolerance(
+    0.0, 1e-4, "a run that was recorded on another processor, whose kernels sum in another order; of a stage's largest"
+)
 WEIGHTS_SUM = Tolerance(1e-5, 1e-4, "float32 weights of alternating sign, added up")
 EXPANSION = Tolerance(1e-4, 0.0, "a difference of nearly equal float32 exponentials, against its value in float64")
 

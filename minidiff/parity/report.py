@@ -1,0 +1,234 @@
+"""What the finder found, as data: rows, the first place, the other places; and in words, as a table for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from minidiff.parity.difference import Difference
+from minidiff.parity.engine import Row
+from minidiff.parity.taps import INPUT
+
+OUTPUT = "output"  # what a module that is compared alone gives back
+AROUND = (4, 8)  # rows shown before and after the place where two sides part
+
+# What to look at where a stage that is no module is the first to differ: (the end of its name, the advice).
+PLACES = (
+    ("ids", "the tokenizer: its table, how it pads (SD1 with 49407, SD2 with 0), where it cuts"),
+    ("plan/timesteps", "the plan: spacing, steps_offset, number of steps"),
+    ("plan/sigmas", "the plan: spacing of the sigmas, Karras or not, the last one, the dtype they are computed in"),
+    ("plan/init_noise_sigma", "the plan: what the first noise is multiplied by"),
+    ("start/x", "the first noise: its seed, generator, dtype, or what it is multiplied by"),
+    ("input", "what the sampler makes of the sample before the UNet sees it (scale_input), or the batch for guidance"),
+    ("/t", "the timestep that the UNet is told"),
+    ("context", "how the encoded prompts reach the UNet: which layer, and the order (negative first, then the prompt)"),
+    ("out", "the guidance: u + scale * (c - u), in this order"),
+    ("/x", "the sampler's step: its coefficients, its history, its noise"),
+    ("noise", "the noise that the sampler draws"),
+    ("pixels", "from the VAE's output to [0, 1]"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison of side A with side B. ``about`` says what was run; ``rows`` are the common stages in A's order."""
+
+    a: str
+    b: str
+    rows: Sequence[Row]
+    tolerance: float = 0.0
+    only_a: Sequence[str] = ()
+    only_b: Sequence[str] = ()
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def equal(self) -> bool:
+        """Whether every stage is within the tolerance, each side on its own."""
+        return all(row.chained.within(self.tolerance) for row in self.rows)
+
+    @property
+    def causes(self) -> list[Row]:
+        """The stages that differ beyond the tolerance although their inputs were equal."""
+        return [row for row in self.rows if row.local is not None and not row.local.within(self.tolerance)]
+
+    @property
+    def first(self) -> Row | None:
+        """Where the sides part: the first cause, or (where none was looked for, or none is beyond the tolerance by
+        itself) the first stage that differs beyond it. None if they are equal."""
+        apart = [row for row in self.rows if not row.chained.within(self.tolerance)]
+        return (self.causes or apart)[0] if apart else None
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+def section(stage: str) -> str:
+    """The part of a run that a stage belongs to: "prompt", "plan", "step.0", ...; "network" for a module alone."""
+    head, slash, _ = stage.partition("/")
+    return head if slash else "network"
+
+
+def sections(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by section, in order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(section(row.stage), []).append(row)
+    return found
+
+
+def outcome(report: Report) -> str:
+    """The whole of it in one line."""
+    if report.first is not None:
+        return f"they part at {report.first.stage}"
+    bound = "every value is equal" if report.tolerance == 0 else f"every stage is within {report.tolerance:g}"
+    return f"equal: {bound} at all {len(report.rows)} stages"
+
+
+def reasons(report: Report) -> dict[str, str]:
+    """What is known of the place where the sides part; empty if they do not."""
+    first = report.first
+    if first is None:
+        return {}
+    shown = first.chained if first.local is None or first.local.within(report.tolerance) else first.local
+    found = {"how far": describe(shown), "where": where(report, first)}
+    if first.judgement is not None:
+        found["float64"] = judged(first)
+    others = _elsewhere(report)
+    if others:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        found["also"] = f"on equal inputs these differ too: {', '.join(others[:4])}{more}"
+    return found
+
+
+def _elsewhere(report: Report) -> list[str]:
+    """The causes after the first, without those that follow from another: the same place of other steps, the network
+    around a cause."""
+    found: dict[str, str] = {}
+    for row in report.causes:
+        found.setdefault(row.stage.partition("/")[2] or row.stage, row.stage)
+    told = {"prediction"} if any("/unet/" in stage for stage in found.values()) else set()
+    if "start/x" in found.values():  # which diffusers does not let itself be handed
+        told.add("input")
+    return [stage for place, stage in found.items() if place not in told][1:]
+
+
+def describe(d: Difference) -> str:
+    """A difference in one line."""
+    if not d.same_shape:
+        return f"shape {d.shape_a} in A, {d.shape_b} in B"
+    if not d.finite:
+        return f"not finite: {d.bad_a:,} NaN in A, {d.bad_b:,} in B, of {d.total:,} values"
+    dtypes = "" if d.dtype_a == d.dtype_b else f"; {_name(d.dtype_a)} in A, {_name(d.dtype_b)} in B"
+    ulps = "" if d.ulps is None else f", {d.ulps:,} ULPs"
+    return f"max abs {d.max_abs:.3g}, relative {d.max_rel:.3g}{ulps}; {d.differing:,} of {d.total:,} values{dtypes}"
+
+
+def where(report: Report, row: Row) -> str:
+    """What kind of place a stage is, and what to look at."""
+    stages = [r.stage for r in report.rows]
+    k = stages.index(row.stage)
+    if row.local is not None and row.local.within(report.tolerance):
+        return "no stage is beyond the tolerance by itself: small differences of earlier stages have added up"
+    so_far = "equal" if report.tolerance == 0 else "within the tolerance"
+    alone = " on equal inputs" if row.local is not None else f", and every stage before it is {so_far}" if k else ""
+    if row.stage.endswith(INPUT):
+        before = f"between {stages[k - 1]} and it" if k else "before it"
+        return f"what reaches this module differs; it is computed {before}, outside of any module that is compared"
+    if any(s.startswith(row.stage + ".") for s in stages):
+        return f"inside this block, behind {stages[k - 1]}: what it does with the outputs of its own modules"
+    if row.stage.count("/") == 1:  # a stage of the run, and no layer
+        return next((advice for end, advice in PLACES if row.stage.endswith(end)), f"this stage differs{alone}")
+    if row.stage == OUTPUT:
+        return f"the whole module's output, behind {stages[k - 1]}: what it does with the outputs of its own modules"
+    if row.judgement is not None and row.judgement.same_function:
+        return (
+            "this module rounds otherwise on equal inputs: another kernel, order of summation, memory layout or dtype"
+        )
+    return f"this module computes something else{alone}: weights, bias, epsilon, dtype"
+
+
+def judged(row: Row) -> str:
+    """float64's word in one line."""
+    j = row.judgement
+    assert j is not None
+    if not j.same_function:
+        return f"not rounding: in float64 the two still differ, by {j.gap:.3g}, so they compute different functions"
+    errors = f"A is {j.error_a:.3g} from the truth (root mean square), B {j.error_b:.3g}"
+    alone = "by the judge's recording" if row.local is None else "only one side can run in it"
+    same = "rounding: in float64 the two agree" if j.gap is not None else alone
+    nearer = "both are equally near" if j.nearer == "both" else f"{j.nearer} is nearer"
+    return f"{same}; {errors}: {nearer}"
+
+
+def text(report: Report, *, every: bool = False) -> str:
+    """The report for a terminal: what was run, a row a section, the rows around the first place (or ``every``)."""
+    lines = [f"{key:<9} {value}" for key, value in {"A": report.a, "B": report.b, **report.about}.items()]
+    lines += ["", *_table(("section", *COLUMNS), [summary(s, rows, report) for s, rows in _grouped(report)])]
+    first = report.first
+    rows = list(report.rows)
+    if first is not None and not every:
+        k = rows.index(first)
+        rows = rows[max(0, k - AROUND[0]) : k + AROUND[1]]
+    if first is not None or every:
+        lines += ["", *_table(("stage", *COLUMNS), [line(row, report) for row in rows])]
+    for side, only in (("A", report.only_a), ("B", report.only_b)):
+        if only:
+            lines.append(
+                f"\nonly in {side}: {', '.join(only[:4])}{f' and {len(only) - 4} more' if len(only) > 4 else ''}"
+            )
+    return "\n".join([*lines, "", outcome(report), *(f"  {key:<9} {said}" for key, said in reasons(report).items())])
+
+
+COLUMNS = ("equal", "max abs", "relative", "ULPs", "on equal inputs", "nearer")
+
+
+def _grouped(report: Report) -> list[tuple[str, list[Row]]]:
+    return list(sections(report.rows).items())
+
+
+def summary(name: str, rows: Sequence[Row], report: Report) -> tuple[str, ...]:
+    """A section's row: how many stages are equal, and its largest differences."""
+    equal = sum(row.chained.equal for row in rows)
+    worst = max(rows, key=lambda row: size(row.chained))
+    local = [row for row in rows if row.local is not None]
+    most = max((size(row.local) for row in local if row.local is not None), default=None)
+    ulps = [row.chained.ulps for row in rows if row.chained.ulps is not None]
+    mark = "  <- they part" if report.first in rows else ""
+    figures = (_figure(worst.chained.max_abs), _figure(size(worst.chained)), f"{max(ulps):,}" if ulps else "-")
+    return (name, f"{equal}/{len(rows)}", *figures, "-" if most is None else _figure(most), mark)
+
+
+def line(row: Row, report: Report) -> tuple[str, ...]:
+    d, j = row.chained, row.judgement
+    local = "-" if row.local is None else _figure(size(row.local))
+    nearer = "" if j is None else j.nearer if j.same_function else "neither"
+    mark = f"{nearer}{'  <- they part' if row is report.first else ''}"
+    shape = "shape" if not d.same_shape else _figure(d.max_abs)
+    ulps = "-" if d.ulps is None else f"{d.ulps:,}"
+    return (row.stage, "yes" if d.equal else "no", shape, _figure(size(d)), ulps, local, mark)
+
+
+def size(d: Difference) -> float:
+    """The relative difference; a NaN counts as infinite."""
+    return math.inf if math.isnan(d.max_rel) else d.max_rel
+
+
+def _figure(value: float) -> str:
+    return "0" if value == 0 else "NaN" if math.isnan(value) else f"{value:.2e}" if math.isfinite(value) else "inf"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, *rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(w) if k in (0, len(head) - 1) else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,202 @@
+"""The run of the installed diffusers, stage by stage, under the names of ``ours.py``.
+
+Its own pipeline runs, from prompt to pixels, as any user of it would start it; the networks are watched by hooks, the
+scheduler by wrapping its methods. diffusers is imported here, when someone asks for the comparison, and never before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.config import check
+from minidiff.errors import CheckpointError, MinidiffError, UnsupportedError
+from minidiff.parity.ours import Deep, Names, Request, first_step_only, show_plan, watched
+from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
+from minidiff.samplers import SAMPLERS
+from minidiff.samplers.readers import READERS
+
+PARTS = ("text_encoder", "unet", "vae")
+# Samplers that share a class of diffusers with another, and the option that makes the difference.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 0}),  # without a seed it takes a random one
+    "dpmpp_3m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+}
+
+
+def import_diffusers() -> Any:
+    """diffusers, silenced. Raises :class:`UnsupportedError` where it, or what it needs, is not installed."""
+    try:
+        import diffusers
+        import transformers
+    except ImportError as e:
+        raise UnsupportedError(
+            f"the comparison needs diffusers and transformers, and {e.name or e} is not installed: pip install "
+            "'minidiff[parity]'; without them, compare two recordings (`minidiff parity compare --help`)"
+        ) from None
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    return diffusers
+
+
+def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The pipeline of a diffusers folder, nothing fetched. Raises :class:`CheckpointError` if diffusers can't."""
+    diffusers = import_diffusers()
+    options = {"dtype": dtype, "local_files_only": True}
+    try:
+        if (Path(folder) / "model_index.json").is_file():
+            index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
+            safety = {"safety_checker": None} if "safety_checker" in index else {}
+            pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **safety)
+        else:  # the published ddpm-* checkpoints before they had an index
+            unet = diffusers.UNet2DModel.from_pretrained(folder, **options)
+            file = Path(folder) / "scheduler_config.json"
+            scheduler = diffusers.DDPMScheduler.from_pretrained(folder) if file.is_file() else diffusers.DDPMScheduler()
+            pipe = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise CheckpointError(f"{folder}: diffusers cannot open it ({e})") from None
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    for part in parts_of(pipe).values():
+        for parameter in part.parameters():
+            # Mapped from a file, a matrix begins anywhere; off a cache line, its product with a vector is summed in
+            # another order. Copied, it begins where any program that allocates its weights has it.
+            parameter.data = parameter.data.clone()
+    return pipe
+
+
+def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
+    """``pipe`` with diffusers' scheduler for minidiff's sampler ``name``, and the config that says what it is.
+
+    Raises :class:`ConfigError` for a name that is not known.
+    """
+    check(name in SAMPLERS, f"no sampler is called {name!r}; known are {', '.join(SAMPLERS)}")
+    found = (cls for cls, reader in READERS.items() if reader.sampler is SAMPLERS[name])
+    cls, options = VARIANTS.get(name) or (next(found), {})
+    scheduler = getattr(import_diffusers(), cls)
+    try:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as e:
+        raise UnsupportedError(f"diffusers cannot run {name} ({cls}) with this checkpoint's schedule ({e})") from None
+    config = {**pipe.scheduler.config, "_class_name": cls}
+    if name == "pndm" and not hasattr(pipe, "text_encoder"):  # DDPMPipeline hands its steps what PNDM does not take
+        pipe = import_diffusers().PNDMPipeline(unet=pipe.unet, scheduler=pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+    return pipe, config
+
+
+@dataclass
+class Theirs:
+    """diffusers as a side: ``pipe`` runs ``request``. ``names``: {part: {module's name there: the stage's}}."""
+
+    pipe: Any
+    request: Request
+    names: Names
+    deep: Deep = first_step_only
+    title: str = "diffusers"
+
+    def run(self, tap: Tap) -> None:
+        """From prompt to pixels."""
+        try:
+            self._run(Probe(tap, self.deep))
+        except MinidiffError:
+            raise
+        except Exception as e:  # whatever a program of others may raise
+            raise UnsupportedError(f"diffusers cannot run this ({type(e).__name__}: {e})") from e
+
+    def _run(self, probe: Probe) -> None:
+        pipe, r = self.pipe, self.request
+        generator = torch.Generator().manual_seed(r.seed)
+        with torch.no_grad(), watched(probe, parts_of(pipe), self.names), shown(pipe.scheduler, probe):
+            if hasattr(pipe, "text_encoder"):
+                pixels = pipe(
+                    r.prompt,
+                    negative_prompt=r.negative,
+                    num_inference_steps=r.steps,
+                    guidance_scale=r.scale,
+                    height=r.height,
+                    width=r.width,
+                    eta=r.eta,
+                    generator=generator,
+                    output_type="pt",
+                ).images
+            else:
+                eta = {"eta": r.eta} if "eta" in inspect.signature(pipe.__call__).parameters else {}
+                options = {"num_inference_steps": r.steps, "generator": generator, "output_type": "np", **eta}
+                images = pipe(batch_size=1, **options).images
+                pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+        probe.scope = "decode"
+        probe.show("pixels", pixels)
+
+    def wide(self) -> AbstractContextManager[None]:
+        """Every part in float64."""
+        return in_float64(parts_of(self.pipe).values())
+
+
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """The networks of a pipeline by name."""
+    return {name: getattr(pipe, name) for name in PARTS if hasattr(pipe, name)}
+
+
+@contextmanager
+def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
+    """Show a scheduler's plan and steps: its methods wrapped, each with the signature that the pipeline looks at."""
+    calls = itertools.count()
+
+    def set_timesteps(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        call(*args, **kwargs)
+        scope = probe.scope
+        show_plan(probe, _Plan(scheduler))
+        probe.scope = scope
+
+    def step(call: Callable[..., Any], out: Tensor, t: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 0:  # the pipeline has the first sample to itself until now
+            scope, probe.scope = probe.scope, "start"
+            x = probe.show("x", x)
+            probe.scope = scope
+        result = call(probe.show("out", out), t, x, *args, **kwargs)
+        return swap_first(result, lambda new: probe.show("x", new))[0]
+
+    wrapped = {"set_timesteps": set_timesteps, "step": step}
+    for name, around in wrapped.items():
+        setattr(scheduler, name, _wrap(getattr(scheduler, name), around))
+    try:
+        yield
+    finally:
+        for name in wrapped:
+            delattr(scheduler, name)  # the class's own method shows again
+
+
+class _Plan:
+    """A scheduler's plan in minidiff's words."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.timesteps = scheduler.timesteps
+        self.init_noise_sigma = torch.as_tensor(scheduler.init_noise_sigma)
+        self.sigmas = getattr(scheduler, "sigmas", None)
+
+
+def _wrap(method: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(method).bind(*args, **kwargs)
+        return around(method, *bound.args, **bound.kwargs)
+
+    return call
+
+
+def renamed(names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """{part: {minidiff's name: the reference's}} turned round: which stage each module of the reference is."""
+    return {part: {theirs: ours for ours, theirs in pairs.items()} for part, pairs in names.items()}

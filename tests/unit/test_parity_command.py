@@ -1,0 +1,178 @@
+"""``minidiff parity``, ``parity record`` and ``parity compare`` without diffusers: grammar, files, status, mistakes."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minidiff import cli
+from minidiff.parity import recording
+from tests.unit.convert_sources import write_ddpm
+from tests.unit.tiny import tiny_ddpm, tiny_sd
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call ``main`` in an empty folder: (status, lines on stdout, lines on stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: object) -> tuple[int, list[str], list[str]]:
+        capsys.readouterr()
+        status = cli.main([str(a) for a in argv])
+        captured = capsys.readouterr()
+        return status, captured.out.splitlines(), captured.err.splitlines()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_sd().save(folder / "text.safetensors")
+    tiny_ddpm().save(folder / "plain.safetensors")
+    write_ddpm(folder / "ddpm")
+    return folder
+
+
+def one_error(ended: tuple[int, list[str], list[str]], *words: str) -> None:
+    """Status 2, nothing on stdout, and one line that has all of ``words``."""
+    status, out, err = ended
+    assert (status, out) == (2, []), ended
+    assert len(err) == 1, err
+    assert err[0].startswith("minidiff: error: ")
+    for word in words:
+        assert word in err[0]
+
+
+COMMON = ("--steps", 2, "--size", "16x16")
+
+
+def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
+    status, out, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON)
+    assert (status, out) == (0, ["a.safetensors"])
+    assert len(err) == 1
+    assert "stages" in err[0]
+    run("parity", "record", models / "text.safetensors", "b.safetensors", *COMMON, "--quiet")
+    status, out, err = run("parity", "compare", "a.safetensors", "b.safetensors")
+    assert status == 0
+    assert err == []
+    assert out[-1].startswith("equal: every value is equal at all ")
+    assert any(line.startswith("run ") and "prompt 'a photo of an astronaut" in line for line in out)
+
+    found = recording.read(tmp_path / "b.safetensors")
+    tape = dict(found.tape)
+    tape["step.1/x"] = tape["step.1/x"] * 1.01
+    recording.write(tmp_path / "c.safetensors", recording.Recording(tape, found.run))
+    status, out, err = run("parity", "compare", "a.safetensors", "c.safetensors", "--html", "r.html", "--quiet")
+    assert status == 1
+    assert err == []
+    assert "they part at step.1/x" in out
+    assert "they part at step.1/x" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert run("parity", "compare", "a.safetensors", "c.safetensors", "--tolerance", "0.1")[0] == 0
+    every = run("parity", "compare", "a.safetensors", "c.safetensors", "--all")[1]
+    assert len(every) > len(tape) > len(out)
+
+
+def test_a_judge(run: Any, models: Path) -> None:
+    for name, dtype in (("a", "float32"), ("b", "bfloat16"), ("c", "float64")):
+        run("parity", "record", models / "plain.safetensors", f"{name}.safetensors", "--steps", 2, "--dtype", dtype)
+    status, out, _ = run("parity", "compare", "a.safetensors", "b.safetensors", "--judge", "c.safetensors")
+    assert status == 1
+    (line,) = [line for line in out if line.startswith("  float64")]
+    assert line.endswith("A is nearer")
+    assert any("float32 in A, bfloat16 in B" in line for line in out)
+
+
+def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -> None:
+    run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, "--prompt", "a fox", "--seed", 7,
+        "--sampler", "euler_ancestral", "--layers", "none")  # fmt: skip
+    found = recording.read(tmp_path / "a.safetensors")
+    said = {key: found.run[key] for key in ("prompt", "negative", "seed", "steps", "sampler", "width", "dtype")}
+    assert said == {
+        "prompt": "a fox",
+        "negative": "",
+        "seed": 7,
+        "steps": 2,
+        "sampler": "euler_ancestral",
+        "width": 16,
+        "dtype": "float32",
+    }
+    assert "step.1/noise" in found.tape
+    assert not any("/unet/" in stage for stage in found.tape)
+    assert torch.equal(found.tape["plan/timesteps"].long(), torch.tensor([999, 0]))
+
+
+def test_help(run: Any) -> None:
+    for argv, words in (
+        (("parity",), ("usage: minidiff parity ", "exit status: 0 if all stages are equal", "--html", "samplers:")),
+        (("parity", "record"), ("usage: minidiff parity record ", "OUT.safetensors", "--layers")),
+        (("parity", "compare"), ("usage: minidiff parity compare ", "--judge", "exit status")),
+    ):
+        status, out, err = run(*argv, "--help")
+        page = "\n".join(out)
+        assert (status, err) == (0, [])
+        for word in words:
+            assert word in page, word
+
+
+def test_without_diffusers_one_line_says_what_to_install(
+    run: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] in ("diffusers", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return inner(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    one_error(run("parity", models / "ddpm"), "diffusers is not installed", "pip install 'minidiff[parity]'", "compare")
+    assert run("parity", "record", models / "plain.safetensors", "a.safetensors", "--steps", 1, "--quiet")[0] == 0
+    assert run("parity", "compare", "a.safetensors", "a.safetensors")[0] == 0
+
+
+def test_comparing_recordings_imports_no_peer(models: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom minidiff import cli\n"
+        f"cli.main(['parity', 'record', {str(models / 'plain.safetensors')!r}, 'a.safetensors', '--steps', '1'])\n"
+        "cli.main(['parity', 'compare', 'a.safetensors', 'a.safetensors'])\n"
+        "print(sorted({'diffusers', 'transformers', 'scipy'} & set(sys.modules)))"
+    )
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_mistakes_are_one_line(run: Any, models: Path, tmp_path: Path) -> None:
+    text, plain = models / "text.safetensors", models / "plain.safetensors"
+    one_error(run("parity", "compare", "no.safetensors", "b.safetensors"), "no.safetensors: no such file")
+    one_error(run("parity", "compare", text, text), "no recording", "`minidiff parity record` makes one")
+    one_error(run("parity", "record", "no", "a.safetensors"), "no: no such file or folder")
+    one_error(run("parity", "record", plain, "a.safetensors", "--prompt", "a fox"), "takes no --prompt")
+    one_error(run("parity", "record", plain, "a.safetensors", "--sampler", "oiler"), "no sampler is called 'oiler'")
+    one_error(run("parity", "record", text, "nowhere/a.safetensors"), "the folder nowhere does not exist")
+    one_error(run("parity", "record", text, "."), "exists already")
+    one_error(run("parity", "record", text, ".", "--force"), "is a folder; name a file in it")
+    one_error(run("parity", "record", text, "a.safetensors", "--size", "10x16"), "is not divisible by 8")
+    one_error(run("parity", "compare", "a", "b", "--tolerance", "-1"), "should be 0 or more")
+    one_error(run("parity", "record", text), "OUT.safetensors")
+    one_error(run("parity"), "CHECKPOINT")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    one_error(run("parity", "record", "empty", "a.safetensors"), "empty: a folder with nothing", "not a model")
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    one_error(run("parity", "record", text, "there.safetensors"), "exists already", "--force")
+    assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
+    run("parity", "record", plain, "a.safetensors", "--steps", 1, "--quiet")
+    run("parity", "record", plain, "b.safetensors", "--steps", 2, "--quiet")
+    one_error(run("parity", "compare", "a.safetensors", "b.safetensors"), "different runs: steps is 1 and 2")
+    one_error(run("parity", "compare", "a.safetensors", "a.safetensors", "--html", "b.safetensors"), "exists already")
