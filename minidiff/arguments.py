@@ -39,6 +39,7 @@ CONVERT_EXAMPLES = """\
 examples:
   minidiff convert ./stable-diffusion-v1-5 sd15.safetensors --dtype float16
   minidiff convert v1-5-pruned.ckpt sd15.safetensors --ema
+  minidiff convert sd15.safetensors ./sd15 --to diffusers
 """
 TRAIN_EXAMPLES = """\
 examples:
@@ -134,14 +135,13 @@ def _add_convert(commands: Any) -> None:
         "convert", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=CONVERT_EXAMPLES
     )
     p.add_argument("src", metavar="SRC", help="a diffusers folder, a .safetensors or .ckpt file, or a minidiff file")
-    p.add_argument("dst", metavar="DST", help="the file to write")
-    p.add_argument(
-        "--to", choices=LAYOUTS, default="minidiff", help="the layout of DST (default: minidiff, and no other yet)"
-    )
+    p.add_argument("dst", metavar="DST", help="the file to write, or the folder (--to diffusers)")
+    p.add_argument("--to", choices=LAYOUTS, default="minidiff", help="the layout of DST (default: minidiff)")
+    p.add_argument("--sharded", metavar="SIZE", help="--to diffusers: weights in files of at most 5GB, 500MB, ...")
     p.add_argument("--dtype", choices=DTYPES, help="store the weights in this (default: as they are)")
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
-    p.add_argument("--force", action="store_true", help="replace DST if it exists")
+    p.add_argument("--force", action="store_true", help="replace DST if it is a file that exists")
 
 
 def _add_plan(commands: Any) -> None:

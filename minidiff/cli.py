@@ -253,7 +253,13 @@ def convert(args: Namespace) -> None:
     import weights_convert
 
     report = weights_convert.convert(
-        args.src, args.dst, to=args.to, dtype=_dtype(args.dtype), ema=args.ema, config=args.config
+        args.src,
+        args.dst,
+        to=args.to,
+        dtype=_dtype(args.dtype),
+        ema=args.ema,
+        config=args.config,
+        sharded=args.sharded,
     )
     print(report)
 

@@ -19,14 +19,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m weights_convert", description="Convert a checkpoint from one layout to another.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or an original .safetensors or .ckpt file")
-    parser.add_argument("dst", metavar="DST", help="the file to write")
+    parser.add_argument("dst", metavar="DST", help="the file to write, or the folder (--to diffusers)")
     parser.add_argument("--to", default="minidiff", metavar="LAYOUT", help=f"{', '.join(LAYOUTS)} (default: minidiff)")
     parser.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(FLOATS)} (default: each tensor as it is)")
+    parser.add_argument("--sharded", metavar="SIZE", help="--to diffusers: files of at most 5GB, 500MB, ...")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of an original file")
     parser.add_argument("--config", metavar="FILE", help="a JSON file that corrects what shapes can't tell")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    print(convert(args.src, args.dst, args.to, args.dtype, ema=args.ema, config=args.config))
+    options = {"ema": args.ema, "config": args.config, "sharded": args.sharded}
+    print(convert(args.src, args.dst, args.to, args.dtype, **options))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidiff import checkpoint
+from minidiff.config import ModelConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
-from weights_convert.detection import CONVERTED, detect
+from weights_convert.detection import CONVERTED, Found, detect
+from weights_convert.export_folder import shard_size, write_folder
+from weights_convert.export_original import write_original
 from weights_convert.folder import read_folder
-from weights_convert.overlay import Override, overlay, read_override
+from weights_convert.overlay import Override, merge, overlay, read_override
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
 
@@ -46,7 +51,7 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
     elif found.layout == "original":
         if found.others:
             report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))
-        source = read_original(found.tensors, report, ema=ema, override=override)
+        source = _original(found, report, ema, override)
     else:
         saved = checkpoint.read(path)
         report.family = saved.config.family
@@ -59,6 +64,23 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
     return source
 
 
+def _original(found: Found, report: Report, ema: bool, override: dict[str, Any]) -> Source:
+    """A single file; one that minidiff wrote has the model's config in its header, which goes before any rule."""
+    header = found.file.metadata.get(checkpoint.CONFIG_KEY) if found.file is not None else None
+    if header is None:
+        return read_original(found.tensors, report, ema=ema, override=override)
+    try:
+        known = dataclasses.asdict(from_json(ModelConfig, header))
+    except ConfigError as e:
+        raise CheckpointError(f"{found.path}: the config in its header cannot be used ({e})") from None
+    sampler = known.pop("sampler")
+    source = read_original(found.tensors, report, ema=ema, override=merge(known, override))
+    if "sampler" not in override:
+        source.config = replace(source.config, sampler=sampler)
+    report.notes.append("config: minidiff wrote it into the file's header; it goes before the family's rule")
+    return source
+
+
 def convert(
     src: AnyPath,
     dst: AnyPath,
@@ -67,25 +89,35 @@ def convert(
     *,
     ema: bool = False,
     config: Override = None,
+    sharded: int | str | None = None,
 ) -> Report:
-    """Convert the checkpoint ``src``, of any supported layout, to a file ``dst`` in layout ``to``; tell what was done.
+    """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
 
-    ``dtype`` (a torch dtype or its name) converts floating-point tensors, None keeps each as it is. One tensor at a
-    time passes through memory, and ``dst`` appears whole or not at all. ``ema`` and ``config``: :func:`open_source`.
-    Raises what that raises, and :class:`CheckpointError` for a tensor that holds NaN or infinite values.
+    ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
+    ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
+    floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
+    whole or not at all. ``ema`` and ``config``: :func:`open_source`.
+
+    Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
+    folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
     """
     if to not in LAYOUTS:
         raise ConfigError(f"to={to!r} is none of {', '.join(LAYOUTS)}")
-    if to != "minidiff":
-        raise UnsupportedError(f"to={to!r}: this version writes minidiff's own layout only")
-    target = _dtype(dtype)
+    if sharded is not None and to != "diffusers":
+        raise ConfigError(f"sharded={sharded!r} is for to='diffusers'; {to!r} is one file")
+    target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
     source = open_source(src, ema=ema, config=config)
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
-    source.report.hash = checkpoint.write(dst, source.config, tensors)
+    if to == "diffusers":
+        write_folder(dst, source.config, tensors, source.report, shard)
+    elif to == "original":
+        source.report.hash = write_original(dst, source.config, tensors, source.report)
+    else:
+        source.report.hash = checkpoint.write(dst, source.config, tensors)
     return replace(source.report, target=os.fspath(dst))
 
 
