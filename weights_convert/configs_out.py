@@ -81,9 +81,10 @@ def _text_unet(c: UNetConfig) -> dict[str, Any]:
     if not attends[-1]:
         depths[-1] = c.mid.depth
     used = {level.heads for level in (*c.levels, c.mid) if level.attention == "text"}
-    added = {} if c.added_dim is None else {"addition_embed_type": "text_time"}
+    added: dict[str, Any] = {}
     if c.added_dim is not None:
-        added |= {"addition_time_embed_dim": c.added_sinusoid, "projection_class_embeddings_input_dim": c.added_dim}
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": c.added_sinusoid}
+        added["projection_class_embeddings_input_dim"] = c.added_dim
     return {
         "_class_name": "UNet2DConditionModel",
         **_unet(c),

@@ -29,11 +29,14 @@ LAYOUTS = ("minidiff", "diffusers", "original")
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> Source:
+def open_source(
+    src: AnyPath, *, ema: bool = False, config: Override = None, variant: str | None = None
+) -> Source:
     """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
 
     ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
-    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. Raises :class:`CheckpointError` and
+    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
+    weights of a folder, where it has several. Raises :class:`CheckpointError` and
     :class:`UnsupportedError` for what is wrong with ``src``, :class:`ConfigError` for what is wrong with ``config``.
     """
     path, override = Path(src), read_override(config)
@@ -46,8 +49,10 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
     report = Report(str(path), found.layout, found.family, list(found.evidence))
     if ema and found.layout != "original":
         raise CheckpointError(f"{path}: --ema is for original single files; a {found.layout} one has no EMA weights")
+    if variant is not None and found.layout != "diffusers":
+        raise CheckpointError(f"{path}: variant={variant!r} is for diffusers folders; a {found.layout} file has one")
     if found.layout == "diffusers":
-        source = read_folder(path, found.index, report, override=override)
+        source = read_folder(path, found.index, report, override=override, variant=variant)
     elif found.layout == "original":
         if found.others:
             report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))

@@ -21,6 +21,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, atomic, atomic_folder, write_tensors
 from minidiff.models.clip import rows
 from minidiff.samplers import sampler_from_config
+from minidiff.samplers.readers import READERS
 from minidiff.samplers.to_diffusers import passed_to_call, sampler_to_diffusers
 from weights_convert import keys_diffusers as keys
 from weights_convert.component import AnyConfig, meta_model
@@ -85,7 +86,7 @@ def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded:
         if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > sharded:
             shards.append({})
         shards[-1][name] = tensor
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"{base}-{i:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, shard, {"format": "pt"})
@@ -95,8 +96,8 @@ def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded:
 
 
 def shard_size(given: int | str) -> int:
-    """"5GB", "500 MB", "2GiB" or a number of bytes, as bytes. Raises :class:`ConfigError` for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
+    """ "5GB", "500 MB", "2GiB" or a number of bytes, as bytes. Raises :class:`ConfigError` for anything else."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(given).lower())
     if isinstance(given, bool) or found is None or found[2] not in UNITS:
         raise ConfigError(f"sharded={given!r} should be a size, such as 5GB or 500MB")
     size = int(float(found[1]) * UNITS[found[2]])
@@ -116,7 +117,8 @@ def full_tables(
             report.notes.append(f"{name}: {FULL_LIST.format(len(text.kept))}")
             key = f"{name}.token.weight"
             tensors[key] = _full_table(tensors[key], text)
-            config = replace(config, **{name: replace(text, kept=None)})
+            full: dict[str, Any] = {name: replace(text, kept=None)}
+            config = replace(config, **full)
     return config, tensors
 
 
@@ -140,8 +142,12 @@ def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
         report.notes.append(f"sampler: {kind} of diffusers, which departs from the mathematics in places")
     called = passed_to_call(found)
     if called:
-        report.notes.append(f"sampler: {kind} of diffusers takes {', '.join(called)} from the call, not from the folder")
+        report.notes.append(
+            f"sampler: {kind} of diffusers takes {', '.join(called)} from the call, not from the folder"
+        )
     if config.text_encoder is not None and config.text_encoder_2 is None:
+        if "steps_offset" in READERS[kind].fields:  # some have the field and never use it: diffusers warns all the same
+            found.setdefault("steps_offset", 1)
         for key, value in rewrite(found).items():
             if key in found:
                 report.notes.append(f"sampler: diffusers will set {key}={value} when it loads this folder")

@@ -30,7 +30,12 @@ CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
 def read_folder(
-    folder: Path, index: Mapping[str, Any], report: Report, *, override: Mapping[str, Any] | None = None
+    folder: Path,
+    index: Mapping[str, Any],
+    report: Report,
+    *,
+    override: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> Source:
     """A folder of family sd1, sd2 or ddpm as minidiff's config and tensors.
 
@@ -39,7 +44,9 @@ def read_folder(
     """
     override = dict(override or {})
     names = ["unet"] if report.family == "ddpm" else ["unet", "vae", "text_encoder"]
-    components = {n: read_component(_place(folder, n), _class(index, n), override.get(n)) for n in names}
+    components = {n: read_component(_place(folder, n), _class(index, n), override.get(n), variant) for n in names}
+    if variant is not None and all(c.variant != variant for c in components.values()):
+        raise CheckpointError(f"{folder}: no component has {variant} weights; leave --variant out")
     for name, found in components.items():
         report.mapped[name] = len(found.part.tensors)
         report.drop(found.part.dropped)

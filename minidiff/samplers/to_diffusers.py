@@ -26,7 +26,9 @@ def _limit(clip: float | None) -> Fields:
 
 
 def _threshold(fraction: float | None) -> Fields:
-    return {"thresholding": False} if fraction is None else {"thresholding": True, "dynamic_thresholding_ratio": fraction}
+    return (
+        {"thresholding": False} if fraction is None else {"thresholding": True, "dynamic_thresholding_ratio": fraction}
+    )
 
 
 def _sigma_spacing(kind: str) -> Fields:

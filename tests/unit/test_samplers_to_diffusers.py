@@ -117,7 +117,7 @@ def test_schedules_make_the_trip(schedule: ScheduleConfig) -> None:
 def test_a_class_that_cannot_say_it_is_named_with_what_is_lost() -> None:
     with pytest.raises(UnsupportedError, match="PNDMScheduler of diffusers has no place for zero_snr=True"):
         sampler_to_diffusers(PNDM(), ScheduleConfig(zero_snr=True, prediction="v_prediction"))
-    with pytest.raises(UnsupportedError, match="EulerDiscreteScheduler .*last_alpha_bar=0.5"):
+    with pytest.raises(UnsupportedError, match=r"EulerDiscreteScheduler .*last_alpha_bar=0.5"):
         sampler_to_diffusers(Euler(last_alpha_bar=0.5), ScheduleConfig())
     with pytest.raises(UnsupportedError, match="no scheduler class for the sampler object"):
         sampler_to_diffusers(object(), ScheduleConfig())
