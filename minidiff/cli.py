@@ -14,7 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.arguments import parser
+from minidiff.arguments import PARTS, parser
 from minidiff.console import guard, say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -64,7 +64,7 @@ def generate(args: Namespace) -> None:
     sampler = _sampler(args.sampler)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
-    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype))
+    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
     run = _prepare(pipe, args, sampler)
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.decode(run.last(progress=not args.quiet).x)
@@ -172,17 +172,29 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return dtypes.get(name or "auto")
 
 
+def _parts(args: Namespace) -> dict[str, Any]:
+    """The options that choose weights: a variant, and parts from elsewhere."""
+    swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    return {"variant": args.variant, "swap": swap}
+
+
 def _open_model(
-    path: str, device: torch.device | None, dtype: torch.dtype | None
+    path: str,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    *,
+    variant: str | None = None,
+    swap: dict[str, str] | None = None,
 ) -> tuple[StableDiffusion | Unconditional, bool]:
     """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted."""
     import minidiff
 
-    if _is_minidiff(path):
+    own = _is_minidiff(path)
+    if own and not swap and variant is None:
         return minidiff.load(path, device, dtype), False
     import weights_convert
 
-    return weights_convert.load(path, device=device, dtype=dtype), True
+    return weights_convert.load(path, device=device, dtype=dtype, variant=variant, swap=swap), not own
 
 
 def _is_minidiff(path: str) -> bool:
@@ -260,6 +272,7 @@ def convert(args: Namespace) -> None:
         ema=args.ema,
         config=args.config,
         sharded=args.sharded,
+        **_parts(args),
     )
     print(report)
 

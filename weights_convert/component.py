@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minidiff.checkpoint import MODELS
+from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, TensorFile
-from minidiff.models.clip import CLIPText
-from minidiff.models.unet import UNet
-from minidiff.models.vae import VAE
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
+from weights_convert import keys_taesd
 from weights_convert.ckpt import read_pickle
 from weights_convert.engine import Module, Part, expand, translate
 from weights_convert.overlay import overlay
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-AnyConfig = UNetConfig | VAEConfig | CLIPTextConfig
+AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
 
 
 @dataclass
@@ -62,7 +61,7 @@ def read_component(
     tensors = read_files(files)
     model = meta_model(config)
     drops = keys.CLIP_DROPS if isinstance(config, CLIPTextConfig) else ()
-    part = translate(expand(_key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
+    part = translate(expand(key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
     notes = [f"{options.where}: {key} is not an option of {kind}" for key in options.unknown()]
     if chosen != variant:
         there = "the plain weights" if chosen is None else f"the {chosen} weights, there are no others"
@@ -78,9 +77,9 @@ def class_name(found: Mapping[str, Any]) -> str:
 
 def meta_model(config: AnyConfig) -> nn.Module:
     """The model that ``config`` describes, on the meta device: shapes without memory."""
-    models: dict[type, Callable[[Any], nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: CLIPText}
+    make: Callable[[AnyConfig], nn.Module] = MODELS[type(config)]
     with torch.device("meta"):
-        return models[type(config)](config)
+        return make(config)
 
 
 def _config(kind: str, options: configs.Options) -> AnyConfig:
@@ -88,6 +87,7 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         "UNet2DConditionModel": configs.unet,
         "UNet2DModel": configs.unet,
         "AutoencoderKL": configs.vae,
+        "AutoencoderTiny": configs.taesd,
         "CLIPTextModel": configs.clip,
         "CLIPTextModelWithProjection": configs.clip,
     }
@@ -101,8 +101,10 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         raise CheckpointError(f"{options.where}: is no usable config ({e})") from None
 
 
-def _key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
+def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
     """The map for these tensors: which of its variants they are written in shows in their names and shapes."""
+    if isinstance(config, TAESDConfig):
+        return keys_taesd.taesd(config)
     if isinstance(config, UNetConfig):
         return keys.unet(config, old_names="mid_block.attentions.0.query.weight" in tensors)
     if isinstance(config, VAEConfig):
@@ -122,7 +124,9 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
         found = _files_of(folder, wanted)
         if found:
             return found, wanted
-    there = sorted({v for v in map(_variant, folder.iterdir()) if v and _files_of(folder, v)}) if folder.is_dir() else []
+    there = (
+        sorted({v for v in map(_variant, folder.iterdir()) if v and _files_of(folder, v)}) if folder.is_dir() else []
+    )
     if len(there) == 1:
         return _files_of(folder, there[0]), there[0]
     if there:
@@ -146,7 +150,9 @@ def _files_of(folder: Path, variant: str | None) -> list[Path]:
 def _variant(file: Path) -> str | None:
     """The variant that a file of weights, or an index of shards, is of by its name."""
     names = "|".join(NAMES)
-    found = re.fullmatch(rf"(?:{names})(?:\.(\w+)\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index\.(\w+)\.json)", file.name)
+    found = re.fullmatch(
+        rf"(?:{names})(?:\.(\w+)\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index\.(\w+)\.json)", file.name
+    )
     return found and (found[1] or found[2])
 
 

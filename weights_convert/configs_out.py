@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minidiff.config import Attention, CLIPTextConfig, UNetConfig, VAEConfig
+from minidiff.config import Attention, CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import MinidiffError, UnsupportedError
 from weights_convert import configs_diffusers as readers
 from weights_convert.component import AnyConfig
@@ -25,11 +25,12 @@ def config_json(config: AnyConfig) -> dict[str, Any]:
     """
     if isinstance(config, UNetConfig):
         found, read = (_text_unet if config.context_dim is not None else _plain_unet)(config), readers.unet
-    elif isinstance(config, VAEConfig):
+        return _checked(config, found, read)
+    if isinstance(config, VAEConfig):
         return _checked(config, _vae(config), readers.vae)
-    else:
-        return _checked(config, _clip(config), readers.clip)
-    return _checked(config, found, read)
+    if isinstance(config, TAESDConfig):
+        return _checked(config, _taesd(config), readers.taesd)
+    return _checked(config, _clip(config), readers.clip)
 
 
 def class_of(found: dict[str, Any]) -> str:
@@ -128,6 +129,22 @@ def _vae(c: VAEConfig) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "use_post_quant_conv": c.quant_convs,
         "use_quant_conv": c.quant_convs,
+    }
+
+
+def _taesd(c: TAESDConfig) -> dict[str, Any]:
+    widths = [c.width] * len(c.blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "in_channels": c.image_channels,
+        "latent_channels": c.latent_channels,
+        "num_decoder_blocks": list(c.blocks[::-1]),
+        "num_encoder_blocks": list(c.blocks),
+        "out_channels": c.image_channels,
+        "scaling_factor": c.scaling_factor,
     }
 
 

@@ -23,6 +23,8 @@ from weights_convert.folder import read_folder
 from weights_convert.overlay import Override, merge, overlay, read_override
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
+from weights_convert.swap import Swaps
+from weights_convert.swap import swap as swap_parts
 
 AnyPath = str | os.PathLike[str]
 LAYOUTS = ("minidiff", "diffusers", "original")
@@ -30,14 +32,21 @@ FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def open_source(
-    src: AnyPath, *, ema: bool = False, config: Override = None, variant: str | None = None
+    src: AnyPath,
+    *,
+    ema: bool = False,
+    config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
 ) -> Source:
     """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
 
     ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
     shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
-    weights of a folder, where it has several. Raises :class:`CheckpointError` and
-    :class:`UnsupportedError` for what is wrong with ``src``, :class:`ConfigError` for what is wrong with ``config``.
+    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}.
+
+    Raises :class:`CheckpointError` and :class:`UnsupportedError` for what is wrong with ``src`` or a part,
+    :class:`ConfigError` for what is wrong with ``config``.
     """
     path, override = Path(src), read_override(config)
     found = detect(path)
@@ -62,6 +71,7 @@ def open_source(
         report.family = saved.config.family
         source = Source(overlay(saved.config, override), saved.file.lazy, report)
         report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
+    source = swap_parts(source, swap or {})
     vae, unet = source.config.vae, source.config.unet
     if vae is not None and unet.out_channels != vae.latent_channels:
         clash = f"UNet makes {unet.out_channels} channels, the VAE reads {vae.latent_channels}"
@@ -94,6 +104,8 @@ def convert(
     *,
     ema: bool = False,
     config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
     sharded: int | str | None = None,
 ) -> Report:
     """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
@@ -101,7 +113,7 @@ def convert(
     ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
     ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
     floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
-    whole or not at all. ``ema`` and ``config``: :func:`open_source`.
+    whole or not at all. ``ema``, ``config``, ``variant`` and ``swap``: :func:`open_source`.
 
     Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
     folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
@@ -113,7 +125,7 @@ def convert(
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
-    source = open_source(src, ema=ema, config=config)
+    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
@@ -133,12 +145,14 @@ def load(
     *,
     ema: bool = False,
     config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
 ) -> StableDiffusion | Unconditional:
     """Any supported layout as a pipeline, converted in memory; ``device`` and ``dtype`` as for ``minidiff.load``.
 
     Raises what :func:`open_source` raises.
     """
-    source = open_source(src, ema=ema, config=config)
+    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
     return assemble(source.config, source.tensors, device, dtype, os.fspath(src))
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minidiff.checkpoint import build
-from minidiff.config import CLIPTextConfig, ModelConfig, UNetConfig, VAEConfig
+from minidiff.config import CLIPTextConfig, ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, atomic, atomic_folder, write_tensors
 from minidiff.models.clip import rows
@@ -24,9 +24,9 @@ from minidiff.samplers import sampler_from_config
 from minidiff.samplers.readers import READERS
 from minidiff.samplers.to_diffusers import passed_to_call, sampler_to_diffusers
 from weights_convert import keys_diffusers as keys
-from weights_convert.component import AnyConfig, meta_model
+from weights_convert.component import AnyConfig, key_map, meta_model
 from weights_convert.configs_out import class_of, config_json
-from weights_convert.engine import expand, restore
+from weights_convert.engine import Module, expand, restore
 from weights_convert.folder import rewrite
 from weights_convert.report import Report
 from weights_convert.tokenizer_out import tokenizer_files
@@ -59,7 +59,7 @@ def write_folder(
             (folder / name).mkdir()
             _write_json(folder / name / "config.json", jsons[name])
             own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            theirs = restore(expand(_key_map(part), meta_model(part)), own)
+            theirs = restore(expand(_layout(part), meta_model(part)), own)
             base = "model" if isinstance(part, CLIPTextConfig) else "diffusion_pytorch_model"
             write_weights(folder / name, base, theirs, sharded)
         for name in ("tokenizer", "tokenizer_2"):
@@ -127,10 +127,9 @@ def _full_table(table: Lazy, text: CLIPTextConfig) -> Lazy:
     return Lazy((text.vocab, text.width), table.dtype, lambda: table.load()[row_of])
 
 
-def _key_map(config: AnyConfig) -> Any:
-    if isinstance(config, UNetConfig):
-        return keys.unet(config)
-    return keys.vae(config) if isinstance(config, VAEConfig) else keys.clip(config)
+def _layout(config: AnyConfig) -> Iterator[Module]:
+    """The key map of a component as it is written today; "text_model." stays, older readers need it."""
+    return keys.clip(config) if isinstance(config, CLIPTextConfig) else key_map(config, {})
 
 
 def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
@@ -141,6 +140,8 @@ def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
     if not sampler.like_diffusers:
         report.notes.append(f"sampler: {kind} of diffusers, which departs from the mathematics in places")
     called = passed_to_call(found)
+    if getattr(sampler, "eta", 0) and "eta" not in called:  # its pipelines pass 0 unless told otherwise
+        called.append("eta")
     if called:
         report.notes.append(
             f"sampler: {kind} of diffusers takes {', '.join(called)} from the call, not from the folder"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from minidiff.checkpoint import CONFIG_KEY, build
-from minidiff.config import ModelConfig, to_json
+from minidiff.config import ModelConfig, TAESDConfig, to_json
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, write_tensors
 from weights_convert import keys_original as keys
@@ -46,6 +46,8 @@ def _modules(config: ModelConfig) -> Iterable[tuple[str, Module]]:
     unet, vae, text = config.unet, config.vae, config.text_encoder
     if config.text_encoder_2 is not None:
         raise UnsupportedError(f"{config.family}: two text encoders can't be written as a single file yet")
+    if isinstance(vae, TAESDConfig):
+        raise UnsupportedError(f"{config.family}: a tiny autoencoder has no place in an original file")
     if vae is None or text is None:
         raise UnsupportedError(f"{config.family}: an original file holds a UNet, a VAE and a text encoder")
     if text.activation != "quick_gelu":

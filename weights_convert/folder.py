@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minidiff.config import CLIPTextConfig, ModelConfig, ScheduleConfig, TokenizerConfig, UNetConfig, VAEConfig
+from minidiff.config import (
+    CLIPTextConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TAESDConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.models.tokenizer_files import tokenizer_config
@@ -57,7 +65,7 @@ def read_folder(
     schedule, sampler = _scheduler(folder, str(index.get("_class_name", "")), report, "sampler" in override)
     unet, vae, text = (components[n].config if n in components else None for n in ("unet", "vae", "text_encoder"))
     assert isinstance(unet, UNetConfig)
-    assert vae is None or isinstance(vae, VAEConfig)
+    assert vae is None or isinstance(vae, (VAEConfig, TAESDConfig))
     assert text is None or isinstance(text, CLIPTextConfig)
     tokenizer = _tokenizer(folder) if text else None
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from minidiff.checkpoint import build
-from minidiff.config import ModelConfig, from_json
+from minidiff.config import ModelConfig, VAEConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
@@ -46,7 +46,7 @@ def read_original(
     where = report.source
     prefix = "text_model." if f"{keys.CLIP}.text_model.final_layer_norm.weight" in tensors else ""
     config = _config(tensors, where, prefix, override or {})
-    if config.vae is None or config.text_encoder is None:
+    if not isinstance(config.vae, VAEConfig) or config.text_encoder is None:
         raise ConfigError("config: a text-to-image model needs vae and text_encoder, and one of them is null")
     _check_schedule(tensors, config, where)
     modules = {

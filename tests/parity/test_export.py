@@ -1,4 +1,4 @@
-"""What minidiff writes, read by those it was written for: diffusers loads it without a word, and makes the same latents."""
+"""What minidiff writes, in the hands of the reference: diffusers loads it without a word and makes the same latents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.tolerances import assert_close
 from weights_convert.component import meta_model, read_component
 from weights_convert.configs_out import class_of, config_json
 from weights_convert.engine import expand, restore
-from weights_convert.export_folder import _key_map, _write_json, write_weights
+from weights_convert.export_folder import _layout, _write_json, write_weights
 
 CLASSES: dict[str, Any] = {
     kind.__name__: kind
@@ -38,7 +38,9 @@ CLASSES: dict[str, Any] = {
 }
 PROMPT, NEGATIVE = "a red fox, sitting on a chair!", "blurry, text"
 # Methods that diffusers' text pipelines can drive: the others invert, or bring noise levels of their own.
-DRIVEN = [n for n, k in SAMPLERS.items() if not k.own_levels and "inverse" not in n and n not in ("sa_solver", "dpmpp_sde")]
+DRIVEN = [
+    n for n, k in SAMPLERS.items() if not k.own_levels and "inverse" not in n and n not in ("sa_solver", "dpmpp_sde")
+]
 STEPS = 2  # enough for a history
 
 
@@ -129,7 +131,8 @@ def test_every_sampler_in_an_exported_folder(sd1: Path, tmp_path: Path, name: st
     kind: Any = SAMPLERS[name]
     option: dict[str, Any] = {"name": name, "like_diffusers": True}
     fields = kind.__dataclass_fields__
-    option |= {"steps_offset": 1} if "steps_offset" in fields else {}
+    option |= {"steps_offset": 1} if "steps_offset" in fields and name != "dpmpp_2s" else {}
+    option |= {"eta": 0.0} if name == "tcd" else {}  # what the pipeline passes
     weights_convert.convert(sd1, tmp_path / "out", to="diffusers", config={"sampler": option})
     pipe = opened(tmp_path / "out")
     sd = load(sd1, device="cpu")
@@ -144,8 +147,6 @@ def test_float16_is_float16_over_there(sd1: Path, tmp_path: Path) -> None:
     weights_convert.convert(sd1, tmp_path / "out", to="diffusers", dtype="float16")
     pipe = opened(tmp_path / "out", torch_dtype=torch.float16)
     assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder) for p in m.parameters()} == {torch.float16}
-    full = opened(tmp_path / "out")
-    assert {p.dtype for m in (full.unet, full.vae, full.text_encoder) for p in m.parameters()} == {torch.float32}
 
 
 def test_the_tokenizer_is_the_same_over_there(model: Path, tmp_path: Path) -> None:
@@ -227,9 +228,10 @@ def test_ldm_to_ldm_by_way_of_diffusers(tmp_path: Path) -> None:
     assert len(back) == len(tensors) - 3
     for key, tensor in back.items():
         assert_close(tensor, tensors[key], where=key)
-    assert weights_convert.open_source(tmp_path / "5.safetensors").config == weights_convert.open_source(
-        tmp_path / "2.safetensors"
-    ).config
+    assert (
+        weights_convert.open_source(tmp_path / "5.safetensors").config
+        == weights_convert.open_source(tmp_path / "2.safetensors").config
+    )
 
 
 # ---- components of every family
@@ -254,7 +256,7 @@ def test_components_make_the_trip(tmp_path: Path, name: str) -> None:
     found = config_json(model.config)
     assert class_of(found) == type(reference).__name__
     _write_json(tmp_path / "config.json", found)
-    pairs = expand(_key_map(model.config), meta_model(model.config))
+    pairs = expand(_layout(model.config), meta_model(model.config))
     tensors = restore(pairs, {k: lazy(t) for k, t in model.state_dict().items()})
     write_weights(tmp_path, "model" if name.startswith("clip") else "diffusion_pytorch_model", tensors)
     with silence():

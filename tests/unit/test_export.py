@@ -224,6 +224,8 @@ def test_notes_tell_what_diffusers_will_do_otherwise(tmp_path: Path) -> None:
     assert "takes eta from the call" in notes
     assert "will set steps_offset=1" in notes
     assert "departs from the mathematics" in notes
+    path = save(replace(SD, sampler={"name": "tcd"}), tmp_path / "b.safetensors")
+    assert "takes eta from the call" in str(weights_convert.convert(path, tmp_path / "tcd", to="diffusers"))
 
 
 def test_another_sampler_replaces_the_checkpoints_own(model: Path, tmp_path: Path) -> None:
@@ -232,7 +234,9 @@ def test_another_sampler_replaces_the_checkpoints_own(model: Path, tmp_path: Pat
         assert src is not None
         sampler = {"name": "euler", "sigma_spacing": "karras"}
         assert weights_convert.open_source(src, config={"sampler": sampler}).config.sampler == sampler
-        assert weights_convert.open_source(src, config={"sampler": {"steps_offset": 0}}).config.sampler["name"] == "pndm"
+        assert (
+            weights_convert.open_source(src, config={"sampler": {"steps_offset": 0}}).config.sampler["name"] == "pndm"
+        )
 
 
 # ---- shards
