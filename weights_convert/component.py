@@ -150,9 +150,8 @@ def _files_of(folder: Path, variant: str | None) -> list[Path]:
 def _variant(file: Path) -> str | None:
     """The variant that a file of weights, or an index of shards, is of by its name."""
     names = "|".join(NAMES)
-    found = re.fullmatch(
-        rf"(?:{names})(?:\.(\w+)\.(?:safetensors|bin)|\.(?:safetensors|bin)\.index\.(\w+)\.json)", file.name
-    )
+    kind = r"\.(?:safetensors|bin)"
+    found = re.fullmatch(rf"(?:{names})(?:\.(\w+))?{kind}(?:\.index(?:\.(\w+))?\.json)?", file.name)
     return found and (found[1] or found[2])
 
 

@@ -78,15 +78,16 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
     tensors, metadata = _tensors(path)
     if checkpoint.is_minidiff(metadata):
         return _from_minidiff(path, part)
-    for layout, modules, prefix in layouts(mine, tensors):
-        pairs = expand(modules, meta_model(mine))
-        if pairs[0].theirs in tensors:
-            others = (Drop("other parts", rf"(?!{re.escape(prefix)}).*", "only one part of that file is wanted"),)
-            drops = (*originals.DROPS, *(others if prefix else ()))
-            try:
-                return mine, translate(pairs, tensors, meta_model(mine), where=str(path), drops=drops), layout
-            except CheckpointError as e:
-                raise CheckpointError(f"{e}; it has to fit the {part} that it replaces") from None
+    model = meta_model(mine)
+    known = [(expand(modules, model), prefix, layout) for layout, modules, prefix in layouts(mine, tensors)]
+    pairs, prefix, layout = max(known, key=lambda k: sum(p.theirs in tensors for p in k[0]))
+    if any(p.theirs in tensors for p in pairs):
+        others = (Drop("other parts", rf"(?!{re.escape(prefix)}).*", "only one part of that file is wanted"),)
+        drops = (*originals.DROPS, *(others if prefix else ()))
+        try:
+            return mine, translate(pairs, tensors, model, where=str(path), drops=drops), layout
+        except CheckpointError as e:
+            raise CheckpointError(f"{e}; it has to fit the {part} that it replaces") from None
     shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
     raise CheckpointError(f"{path}: holds no {part} that is known; its {len(tensors)} keys begin with {shown}")
 
