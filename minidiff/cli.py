@@ -260,7 +260,7 @@ def convert(args: Namespace) -> None:
     src, dst = Path(args.src), Path(args.dst)
     if not src.exists():
         raise CheckpointError(f"{src}: no such file or folder")
-    if os.path.lexists(dst) and not args.force and not (dst.is_dir() and not any(dst.iterdir())):
+    if os.path.lexists(dst) and not args.force and not dst.is_dir():  # a folder is never replaced: the writer says so
         raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
     import weights_convert
 

@@ -96,7 +96,7 @@ def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded:
 
 
 def shard_size(given: int | str) -> int:
-    """ "5GB", "500 MB", "2GiB" or a number of bytes, as bytes. Raises :class:`ConfigError` for anything else."""
+    """A size in bytes, from "5GB", "500 MB", "2GiB" or a number of bytes. Raises :class:`ConfigError` for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(given).lower())
     if isinstance(given, bool) or found is None or found[2] not in UNITS:
         raise ConfigError(f"sharded={given!r} should be a size, such as 5GB or 500MB")
@@ -183,6 +183,10 @@ def _pipeline(config: ModelConfig, scheduler: str) -> tuple[str, dict[str, Any]]
     if config.text_layer != ("penultimate" if two else "last"):
         raise UnsupportedError(f"{config.family}: text_layer={config.text_layer!r} has no place in a diffusers folder")
     inpainting = unet.in_channels == 2 * vae.latent_channels + 1
+    if not inpainting and unet.in_channels != vae.latent_channels:
+        raise UnsupportedError(f"{config.family}: diffusers has no text pipeline for in_channels={unet.in_channels}")
+    if not two and unet.guidance_dim is not None and scheduler == "LCMScheduler":
+        return "LatentConsistencyModelPipeline", NO_FILTER
     if not two:
         return f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline", NO_FILTER
     if config.text_encoder is None:
