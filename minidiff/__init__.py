@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
     from minidiff.picture import read_recipe, save_png
     from minidiff.pipeline import StableDiffusion, Unconditional, load
+    from minidiff.prompts import Sizes
     from minidiff.schedule import NoiseSchedule
 
 HOMES = {
@@ -28,6 +29,7 @@ HOMES = {
     "errors": ("CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
     "picture": ("read_recipe", "save_png"),
     "pipeline": ("StableDiffusion", "Unconditional", "load"),
+    "prompts": ("Sizes",),
     "schedule": ("NoiseSchedule",),
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "NoiseSchedule",
     "Prediction",
     "Run",
+    "Sizes",
     "StableDiffusion",
     "Step",
     "Unconditional",

@@ -82,7 +82,8 @@ class UNetConfig:
     ``levels`` run from the finest to the coarsest resolution; the way up mirrors the way down. What sets the
     families apart, beside widths: ``attention`` of the levels, ``linear_proj`` (the projections around a transformer
     are linear layers instead of 1x1 convolutions), ``added_dim`` (SDXL: width of the vector of pooled text and six
-    sinusoids of ``added_sinusoid``), the sinusoid (``sin_first``, ``freq_shift``) and ``asymmetric_down``.
+    sinusoids of ``added_sinusoid``, five in its refiner), the sinusoid (``sin_first``, ``freq_shift``) and
+    ``asymmetric_down``.
     """
 
     levels: tuple[Level, ...]
@@ -98,6 +99,7 @@ class UNetConfig:
     sin_first: bool = False  # SD puts the cosines first, DDPM the sines
     freq_shift: int = 0  # the exponent of the sinusoid runs over half - freq_shift
     asymmetric_down: bool = False  # pad right and bottom only, as DDPM's TensorFlow code did
+    upcast_attention: bool = False  # its attention scores overflow in float16 (SD2.1): computed in float32 there
     groups: int = 32
     eps: float = 1e-5
     sample_size: int = 64  # side of the latents (or pixels) that it was trained on
@@ -115,10 +117,10 @@ class UNetConfig:
         first, coarsest = self.levels[0].channels, self.levels[-1].channels
         check(first % 2 == 0, f"the first level's channels={first} must be even: half sines, half cosines")
         within(0, first // 2 - 1, freq_shift=self.freq_shift)
-        if self.added_dim is not None:  # six sinusoids, and the pooled text takes what they leave
-            fits = 0 < 6 * self.added_sinusoid < self.added_dim and self.added_sinusoid % 2 == 0
+        if self.added_dim is not None:  # five or six sinusoids, and the pooled text takes what they leave
+            fits = 0 < 5 * self.added_sinusoid < self.added_dim and self.added_sinusoid % 2 == 0
             check(
-                fits, f"added_dim={self.added_dim} has no room for six sinusoids of {self.added_sinusoid} and the text"
+                fits, f"added_dim={self.added_dim} has no room for five sinusoids of {self.added_sinusoid} and the text"
             )
         check(
             self.mid.channels == coarsest, f"mid.channels={self.mid.channels} differs from the last level's {coarsest}"
@@ -187,6 +189,7 @@ class VAEConfig:
     quant_convs: bool = True  # the 1x1 convolutions on either side of the latents
     scaling_factor: float = 0.18215
     sample_size: int = 512
+    upcast: bool = False  # its activations overflow in float16 (SDXL): it stays in float32 then
 
     def __post_init__(self) -> None:
         check(0 < len(self.channels) <= MOST_LEVELS, f"{len(self.channels)} levels: a VAE has 1 to {MOST_LEVELS}")
@@ -205,7 +208,7 @@ class VAEConfig:
 
 
 VAE_SD = VAEConfig()
-VAE_SDXL = replace(VAE_SD, scaling_factor=0.13025, sample_size=1024)
+VAE_SDXL = replace(VAE_SD, scaling_factor=0.13025, sample_size=1024, upcast=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +316,8 @@ class ModelConfig:
     """A whole checkpoint: its parts (None where the family has none) and how it wants to be sampled.
 
     ``sampler`` is the name of a sampler with its options, as ``samplers.sampler_from_config`` reads it.
-    ``text_layer`` says which layer of the text encoder the UNet reads.
+    ``text_layer`` says which layer of the text encoders the UNet reads, ``zero_empty`` that it was trained to see
+    zeros where there is no prompt (SDXL base), not the encoded empty text.
     """
 
     family: str
@@ -326,6 +330,7 @@ class ModelConfig:
     text_encoder_2: CLIPTextConfig | None = None
     tokenizer_2: TokenizerConfig | None = None
     text_layer: Literal["last", "penultimate"] = "last"
+    zero_empty: bool = False
 
     def __post_init__(self) -> None:
         pairs = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
@@ -345,6 +350,20 @@ class ModelConfig:
         width = sum(encoder.width for encoder, _ in pairs if encoder is not None)
         fits = width in (0, self.unet.context_dim)
         check(fits, f"context_dim={self.unet.context_dim} of the UNet differs from the text encoder's width={width}")
+        if self.unet.added_dim is not None and self.text_encoder_2 is not None:
+            pooled = self.text_encoder_2.projection or self.text_encoder_2.width
+            rest = self.unet.added_dim - pooled
+            fits = rest in (5 * self.unet.added_sinusoid, 6 * self.unet.added_sinusoid)
+            told = f"five or six sinusoids of {self.unet.added_sinusoid}"
+            check(fits, f"added_dim={self.unet.added_dim} of the UNet is not {told} and a pooled text of {pooled}")
+
+    @property
+    def reads_score(self) -> bool:
+        """Whether the UNet is told five numbers, the last of them a score, instead of six sizes: SDXL's refiner."""
+        c, text = self.unet, self.text_encoder_2
+        if c.added_dim is None or text is None:
+            return False
+        return c.added_dim - (text.projection or text.width) == 5 * c.added_sinusoid
 
 
 def to_json(config: Any) -> str:

@@ -51,17 +51,64 @@ class Step:
             return self._x0()
 
 
+def choose_rows(
+    plan: Any,
+    steps: int,
+    sampler: Any,
+    train_steps: int,
+    *,
+    strength: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> range:
+    """The rows of ``plan``, made for ``steps``, that a run takes: all of them by default.
+
+    ``strength`` in 0..1: the last int(steps * strength) steps, for a run that begins with a noisy picture. ``start``
+    and ``end``, fractions of the way from noise to picture: what one model leaves to another, told by the timesteps, so
+    that two models with different plans meet at the same noise. Raises :class:`ConfigError` if no row is left.
+    """
+    n = len(plan.timesteps)
+    first, stop = 0, n
+    order = getattr(sampler, "order", 1)  # a method of two calls a step is entered at a whole step only
+    if start is not None:
+        left = int((plan.timesteps < cutoff(start, train_steps)).sum())
+        first = n - left - (1 if order == 2 and left % 2 == 0 else 0)
+    elif strength is not None:
+        taken = min(int(steps * strength), steps)
+        first = (steps - taken) * order if taken else n
+    if end is not None:
+        stop = first + int((plan.timesteps[first:] >= cutoff(end, train_steps)).sum())
+    if first >= stop:
+        given = {"strength": strength if start is None else None, "denoising_start": start, "denoising_end": end}
+        shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+        raise ConfigError(f"{shown} of steps={steps} leaves no step to do; take more steps or another part of them")
+    return range(first, stop)
+
+
+def cutoff(fraction: float, train_steps: int) -> int:
+    """The timestep at ``fraction`` of the way from pure noise (0) to the picture (1)."""
+    return round(train_steps - fraction * train_steps)
+
+
 @torch.no_grad()
 def denoise(
-    predict: Predict, sampler: Sampler[Any, Any], plan: Any, x: Tensor, *, first: int = 0, draw: Draw
+    predict: Predict,
+    sampler: Sampler[Any, Any],
+    plan: Any,
+    x: Tensor,
+    *,
+    first: int = 0,
+    stop: int | None = None,
+    draw: Draw,
 ) -> Generator[Step, None, None]:
-    """Run ``plan`` from row ``first`` on ``x`` (B, C, H, W), noise at that row's level; yields each :class:`Step`.
+    """Run ``plan`` from row ``first`` up to ``stop`` on ``x`` (B, C, H, W), noise at the first row's level; yields each
+    :class:`Step`.
 
     Gradients are off inside and as the caller has them between two steps.
     """
     plan = plan.to(x.device)  # once: a host timestep would be copied, and waited for, at every step
     state = sampler.start()
-    for i in range(first, len(plan.timesteps)):
+    for i in range(first, len(plan.timesteps) if stop is None else stop):
         before, before_state = x, state
         prediction = predict(sampler.scale_input(plan, i, x), plan.timesteps[i])
         x, state = sampler.step(plan, i, x, prediction.out, state, draw)
@@ -79,18 +126,28 @@ def denoise(
 class Run(Iterator[Step]):
     """A denoising that is ready to go: iterate over its steps, or let it run to the end.
 
-    ``plan`` is what it will do (print it); ``recipes`` say, image by image, how to get the same again.
+    ``plan`` is what it will do (print it), or the ``rows`` of it if not all; ``recipes`` say, image by image, how to
+    get the same again. ``again`` makes the same denoising anew, noise and all.
     """
 
-    def __init__(self, trail: Generator[Step, None, None], plan: Any, recipes: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        trail: Generator[Step, None, None],
+        plan: Any,
+        recipes: list[dict[str, Any]],
+        rows: range | None = None,
+        again: Callable[[], Iterator[Step]] | None = None,
+    ) -> None:
         self.trail = trail
         self.plan = plan
         self.recipes = recipes
+        self.rows = range(len(plan.timesteps)) if rows is None else rows
+        self.again = again
         self._latest: Step | None = None
 
     def __len__(self) -> int:
         """Model calls, in all."""
-        return len(self.plan.timesteps)
+        return len(self.rows)
 
     def __next__(self) -> Step:
         self._latest = next(self.trail)

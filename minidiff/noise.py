@@ -8,7 +8,8 @@ the whole batch in one draw, or a list with one for each image, on the generator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import index
 
 import torch
@@ -18,33 +19,52 @@ from minidiff.config import check
 from minidiff.errors import ConfigError
 
 Generators = torch.Generator | Sequence[torch.Generator]
-Randn = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 
-def source(count: int, seed: int | Sequence[int] | None, generator: Generators | None) -> Randn:
-    """A function (shape, dtype, device) -> noise for a batch of ``count``; the first entry of shape is ``count``.
+@dataclass(frozen=True)
+class Source:
+    """Called with (shape, dtype, device) it gives standard normal noise, for a whole batch at once.
+
+    ``shared``: one stream draws all images together; otherwise stream k draws image k, and the first entry of shape is
+    their number. ``keep``: it is drawn in the dtype that is asked for, not in float32 and converted.
+    """
+
+    streams: tuple[torch.Generator, ...]
+    shared: bool
+    keep: bool
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        own = dtype if self.keep else torch.float32
+        row = shape if self.shared else (1, *shape[1:])
+        rows = [torch.randn(row, generator=g, dtype=own, device=g.device) for g in self.streams]
+        return torch.cat(rows).to(device=device, dtype=dtype)
+
+    def mark(self) -> list[Tensor]:
+        """Where its streams are, for :meth:`rewind`."""
+        return [g.get_state() for g in self.streams]
+
+    def rewind(self, mark: Sequence[Tensor]) -> None:
+        """Back to where the streams were: the same noise once more."""
+        for g, state in zip(self.streams, mark, strict=True):
+            g.set_state(state)
+
+
+def source(count: int, seed: int | Sequence[int] | None, generator: Generators | None) -> Source:
+    """The noise for a batch of ``count``.
 
     Raises :class:`ConfigError` if seed and generator are both given, a list of them has another length than ``count``,
     or is no list of such. Without either, torch's global generator is drawn from once for a seed.
     """
     check(seed is None or generator is None, "seed and generator are both given; a run has one source of noise")
     if isinstance(generator, torch.Generator):
-        return lambda shape, dtype, device: _draw(shape, generator, dtype).to(device)
+        return Source((generator,), shared=True, keep=True)
     if generator is not None:
-        streams, keep = list(generator) if isinstance(generator, Sequence) else [generator], True
+        streams = list(generator) if isinstance(generator, Sequence) else [generator]
         known = all(isinstance(g, torch.Generator) for g in streams)
         check(known, f"generator={generator!r} is no torch.Generator, and no list of them")
         check(len(streams) == count, f"{len(streams)} generators for {count} images; give one, or one for each")
-    else:
-        seeds = seeds_of(count, seed)
-        streams, keep = [torch.Generator().manual_seed(s) for s in seeds], False
-
-    def draw(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        own = dtype if keep else torch.float32
-        rows = [_draw((1, *shape[1:]), stream, own) for stream in streams]
-        return torch.cat(rows).to(device=device, dtype=dtype)
-
-    return draw
+        return Source(tuple(streams), shared=False, keep=True)
+    return Source(tuple(torch.Generator().manual_seed(s) for s in seeds_of(count, seed)), shared=False, keep=False)
 
 
 def seeds_of(count: int, seed: int | Sequence[int] | None) -> list[int]:
@@ -62,7 +82,3 @@ def seeds_of(count: int, seed: int | Sequence[int] | None) -> list[int]:
     for s in seeds:
         check(-(2**63) <= s < 2**64, f"seed={s} does not fit into 64 bits")
     return seeds
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)

@@ -10,27 +10,35 @@ from __future__ import annotations
 import math
 import numbers
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from minidiff import checkpoint, noise
+from minidiff import checkpoint, noise, prompts
+from minidiff.conditions import Conditions, predictor
 from minidiff.config import ModelConfig, check
-from minidiff.denoise import Predict, Prediction, Run, denoise
+from minidiff.denoise import Predict, Prediction, Run, Step, choose_rows, denoise
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, lazy
-from minidiff.guidance import guide
-from minidiff.models.clip import CLIPText, TextOutput
+from minidiff.images import Pictures, read
+from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.picture import label, to_pil, to_unit
+from minidiff.precision import apply_policy, check_finite
+from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
 from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.base import Sampler
 from minidiff.schedule import NoiseSchedule
+from minidiff.start import Beginning, Start
 from minidiff.version import VERSION
+
+if TYPE_CHECKING:
+    from minidiff.images import Picture
 
 Output = Literal["pil", "tensor", "latent"]
 Seed = int | Sequence[int] | None
@@ -47,6 +55,7 @@ class Pipeline:
         self.hash = hash
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
+        apply_policy(config, parts)
 
     @property
     def device(self) -> torch.device:
@@ -59,9 +68,10 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move and convert every part, in place."""
+        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``)."""
         for part in self.parts.values():
             part.to(device=device, dtype=dtype)
+        apply_policy(self.config, self.parts)
         return self
 
     def save(self, path: str | os.PathLike[str]) -> str:
@@ -81,32 +91,56 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """The finished sample of a run -> pixels (B, 3, H, W) in [0, 1]. Without a VAE they are the same thing."""
-        return to_unit(latents)
+        return to_unit(self._raw_pixels(latents))
+
+    def finish(self, run: Run, progress: bool = True) -> Tensor:
+        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1].
+
+        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value.
+        """
+        raw = self._raw_pixels(latents := self._last(run, progress))
+        check_finite(raw, self.parts, lambda: self._raw_pixels(latents))
+        return to_unit(raw)
+
+    def _raw_pixels(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def _last(self, run: Run, progress: bool) -> Tensor:
+        """The finished sample of a run, which is finite."""
+        x = run.last(progress).x
+        check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
+        return x
 
     def _run(
         self,
         predict: Predict,
-        sampler: Sampler[Any, Any],
-        plan: Any,
-        steps: int,
-        shape: tuple[int, ...],
-        latents: Tensor | None,
-        seed: Seed,
-        generator: noise.Generators | None,
+        begin: Beginning,
+        start: Start,
         labels: Sequence[dict[str, Any]],
+        seeds: Sequence[int | None],
+        steps: int,
     ) -> Run:
-        """A run from ``latents``, or from noise of ``shape`` that is drawn here; ``labels``: what to note, by image."""
-        check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
-        seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
-        randn = noise.source(shape[0], seeds, generator)
-        x = randn(shape, self.dtype, self.device) if latents is None else latents.to(self.device, self.dtype)
-        check(tuple(x.shape) == shape, f"latents of shape {tuple(x.shape)} do not fit; {shape} is wanted")
-        # Euler counts noise in units of the picture (x = x0 + sigma * noise) and so starts from sigma_max * noise,
-        # 14.6146 for SD; DDIM and PNDM keep the variance at 1 (x = a * x0 + s * noise) and start from plain noise.
-        x = x * plan.init_noise_sigma
-        trail = denoise(predict, sampler, plan, x, draw=lambda like: randn(tuple(like.shape), like.dtype, like.device))
+        """The run from ``start``; ``labels`` and ``seeds``: what to note, by image."""
+        rows, draw = begin.rows, begin.draw
+        mark = draw.mark()
+
+        def trail() -> Generator[Step, None, None]:
+            return denoise(
+                predict,
+                start.sampler,
+                begin.plan,
+                start.x,
+                first=rows.start,
+                stop=rows.stop,
+                draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
+            )
+
+        def again() -> Generator[Step, None, None]:
+            draw.rewind(mark)
+            return trail()
+
         common = {
-            "sampler": _note(sampler),
+            "sampler": _note(begin.sampler),
             "steps": int(steps),
             "model": self.config.family,
             "model_hash": self.hash,
@@ -115,16 +149,38 @@ class Pipeline:
             "minidiff": VERSION,
             "torch": str(torch.__version__),
         }
-        # A seed says all about the noise only where nothing came from outside.
-        known = seeds if isinstance(seeds, list) and latents is None else [None] * shape[0]
-        return Run(trail, plan, [{**own, "seed": s, **common} for own, s in zip(labels, known, strict=True)])
+        recipes = [{**own, "seed": s, **common} for own, s in zip(labels, seeds, strict=True)]
+        return Run(trail(), begin.plan, recipes, rows, again)
+
+    def _begin(
+        self,
+        sampler: Sampler[Any, Any],
+        plan: Any,
+        rows: range,
+        shape: tuple[int, ...],
+        latents: Tensor | None,
+        seed: Seed,
+        generator: noise.Generators | None,
+    ) -> tuple[Beginning, list[int | None]]:
+        """Where the noise of a run comes from, and the seed of each image as far as it says all about it."""
+        check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
+        seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
+        draw = noise.source(shape[0], seeds, generator)
+        if latents is not None:
+            latents = latents.to(self.device, self.dtype)
+            check(
+                tuple(latents.shape) == shape, f"latents of shape {tuple(latents.shape)} do not fit; {shape} is wanted"
+            )
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        known = latents is None
+        begin = Beginning(plan, sampler, rows, draw, like, latents)
+        return begin, list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
 
     def _deliver(self, run: Run, output: Output, progress: bool) -> Any:
         """Run to the end and hand over what was asked for."""
-        latents = run.last(progress).x
         if output == "latent":
-            return latents
-        pixels = self.decode(latents)
+            return self._last(run, progress)
+        pixels = self.finish(run, progress)
         if output == "tensor":
             return pixels
         return [label(image, recipe) for image, recipe in zip(to_pil(pixels), run.recipes, strict=True)]
@@ -135,22 +191,34 @@ class StableDiffusion(Pipeline):
 
     def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
         super().__init__(config, parts, hash)
-        assert config.tokenizer is not None
-        self.tokenizer = Tokenizer(config.tokenizer)
-        self.text_encoder = cast(CLIPText, parts["text_encoder"])
         self.vae = cast(VAE, parts["vae"])
+        if config.tokenizer is not None:
+            self.tokenizer = Tokenizer(config.tokenizer)
+            self.text_encoder = cast(CLIPText, parts["text_encoder"])
+        if config.tokenizer_2 is not None:
+            self.tokenizer_2 = Tokenizer(config.tokenizer_2)
+            self.text_encoder_2 = cast(CLIPText, parts["text_encoder_2"])
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """The tokenizers with their text encoders: one for SD1 and SD2, two for SDXL, its second alone in a refiner."""
+        names = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+        return [(getattr(self, t), getattr(self, e)) for t, e in names if hasattr(self, e)]
 
     @torch.no_grad()
-    def encode_prompt(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """(context, pooled or None) as the UNet takes them: context (B, 77, context_dim) in the UNet's dtype."""
-        ids = self.tokenizer(_texts(texts)).to(self.text_encoder.token.weight.device)
-        out: TextOutput = self.text_encoder(ids)
-        return getattr(out, self.config.text_layer).to(self.device, self.dtype), None
+    def encode_prompt(self, texts: str | Sequence[str], clip_skip: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(context, pooled or None) as the UNet takes them: (B, 77, context_dim) and, for SDXL, (B, D'), in its dtype.
+
+        ``clip_skip``: read the text encoders that many layers earlier than the family does.
+        """
+        context, pooled = prompts.encode(self.encoders, _texts(texts), self.config.text_layer, clip_skip)
+        reads = self.unet.config.added_dim is not None
+        return context.to(self.device, self.dtype), pooled.to(self.device, self.dtype) if reads else None
 
     def generate(
         self,
         prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None = "",
+        negative_prompt: str | Sequence[str] | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: SamplerChoice = None,
@@ -164,20 +232,44 @@ class StableDiffusion(Pipeline):
         negative_prompt_embeds: Tensor | None = None,
         output: Output = "pil",
         progress: bool = True,
+        *,
+        image: Picture | None = None,
+        strength: float = 0.8,
+        mask: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        sizes: Sizes | None = None,
+        negative_sizes: Sizes | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int = 0,
     ) -> Any:
         """Pictures for one prompt or several, ``num_images`` of each, prompt by prompt.
 
-        ``prompt``: text, or None with ``prompt_embeds`` (P, 77, context_dim) given. ``steps``: 1 and up.
-        ``guidance_scale``: how much the prompt counts; 1 is the plain prediction, 0 ignores the prompt.
+        ``prompt``: text, or None with ``prompt_embeds`` (P, 77, context_dim) given. ``negative_prompt``: what not to
+        show; None is the empty text, or, for a model that was trained so (SDXL base), no text at all.
+        ``steps``: 1 and up. ``guidance_scale``: how much the prompt counts; 1 is the plain prediction, 0 ignores the
+        prompt. (Few-step models such as SDXL-Turbo want 1; what diffusers does with 0 is our 1.)
         ``sampler``: None for the checkpoint's own, a name from ``SAMPLERS``, or a Sampler.
         ``seed``: image k draws from ``Generator().manual_seed(seed + k)``, or a list, one seed an image; None draws a
         fresh one. ``generator``: instead of a seed, one for the whole batch as diffusers does it, or one an image.
-        ``height``, ``width``: pixels, divisible by 8; the training size by default.
+        ``height``, ``width``: pixels, divisible by 8; the training size by default, or that of ``image``.
         ``latents``: the first noise from outside, unit variance, (B, C, height / 8, width / 8).
         ``output``: "pil" for a list of PIL images that carry their recipe, "tensor" for float (B, 3, H, W) in [0, 1],
         "latent" for (B, C, h, w).
 
-        Raises :class:`ConfigError` for any value that cannot work, before the first model call.
+        ``image``: begin from a picture: a path, a PIL image, a list of them, a tensor (N, 3, H, W) in [0, 1], or
+        latents (N, C, h, w). PIL images are resized by Lanczos, tensors by nearest neighbour. ``strength`` in 0..1: the
+        last int(steps * strength) steps are done, from as much noise as belongs there.
+        ``mask``, with ``image`` and of its size: white (from 0.5 up) is painted anew, black is kept.
+        ``denoising_end``, ``denoising_start``: stop, or begin with the latents ``image``, at that fraction of the way
+        from noise to picture: how SDXL's base hands over to its refiner, both at 0.8 for instance.
+        ``sizes``, ``negative_sizes``: what SDXL is told of the picture's size. ``pooled_prompt_embeds``: goes with
+        ``prompt_embeds`` for SDXL, (P, D'). ``clip_skip``: read the prompt (not the negative one, as in diffusers) that
+        many layers earlier.
+
+        Raises :class:`ConfigError` for any value that cannot work, before the first model call, and
+        :class:`MinidiffError` where a number overflows on the way, naming the module.
         """
         _check_output(output)
         run = self.steps(
@@ -194,13 +286,23 @@ class StableDiffusion(Pipeline):
             latents,
             prompt_embeds,
             negative_prompt_embeds,
+            image=image,
+            strength=strength,
+            mask=mask,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
+            sizes=sizes,
+            negative_sizes=negative_sizes,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            clip_skip=clip_skip,
         )
         return self._deliver(run, output, progress)
 
     def steps(
         self,
         prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str] | None = "",
+        negative_prompt: str | Sequence[str] | None = None,
         steps: int = 50,
         guidance_scale: float = 7.5,
         sampler: SamplerChoice = None,
@@ -212,82 +314,192 @@ class StableDiffusion(Pipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        *,
+        image: Picture | None = None,
+        strength: float = 0.8,
+        mask: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        sizes: Sizes | None = None,
+        negative_sizes: Sizes | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int = 0,
     ) -> Run:
         """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call.
 
-        Arguments are checked and the prompt is encoded before it returns. The last step's ``x`` holds the finished
-        latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
+        Arguments are checked, the prompt and the image are encoded before it returns. The last step's ``x`` holds the
+        finished latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
         """
         sampler = self.sampler(sampler)
         plan = sampler.plan(self.schedule, steps)
-        shape = self._latent_shape(height, width)
+        rows = self._rows(plan, steps, sampler, image, mask, strength, denoising_start, denoising_end)
+        pictures = self._pictures(image, mask, height, width)
+        shape = self._latent_shape(height, width, pictures)
         _check_count("num_images", num_images)
-        guidance_scale = _finite("guidance_scale", guidance_scale)
-        context, prompts = self._context(prompt, prompt_embeds, "prompt")
-        negative: Tensor | None = None
-        negative_prompt = "" if negative_prompt is None else negative_prompt
-        negatives: list[str | None] = [*_texts(negative_prompt)]
-        if guidance_scale != 1:  # at exactly 1 the negative prompt cancels out: half the work
-            negative, negatives = self._context(negative_prompt, negative_prompt_embeds, "negative_prompt")
-            negative = _match(negative, context).repeat_interleave(num_images, dim=0)
-        check(len(negatives) in (1, len(prompts)), f"{len(negatives)} negative prompts for {len(prompts)} prompts")
-        context = context.repeat_interleave(num_images, dim=0)
+        scale = _finite("guidance_scale", guidance_scale)
+
+        given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", clip_skip)
+        # At exactly 1 the negative prompt cancels out: half the work. A model that is told the scale needs none at all.
+        guided = scale != 1 and self.unet.config.guidance_dim is None
+        against = self._negative(
+            negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds, given, encoded=guided
+        )
+        positive = self._conditions(given, num_images, shape, sizes, SCORE)
+        negative: Conditions | None = None
+        if guided:
+            told = negative_sizes or (sizes and replace(sizes, score=None))
+            negative = self._conditions(against, num_images, shape, told, NEGATIVE_SCORE)
+        count = len(positive.context)
+
+        begin, seeds = self._begin(sampler, plan, rows, (count, *shape), latents, seed, generator)
+        if pictures is None:
+            start = begin.from_noise()
+        elif pictures.mask is None:
+            start = begin.from_picture(pictures, self.vae, handed_over=denoising_start is not None)
+        else:
+            start = begin.from_hole(
+                pictures,
+                self.vae,
+                strength=strength,
+                handed_over=denoising_start is not None,
+                reads_mask=self.reads_mask,
+            )
         labels = [
             {
-                "prompt": prompts[k // num_images],
-                "negative_prompt": negatives[k // num_images % len(negatives)],
-                "guidance_scale": guidance_scale,
+                "prompt": given.texts[k // num_images],
+                "negative_prompt": against.texts[k // num_images % len(against.texts)],
+                "guidance_scale": scale,
                 "width": shape[2] * self.vae.config.factor,
                 "height": shape[1] * self.vae.config.factor,
+                **_noted(image, mask, strength, denoising_start, denoising_end, sizes, negative_sizes, clip_skip),
             }
-            for k in range(len(context))
+            for k in range(count)
         ]
-        predict = self._predictor(context, negative, guidance_scale)
-        return self._run(predict, sampler, plan, steps, (len(context), *shape), latents, seed, generator, labels)
+        predict = predictor(self.unet, positive, negative, scale, start.beside)
+        return self._run(predict, begin, start, labels, seeds, steps)
+
+    @property
+    def reads_mask(self) -> bool:
+        """Whether the UNet was trained for inpainting: it reads the mask and the masked picture in further channels."""
+        return self.unet.config.in_channels != self.vae.config.latent_channels
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents as the UNet knows them, (B, C, h, w) -> pixels (B, 3, 8h, 8w) in [0, 1]."""
+    def _raw_pixels(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
         # Divided by the factor: its reciprocal, multiplied, would round differently.
-        return to_unit(self.vae.decode(latents / self.vae.config.scaling_factor))
+        return self.vae.decode(latents / self.vae.config.scaling_factor)
 
-    def _predictor(self, context: Tensor, negative: Tensor | None, scale: float) -> Predict:
-        """The UNet with its prompt bound: (scaled x, t) -> :class:`Prediction`."""
-        if negative is None:
-            return lambda x, t: Prediction(self.unet(x, t, context))
-        both = torch.cat([negative, context])  # this order, in one batch: the bits of a batch depend on its size
+    def _rows(
+        self,
+        plan: Any,
+        steps: int,
+        sampler: Sampler[Any, Any],
+        image: Any,
+        mask: Any,
+        strength: float,
+        start: float | None,
+        end: float | None,
+    ) -> range:
+        """The rows of the plan that are run, with the checks of what decides that."""
+        strength = _finite("strength", strength)
+        check(0 <= strength <= 1, f"strength={strength:g} must lie in 0..1")
+        for name, value in (("denoising_start", start), ("denoising_end", end)):
+            check(value is None or 0 < _finite(name, value) < 1, f"{name}={value} must lie between 0 and 1")
+        check(start is None or end is None or start < end, f"denoising_start={start} is not before denoising_end={end}")
+        check(start is None or image is not None, "denoising_start needs an image: the latents to go on from")
+        check(mask is None or image is not None, "a mask needs an image whose part it covers, and image is None")
+        check(image is not None or not self.config.reads_score, "a refiner needs an image to refine, and image is None")
+        check(
+            mask is not None or not self.reads_mask,
+            f"this {self.config.family} model paints into pictures: give it image= and mask=",
+        )
+        some = strength if image is not None else None
+        return choose_rows(plan, steps, sampler, len(self.schedule), strength=some, start=start, end=end)
 
-        def predict(x: Tensor, t: Tensor) -> Prediction:
-            unconditional, conditional = self.unet(torch.cat([x, x]), t, both).chunk(2)
-            return Prediction(guide(unconditional, conditional, scale), conditional, unconditional)
+    def _pictures(self, image: Any, mask: Any, height: int | None, width: int | None) -> Pictures | None:
+        c = self.vae.config
+        for name, value in (("height", height), ("width", width)):
+            check(value is None or isinstance(value, int), f"{name}={value!r} must be a whole number of pixels")
+            near = max(1, round((value or 0) / c.factor)) * c.factor
+            fits = value is None or (value > 0 and value % c.factor == 0)
+            check(fits, f"{name}={value} is not divisible by {c.factor}; {near} is")
+        if image is None:
+            return None
+        return read(image, mask, height, width, c.factor, c.latent_channels, c.image_channels)
 
-        return predict
+    def _latent_shape(self, height: int | None, width: int | None, pictures: Pictures | None) -> tuple[int, int, int]:
+        factor = self.vae.config.factor
+        side = self.unet.config.sample_size
+        size = (height // factor if height else side, width // factor if width else side)
+        if pictures is not None:
+            found = pictures.pixels.shape[2:]
+            size = (found[0], found[1]) if pictures.encoded else (found[0] // factor, found[1] // factor)
+        return self.vae.config.latent_channels, *size
 
-    def _context(
-        self, given: str | Sequence[str] | None, embeds: Tensor | None, name: str
-    ) -> tuple[Tensor, list[str | None]]:
+    def _prompt(
+        self,
+        given: str | Sequence[str] | None,
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+        name: str,
+        clip_skip: int = 0,
+    ) -> Prompt:
         """A prompt encoded, or taken as it was encoded outside; with the texts, for the recipe."""
         if embeds is None:
             if given is None:
                 raise ConfigError(f"{name} is None and {name}_embeds is not given; one of them is needed")
             texts = _texts(given)
-            return self.encode_prompt(texts)[0], list(texts)
+            return Prompt(*self.encode_prompt(texts, clip_skip), list(texts))
         check(isinstance(embeds, Tensor), f"{name}_embeds must be a tensor, got {type(embeds).__name__}")
         width = self.unet.config.context_dim
         fits = embeds.ndim == 3 and embeds.shape[2] == width and embeds.numel() > 0
         check(fits, f"{name}_embeds has shape {tuple(embeds.shape)}; (prompts, tokens, {width}) is wanted")
-        return embeds.to(self.device, self.dtype), [None] * len(embeds)
+        if self.unet.config.added_dim is not None:
+            if not isinstance(pooled, Tensor):
+                raise ConfigError(
+                    f"{name}_embeds is given to a UNet that reads a pooled text too: pooled_{name}_embeds"
+                )
+            fits = pooled.ndim == 2 and len(pooled) == len(embeds)
+            check(fits, f"pooled_{name}_embeds has shape {tuple(pooled.shape)}; ({len(embeds)}, width) is wanted")
+            pooled = pooled.to(self.device, self.dtype)
+        return Prompt(embeds.to(self.device, self.dtype), pooled, [None] * len(embeds))
 
-    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def _negative(
+        self,
+        given: str | Sequence[str] | None,
+        embeds: Tensor | None,
+        pooled: Tensor | None,
+        positive: Prompt,
+        *,
+        encoded: bool,
+    ) -> Prompt:
+        """The negative prompt for every prompt; only its texts count unless ``encoded``."""
+        n = len(positive.context)
+        if given is None and embeds is None and self.config.zero_empty:
+            zeros = None if positive.pooled is None else torch.zeros_like(positive.pooled)
+            return Prompt(torch.zeros_like(positive.context), zeros, [None])
+        texts = _texts("" if given is None else given)
+        if not encoded:
+            check(len(texts) in (1, n), f"{len(texts)} negative prompts for {n} prompts")
+            return Prompt(positive.context, positive.pooled, list(texts))
+        if embeds is None and len(texts) == 1:
+            texts = texts * n  # a batch of its own size, as the reference encodes it: bits depend on that
+        found = self._prompt(texts, embeds, pooled, "negative_prompt")
+        return Prompt(*_match(found, positive), found.texts)
+
+    def _conditions(
+        self, prompt: Prompt, num_images: int, shape: tuple[int, int, int], sizes: Sizes | None, score: float
+    ) -> Conditions:
+        """What the UNet is told of a prompt, for each of its images."""
+        check(sizes is None or prompt.pooled is not None, "sizes are given, and this UNet reads none (SDXL does)")
+        context = prompt.context.repeat_interleave(num_images, dim=0)
+        if prompt.pooled is None:
+            return Conditions(context)
         factor = self.vae.config.factor
-        default = self.unet.config.sample_size * factor
-        height, width = (default if value is None else value for value in (height, width))
-        for name, value in (("height", height), ("width", width)):
-            check(isinstance(value, int), f"{name}={value!r} must be a whole number of pixels")
-            near = max(1, round(value / factor)) * factor
-            check(value > 0 and value % factor == 0, f"{name}={value} is not divisible by {factor}; {near} is")
-        return self.vae.config.latent_channels, height // factor, width // factor
+        numbers = prompts.size_ids(self.config, sizes or Sizes(), shape[1] * factor, shape[2] * factor, score)
+        ids = torch.tensor([numbers], dtype=self.dtype, device=self.device).repeat(len(context), 1)
+        return Conditions(context, prompt.pooled.repeat_interleave(num_images, dim=0), ids)
 
 
 class Unconditional(Pipeline):
@@ -330,9 +542,8 @@ class Unconditional(Pipeline):
         labels = [{"width": size, "height": size}] * batch_size
         shape = (batch_size, c.in_channels, size, size)
         plan = sampler.plan(self.schedule, steps)
-        return self._run(
-            lambda x, t: Prediction(self.unet(x, t)), sampler, plan, steps, shape, latents, seed, generator, labels
-        )
+        begin, seeds = self._begin(sampler, plan, range(len(plan.timesteps)), shape, latents, seed, generator)
+        return self._run(lambda x, t: Prediction(self.unet(x, t)), begin, begin.from_noise(), labels, seeds, steps)
 
 
 def assemble(
@@ -359,17 +570,21 @@ def assemble(
 def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> StableDiffusion | Unconditional:
     """The pipeline that fits a config: with a text encoder, or without.
 
-    Raises :class:`UnsupportedError` for a model that no pipeline runs yet: SDXL, inpainting, a text UNet without text.
+    Raises :class:`UnsupportedError` for a model that no pipeline runs: a text UNet without text, channels of other
+    kinds than a mask and a masked picture.
     """
     unet, vae = config.unet, config.vae
-    if config.text_encoder_2 is not None or unet.added_dim is not None:
-        raise UnsupportedError(f"{config.family}: two text encoders (SDXL) are not supported by the pipeline yet")
-    if config.text_encoder is None and (unet.context_dim is not None or vae is not None):
+    text = config.text_encoder is not None or config.text_encoder_2 is not None
+    if not text and (unet.context_dim is not None or vae is not None):
         raise UnsupportedError(f"{config.family}: a UNet that reads a prompt, or a VAE, but no text encoder with it")
-    if vae is not None and unet.in_channels != vae.latent_channels:
+    if (unet.added_dim is not None) != (config.text_encoder_2 is not None):
+        raise UnsupportedError(
+            f"{config.family}: a UNet that reads a pooled text needs a second text encoder; one is missing"
+        )
+    if vae is not None and unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
         channels = f"in_channels={unet.in_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
-        raise UnsupportedError(f"{config.family}: {channels}; inpainting models are not supported by the pipeline yet")
-    return (Unconditional if config.text_encoder is None else StableDiffusion)(config, parts, hash)
+        raise UnsupportedError(f"{config.family}: {channels}; only mask and masked picture can come beside the latents")
+    return (StableDiffusion if text else Unconditional)(config, parts, hash)
 
 
 def load(
@@ -425,10 +640,39 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _match(negative: Tensor, context: Tensor) -> Tensor:
+def _match(negative: Prompt, positive: Prompt) -> tuple[Tensor, Tensor | None]:
     """One negative row for every prompt: a single one serves all."""
-    if len(negative) == 1:
-        negative = negative.expand(len(context), -1, -1)
-    shapes = f"{tuple(negative.shape)} and {tuple(context.shape)}"
-    check(negative.shape == context.shape, f"negative and positive prompt differ in shape, {shapes}; give one for each")
-    return negative
+    context, pooled = negative.context, negative.pooled
+    if len(context) == 1:
+        context = context.expand(len(positive.context), -1, -1)
+        pooled = None if pooled is None else pooled.expand(len(context), -1)
+    shapes = f"{tuple(context.shape)} and {tuple(positive.context.shape)}"
+    fits = context.shape == positive.context.shape
+    check(fits, f"negative and positive prompt differ in shape, {shapes}; give one for each")
+    return context, pooled
+
+
+def _noted(
+    image: Any,
+    mask: Any,
+    strength: float,
+    start: float | None,
+    end: float | None,
+    sizes: Sizes | None,
+    negative_sizes: Sizes | None,
+    clip_skip: int,
+) -> dict[str, Any]:
+    """What of a run's further arguments goes into the recipe: those that were given."""
+    noted: dict[str, Any] = {}
+    if image is not None:
+        noted["image"] = os.path.basename(image) if isinstance(image, (str, os.PathLike)) else None
+        noted["strength"] = strength
+    if mask is not None:
+        noted["mask"] = os.path.basename(mask) if isinstance(mask, (str, os.PathLike)) else None
+    for name, value in (("denoising_start", start), ("denoising_end", end), ("clip_skip", clip_skip or None)):
+        if value is not None:
+            noted[name] = value
+    for name, told in (("sizes", sizes), ("negative_sizes", negative_sizes)):
+        if told is not None:
+            noted[name] = asdict(told)
+    return noted

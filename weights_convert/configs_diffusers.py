@@ -61,9 +61,7 @@ TAESD_ONLY: dict[str, tuple[Any, ...]] = {
 NO_EFFECT = {
     "addition_embed_type_num_heads",
     "dropout",
-    "force_upcast",
     "num_train_timesteps",
-    "upcast_attention",
 }
 CONDITIONAL_DOWN: dict[str, Attention] = {"CrossAttnDownBlock2D": "text", "DownBlock2D": "none"}
 UNCONDITIONAL_DOWN: dict[str, Attention] = {"AttnDownBlock2D": "self", "DownBlock2D": "none"}
@@ -158,6 +156,7 @@ def unet(options: Options) -> UNetConfig:
         groups=o.number("norm_num_groups", 32),
         eps=float(o.number("norm_eps", 1e-5)),
         sample_size=_side(o, 64),
+        upcast_attention=bool(o.get("upcast_attention", False)),
         **(_conditions(o, sin_first, freq_shift, len(channels)) if conditional else {}),
     )
 
@@ -255,6 +254,7 @@ def vae(options: Options) -> VAEConfig:
         quant_convs=bool(quant),
         scaling_factor=float(o.number("scaling_factor", 0.18215)),
         sample_size=_side(o, 512),
+        upcast=bool(o.get("force_upcast", True)),
     )
 
 

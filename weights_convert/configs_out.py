@@ -94,6 +94,7 @@ def _text_unet(c: UNetConfig) -> dict[str, Any]:
         "cross_attention_dim": c.context_dim,
         "time_cond_proj_dim": c.guidance_dim,
         "transformer_layers_per_block": 1 if set(depths) == {1} else depths,
+        "upcast_attention": c.upcast_attention,
         "use_linear_projection": c.linear_proj,
     }
 
@@ -118,6 +119,7 @@ def _vae(c: VAEConfig) -> dict[str, Any]:
         "act_fn": "silu",
         "block_out_channels": list(c.channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": c.upcast,
         "in_channels": c.image_channels,
         "latent_channels": c.latent_channels,
         "layers_per_block": c.layers,

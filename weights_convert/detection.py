@@ -22,12 +22,20 @@ from weights_convert.keys_original import CLIP, UNET
 Layout = Literal["minidiff", "diffusers", "original"]
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # of torch.save, a zip since torch 1.6, and before
-TEXT_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+TEXT_PIPELINES = (
+    *(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
+    *(f"LatentConsistencyModel{kind}Pipeline" for kind in ("", "Img2Img")),
+)
+XL_PIPELINES = tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
 UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 FLOW_PIPELINES = ("Flux", "StableDiffusion3", "AuraFlow", "Sana", "Lumina", "HiDream", "QwenImage", "Chroma")
 FLOW_KEYS = ("joint_blocks.", "double_blocks.", "single_blocks.")
 FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it has UNets trained on noise schedules"
-CONVERTED: dict[Layout, tuple[str, ...]] = {"diffusers": ("sd1", "sd2", "ddpm"), "original": ("sd1",)}
+TEXT_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
+CONVERTED: dict[Layout, tuple[str, ...]] = {
+    "diffusers": ("ddpm", *(f"{f}{kind}" for f in TEXT_FAMILIES for kind in ("", "-inpainting", "-lcm"))),
+    "original": ("sd1", "sd1-inpainting"),
+}
 
 
 @dataclass
@@ -84,21 +92,29 @@ def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[st
         return "ddpm", evidence
     if pipeline.startswith(FLOW_PIPELINES) or index.get("transformer") is not None:
         raise UnsupportedError(f"{path}: {pipeline} is {FLOW}")
-    if pipeline.startswith("StableDiffusionXL"):
-        second = index.get("text_encoder") in (None, [None, None])
-        return "sdxl-refiner" if second else "sdxl", evidence
-    if pipeline not in TEXT_PIPELINES:
+    if pipeline not in (*TEXT_PIPELINES, *XL_PIPELINES):
         raise UnsupportedError(f"{path}: model_index.json names {pipeline}, which minidiff does not convert")
     unet = read_json(path / "unet" / "config.json")
     channels, linear = unet.get("in_channels", 4), unet.get("use_linear_projection", False)
-    evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
+    guidance = unet.get("time_cond_proj_dim")
+    if pipeline in XL_PIPELINES:
+        alone = index.get("text_encoder") in (None, [None, None])
+        evidence.append(f"it has {'no first' if alone else 'a first'} text encoder; in_channels={channels} in its UNet")
+        family = "sdxl-refiner" if alone else "sdxl"
+    else:
+        evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
+        family = "sd2" if linear else "sd1"
+    if guidance is not None:
+        evidence.append(f"its UNet is told the guidance scale: time_cond_proj_dim={guidance}")
     # What is no number the reader of the config will say.
-    return _variant("sd2" if linear else "sd1", channels if isinstance(channels, int) else 4), evidence
+    return _variant(family, channels if isinstance(channels, int) else 4, guidance is not None), evidence
 
 
-def _variant(family: str, channels: int) -> str:
-    """A UNet of 9 channels also reads a mask and the masked picture, one of 8 a second picture."""
-    return {4: family, 9: f"{family}-inpainting"}.get(channels, f"{family} with {channels} channels")
+def _variant(family: str, channels: int, guidance: bool = False) -> str:
+    """A UNet of 9 channels also reads a mask and the masked picture, one of 8 a second picture; ``guidance``: it was
+    distilled, and is told the guidance scale (LCM)."""
+    kind = {4: family, 9: f"{family}-inpainting"}.get(channels, f"{family} with {channels} channels")
+    return f"{kind}-lcm" if guidance else kind
 
 
 def _file(path: Path) -> Found:

@@ -7,6 +7,7 @@ at the top, beside ``scheduler_config.json``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,13 @@ def read_folder(
     override: Mapping[str, Any] | None = None,
     variant: str | None = None,
 ) -> Source:
-    """A folder of family sd1, sd2 or ddpm as minidiff's config and tensors.
+    """A folder of any family as minidiff's config and tensors.
 
     Raises :class:`CheckpointError` for a part that is missing, damaged or does not fit the others, and
     :class:`UnsupportedError` for an option that minidiff's models do not have.
     """
     override = dict(override or {})
-    names = ["unet"] if report.family == "ddpm" else ["unet", "vae", "text_encoder"]
+    names = _parts(index, report.family)
     components = {n: read_component(_place(folder, n), _class(index, n), override.get(n), variant) for n in names}
     if variant is not None and all(c.variant != variant for c in components.values()):
         raise CheckpointError(f"{folder}: no component has {variant} weights; leave --variant out")
@@ -63,26 +64,47 @@ def read_folder(
         if _class(index, name):
             report.dropped.append((name, 1, reason))
     schedule, sampler = _scheduler(folder, str(index.get("_class_name", "")), report, "sampler" in override)
-    unet, vae, text = (components[n].config if n in components else None for n in ("unet", "vae", "text_encoder"))
+    unet, vae = (components[n].config if n in components else None for n in ("unet", "vae"))
     assert isinstance(unet, UNetConfig)
     assert vae is None or isinstance(vae, (VAEConfig, TAESDConfig))
-    assert text is None or isinstance(text, CLIPTextConfig)
-    tokenizer = _tokenizer(folder) if text else None
+    texts: dict[str, Any] = {}
+    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        if name in components:
+            assert isinstance(components[name].config, CLIPTextConfig)
+            texts |= {name: components[name].config, tokenizer: _tokenizer(folder / tokenizer)}
+    xl = is_xl(report.family)
+    if isinstance(vae, VAEConfig) and not xl:  # its config may say so, but only the pipelines of SDXL heed it
+        vae = replace(vae, upcast=False)
     try:
         config = ModelConfig(
             family=report.family,
             unet=unet,
             vae=vae,
-            text_encoder=text,
-            tokenizer=tokenizer,
+            **texts,
             schedule=schedule,
             sampler=sampler,
+            text_layer="penultimate" if xl else "last",
+            zero_empty=xl and index.get("force_zeros_for_empty_prompt", True) is True,
         )
     except ConfigError as e:
         raise CheckpointError(f"{folder}: its parts are from different models ({e})") from None
     tensors: dict[str, Lazy] = {f"{n}.{k}": t for n, c in components.items() for k, t in c.part.tensors.items()}
     # What concerns a component has been laid over its own config already, before its tensors were checked against it.
     return Source(overlay(config, {k: v for k, v in override.items() if k not in names}), tensors, report)
+
+
+def is_xl(family: str) -> bool:
+    """Whether a family has SDXL's conditioning: two text encoders, or the second alone, pooled text and sizes."""
+    return family.startswith("sdxl")
+
+
+def _parts(index: Mapping[str, Any], family: str) -> list[str]:
+    """The components of a family, those that the folder may leave out only where it has them."""
+    if family == "ddpm":
+        return ["unet"]
+    if not is_xl(family):
+        return ["unet", "vae", "text_encoder"]
+    return ["unet", "vae", *(["text_encoder"] if _class(index, "text_encoder") else []), "text_encoder_2"]
 
 
 def _place(folder: Path, name: str) -> Path:
@@ -108,8 +130,10 @@ def _scheduler(folder: Path, pipeline: str, report: Report, own_sampler: bool) -
         found = dict(DDPM_SCHEDULER)
         report.notes.append("no scheduler_config.json: the family's rule, DDPM with linear betas from 0.0001 to 0.02")
     changes: dict[str, Any] = {}
-    if report.family in ("sd1", "sd2"):
-        pipeline, changes = "StableDiffusionPipeline", rewrite(found)
+    if report.family.startswith(("sd1", "sd2")) and not report.family.endswith("-lcm"):
+        inpaint = pipeline == "StableDiffusionInpaintPipeline"
+        changes = rewrite(found, inpaint=inpaint)
+        pipeline = pipeline if inpaint else "StableDiffusionPipeline"
     elif pipeline == "DDIMPipeline" and found.get("_class_name") != "DDIMScheduler":
         changes = {"_class_name": "DDIMScheduler"}
     for key, value in changes.items():
@@ -120,21 +144,24 @@ def _scheduler(folder: Path, pipeline: str, report: Report, own_sampler: bool) -
     return schedule_from_diffusers(found), sampler
 
 
-def rewrite(found: Mapping[str, Any]) -> dict[str, Any]:
+def rewrite(found: Mapping[str, Any], *, inpaint: bool = False) -> dict[str, Any]:
     """What StableDiffusionPipeline changes in an outdated scheduler config: ``steps_offset`` 1, ``clip_sample`` off.
+    StableDiffusionInpaintPipeline leaves ``clip_sample``, and switches PNDM's warm-up off.
 
-    Both as the scheduler sees them, that is with its defaults where the file is silent.
+    All as the scheduler sees them, that is with its defaults where the file is silent.
     """
     changes: dict[str, Any] = {}
     if found.get("steps_offset", 0) != 1:
         changes["steps_offset"] = 1
-    if found.get("clip_sample", found.get("_class_name") in CLIPS_BY_DEFAULT) is True:
+    if inpaint:
+        if found.get("skip_prk_steps", found.get("_class_name") != "PNDMScheduler") is False:
+            changes["skip_prk_steps"] = True
+    elif found.get("clip_sample", found.get("_class_name") in CLIPS_BY_DEFAULT) is True:
         changes["clip_sample"] = False
     return changes
 
 
-def _tokenizer(folder: Path) -> TokenizerConfig:
-    place = folder / "tokenizer"
+def _tokenizer(place: Path) -> TokenizerConfig:
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such folder; the checkpoint is incomplete")
     return tokenizer_config(place)

@@ -38,18 +38,22 @@ class CLIPText(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else nn.Identity()
 
-    def forward(self, ids: Tensor) -> TextOutput:
-        """int64 ``ids`` (B, L), L at most ``config.positions`` -> the three outputs that families read."""
+    def forward(self, ids: Tensor, skip: int = 0) -> TextOutput:
+        """int64 ``ids`` (B, L), L at most ``config.positions`` -> the three outputs that families read.
+
+        ``skip``: read ``last`` and ``penultimate`` that many layers earlier ("clip skip"); ``pooled`` stays.
+        """
         x = self.token(ids) + self.position.weight[: ids.shape[1]]
-        penultimate = x
+        states = [x]
         for layer in self.layers:
-            penultimate = x
             x = layer(x)
-        last = self.norm(x)
+            states.append(x)
+        final = self.norm(x)
         # The first end token: where a prompt is filled up with end tokens, the later ones are mere padding.
         end = (ids == self.config.end_token).int().argmax(dim=-1)
-        pooled = last[torch.arange(len(ids), device=ids.device), end]
-        return TextOutput(last, penultimate, self.projection(pooled))
+        pooled = final[torch.arange(len(ids), device=ids.device), end]
+        last = self.norm(states[-1 - skip]) if skip else final
+        return TextOutput(last, states[-2 - skip], self.projection(pooled))
 
 
 class SharedEmbedding(nn.Embedding):

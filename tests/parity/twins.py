@@ -16,8 +16,15 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -97,6 +104,9 @@ CLIPS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         {"hidden_size": 48, "num_attention_heads": 6, "hidden_act": "gelu", "projection_dim": 24},
     ),
 }
+
+
+SCALED_LINEAR: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def redraw(model: nn.Module, seed: int) -> nn.Module:
@@ -187,13 +197,18 @@ def _cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def pipeline_twin(kind: str = "sd1", scheduler: Any = None, dtype: torch.dtype = torch.float32) -> Any:
-    """A whole tiny pipeline of the reference: "sd1", "sd2" or one of the ddpm kinds."""
+    """A whole tiny pipeline of the reference: a kind of ``UNETS``, or "sdxl_inpaint"."""
+    if kind.startswith(("sdxl", "refiner")):
+        return xl_twin(kind, scheduler, dtype)
     unet = unet_twin(kind)
     if kind.startswith("ddpm"):
         return DDPMPipeline(unet=_cast(unet, dtype), scheduler=scheduler or DDPMScheduler())
     sd2 = kind == "sd2"
     width = unet.config.cross_attention_dim
-    return StableDiffusionPipeline(
+    if kind == "lcm":
+        scheduler = scheduler or LCMScheduler(**SCALED_LINEAR)
+    kinds = {"lcm": LatentConsistencyModelPipeline, "inpaint": StableDiffusionInpaintPipeline}
+    return kinds.get(kind, StableDiffusionPipeline)(
         vae=_cast(vae_twin(), dtype),
         text_encoder=_cast(clip_twin("h" if sd2 else "l", hidden_size=width), dtype),
         tokenizer=tokenizer_twin("!" if sd2 else "<|endoftext|>"),
@@ -202,6 +217,27 @@ def pipeline_twin(kind: str = "sd1", scheduler: Any = None, dtype: torch.dtype =
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def xl_twin(kind: str, scheduler: Any = None, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A tiny SDXL: "sdxl", "sdxl_inpaint" or "refiner"; ``options`` of the pipeline."""
+    refiner = kind == "refiner"
+    if refiner:  # five sinusoids beside the pooled text, and the second encoder alone
+        unet = unet_twin("refiner", projection_class_embeddings_input_dim=24 + 5 * 8, cross_attention_dim=48)
+        options = {"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False} | options
+    else:
+        unet = unet_twin("sdxl", in_channels=9 if kind == "sdxl_inpaint" else 4, cross_attention_dim=32 + 48)
+    classes = {"sdxl": StableDiffusionXLPipeline, "refiner": StableDiffusionXLImg2ImgPipeline}
+    return classes.get(kind, StableDiffusionXLInpaintPipeline)(
+        vae=_cast(vae_twin(scaling_factor=0.13025, force_upcast=True), dtype),
+        text_encoder=None if refiner else _cast(clip_twin("l", hidden_size=32), dtype),
+        text_encoder_2=_cast(clip_twin("bigg", seed=5), dtype),
+        tokenizer=None if refiner else tokenizer_twin(),
+        tokenizer_2=tokenizer_twin("!"),
+        unet=_cast(unet, dtype),
+        scheduler=scheduler or EulerDiscreteScheduler(**SCALED_LINEAR, steps_offset=1),
+        **options,
     )
 
 

@@ -146,7 +146,7 @@ NAN, INF = float("nan"), float("inf")
         ("unet.context_dim", 10**9, "context_dim=1000000000"),
         ("unet.context_dim", 24, "context_dim=24 of the UNet differs from the text encoder's width=16"),
         ("unet.added_dim", 0, "added_dim=0"),
-        ("unet.added_dim", 1536, "no room for six sinusoids of 256"),
+        ("unet.added_dim", 1280, "no room for five sinusoids of 256"),
         ("unet.guidance_dim", -1, "guidance_dim=-1"),
         ("unet.freq_shift", 8, "freq_shift=8"),
         ("unet.freq_shift", -1, "freq_shift=-1"),

@@ -106,6 +106,7 @@ def test_ddpm_makes_the_trip(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index == {
         "_class_name": "DDPMPipeline",
+        "_diffusers_version": "0.42.1",
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
@@ -133,7 +134,7 @@ def test_what_a_folder_holds(model: Path, tmp_path: Path) -> None:
         "vae/diffusion_pytorch_model.safetensors",
     ]
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert index == {**sources.INDEX, "requires_safety_checker": False}
+    assert index == {**sources.INDEX, "_diffusers_version": "0.42.1", "requires_safety_checker": False}
     wanted = {k: v for k, v in sources.UNET_JSON.items() if not k.startswith("_diffusers")}
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text()).items() >= wanted.items()
     assert TensorFile(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").metadata["format"] == "pt"

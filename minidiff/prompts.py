@@ -1,0 +1,87 @@
+"""What the UNet is told of a prompt: the encoded text, and for SDXL also its summary and the sizes of the picture.
+
+SD1 and SD2 read one text encoder's last layer. SDXL reads the last but one of two encoders side by side, the second
+one's pooled output, and six numbers (Podell et al. 2023, section 2.2): how large the picture was before it was resized,
+where it was cropped, and how large it is wanted; so a model that has seen small pictures and cut-off heads can be asked
+for neither. Its refiner has the second encoder alone, and instead of the wanted size a score of how pleasing the
+picture is.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minidiff.config import ModelConfig, check
+from minidiff.models.clip import CLIPText, TextOutput
+from minidiff.models.tokenizer import Tokenizer
+
+Encoder = tuple[Tokenizer, CLIPText]
+
+# What the reference tells the refiner where nothing else is said: with the prompt, and with the negative prompt.
+SCORE, NEGATIVE_SCORE = 6.0, 2.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What SDXL is told of a picture: (height, width) in pixels before training resized it, (top, left) of the crop,
+    (height, width) that is wanted; for the refiner ``score``, 0 to 10, instead of the last. None: the picture's own
+    size, or the score of the reference: 6, and 2.5 beside the negative prompt."""
+
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    target: tuple[int, int] | None = None
+    score: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("original", "crop", "target"):
+            pair = getattr(self, name)
+            fits = pair is None or (isinstance(pair, Sequence) and len(pair) == 2 and all(map(_number, pair)))
+            check(fits, f"sizes: {name}={pair!r} must be two numbers")
+        check(self.score is None or _number(self.score), f"sizes: score={self.score!r} must be a number")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class Prompt(NamedTuple):
+    """Encoded prompts: ``context`` (P, L, D), ``pooled`` (P, D') where the UNet reads it, and the texts, or None for
+    what was encoded outside."""
+
+    context: Tensor
+    pooled: Tensor | None
+    texts: list[str | None]
+
+
+def encode(
+    encoders: Sequence[Encoder], texts: Sequence[str], layer: Literal["last", "penultimate"], skip: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(context (P, L, sum of widths), pooled (P, D') of the last encoder); ``skip``: read that many layers earlier.
+
+    Raises :class:`ConfigError` for a ``skip`` that the encoders have not enough layers for.
+    """
+    contexts: list[Tensor] = []
+    for tokenizer, encoder in encoders:
+        most = encoder.config.layers - 1
+        whole = isinstance(skip, int) and not isinstance(skip, bool)
+        check(whole and 0 <= skip <= most, f"clip_skip={skip!r} must be a whole number in 0..{most}, for this encoder")
+        out: TextOutput = encoder(tokenizer(texts).to(encoder.token.weight.device), skip)
+        contexts.append(getattr(out, layer))
+    return torch.cat(contexts, dim=-1) if len(contexts) > 1 else contexts[0], out.pooled
+
+
+def size_ids(config: ModelConfig, sizes: Sizes, height: int, width: int, score: float) -> list[float]:
+    """The numbers that the UNet of ``config`` is told: original size, crop, and target size or score."""
+    own = (height, width)
+    shared = [*(sizes.original or own), *sizes.crop]
+    if config.reads_score:
+        return [*shared, score if sizes.score is None else sizes.score]
+    check(sizes.score is None, f"sizes: score={sizes.score} is given; only a refiner reads one")
+    return [*shared, *(sizes.target or own)]
