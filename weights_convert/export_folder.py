@@ -33,6 +33,7 @@ from weights_convert.tokenizer_out import tokenizer_files
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SMALLEST_SHARD = 1000  # bytes: less is a slip, and would fill the folder with thousands of files
+FORMAT = "0.42.1"  # the release of diffusers that the folder is written for: it looks for that of inpainting models
 FULL_LIST = "the token table, written out: {} ids have a row of their own, all others share one"
 
 
@@ -158,7 +159,7 @@ def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
 def _model_index(config: ModelConfig, jsons: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """``model_index.json``: the pipeline's class, and library and class of each part; null for what is not there."""
     kind, extra = _pipeline(config, str(scheduler["_class_name"]))
-    index: dict[str, Any] = {"_class_name": kind, **extra}
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": FORMAT, **extra}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for name, found in jsons.items():
         index[name] = ["transformers" if "architectures" in found else "diffusers", class_of(found)]
