@@ -97,7 +97,7 @@ def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded:
 
 
 def shard_size(given: int | str) -> int:
-    """A size in bytes, from "5GB", "500 MB", "2GiB" or a number of bytes. Raises :class:`ConfigError` for anything else."""
+    """A size in bytes, from "5GB", "500 MB", "2GiB" or a number. Raises :class:`ConfigError` for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(given).lower())
     if isinstance(given, bool) or found is None or found[2] not in UNITS:
         raise ConfigError(f"sharded={given!r} should be a size, such as 5GB or 500MB")

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import weights_convert
 from minidiff import CheckpointError, ConfigError, MinidiffError, UnsupportedError, checkpoint, cli
@@ -41,6 +42,7 @@ from minidiff.pipeline import random_model
 from tests.unit import convert_sources as sources
 from tests.unit.tiny import DDPM, SD, redraw, tiny_sd
 from weights_convert.configs_out import config_json
+from weights_convert.engine import Form, Pair, restore, translate
 from weights_convert.export_folder import shard_size, write_weights
 from weights_convert.tokenizer_out import tokenizer_files
 
@@ -238,6 +240,22 @@ def test_another_sampler_replaces_the_checkpoints_own(model: Path, tmp_path: Pat
         assert (
             weights_convert.open_source(src, config={"sampler": {"steps_offset": 0}}).config.sampler["name"] == "pndm"
         )
+
+
+def test_rows_of_one_matrix_come_together_again() -> None:
+    """OpenCLIP keeps queries, keys and values in one matrix: three pairs with one name over there."""
+    thirds = [
+        Form(f"rows of {x}", lambda t, k=k: t.chunk(3)[k], lambda t: t, lambda s: (3 * s[0], *s[1:]))  # type: ignore[misc]
+        for k, x in enumerate("qkv")
+    ]
+    whole = torch.arange(24.0).reshape(6, 4)
+    model = nn.ModuleDict({x: nn.Linear(4, 2, bias=False, device="meta") for x in "qkv"})
+    pairs = [Pair("in_proj_weight", f"{x}.weight", form) for x, form in zip("qkv", thirds, strict=True)]
+    part = translate(pairs, {"in_proj_weight": lazy(whole)}, model, where="here")
+    assert torch.equal(part.tensors["k.weight"].load(), whole[2:4])
+    back = restore(pairs, part.tensors)
+    assert {k: t.shape for k, t in back.items()} == {"in_proj_weight": (6, 4)}
+    assert torch.equal(back["in_proj_weight"].load(), whole)
 
 
 # ---- shards
