@@ -24,6 +24,7 @@ examples:
   minidiff generate "a lighthouse at dawn" --model sd15.safetensors --seed 7
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
+  minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
 """
 INFO_EXAMPLES = """\
 examples:
@@ -102,6 +103,12 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--recipe", metavar="FILE.png", help="repeat a picture of minidiff's: all that is not given here is as it was"
     )
+    g = p.add_argument_group("from a picture")
+    g.add_argument("--image", metavar="FILE", help="begin from this picture, instead of from noise alone")
+    g.add_argument(
+        "--strength", type=_finite, metavar="X", help="how much of it may change, from 0 to 1 (default: 0.8)"
+    )
+    g.add_argument("--mask", metavar="FILE", help="paint only where this picture is white; of the size of --image")
     g = p.add_argument_group("sampling")
     g.add_argument("--steps", type=_positive, metavar="N", help="more take longer (default: 50; DDPM: all there are)")
     g.add_argument(

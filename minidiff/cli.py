@@ -50,6 +50,8 @@ def generate(args: Namespace) -> None:
     from minidiff.destination import Destination
     from minidiff.picture import label, to_pil
 
+    if args.image is None and (args.mask is not None or args.strength is not None):
+        raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
     if args.size is not None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
@@ -67,7 +69,7 @@ def generate(args: Namespace) -> None:
     pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
     run = _prepare(pipe, args, sampler)
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
-    pixels = pipe.decode(run.last(progress=not args.quiet).x)
+    pixels = pipe.finish(run, progress=not args.quiet)
     images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
     for path in [destination.save(image) for image in images]:
         print(path)
@@ -82,7 +84,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             raise ConfigError('no prompt given; say what the picture shows: minidiff generate "a red fox" --model ...')
         return pipe.steps(
             args.prompt,
-            negative_prompt=args.negative or "",
+            negative_prompt=args.negative,
             steps=50 if args.steps is None else args.steps,
             guidance_scale=7.5 if args.scale is None else args.scale,
             sampler=sampler,
@@ -90,8 +92,11 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             seed=args.seed,
             height=args.height,
             width=args.width,
+            image=args.image,
+            strength=0.8 if args.strength is None else args.strength,
+            mask=args.mask,
         )
-    for option in ("prompt", "negative", "scale", "width", "height"):
+    for option in ("prompt", "negative", "scale", "width", "height", "image"):
         if getattr(args, option) not in (None, []):
             what = "a prompt" if option == "prompt" else f"--{option}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
@@ -126,6 +131,12 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
     if "prompt" in recipe:  # one without was made by a model that takes none of these
         kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
         kinds |= {"width": ("width", whole), "height": ("height", whole)}
+    for option in ("image", "mask"):
+        if option in recipe and getattr(args, option) is None:
+            name = f" ({recipe[option]})" if recipe[option] else ""
+            raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
+    if "strength" in recipe:
+        kinds["strength"] = ("strength", number)
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue

@@ -7,12 +7,10 @@ schedule + sampler --plan--> rows --> [ scale_input -> unet -> guidance -> step 
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,170 +18,19 @@ from torch import Tensor, nn
 from minidiff import checkpoint, noise, prompts
 from minidiff.conditions import Conditions, predictor
 from minidiff.config import ModelConfig, check
-from minidiff.denoise import Predict, Prediction, Run, Step, choose_rows, denoise
+from minidiff.denoise import Prediction, Run
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.files import Lazy, lazy
-from minidiff.images import Pictures, read
+from minidiff.files import Lazy
+from minidiff.images import Pictures
 from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
-from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
-from minidiff.picture import label, to_pil, to_unit
-from minidiff.precision import apply_policy, check_finite
 from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
-from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
-from minidiff.samplers.base import Sampler
-from minidiff.schedule import NoiseSchedule
-from minidiff.start import Beginning, Start
-from minidiff.version import VERSION
+from minidiff.request import Request
+from minidiff.runner import Output, Pipeline, SamplerChoice, Seed, check_count, check_output, finite, note
 
 if TYPE_CHECKING:
     from minidiff.images import Picture
-
-Output = Literal["pil", "tensor", "latent"]
-Seed = int | Sequence[int] | None
-SamplerChoice = str | Sampler[Any, Any] | None
-
-
-class Pipeline:
-    """What the two kinds of pipeline share: the parts, their device and dtype, and the way from noise to a result."""
-
-    def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
-        """``parts`` by name, as :func:`checkpoint.build` gives them; ``hash`` of the file they came from."""
-        self.config = config
-        self.parts = dict(parts)
-        self.hash = hash
-        self.schedule = NoiseSchedule.from_config(config.schedule)
-        self.unet = cast(UNet, parts["unet"])
-        apply_policy(config, parts)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the UNet lives."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
-        return self.unet.conv_in.weight.dtype
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``)."""
-        for part in self.parts.values():
-            part.to(device=device, dtype=dtype)
-        apply_policy(self.config, self.parts)
-        return self
-
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write everything as one minidiff file; returns its content hash. Raises :class:`CheckpointError`."""
-        tensors = {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
-        self.hash = checkpoint.write(path, self.config, tensors)
-        return self.hash
-
-    def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
-        """The sampler meant by ``choice``: a name, one that is ready, or None for the checkpoint's own."""
-        if choice is None:
-            return sampler_from_config(self.config.sampler)
-        if isinstance(choice, str):
-            return sampler_from_config({"name": choice})
-        check(callable(getattr(choice, "plan", None)), f"sampler={choice!r} is neither a name nor a Sampler")
-        return choice
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """The finished sample of a run -> pixels (B, 3, H, W) in [0, 1]. Without a VAE they are the same thing."""
-        return to_unit(self._raw_pixels(latents))
-
-    def finish(self, run: Run, progress: bool = True) -> Tensor:
-        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1].
-
-        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value.
-        """
-        raw = self._raw_pixels(latents := self._last(run, progress))
-        check_finite(raw, self.parts, lambda: self._raw_pixels(latents))
-        return to_unit(raw)
-
-    def _raw_pixels(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def _last(self, run: Run, progress: bool) -> Tensor:
-        """The finished sample of a run, which is finite."""
-        x = run.last(progress).x
-        check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
-        return x
-
-    def _run(
-        self,
-        predict: Predict,
-        begin: Beginning,
-        start: Start,
-        labels: Sequence[dict[str, Any]],
-        seeds: Sequence[int | None],
-        steps: int,
-    ) -> Run:
-        """The run from ``start``; ``labels`` and ``seeds``: what to note, by image."""
-        rows, draw = begin.rows, begin.draw
-        mark = draw.mark()
-
-        def trail() -> Generator[Step, None, None]:
-            return denoise(
-                predict,
-                start.sampler,
-                begin.plan,
-                start.x,
-                first=rows.start,
-                stop=rows.stop,
-                draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
-            )
-
-        def again() -> Generator[Step, None, None]:
-            draw.rewind(mark)
-            return trail()
-
-        common = {
-            "sampler": _note(begin.sampler),
-            "steps": int(steps),
-            "model": self.config.family,
-            "model_hash": self.hash,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "minidiff": VERSION,
-            "torch": str(torch.__version__),
-        }
-        recipes = [{**own, "seed": s, **common} for own, s in zip(labels, seeds, strict=True)]
-        return Run(trail(), begin.plan, recipes, rows, again)
-
-    def _begin(
-        self,
-        sampler: Sampler[Any, Any],
-        plan: Any,
-        rows: range,
-        shape: tuple[int, ...],
-        latents: Tensor | None,
-        seed: Seed,
-        generator: noise.Generators | None,
-    ) -> tuple[Beginning, list[int | None]]:
-        """Where the noise of a run comes from, and the seed of each image as far as it says all about it."""
-        check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
-        seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
-        draw = noise.source(shape[0], seeds, generator)
-        if latents is not None:
-            latents = latents.to(self.device, self.dtype)
-            check(
-                tuple(latents.shape) == shape, f"latents of shape {tuple(latents.shape)} do not fit; {shape} is wanted"
-            )
-        like = torch.empty(shape, dtype=self.dtype, device=self.device)
-        known = latents is None
-        begin = Beginning(plan, sampler, rows, draw, like, latents)
-        return begin, list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
-
-    def _deliver(self, run: Run, output: Output, progress: bool) -> Any:
-        """Run to the end and hand over what was asked for."""
-        if output == "latent":
-            return self._last(run, progress)
-        pixels = self.finish(run, progress)
-        if output == "tensor":
-            return pixels
-        return [label(image, recipe) for image, recipe in zip(to_pil(pixels), run.recipes, strict=True)]
 
 
 class StableDiffusion(Pipeline):
@@ -271,7 +118,7 @@ class StableDiffusion(Pipeline):
         Raises :class:`ConfigError` for any value that cannot work, before the first model call, and
         :class:`MinidiffError` where a number overflows on the way, naming the module.
         """
-        _check_output(output)
+        check_output(output)
         run = self.steps(
             prompt,
             negative_prompt,
@@ -333,11 +180,21 @@ class StableDiffusion(Pipeline):
         """
         sampler = self.sampler(sampler)
         plan = sampler.plan(self.schedule, steps)
-        rows = self._rows(plan, steps, sampler, image, mask, strength, denoising_start, denoising_end)
-        pictures = self._pictures(image, mask, height, width)
+        asked = Request(
+            image=image,
+            strength=strength,
+            mask=mask,
+            denoising_start=denoising_start,
+            denoising_end=denoising_end,
+            sizes=sizes,
+            negative_sizes=negative_sizes,
+            clip_skip=clip_skip,
+        )
+        rows = asked.rows(plan, steps, sampler, self.config, reads_mask=self.reads_mask)
+        pictures = asked.pictures(self.config, height, width)
         shape = self._latent_shape(height, width, pictures)
-        _check_count("num_images", num_images)
-        scale = _finite("guidance_scale", guidance_scale)
+        check_count("num_images", num_images)
+        scale = finite("guidance_scale", guidance_scale)
 
         given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", clip_skip)
         # At exactly 1 the negative prompt cancels out: half the work. A model that is told the scale needs none at all.
@@ -372,7 +229,7 @@ class StableDiffusion(Pipeline):
                 "guidance_scale": scale,
                 "width": shape[2] * self.vae.config.factor,
                 "height": shape[1] * self.vae.config.factor,
-                **_noted(image, mask, strength, denoising_start, denoising_end, sizes, negative_sizes, clip_skip),
+                **asked.noted(),
             }
             for k in range(count)
         ]
@@ -389,44 +246,6 @@ class StableDiffusion(Pipeline):
         latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
         # Divided by the factor: its reciprocal, multiplied, would round differently.
         return self.vae.decode(latents / self.vae.config.scaling_factor)
-
-    def _rows(
-        self,
-        plan: Any,
-        steps: int,
-        sampler: Sampler[Any, Any],
-        image: Any,
-        mask: Any,
-        strength: float,
-        start: float | None,
-        end: float | None,
-    ) -> range:
-        """The rows of the plan that are run, with the checks of what decides that."""
-        strength = _finite("strength", strength)
-        check(0 <= strength <= 1, f"strength={strength:g} must lie in 0..1")
-        for name, value in (("denoising_start", start), ("denoising_end", end)):
-            check(value is None or 0 < _finite(name, value) < 1, f"{name}={value} must lie between 0 and 1")
-        check(start is None or end is None or start < end, f"denoising_start={start} is not before denoising_end={end}")
-        check(start is None or image is not None, "denoising_start needs an image: the latents to go on from")
-        check(mask is None or image is not None, "a mask needs an image whose part it covers, and image is None")
-        check(image is not None or not self.config.reads_score, "a refiner needs an image to refine, and image is None")
-        check(
-            mask is not None or not self.reads_mask,
-            f"this {self.config.family} model paints into pictures: give it image= and mask=",
-        )
-        some = strength if image is not None else None
-        return choose_rows(plan, steps, sampler, len(self.schedule), strength=some, start=start, end=end)
-
-    def _pictures(self, image: Any, mask: Any, height: int | None, width: int | None) -> Pictures | None:
-        c = self.vae.config
-        for name, value in (("height", height), ("width", width)):
-            check(value is None or isinstance(value, int), f"{name}={value!r} must be a whole number of pixels")
-            near = max(1, round((value or 0) / c.factor)) * c.factor
-            fits = value is None or (value > 0 and value % c.factor == 0)
-            check(fits, f"{name}={value} is not divisible by {c.factor}; {near} is")
-        if image is None:
-            return None
-        return read(image, mask, height, width, c.factor, c.latent_channels, c.image_channels)
 
     def _latent_shape(self, height: int | None, width: int | None, pictures: Pictures | None) -> tuple[int, int, int]:
         factor = self.vae.config.factor
@@ -520,7 +339,7 @@ class Unconditional(Pipeline):
 
         ``steps``: by default every timestep of the training for DDPM, 50 for the faster methods.
         """
-        _check_output(output)
+        check_output(output)
         return self._deliver(self.steps(batch_size, steps, sampler, seed, generator, latents), output, progress)
 
     def steps(
@@ -533,10 +352,10 @@ class Unconditional(Pipeline):
         latents: Tensor | None = None,
     ) -> Run:
         """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call."""
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         sampler = self.sampler(sampler)
         if steps is None:
-            steps = self.config.schedule.steps if _note(sampler)["name"] == "ddpm" else 50
+            steps = self.config.schedule.steps if note(sampler)["name"] == "ddpm" else 50
         c = self.unet.config
         size = c.sample_size
         labels = [{"width": size, "height": size}] * batch_size
@@ -611,26 +430,6 @@ def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Uncond
     return from_parts(config, parts)
 
 
-def _check_output(output: str) -> None:
-    check(output in ("pil", "tensor", "latent"), f"output={output!r} is none of 'pil', 'tensor', 'latent'")
-
-
-def _check_count(name: str, value: Any) -> None:
-    check(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number, at least 1")
-
-
-def _finite(name: str, value: Any) -> float:
-    check(isinstance(value, numbers.Real) and math.isfinite(value), f"{name}={value!r} must be a finite number")
-    return float(value)
-
-
-def _note(sampler: Any) -> dict[str, Any]:
-    """A sampler for the recipe: its name and options, or what it is called where it is the caller's own."""
-    if name_of(sampler) is None:
-        return {"name": type(sampler).__name__, "options": str(sampler)}
-    return sampler_to_config(sampler)
-
-
 def _texts(prompt: str | Sequence[str]) -> list[str]:
     check(isinstance(prompt, (str, Sequence)), f"a prompt must be text or a list of texts, got {prompt!r}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -650,29 +449,3 @@ def _match(negative: Prompt, positive: Prompt) -> tuple[Tensor, Tensor | None]:
     fits = context.shape == positive.context.shape
     check(fits, f"negative and positive prompt differ in shape, {shapes}; give one for each")
     return context, pooled
-
-
-def _noted(
-    image: Any,
-    mask: Any,
-    strength: float,
-    start: float | None,
-    end: float | None,
-    sizes: Sizes | None,
-    negative_sizes: Sizes | None,
-    clip_skip: int,
-) -> dict[str, Any]:
-    """What of a run's further arguments goes into the recipe: those that were given."""
-    noted: dict[str, Any] = {}
-    if image is not None:
-        noted["image"] = os.path.basename(image) if isinstance(image, (str, os.PathLike)) else None
-        noted["strength"] = strength
-    if mask is not None:
-        noted["mask"] = os.path.basename(mask) if isinstance(mask, (str, os.PathLike)) else None
-    for name, value in (("denoising_start", start), ("denoising_end", end), ("clip_skip", clip_skip or None)):
-        if value is not None:
-            noted[name] = value
-    for name, told in (("sizes", sizes), ("negative_sizes", negative_sizes)):
-        if told is not None:
-            noted[name] = asdict(told)
-    return noted

@@ -34,7 +34,7 @@ FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it ha
 TEXT_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 CONVERTED: dict[Layout, tuple[str, ...]] = {
     "diffusers": ("ddpm", *(f"{f}{kind}" for f in TEXT_FAMILIES for kind in ("", "-inpainting", "-lcm"))),
-    "original": ("sd1", "sd1-inpainting"),
+    "original": (*TEXT_FAMILIES, *(f"{f}-inpainting" for f in TEXT_FAMILIES[:3])),
 }
 
 

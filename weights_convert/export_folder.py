@@ -150,7 +150,8 @@ def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
     if config.text_encoder is not None and config.text_encoder_2 is None:
         if "steps_offset" in READERS[kind].fields:  # some have the field and never use it: diffusers warns all the same
             found.setdefault("steps_offset", 1)
-        for key, value in rewrite(found).items():
+        inpaint = config.vae is not None and config.unet.in_channels != config.vae.latent_channels
+        for key, value in rewrite(found, inpaint=inpaint).items():
             if key in found:
                 report.notes.append(f"sampler: diffusers will set {key}={value} when it loads this folder")
     return found

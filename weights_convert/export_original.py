@@ -7,18 +7,16 @@ minidiff writes its own config into the header, where it finds it again and othe
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from torch import nn
-
-from minidiff.checkpoint import CONFIG_KEY, build
+from minidiff.checkpoint import CONFIG_KEY
 from minidiff.config import ModelConfig, TAESDConfig, to_json
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, write_tensors
-from weights_convert import keys_original as keys
-from weights_convert.engine import Module, expand, restore
+from weights_convert.engine import restore
 from weights_convert.export_folder import full_tables
 from weights_convert.report import Report
+from weights_convert.single import TEXTS, key_pairs
 
 SILENT = "single files show no prediction type ({}) and no sampler ({}): other programs must be told"
 
@@ -34,23 +32,21 @@ def write_original(
     if os.fspath(dst).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise ConfigError(f"{dst}: single files are written as safetensors, never as pickles; name it .safetensors")
     config, tensors = full_tables(config, tensors, report)
-    parts = build(config)
-    modules = _modules(config)
-    pairs = expand([m._replace(ours=f"{part}.{m.ours}") for part, m in modules], nn.ModuleDict(parts))
+    pairs = key_pairs(config, TEXTS[_layout(config)], {})
+    missing = tensors.keys() - {p.ours for p in pairs}
+    if missing:
+        raise UnsupportedError(f"{config.family}: the original layout has no place for {min(missing)!r}")
     report.notes.append(SILENT.format(config.schedule.prediction, config.sampler.get("name", "none")))
     return write_tensors(dst, restore(pairs, tensors), {"format": "pt", CONFIG_KEY: to_json(config)})
 
 
-def _modules(config: ModelConfig) -> Iterable[tuple[str, Module]]:
-    """The layout's map for every part of the model."""
-    unet, vae, text = config.unet, config.vae, config.text_encoder
-    if config.text_encoder_2 is not None:
-        raise UnsupportedError(f"{config.family}: two text encoders can't be written as a single file yet")
-    if isinstance(vae, TAESDConfig):
+def _layout(config: ModelConfig) -> str:
+    """Whose layout fits the model's parts."""
+    first, second = config.text_encoder, config.text_encoder_2
+    if isinstance(config.vae, TAESDConfig):
         raise UnsupportedError(f"{config.family}: a tiny autoencoder has no place in an original file")
-    if vae is None or text is None:
+    if config.vae is None or (first is None and second is None):
         raise UnsupportedError(f"{config.family}: an original file holds a UNet, a VAE and a text encoder")
-    if text.activation != "quick_gelu":
-        raise UnsupportedError(f"{config.family}: OpenCLIP text encoders can't be written as a single file yet")
-    for part, found in (("unet", keys.unet(unet)), ("vae", keys.vae(vae)), ("text_encoder", keys.clip(text))):
-        yield from ((part, module) for module in found)
+    if second is not None:
+        return "sdxl-refiner" if first is None else "sdxl"
+    return "sd2" if first is not None and first.activation == "gelu" else "sd1"

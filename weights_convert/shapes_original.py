@@ -51,8 +51,8 @@ class Shapes:
         return n
 
 
-def unet(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
-    """The fields of a UNetConfig, with SD1's eight heads at every level."""
+def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> dict[str, Any]:
+    """The fields of a UNetConfig, with ``head`` channels to each head, or SD1's eight heads at every level."""
     s = Shapes(tensors, UNET, where)
     levels: list[list[dict[str, Any]]] = [[]]
     context_dim, linear = None, False
@@ -61,7 +61,9 @@ def unet(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
         if s.has(f"input_blocks.{n}.0.op.weight"):
             levels.append([])
         else:
-            levels[-1].append(_level(s, f"input_blocks.{n}", s.of(f"input_blocks.{n}.0.out_layers.3.weight", 4)[0]))
+            levels[-1].append(
+                _level(s, f"input_blocks.{n}", s.of(f"input_blocks.{n}.0.out_layers.3.weight", 4)[0], head)
+            )
         if s.has(f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight"):
             context_dim = s.of(f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
             linear = not s.is_convolution(f"input_blocks.{n}.1.proj_in.weight")
@@ -70,7 +72,7 @@ def unet(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: {UNET}.input_blocks has a level without ResBlocks; blocks are missing")
     return {
         "levels": [level[0] for level in levels],
-        "mid": _level(s, "middle_block", levels[-1][-1]["channels"]),
+        "mid": _level(s, "middle_block", levels[-1][-1]["channels"], head),
         "in_channels": s.of("input_blocks.0.0.weight", 4)[1],
         "out_channels": s.of("out.2.weight", 4)[0],
         "layers": len(levels[0]),
@@ -80,11 +82,12 @@ def unet(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
     }
 
 
-def _level(s: Shapes, block: str, channels: int) -> dict[str, Any]:
+def _level(s: Shapes, block: str, channels: int, head: int | None) -> dict[str, Any]:
     depth = s.count(lambda k: f"{block}.1.transformer_blocks.{k}.attn1.to_q.weight")
     if not depth:
         return {"channels": channels}
-    return {"channels": channels, "attention": "text", "depth": depth, "heads": SD1_HEADS}
+    heads = SD1_HEADS if head is None else max(1, channels // head)
+    return {"channels": channels, "attention": "text", "depth": depth, "heads": heads}
 
 
 def vae(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
@@ -101,9 +104,9 @@ def vae(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
     }
 
 
-def clip(tensors: Mapping[str, Lazy], where: str, prefix: str) -> dict[str, Any]:
-    """The fields of a CLIPTextConfig; names begin with ``prefix`` ("text_model." or nothing)."""
-    s = Shapes(tensors, CLIP, where)
+def clip(tensors: Mapping[str, Lazy], where: str, prefix: str, root: str = CLIP) -> dict[str, Any]:
+    """The fields of a CLIPTextConfig; names below ``root`` begin with ``prefix`` ("text_model." or nothing)."""
+    s = Shapes(tensors, root, where)
     vocab, width = s.of(f"{prefix}embeddings.token_embedding.weight", 2)
     return {
         "width": width,

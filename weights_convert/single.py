@@ -1,92 +1,179 @@
-"""The original single file of Stable Diffusion 1 (CompVis' layout, ``.safetensors`` or ``.ckpt``), translated."""
+"""An original single file (the layout of CompVis and Stability, ``.safetensors`` or ``.ckpt``), translated.
+
+What a file does not say of itself, heads and scheduler, follows the rule of its family; what even that leaves open, the
+prediction of SD2, must be told.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
 from minidiff.checkpoint import build
-from minidiff.config import ModelConfig, VAEConfig, from_json
+from minidiff.config import VAE_SDXL, ModelConfig, VAEConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
 from minidiff.schedule import NoiseSchedule
+from weights_convert import keys_diffusers, openclip
 from weights_convert import keys_original as keys
 from weights_convert import shapes_original as shapes
 from weights_convert.engine import Drop, Pair, expand, translate
 from weights_convert.overlay import merge
 from weights_convert.report import Report, Source
 
-# A single file says nothing of its scheduler; this is the one that Stable Diffusion 1 was published with.
-SD1_SCHEDULER = {
+# A single file says nothing of its scheduler; these are the ones that the families were published with.
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+PNDM = {
     "_class_name": "PNDMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
+    **BETAS,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
     "steps_offset": 1,
 }
+DDIM = {"_class_name": "DDIMScheduler", **BETAS, "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1}
+EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading", "steps_offset": 1}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder inside a single file: where it lies, whether it is OpenCLIP's, and whether its pooled output is
+    read; ``tokenizer`` are the fields of its TokenizerConfig."""
+
+    root: str
+    open_clip: bool = False
+    pooled: bool = False
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+
+EMBEDDERS = "conditioner.embedders"
+# The text encoders of a family, by the name of the part that each becomes.
+TEXTS: dict[str, dict[str, Text]] = {
+    "sd1": {"text_encoder": Text(keys.CLIP)},
+    "sd2": {"text_encoder": Text("cond_stage_model.model", open_clip=True, tokenizer={"pad": 0})},
+    "sdxl": {
+        "text_encoder": Text(f"{EMBEDDERS}.0.transformer"),
+        "text_encoder_2": Text(f"{EMBEDDERS}.1.model", open_clip=True, pooled=True, tokenizer={"pad": 0}),
+    },
+    "sdxl-refiner": {
+        "text_encoder_2": Text(f"{EMBEDDERS}.0.model", open_clip=True, pooled=True, tokenizer={"pad": 0}),
+    },
+}
+HEAD = 64  # channels of one head in SD2 and SDXL; SD1 has eight heads everywhere
 SCHEDULE_ROUNDING = 5e-3  # a table in bfloat16 is up to 2e-3 from ours, a zero-SNR one 3.5e-2
+LEVELS = Drop("noise levels", r"denoiser\.sigmas", "a table that follows from the schedule's settings")
 LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was asked for, and taken instead")
 
 
 def read_original(
     tensors: Mapping[str, Lazy], report: Report, *, ema: bool = False, override: Mapping[str, Any] | None = None
 ) -> Source:
-    """A single file of family SD1 as minidiff's config and tensors; every key of it is accounted for.
+    """A single file of any family as minidiff's config and tensors; every key of it is accounted for.
 
     ``ema`` takes the running average of the UNet instead of the weights of the last training step. Raises
-    :class:`CheckpointError` for keys or shapes that do not fit and for ``ema`` where the file has no average.
+    :class:`CheckpointError` for keys or shapes that do not fit and for ``ema`` where the file has no average, and
+    :class:`ConfigError` where the file can't say what ``override`` does not.
     """
-    where = report.source
-    prefix = "text_model." if f"{keys.CLIP}.text_model.final_layer_norm.weight" in tensors else ""
-    config = _config(tensors, where, prefix, override or {})
-    if not isinstance(config.vae, VAEConfig) or config.text_encoder is None:
-        raise ConfigError("config: a text-to-image model needs vae and text_encoder, and one of them is null")
+    where, texts = report.source, TEXTS[report.family.removesuffix("-inpainting")]
+    config = _config(tensors, report, texts, override or {})
+    if not isinstance(config.vae, VAEConfig) or any(getattr(config, name) is None for name in texts):
+        raise ConfigError(f"config: a text-to-image model needs vae and {', '.join(texts)}, and one of them is null")
     _check_schedule(tensors, config, where)
-    modules = {
-        "unet": keys.unet(config.unet),
-        "vae": keys.vae(config.vae),
-        "text_encoder": keys.clip(config.text_encoder, prefix=prefix),
-    }
     parts = build(config)
     model = nn.ModuleDict(parts)
-    pairs = expand([m._replace(ours=f"{part}.{m.ours}") for part, ms in modules.items() for m in ms], model)
-    pairs, drops = _choose_weights(pairs, tensors, report, ema)
+    prefixes = {name: _prefix(tensors, text) for name, text in texts.items()}
+    pairs = key_pairs(config, texts, prefixes)
+    drops: tuple[Drop, ...] = (*keys.DROPS, LEVELS)
+    for name, text in texts.items():
+        if text.open_clip:
+            drops += openclip.drops(text.root, getattr(config, name).layers)
+    pairs, drops = _choose_weights(pairs, drops, tensors, report, ema)
     part = translate(pairs, tensors, model, where=where, drops=drops)
     report.mapped = {name: sum(k.startswith(f"{name}.") for k in part.tensors) for name in parts}
     report.drop(part.dropped)
     report.notes += [
-        "noise schedule and sampler (PNDM), heads and norm groups follow the family's rule, as a single file has none",
+        f"noise schedule and sampler ({config.sampler['name']}), heads and norm groups follow the family's rule, as a "
+        "single file has none",
         "tokenizer: the public CLIP table, which minidiff ships",
     ]
     return Source(config, part.tensors, report)
 
 
-def _config(tensors: Mapping[str, Lazy], where: str, prefix: str, override: Mapping[str, Any]) -> ModelConfig:
+def key_pairs(config: ModelConfig, texts: Mapping[str, Text], prefixes: Mapping[str, str]) -> list[Pair]:
+    """The map of a whole file, read either way; ``prefixes`` of transformers' encoders, "text_model." by default."""
+    assert isinstance(config.vae, VAEConfig)
+    modules = {"unet": keys.unet(config.unet), "vae": keys.vae(config.vae)}
+    pairs: list[Pair] = []
+    for name, text in texts.items():
+        encoder = getattr(config, name)
+        if text.open_clip:
+            pairs += openclip.pairs(encoder, text.root, name)
+        else:
+            modules[name] = keys_diffusers.clip(encoder, prefix=f"{text.root}.{prefixes.get(name, 'text_model.')}")
+    parts = build(config)
+    named = nn.ModuleDict({name: parts[name] for name in modules})
+    return pairs + expand([m._replace(ours=f"{part}.{m.ours}") for part, ms in modules.items() for m in ms], named)
+
+
+def _prefix(tensors: Mapping[str, Lazy], text: Text) -> str:
+    """Transformers' encoder has its names below "text_model." in most files, but not in all."""
+    return "text_model." if f"{text.root}.text_model.final_layer_norm.weight" in tensors else ""
+
+
+def _config(
+    tensors: Mapping[str, Lazy], report: Report, texts: Mapping[str, Text], override: Mapping[str, Any]
+) -> ModelConfig:
     """What the shapes tell, what the family's rule adds, and what the user corrects."""
-    fields = {
-        "family": "sd1",
-        "unet": shapes.unet(tensors, where),
-        "vae": shapes.vae(tensors, where),
-        "text_encoder": shapes.clip(tensors, where, prefix),
-        "tokenizer": {},
-        "schedule": asdict(schedule_from_diffusers(SD1_SCHEDULER)),
-        "sampler": sampler_to_config(sampler_from_diffusers(SD1_SCHEDULER)),
+    where, family = report.source, report.family
+    xl, first = family.startswith("sdxl"), family.startswith("sd1")
+    scheduler: dict[str, Any] = EULER if xl else PNDM
+    unet = shapes.unet(tensors, where, None if first else HEAD)
+    vae = shapes.vae(tensors, where)
+    if xl:
+        unet["sample_size"] = 128
+        vae |= {"scaling_factor": VAE_SDXL.scaling_factor, "sample_size": VAE_SDXL.sample_size, "upcast": True}
+    elif not first and _prediction(override, where) == "v_prediction":
+        scheduler = {**DDIM, "prediction_type": "v_prediction"}
+        unet |= {"sample_size": 96, "upcast_attention": True}
+        vae["sample_size"] = 768
+    fields: dict[str, Any] = {
+        "family": family,
+        "unet": unet,
+        "vae": vae,
+        "schedule": asdict(schedule_from_diffusers(scheduler)),
+        "sampler": sampler_to_config(sampler_from_diffusers(scheduler)),
+        "text_layer": "penultimate" if xl else "last",
+        "zero_empty": xl and family != "sdxl-refiner",
     }
+    for name, text in texts.items():
+        fields[name.replace("text_encoder", "tokenizer")] = text.tokenizer
+        if text.open_clip:
+            fields[name] = openclip.shapes(tensors, text.root, where, pooled=text.pooled)
+        else:
+            fields[name] = shapes.clip(tensors, where, _prefix(tensors, text), text.root)
     try:
         return from_json(ModelConfig, merge(fields, override))
     except ConfigError as e:
         if override:
             raise
         raise CheckpointError(
-            f"{where}: {e}; if it is a relative of SD1, config= says what shapes can't tell"
+            f"{where}: {e}; if it is a relative of {family}, config= says what shapes can't tell"
         ) from None
+
+
+def _prediction(override: Mapping[str, Any], where: str) -> Any:
+    """What an SD2 model predicts: no tensor shows it, and a wrong guess makes grey mush."""
+    schedule = override.get("schedule")
+    found = schedule.get("prediction") if isinstance(schedule, Mapping) else None
+    if found is None:
+        raise ConfigError(
+            f"{where}: a single file of SD2 does not say what its model predicts; give --config FILE (config= in "
+            'Python) with {"schedule": {"prediction": "epsilon"}} for base and inpainting, or "v_prediction" for 768-v'
+        )
+    return found
 
 
 def _check_schedule(tensors: Mapping[str, Lazy], config: ModelConfig, where: str) -> None:
@@ -104,7 +191,7 @@ def _check_schedule(tensors: Mapping[str, Lazy], config: ModelConfig, where: str
 
 
 def _choose_weights(
-    pairs: list[Pair], tensors: Mapping[str, Lazy], report: Report, ema: bool
+    pairs: list[Pair], drops: tuple[Drop, ...], tensors: Mapping[str, Lazy], report: Report, ema: bool
 ) -> tuple[list[Pair], tuple[Drop, ...]]:
     """The plain weights or the running average; says which, and that there was a choice."""
     averaged = any(k.startswith(f"{keys.EMA}.") for k in tensors)
@@ -113,7 +200,7 @@ def _choose_weights(
     if not ema:
         if averaged:
             report.notes.append("UNet: the weights of the last training step; EMA weights are there too (--ema)")
-        return pairs, keys.DROPS
+        return pairs, drops
     report.notes.append("UNet: the EMA weights, as asked")
     chosen = [p._replace(theirs=keys.ema_key(p.theirs)) if p.ours.startswith("unet.") else p for p in pairs]
-    return chosen, (LAST_STEP, keys.EMA_COUNTERS, *(d for d in keys.DROPS if d is not keys.EMA_COPY))
+    return chosen, (LAST_STEP, keys.EMA_COUNTERS, *(d for d in drops if d is not keys.EMA_COPY))

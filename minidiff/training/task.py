@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.config import check
-from minidiff.errors import ConfigError
+from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.training.batch import Batch
 from minidiff.training.draws import Draws
@@ -113,7 +113,15 @@ class Autoencoding(Task):
 
 
 def make_task(pipe: StableDiffusion | Unconditional, config: TrainConfig) -> Task:
-    """The task that ``config.parts`` asks for. Raises :class:`ConfigError` if ``pipe`` does not have them."""
+    """The task that ``config.parts`` asks for.
+
+    Raises :class:`ConfigError` if ``pipe`` does not have them, and :class:`UnsupportedError` for a UNet that reads more
+    than a prompt: SDXL's sizes, LCM's scale, a mask.
+    """
+    unet = pipe.unet.config
+    more = isinstance(pipe, StableDiffusion) and (unet.added_dim or unet.guidance_dim or pipe.reads_mask)
+    if more and config.parts != ("vae",):
+        raise UnsupportedError(f"a {pipe.config.family} UNet reads more than a prompt, which training does not give it")
     return (Autoencoding if config.parts == ("vae",) else Denoising)(pipe, config)
 
 

@@ -138,6 +138,17 @@ def test_seeds_give_an_image_its_noise_in_any_batch(pair: Pair) -> None:
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip(pair: Pair, skip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's layers only: the reference reads the negative prompt as ever.
+
+    It asks for ``text_encoder.text_model``, which transformers took away in 5.6: the encoder is its own.
+    """
+    monkeypatch.setattr(type(pair.theirs.text_encoder), "text_model", property(lambda self: self), raising=False)
+    options = {"image": picture(), "strength": 0.5, "steps": 2, "negative_prompt": NEGATIVE, "clip_skip": skip}
+    pairs.compare(pair, SCHEDULERS["ddim"], pixels=False, **options)
+
+
 def test_no_step_left(pair: Pair) -> None:
     with pytest.raises(ConfigError, match=r"strength=0\.05 of steps=10 leaves no step"):
         pair.ours.steps("a", image=picture(), strength=0.05, steps=10)

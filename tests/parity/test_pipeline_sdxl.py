@@ -130,6 +130,11 @@ def test_encode_prompt(base: Pair) -> None:
     assert base.ours.tokenizer_2("a")[0, -1] == 0
 
 
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip(base: Pair, skip: int) -> None:
+    pairs.compare(base, EULER, negative_prompt=NEGATIVE, clip_skip=skip, steps=2, pixels=False)
+
+
 def test_embeddings_given(base: Pair) -> None:
     embeds = base.theirs.encode_prompt(pairs.PROMPT, device="cpu", negative_prompt=NEGATIVE)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -236,7 +236,7 @@ def xl_twin(kind: str, scheduler: Any = None, dtype: torch.dtype = torch.float32
         tokenizer=None if refiner else tokenizer_twin(),
         tokenizer_2=tokenizer_twin("!"),
         unet=_cast(unet, dtype),
-        scheduler=scheduler or EulerDiscreteScheduler(**SCALED_LINEAR, steps_offset=1),
+        scheduler=scheduler or EulerDiscreteScheduler(**SCALED_LINEAR, timestep_spacing="leading", steps_offset=1),
         **options,
     )
 

@@ -33,6 +33,8 @@ LAYERS: dict[str, int] = {
     "minidiff.prompts": 3,
     "minidiff.start": 3,
     "minidiff.checkpoint": 3,
+    "minidiff.runner": 4,
+    "minidiff.request": 4,
     "minidiff.pipeline": 4,
     "minidiff.arguments": 5,
     "minidiff.info": 5,

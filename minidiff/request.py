@@ -1,0 +1,84 @@
+"""What a run was asked for beside its prompt: a picture to begin from, a mask, a part of the way, sizes to be told.
+
+Everything is checked here, before a model is called.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from minidiff.config import ModelConfig, check
+from minidiff.denoise import choose_rows
+from minidiff.images import Pictures, read
+from minidiff.prompts import Sizes
+from minidiff.runner import finite
+
+if TYPE_CHECKING:
+    from minidiff.images import Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of :meth:`minidiff.StableDiffusion.generate` by the same names."""
+
+    image: Picture | None = None
+    strength: float = 0.8
+    mask: Picture | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    sizes: Sizes | None = None
+    negative_sizes: Sizes | None = None
+    clip_skip: int = 0
+
+    def rows(self, plan: Any, steps: int, sampler: Any, config: ModelConfig, *, reads_mask: bool) -> range:
+        """The rows of the plan that are run. Raises :class:`ConfigError` for what cannot work together."""
+        start, end, family = self.denoising_start, self.denoising_end, config.family
+        check(0 <= finite("strength", self.strength) <= 1, f"strength={self.strength} must lie in 0..1")
+        for name, value in (("denoising_start", start), ("denoising_end", end)):
+            check(value is None or 0 < finite(name, value) < 1, f"{name}={value} must lie between 0 and 1")
+        check(start is None or end is None or start < end, f"denoising_start={start} is not before denoising_end={end}")
+        given = self.image is not None
+        check(start is None or given, "denoising_start needs an image: the latents to go on from")
+        check(self.mask is None or given, "a mask needs an image whose part it covers, and image is None")
+        check(given or not config.reads_score, f"this {family} refines pictures: it needs an image, and image is None")
+        check(
+            self.mask is not None or not reads_mask,
+            f"this {family} model paints into pictures: it needs an image and a mask",
+        )
+        strength = self.strength if given else None
+        return choose_rows(plan, steps, sampler, config.schedule.steps, strength=strength, start=start, end=end)
+
+    def pictures(self, config: ModelConfig, height: int | None, width: int | None) -> Pictures | None:
+        """The image and the mask, read and resized; None without an image."""
+        c = config.vae
+        assert c is not None
+        for name, value in (("height", height), ("width", width)):
+            check(value is None or isinstance(value, int), f"{name}={value!r} must be a whole number of pixels")
+            near = max(1, round((value or 0) / c.factor)) * c.factor
+            fits = value is None or (value > 0 and value % c.factor == 0)
+            check(fits, f"{name}={value} is not divisible by {c.factor}; {near} is")
+        if self.image is None:
+            return None
+        return read(self.image, self.mask, height, width, c.factor, c.latent_channels, c.image_channels)
+
+    def noted(self) -> dict[str, Any]:
+        """What of it goes into the recipe: what was given."""
+        noted: dict[str, Any] = {}
+        if self.image is not None:
+            noted |= {"image": _name(self.image), "strength": self.strength}
+        if self.mask is not None:
+            noted["mask"] = _name(self.mask)
+        for name in ("denoising_start", "denoising_end"):
+            if getattr(self, name) is not None:
+                noted[name] = getattr(self, name)
+        for name in ("sizes", "negative_sizes"):
+            if getattr(self, name) is not None:
+                noted[name] = asdict(getattr(self, name))
+        return noted | ({"clip_skip": self.clip_skip} if self.clip_skip else {})
+
+
+def _name(picture: Any) -> str | None:
+    """The name of a file, without its folder; None for a picture that came otherwise."""
+    return os.path.basename(picture) if isinstance(picture, (str, os.PathLike)) else None

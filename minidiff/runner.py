@@ -1,0 +1,193 @@
+"""What every pipeline is: parts on a device, a sampler by choice, and the way from a start to a finished picture.
+
+The two kinds, with text and without, stand in ``pipeline.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from minidiff import checkpoint, noise
+from minidiff.config import ModelConfig, check
+from minidiff.denoise import Predict, Run, Step, denoise
+from minidiff.files import lazy
+from minidiff.models.unet import UNet
+from minidiff.picture import label, to_pil, to_unit
+from minidiff.precision import apply_policy, check_finite
+from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
+from minidiff.samplers.base import Sampler
+from minidiff.schedule import NoiseSchedule
+from minidiff.start import Beginning, Start
+from minidiff.version import VERSION
+
+Output = Literal["pil", "tensor", "latent"]
+Seed = int | Sequence[int] | None
+SamplerChoice = str | Sampler[Any, Any] | None
+
+
+class Pipeline:
+    """What the two kinds of pipeline share: the parts, their device and dtype, and the way from noise to a result."""
+
+    def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
+        """``parts`` by name, as :func:`checkpoint.build` gives them; ``hash`` of the file they came from."""
+        self.config = config
+        self.parts = dict(parts)
+        self.hash = hash
+        self.schedule = NoiseSchedule.from_config(config.schedule)
+        self.unet = cast(UNet, parts["unet"])
+        apply_policy(config, parts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the UNet lives."""
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return self.unet.conv_in.weight.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``)."""
+        for part in self.parts.values():
+            part.to(device=device, dtype=dtype)
+        apply_policy(self.config, self.parts)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write everything as one minidiff file; returns its content hash. Raises :class:`CheckpointError`."""
+        tensors = {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
+        self.hash = checkpoint.write(path, self.config, tensors)
+        return self.hash
+
+    def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
+        """The sampler meant by ``choice``: a name, one that is ready, or None for the checkpoint's own."""
+        if choice is None:
+            return sampler_from_config(self.config.sampler)
+        if isinstance(choice, str):
+            return sampler_from_config({"name": choice})
+        check(callable(getattr(choice, "plan", None)), f"sampler={choice!r} is neither a name nor a Sampler")
+        return choice
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The finished sample of a run -> pixels (B, 3, H, W) in [0, 1]. Without a VAE they are the same thing."""
+        return to_unit(self._raw_pixels(latents))
+
+    def finish(self, run: Run, progress: bool = True) -> Tensor:
+        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1].
+
+        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value.
+        """
+        raw = self._raw_pixels(latents := self._last(run, progress))
+        check_finite(raw, self.parts, lambda: self._raw_pixels(latents))
+        return to_unit(raw)
+
+    def _raw_pixels(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def _last(self, run: Run, progress: bool) -> Tensor:
+        """The finished sample of a run, which is finite."""
+        x = run.last(progress).x
+        check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
+        return x
+
+    def _run(
+        self,
+        predict: Predict,
+        begin: Beginning,
+        start: Start,
+        labels: Sequence[dict[str, Any]],
+        seeds: Sequence[int | None],
+        steps: int,
+    ) -> Run:
+        """The run from ``start``; ``labels`` and ``seeds``: what to note, by image."""
+        rows, draw = begin.rows, begin.draw
+        mark = draw.mark()
+
+        def trail() -> Generator[Step, None, None]:
+            return denoise(
+                predict,
+                start.sampler,
+                begin.plan,
+                start.x,
+                first=rows.start,
+                stop=rows.stop,
+                draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
+            )
+
+        def again() -> Generator[Step, None, None]:
+            draw.rewind(mark)
+            return trail()
+
+        common = {
+            "sampler": note(begin.sampler),
+            "steps": int(steps),
+            "model": self.config.family,
+            "model_hash": self.hash,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "minidiff": VERSION,
+            "torch": str(torch.__version__),
+        }
+        recipes = [{**own, "seed": s, **common} for own, s in zip(labels, seeds, strict=True)]
+        return Run(trail(), begin.plan, recipes, rows, again)
+
+    def _begin(
+        self,
+        sampler: Sampler[Any, Any],
+        plan: Any,
+        rows: range,
+        shape: tuple[int, ...],
+        latents: Tensor | None,
+        seed: Seed,
+        generator: noise.Generators | None,
+    ) -> tuple[Beginning, list[int | None]]:
+        """Where the noise of a run comes from, and the seed of each image as far as it says all about it."""
+        check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
+        seeds = noise.seeds_of(shape[0], seed) if generator is None else seed
+        draw = noise.source(shape[0], seeds, generator)
+        if latents is not None:
+            latents = latents.to(self.device, self.dtype)
+            check(
+                tuple(latents.shape) == shape, f"latents of shape {tuple(latents.shape)} do not fit; {shape} is wanted"
+            )
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        known = latents is None
+        begin = Beginning(plan, sampler, rows, draw, like, latents)
+        return begin, list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
+
+    def _deliver(self, run: Run, output: Output, progress: bool) -> Any:
+        """Run to the end and hand over what was asked for."""
+        if output == "latent":
+            return self._last(run, progress)
+        pixels = self.finish(run, progress)
+        if output == "tensor":
+            return pixels
+        return [label(image, recipe) for image, recipe in zip(to_pil(pixels), run.recipes, strict=True)]
+
+
+def check_output(output: str) -> None:
+    check(output in ("pil", "tensor", "latent"), f"output={output!r} is none of 'pil', 'tensor', 'latent'")
+
+
+def check_count(name: str, value: Any) -> None:
+    check(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number, at least 1")
+
+
+def finite(name: str, value: Any) -> float:
+    check(isinstance(value, numbers.Real) and math.isfinite(value), f"{name}={value!r} must be a finite number")
+    return float(value)
+
+
+def note(sampler: Any) -> dict[str, Any]:
+    """A sampler for the recipe: its name and options, or what it is called where it is the caller's own."""
+    if name_of(sampler) is None:
+        return {"name": type(sampler).__name__, "options": str(sampler)}
+    return sampler_to_config(sampler)

@@ -1,0 +1,279 @@
+"""Pictures and masks in, sizes, precision: what is refused, in one line and before the UNet is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidiff import MinidiffError, Sizes, StableDiffusion
+from minidiff.config import CLIPTextConfig, ModelConfig, TokenizerConfig
+from minidiff.denoise import choose_rows
+from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.models.attention import Attention, attention
+from minidiff.picture import read_recipe
+from minidiff.pipeline import from_parts, load, random_model
+from minidiff.precision import attention_in_float32
+from minidiff.samplers import sampler_from_config
+from minidiff.schedule import NoiseSchedule
+from tests.tolerances import assert_close
+from tests.unit import tiny
+from tests.unit.test_pipeline import calls
+
+QUIET: dict[str, Any] = {"progress": False, "steps": 3, "seed": 0}
+SIDE = 64
+XL = replace(
+    tiny.SD,
+    family="tiny sdxl",
+    unet=replace(tiny.UNET, context_dim=16 + 8, added_dim=4 + 6 * 2, added_sinusoid=2),
+    text_encoder_2=CLIPTextConfig(width=8, layers=2, heads=2, mlp=16, projection=4, activation="gelu"),
+    tokenizer_2=TokenizerConfig(pad=0),
+    text_layer="penultimate",
+    zero_empty=True,
+)
+REFINER = replace(
+    XL,
+    family="tiny refiner",
+    unet=replace(XL.unet, context_dim=8, added_dim=4 + 5 * 2),
+    text_encoder=None,
+    tokenizer=None,
+    zero_empty=False,
+)
+INPAINTING = replace(tiny.SD, family="tiny inpainting", unet=replace(tiny.UNET, in_channels=9))
+
+
+def made(config: ModelConfig) -> StableDiffusion:
+    model = random_model(config)
+    for part in model.parts.values():
+        tiny.redraw(part)
+    return cast(StableDiffusion, model)
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return tiny.tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def xl() -> StableDiffusion:
+    return made(XL)
+
+
+@pytest.fixture(scope="module")
+def refiner() -> StableDiffusion:
+    return made(REFINER)
+
+
+def picture(width: int = SIDE, height: int = SIDE, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+NOISE = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image": "no/such.png"}, "no/such.png: no such file; image names a picture"),
+        ({"image": 5}, "image must be a path, a PIL image, a list of them, or a tensor (B, C, H, W), got int"),
+        ({"image": []}, "image is an empty list"),
+        ({"image": [picture(), picture(32, 32)]}, "images of one run must be of one size"),
+        ({"image": picture(7, 64)}, "image of 7 x 64 pixels is too small; 8 x 8 is the least"),
+        ({"image": NOISE[0]}, "image is a tensor of shape (3, 64, 64); (images, channels, height, width) is wanted"),
+        ({"image": NOISE[:, :2]}, "image is a tensor of shape (1, 2, 64, 64); 3 channels are wanted"),
+        ({"image": NOISE * 2 - 1}, "not in 0..1"),
+        ({"image": NOISE * torch.nan}, "not in 0..1"),
+        ({"image": (NOISE * 255).to(torch.uint8)}, "image is a tensor of torch.uint8; float values in 0..1"),
+        ({"image": torch.zeros(1, 4, 8, 8), "height": 32}, "height=32, but the image is latents of 64 pixels"),
+        ({"image": [picture()] * 2, "num_images": 3}, "2 images for 3 pictures"),
+        ({"image": picture(), "height": 60}, "height=60 is not divisible by 8; 64 is"),
+        ({"image": picture(), "strength": -0.1}, "strength=-0.1 must lie in 0..1"),
+        ({"image": picture(), "strength": 1.01}, "strength=1.01 must lie in 0..1"),
+        ({"image": picture(), "strength": float("nan")}, "strength=nan must be a finite number"),
+        ({"image": picture(), "strength": "1"}, "strength='1'"),
+        ({"image": picture(), "strength": 0.2}, "strength=0.2 of steps=3 leaves no step to do"),
+        ({"image": picture(), "strength": 0}, "leaves no step"),
+        ({"mask": picture(mode="L")}, "a mask needs an image"),
+        ({"image": picture(), "mask": picture(32, 64)}, "mask is 32 x 64 pixels, the image 64 x 64"),
+        ({"image": picture(), "mask": NOISE}, "mask is a tensor of shape (1, 3, 64, 64); 1 channels are wanted"),
+        ({"image": picture(), "mask": "no/such.png"}, "no/such.png: no such file; mask names a picture"),
+        ({"image": torch.zeros(1, 4, 8, 8), "mask": picture(32, 32)}, "mask is 32 x 32 pixels, the image 64 x 64"),
+        ({"denoising_start": 0.5}, "denoising_start needs an image"),
+        ({"denoising_end": 0}, "denoising_end=0 must lie between 0 and 1"),
+        ({"denoising_end": 1.0}, "denoising_end=1.0 must lie between 0 and 1"),
+        ({"denoising_end": "half"}, "denoising_end='half' must be a finite number"),
+        ({"image": NOISE, "denoising_start": 0.8, "denoising_end": 0.8}, "is not before denoising_end=0.8"),
+        ({"denoising_end": 0.001}, "denoising_end=0.001 of steps=3 leaves no step"),
+        ({"sizes": Sizes()}, "sizes are given, and this UNet reads none"),
+        ({"clip_skip": 2}, "clip_skip=2 must be a whole number in 0..1"),
+        ({"clip_skip": -1}, "clip_skip=-1"),
+        ({"clip_skip": 1.0}, "clip_skip=1.0"),
+    ],
+)
+def test_what_cannot_work(sd: StableDiffusion, arguments: dict[str, Any], words: str) -> None:
+    given = {"prompt": "a cat", "steps": 3} | arguments
+    with calls(sd) as seen, pytest.raises(MinidiffError) as caught:
+        sd.steps(**given)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert seen == []
+
+
+def test_a_file_that_is_no_picture(sd: StableDiffusion, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(MinidiffError, match=r"a\.png: no readable picture"):
+        sd.steps("a", image=tmp_path / "a.png")
+
+
+def test_what_a_refiner_and_an_inpainting_model_need(refiner: StableDiffusion) -> None:
+    with pytest.raises(ConfigError, match="tiny refiner refines pictures: it needs an image"):
+        refiner.steps("a")
+    with pytest.raises(ConfigError, match="needs an image and a mask"):
+        made(INPAINTING).steps("a", image=picture())
+    with pytest.raises(ConfigError, match="image is latents; this model reads the masked picture"):
+        made(INPAINTING).steps("a", image=torch.zeros(1, 4, 8, 8), mask=picture(mode="L"))
+
+
+def test_sizes_that_make_no_sense(xl: StableDiffusion) -> None:
+    for arguments, words in (
+        ({"original": 5}, "original=5 must be two numbers"),
+        ({"crop": (1, "2")}, "crop="),
+        ({"target": (1, 2, 3)}, "target="),
+        ({"score": "high"}, "score='high' must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
+            Sizes(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"score=6\.0 is given; only a refiner reads one"):
+        xl.steps("a", sizes=Sizes(score=6.0))
+    with pytest.raises(ConfigError, match="pooled_prompt_embeds"):
+        xl.steps(None, prompt_embeds=torch.zeros(1, 77, 24))
+    with pytest.raises(ConfigError, match=r"pooled_prompt_embeds has shape \(2, 4\)"):
+        xl.steps(None, prompt_embeds=torch.zeros(1, 77, 24), pooled_prompt_embeds=torch.zeros(2, 4))
+
+
+def test_parts_that_do_not_fit(xl: StableDiffusion) -> None:
+    with pytest.raises(UnsupportedError, match="only mask and masked picture can come beside"):
+        made(replace(tiny.SD, unet=replace(tiny.UNET, in_channels=8)))
+    with pytest.raises(UnsupportedError, match="a second text encoder; one is missing"):
+        from_parts(replace(tiny.SD, unet=replace(tiny.UNET, added_dim=16, added_sinusoid=2)), tiny.tiny_sd().parts)
+    with pytest.raises(ConfigError, match="added_dim=20 of the UNet is not five or six sinusoids of 2"):
+        replace(XL, unet=replace(XL.unet, added_dim=20))
+
+
+def test_an_sdxl_keeps_its_ways_in_a_file(xl: StableDiffusion, refiner: StableDiffusion, tmp_path: Path) -> None:
+    for model, more in ((xl, {}), (refiner, {"image": picture()})):
+        want = model.generate("a cat", output="latent", **QUIET, **more)  # type: ignore[arg-type]
+        model.save(tmp_path / "a.safetensors")
+        found = load(tmp_path / "a.safetensors", device="cpu")
+        assert found.config == model.config
+        assert_close(found.generate("a cat", output="latent", **QUIET, **more), want)  # type: ignore[arg-type]
+
+
+def test_the_recipe_says_what_it_began_from(sd: StableDiffusion, tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    recipe = read_recipe(sd.generate("a", image=tmp_path / "a.png", strength=0.7, clip_skip=1, **QUIET)[0])
+    assert (recipe["image"], recipe["strength"], recipe["clip_skip"]) == ("a.png", 0.7, 1)
+    assert "mask" not in recipe
+    recipe = read_recipe(sd.generate("a", image=picture(), mask=picture(mode="L"), denoising_end=0.9, **QUIET)[0])
+    assert recipe["image"] is recipe["mask"] is None
+    assert recipe["denoising_end"] == 0.9
+    assert "image" not in read_recipe(sd.generate("a", **QUIET)[0])
+
+
+def test_pictures_in_other_modes_are_made_rgb(sd: StableDiffusion) -> None:
+    want = sd.generate("a", image=picture().quantize(16).convert("RGB"), output="latent", **QUIET)
+    assert_close(sd.generate("a", image=picture().quantize(16), output="latent", **QUIET), want)
+    clear = picture()
+    clear.putalpha(200)
+    want = sd.generate("a", image=picture(), output="latent", **QUIET)
+    assert_close(sd.generate("a", image=clear, output="latent", **QUIET), want)
+
+
+def test_clip_skip_reads_an_earlier_layer(sd: StableDiffusion) -> None:
+    ids = sd.tokenizer(["a cat"])
+    plain, skipped = sd.text_encoder(ids), sd.text_encoder(ids, 1)
+    assert_close(skipped.last, sd.text_encoder.norm(plain.penultimate))
+    assert_close(skipped.pooled, plain.pooled)
+    assert_close(sd.encode_prompt("a cat", clip_skip=1)[0], skipped.last.detach())
+
+
+def test_rows_of_a_plan() -> None:
+    schedule = NoiseSchedule.from_config(tiny.SD.schedule)
+    for name, steps, options, want in (
+        ("ddim", 50, {}, range(50)),
+        ("ddim", 50, {"strength": 0.8}, range(10, 50)),
+        ("pndm", 10, {"strength": 1.0}, range(11)),
+        ("pndm", 10, {"strength": 0.3}, range(7, 11)),
+        ("heun", 10, {"strength": 0.3}, range(14, 19)),
+        ("ddim", 10, {"end": 0.8}, range(8)),
+        ("ddim", 10, {"start": 0.8}, range(8, 10)),
+        ("heun", 10, {"start": 0.8}, range(14, 19)),  # of 222, 222, 111, 111, 0, 0 the second: where an interval begins
+        ("ddim", 10, {"start": 0.5, "end": 0.8}, range(5, 8)),
+    ):
+        sampler: Any = sampler_from_config({"name": name})
+        plan = sampler.plan(schedule, steps)
+        assert choose_rows(plan, steps, sampler, 1000, **options) == want, (name, steps, options)  # type: ignore[arg-type]
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_what_stays_in_float32() -> None:
+    config = replace(
+        tiny.SD, unet=replace(tiny.UNET, upcast_attention=True), vae=replace(cast(Any, tiny.SD.vae), upcast=True)
+    )
+    for policy, kernel, dtype in ((config, attention_in_float32, torch.float32), (tiny.SD, attention, torch.float16)):
+        model = made(policy)
+        model.to(dtype=torch.float16)
+        kernels = {m.kernel for m in model.unet.modules() if isinstance(m, Attention)}
+        assert kernels == {kernel}
+        assert model.dtype == model.text_encoder.token.weight.dtype == torch.float16
+        assert {p.dtype for p in model.vae.parameters()} == {dtype}
+        model.to(dtype=torch.float32)
+        assert {m.kernel for m in model.unet.modules() if isinstance(m, Attention)} == {attention}
+
+
+def test_attention_in_float32_survives_what_float16_does_not() -> None:
+    q = torch.full((1, 1, 2, 64), 250.0, dtype=torch.float16)
+    v = torch.rand(1, 1, 2, 64, generator=torch.Generator().manual_seed(0)).half()
+    found = attention_in_float32(q, q, v, False)
+    assert found.dtype == torch.float16
+    assert_close(found[:, :, 0], ((v[:, :, 0].float() + v[:, :, 1].float()) / 2).half())
+
+
+@pytest.mark.parametrize("seed", [0, None])
+def test_the_first_module_with_a_nan_is_named(seed: int | None) -> None:
+    model = tiny.tiny_sd()
+    with torch.no_grad():
+        model.unet.down[0].res[0].conv2.weight[0, 0, 0, 0] = float("nan")  # type: ignore[union-attr, index, operator]
+    generator = None if seed is not None else torch.Generator().manual_seed(1)
+    for output in ("pil", "tensor", "latent"):
+        with pytest.raises(MinidiffError) as caught:
+            model.generate(
+                "a", steps=3, seed=seed, generator=generator, sampler="euler_ancestral", output=output, progress=False
+            )
+        assert "first from unet.down.0.res.0.conv2 (Conv2d, float32)" in str(caught.value)
+        assert "--dtype float32" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not any(m._forward_hooks for part in model.parts.values() for m in part.modules())
+
+
+def test_a_nan_of_the_autoencoder_is_named_too() -> None:
+    model = tiny.tiny_sd()
+    with torch.no_grad():
+        model.vae.decoder.mid.res1.norm1.bias[0] = float("inf")
+    with pytest.raises(MinidiffError, match=r"first from vae\.decoder\.mid\.res1\.norm1 \(GroupNorm"):
+        model.generate("a", **QUIET)
+    assert model.generate("a", output="latent", **QUIET).isfinite().all()
+
+
+def test_a_run_that_goes_well_is_not_watched(sd: StableDiffusion) -> None:
+    with calls(sd) as seen:
+        sd.generate("a", sampler="ddim", **QUIET)
+    assert seen == [2, 2, 2]
