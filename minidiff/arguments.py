@@ -17,6 +17,7 @@ from minidiff.version import VERSION
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("minidiff", "diffusers", "original")
+PARTS = ("vae", "unet", "text_encoder")
 
 GENERATE_EXAMPLES = """\
 examples:
@@ -41,6 +42,7 @@ CONVERT_EXAMPLES = """\
 examples:
   minidiff convert ./stable-diffusion-v1-5 sd15.safetensors --dtype float16
   minidiff convert v1-5-pruned.ckpt sd15.safetensors --ema
+  minidiff convert sd15.safetensors ./sd15 --to diffusers
 """
 TRAIN_EXAMPLES = """\
 examples:
@@ -114,6 +116,7 @@ def _add_generate(commands: Any) -> None:
         metavar="PATH",
         help="a minidiff file, or a checkpoint of another layout (converted in memory)",
     )
+    _add_parts(g)
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     g.add_argument(
         "--dtype",
@@ -154,6 +157,14 @@ def _add_generate(commands: Any) -> None:
     g.add_argument("--quiet", action="store_true", help="no progress bar and no hints")
 
 
+def _add_parts(p: Any) -> None:
+    """Which weights of a checkpoint, and parts from elsewhere."""
+    p.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
+    for part in PARTS:
+        name = part.replace("_", "-")
+        p.add_argument(f"--{name}", metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
+
+
 def _samplers() -> str:
     from minidiff.samplers import SAMPLERS
 
@@ -175,14 +186,14 @@ def _add_convert(commands: Any) -> None:
         "convert", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=CONVERT_EXAMPLES
     )
     p.add_argument("src", metavar="SRC", help="a diffusers folder, a .safetensors or .ckpt file, or a minidiff file")
-    p.add_argument("dst", metavar="DST", help="the file to write")
-    p.add_argument(
-        "--to", choices=LAYOUTS, default="minidiff", help="the layout of DST (default: minidiff, and no other yet)"
-    )
+    p.add_argument("dst", metavar="DST", help="the file to write, or the folder (--to diffusers)")
+    p.add_argument("--to", choices=LAYOUTS, default="minidiff", help="the layout of DST (default: minidiff)")
+    p.add_argument("--sharded", metavar="SIZE", help="--to diffusers: weights in files of at most 5GB, 500MB, ...")
     p.add_argument("--dtype", choices=DTYPES, help="store the weights in this (default: as they are)")
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
+    _add_parts(p)
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
-    p.add_argument("--force", action="store_true", help="replace DST if it exists")
+    p.add_argument("--force", action="store_true", help="replace DST if it is a file that exists")
 
 
 def _add_plan(commands: Any) -> None:

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import ModelConfig, from_json, quote, to_json
+from minidiff.config import CLIPTextConfig, ModelConfig, TAESDConfig, UNetConfig, VAEConfig, from_json, quote, to_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, check_header, write_tensors
 from minidiff.models.clip import CLIPText
+from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 
 VERSION = "1"
 VERSION_KEY = "minidiff.version"
 CONFIG_KEY = "minidiff.config"
-PARTS: dict[str, type[nn.Module]] = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+MODELS: dict[type, type[nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, TAESDConfig: TAESD, CLIPTextConfig: CLIPText}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def build(config: ModelConfig) -> dict[str, nn.Module]:
     """The parts of a checkpoint by name, on the meta device: every shape, no memory."""
     with torch.device("meta"):
         configs = ((name, getattr(config, name)) for name in PARTS)
-        return {name: _make(PARTS[name], c).eval() for name, c in configs if c is not None}
+        return {name: _make(MODELS[type(c)], c).eval() for name, c in configs if c is not None}
 
 
 def _make(part: Any, config: Any) -> nn.Module:

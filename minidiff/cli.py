@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.arguments import joined, parser
+from minidiff.arguments import PARTS, joined, parser
 from minidiff.console import guard, say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -72,7 +72,7 @@ def generate(args: Namespace) -> None:
     sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
-    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype))
+    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
     run = _prepare(pipe, args, sampler)
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(run, progress=not args.quiet)
@@ -203,8 +203,19 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return dtypes.get(name or "auto")
 
 
+def _parts(args: Namespace) -> dict[str, Any]:
+    """The options that choose weights: a variant, and parts from elsewhere."""
+    swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
+    return {"variant": args.variant, "swap": swap}
+
+
 def _open_model(
-    path: str | None, device: torch.device | None, dtype: torch.dtype | None
+    path: str | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    *,
+    variant: str | None = None,
+    swap: dict[str, str] | None = None,
 ) -> tuple[StableDiffusion | Unconditional, bool]:
     """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted.
 
@@ -213,12 +224,17 @@ def _open_model(
     import minidiff
 
     if path is None:
+        if swap or variant is not None:
+            raise ConfigError(
+                "parts from elsewhere and --variant need --model PATH; the bundled model is one of a piece"
+            )
         return minidiff.bundled(device, dtype), False
-    if _is_minidiff(path):
+    own = _is_minidiff(path)
+    if own and not swap and variant is None:
         return minidiff.load(path, device, dtype), False
     import weights_convert
 
-    return weights_convert.load(path, device=device, dtype=dtype), True
+    return weights_convert.load(path, device=device, dtype=dtype, variant=variant, swap=swap), not own
 
 
 def _is_minidiff(path: str) -> bool:
@@ -284,12 +300,19 @@ def convert(args: Namespace) -> None:
     src, dst = Path(args.src), Path(args.dst)
     if not src.exists():
         raise CheckpointError(f"{src}: no such file or folder")
-    if os.path.lexists(dst) and not args.force and not (dst.is_dir() and not any(dst.iterdir())):
+    if os.path.lexists(dst) and not args.force and not dst.is_dir():  # a folder is never replaced: the writer says so
         raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
     import weights_convert
 
     report = weights_convert.convert(
-        args.src, args.dst, to=args.to, dtype=_dtype(args.dtype), ema=args.ema, config=args.config
+        args.src,
+        args.dst,
+        to=args.to,
+        dtype=_dtype(args.dtype),
+        ema=args.ema,
+        config=args.config,
+        sharded=args.sharded,
+        **_parts(args),
     )
     print(report)
 

@@ -214,6 +214,29 @@ VAE_SDXL = replace(VAE_SD, scaling_factor=0.13025, sample_size=1024, upcast=True
 
 
 @dataclass(frozen=True, kw_only=True)
+class TAESDConfig:
+    """The tiny autoencoder (TAESD) that stands in for the large one; its latents are scaled already."""
+
+    width: int = 64
+    blocks: tuple[int, ...] = (1, 3, 3, 3)  # finest first, as the encoder has them; the decoder has them the other way
+    image_channels: int = 3
+    latent_channels: int = 4
+    scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(0 < len(self.blocks) <= MOST_LEVELS, f"{len(self.blocks)} levels: a VAE has 1 to {MOST_LEVELS}")
+        within(1, WIDEST, width=self.width, image_channels=self.image_channels, latent_channels=self.latent_channels)
+        within(1e-6, 1e6, scaling_factor=self.scaling_factor)
+        for n in self.blocks:
+            within(0, MOST_BLOCKS // (2 * MOST_LEVELS), blocks=n)
+
+    @property
+    def factor(self) -> int:
+        """How many pixels one latent spans along a side."""
+        return int(2 ** (len(self.blocks) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
     """The text encoder: a causal transformer over token ids (Radford et al. 2021)."""
 
@@ -308,7 +331,7 @@ class ModelConfig:
     unet: UNetConfig
     schedule: ScheduleConfig
     sampler: dict[str, Any] = field(default_factory=dict)
-    vae: VAEConfig | None = None
+    vae: VAEConfig | TAESDConfig | None = None
     text_encoder: CLIPTextConfig | None = None
     tokenizer: TokenizerConfig | None = None
     text_encoder_2: CLIPTextConfig | None = None
@@ -370,6 +393,12 @@ def from_json(cls: type[T], data: str | Mapping[str, Any]) -> T:
         raise ConfigError(f"{cls.__name__}: not valid JSON ({e})") from None
 
 
+def _has_fields(kind: Any, value: Any) -> bool:
+    """Whether ``value`` (parsed JSON) can be meant as dataclass ``kind``: it has no other fields."""
+    known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    return isinstance(value, Mapping) and known.issuperset(value)
+
+
 def _read(kind: Any, value: Any, where: str) -> Any:
     """``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -388,7 +417,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _read(next(a for a in args if a is not type(None)), value, where)
+        kinds = [a for a in args if a is not type(None)]
+        return _read(next((k for k in kinds if _has_fields(k, value)), kinds[0]), value, where)
     if origin is Literal:
         check(value in args, f"{where}={quote(value)} is none of {', '.join(map(str, args))}")
         return value

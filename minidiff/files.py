@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -103,13 +104,46 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(OSError):
             beside.unlink()
         raise
-    if os.name == "posix":  # the new name itself reaches the disk with its folder, where the file system can do that
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which appears under ``path`` whole or not at all: filled beside, synced, renamed.
+
+    Raises :class:`CheckpointError` before anything is written if the folder around it does not exist, or if ``path``
+    does and is no empty folder; whatever goes wrong while it is filled comes through, with all of it removed.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        what = "a folder with files in it" if path.is_dir() else "a file"
+        raise CheckpointError(f"{path}: is {what}, which is not replaced; name a folder that is new or empty")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.mkdir()
+        yield beside
+        for folder in (beside, *(p for p in beside.rglob("*") if p.is_dir())):
+            _sync_folder(folder)
+        if path.is_dir():
+            path.rmdir()  # Windows renames over nothing, not even over an empty folder
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can do that."""
+    if os.name == "posix":
         with suppress(OSError):
-            folder = os.open(path.parent, os.O_RDONLY)
+            opened = os.open(folder, os.O_RDONLY)
             try:
-                os.fsync(folder)
+                os.fsync(opened)
             finally:
-                os.close(folder)
+                os.close(opened)
 
 
 class TensorFile:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minidiff import checkpoint
-from minidiff.config import ModelConfig, ScheduleConfig, TokenizerConfig, UNetConfig
+from minidiff.config import ModelConfig, ScheduleConfig, TAESDConfig, TokenizerConfig, UNetConfig
 from minidiff.console import one_line
 from minidiff.errors import CheckpointError
 from minidiff.files import Lazy, all_finite, content_hash
@@ -33,7 +33,8 @@ def describe_config(config: ModelConfig) -> Rows:
     rows = [("family", config.family), ("unet", _unet(config.unet))]
     if config.vae is not None:
         v = config.vae
-        rows.append(("vae", f"widths {_list(v.channels)}; {v.latent_channels} latent channels, 1/{v.factor} the side"))
+        kind = f"tiny, width {v.width}" if isinstance(v, TAESDConfig) else f"widths {_list(v.channels)}"
+        rows.append(("vae", f"{kind}; {v.latent_channels} latent channels, 1/{v.factor} the side"))
     for name in ("text_encoder", "text_encoder_2"):
         c = getattr(config, name)
         if c is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import ModelConfig
+from minidiff.config import ModelConfig, VAEConfig
 from minidiff.errors import MinidiffError
 from minidiff.models.attention import Attention, attention
 
@@ -31,7 +31,7 @@ def apply_policy(config: ModelConfig, parts: Mapping[str, nn.Module]) -> None:
     for module in unet.modules():
         if isinstance(module, Attention) and module.kernel in (attention, attention_in_float32):
             module.kernel = attention_in_float32 if careful else attention
-    if config.vae is not None and config.vae.upcast and _dtype(parts["vae"]) == torch.float16:
+    if isinstance(config.vae, VAEConfig) and config.vae.upcast and _dtype(parts["vae"]) == torch.float16:
         parts["vae"].float()
 
 

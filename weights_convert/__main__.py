@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from minidiff.arguments import PARTS
 from minidiff.console import Parser, guard
 from weights_convert import convert
 from weights_convert.conversion import FLOATS, LAYOUTS
@@ -19,14 +20,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m weights_convert", description="Convert a checkpoint from one layout to another.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or an original .safetensors or .ckpt file")
-    parser.add_argument("dst", metavar="DST", help="the file to write")
+    parser.add_argument("dst", metavar="DST", help="the file to write, or the folder (--to diffusers)")
     parser.add_argument("--to", default="minidiff", metavar="LAYOUT", help=f"{', '.join(LAYOUTS)} (default: minidiff)")
     parser.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(FLOATS)} (default: each tensor as it is)")
+    parser.add_argument("--sharded", metavar="SIZE", help="--to diffusers: files of at most 5GB, 500MB, ...")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of an original file")
     parser.add_argument("--config", metavar="FILE", help="a JSON file that corrects what shapes can't tell")
+    parser.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
+    for part in PARTS:
+        option = f"--{part.replace('_', '-')}"
+        parser.add_argument(option, metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    print(convert(args.src, args.dst, args.to, args.dtype, ema=args.ema, config=args.config))
+    swap = {part: getattr(args, part) for part in PARTS}
+    options = {"ema": args.ema, "config": args.config, "variant": args.variant, "swap": swap, "sharded": args.sharded}
+    print(convert(args.src, args.dst, args.to, args.dtype, **options))
 
 
 if __name__ == "__main__":

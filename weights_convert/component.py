@@ -2,12 +2,13 @@
 
 A component folder holds ``config.json`` and the weights: one file, or shards that an ``*.index.json`` lists. Diffusers
 calls them ``diffusion_pytorch_model``, transformers ``model``; older folders have pickles (``.bin``) instead of
-safetensors.
+safetensors. A variant of the weights (fp16, non_ema) may lie beside the plain ones, or in their stead.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,35 +17,38 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.config import CLIPTextConfig, UNetConfig, VAEConfig
+from minidiff.checkpoint import MODELS
+from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, TensorFile
-from minidiff.models.clip import CLIPText
-from minidiff.models.unet import UNet
-from minidiff.models.vae import VAE
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
+from weights_convert import keys_taesd
 from weights_convert.ckpt import read_pickle
 from weights_convert.engine import Module, Part, expand, translate
 from weights_convert.overlay import overlay
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-AnyConfig = UNetConfig | VAEConfig | CLIPTextConfig
+AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
 
 
 @dataclass
 class Component:
-    """A translated component: minidiff's config for it, its tensors and what was dropped, and remarks."""
+    """A translated component: minidiff's config for it, its tensors and what was dropped, the variant, and remarks."""
 
     config: AnyConfig
     part: Part
+    variant: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def read_component(folder: Path, kind: str | None = None, override: Mapping[str, Any] | None = None) -> Component:
+def read_component(
+    folder: Path, kind: str | None = None, override: Mapping[str, Any] | None = None, variant: str | None = None
+) -> Component:
     """Read a component's folder; ``kind`` is its class name, where ``model_index.json`` tells it.
 
     ``override`` is laid over minidiff's config of the component before its tensors are checked against that.
+    ``variant`` ("fp16", "non_ema"): the weights to take; where a component lacks it, the plain ones are.
 
     Raises :class:`CheckpointError` for missing or damaged files and tensors that do not fit the config, and
     :class:`UnsupportedError` for a class or an option that minidiff's models do not have.
@@ -53,11 +57,16 @@ def read_component(folder: Path, kind: str | None = None, override: Mapping[str,
     kind = kind or class_name(found)
     options = configs.Options({**found, "_class_name": kind}, f"{folder}/config.json")
     config = overlay(_config(kind, options), override or {})
-    tensors = read_weights(folder)
+    files, chosen = weight_files(folder, variant)
+    tensors = read_files(files)
     model = meta_model(config)
     drops = keys.CLIP_DROPS if isinstance(config, CLIPTextConfig) else ()
-    part = translate(expand(_key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
-    return Component(config, part, [f"{options.where}: {key} is not an option of {kind}" for key in options.unknown()])
+    part = translate(expand(key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
+    notes = [f"{options.where}: {key} is not an option of {kind}" for key in options.unknown()]
+    if chosen != variant:
+        there = "the plain weights" if chosen is None else f"the {chosen} weights, there are no others"
+        notes.append(f"{folder.name}: {there}{' (no ' + variant + ')' if variant else ''}")
+    return Component(config, part, chosen, notes)
 
 
 def class_name(found: Mapping[str, Any]) -> str:
@@ -68,9 +77,9 @@ def class_name(found: Mapping[str, Any]) -> str:
 
 def meta_model(config: AnyConfig) -> nn.Module:
     """The model that ``config`` describes, on the meta device: shapes without memory."""
-    models: dict[type, Callable[[Any], nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, CLIPTextConfig: CLIPText}
+    make: Callable[[AnyConfig], nn.Module] = MODELS[type(config)]
     with torch.device("meta"):
-        return models[type(config)](config)
+        return make(config)
 
 
 def _config(kind: str, options: configs.Options) -> AnyConfig:
@@ -78,6 +87,7 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         "UNet2DConditionModel": configs.unet,
         "UNet2DModel": configs.unet,
         "AutoencoderKL": configs.vae,
+        "AutoencoderTiny": configs.taesd,
         "CLIPTextModel": configs.clip,
         "CLIPTextModelWithProjection": configs.clip,
     }
@@ -91,8 +101,10 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         raise CheckpointError(f"{options.where}: is no usable config ({e})") from None
 
 
-def _key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
+def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
     """The map for these tensors: which of its variants they are written in shows in their names and shapes."""
+    if isinstance(config, TAESDConfig):
+        return keys_taesd.taesd(config)
     if isinstance(config, UNetConfig):
         return keys.unet(config, old_names="mid_block.attentions.0.query.weight" in tensors)
     if isinstance(config, VAEConfig):
@@ -102,31 +114,57 @@ def _key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]
     return keys.clip(config, prefix="text_model." if "text_model.final_layer_norm.weight" in tensors else "")
 
 
-def read_weights(folder: Path) -> dict[str, Lazy]:
-    """All tensors of a component's folder, not read yet.
+def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
+    """The files of a component's weights, and of which variant they are: the one asked for, else the plain ones.
 
-    Safetensors are preferred to pickles, full checkpoints to variants such as fp16, one file to shards.
+    Safetensors are preferred to pickles, one file to shards. Where there is nothing but a single variant, that one is
+    taken; between several the caller has to choose. Raises :class:`CheckpointError` if there are no weights at all.
     """
-    for name in NAMES:
-        if (folder / f"{name}.safetensors").is_file():
-            files = [folder / f"{name}.safetensors"]
-        elif (folder / f"{name}.safetensors.index.json").is_file():
-            files = _shards(folder / f"{name}.safetensors.index.json")
-        elif (folder / f"{name}.bin").is_file():
-            files = [folder / f"{name}.bin"]
-        elif (folder / f"{name}.bin.index.json").is_file():
-            files = _shards(folder / f"{name}.bin.index.json")
-        else:
-            continue
-        tensors: dict[str, Lazy] = {}
-        for file in files:
-            here = read_pickle(file)[0] if file.suffix == ".bin" else TensorFile(file).lazy
-            twice = tensors.keys() & here.keys()
-            if twice:
-                raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")
-            tensors |= here
-        return tensors
+    for wanted in dict.fromkeys((variant, None)):
+        found = _files_of(folder, wanted)
+        if found:
+            return found, wanted
+    there = (
+        sorted({v for v in map(_variant, folder.iterdir()) if v and _files_of(folder, v)}) if folder.is_dir() else []
+    )
+    if len(there) == 1:
+        return _files_of(folder, there[0]), there[0]
+    if there:
+        raise CheckpointError(f"{folder}: has the variants {', '.join(there)} only; choose one with --variant")
     raise CheckpointError(f"{folder}: no weights; expected {NAMES[0]}.safetensors or {NAMES[1]}.safetensors there")
+
+
+def _files_of(folder: Path, variant: str | None) -> list[Path]:
+    """The files of one variant (None: the plain weights), or none."""
+    v = f".{variant}" if variant else ""
+    for name in NAMES:
+        for kind in ("safetensors", "bin"):
+            if (folder / f"{name}{v}.{kind}").is_file():
+                return [folder / f"{name}{v}.{kind}"]
+            for index in (f"{name}.{kind}.index{v}.json", f"{name}{v}.{kind}.index.json"):
+                if (folder / index).is_file():
+                    return _shards(folder / index)
+    return []
+
+
+def _variant(file: Path) -> str | None:
+    """The variant that a file of weights, or an index of shards, is of by its name."""
+    names = "|".join(NAMES)
+    kind = r"\.(?:safetensors|bin)"
+    found = re.fullmatch(rf"(?:{names})(?:\.(\w+))?{kind}(?:\.index(?:\.(\w+))?\.json)?", file.name)
+    return found and (found[1] or found[2])
+
+
+def read_files(files: list[Path]) -> dict[str, Lazy]:
+    """The tensors of one file, or of all shards together, not read yet. Raises :class:`CheckpointError`."""
+    tensors: dict[str, Lazy] = {}
+    for file in files:
+        here = read_pickle(file)[0] if file.suffix == ".bin" else TensorFile(file).lazy
+        twice = tensors.keys() & here.keys()
+        if twice:
+            raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")
+        tensors |= here
+    return tensors
 
 
 def _shards(index: Path) -> list[Path]:

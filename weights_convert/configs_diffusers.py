@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minidiff.config import Attention, CLIPTextConfig, Level, UNetConfig, VAEConfig
+from minidiff.config import Attention, CLIPTextConfig, Level, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, UnsupportedError
 
 Found = Mapping[str, Any]
@@ -48,6 +48,14 @@ VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "latents_mean": (None,),
     "latents_std": (None,),
     "shift_factor": (None, 0),
+}
+TAESD_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",),
+    "latent_magnitude": (3,),  # these two are for storing latents as bytes
+    "latent_shift": (0.5,),
+    "shift_factor": (0.0, 0),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
 }
 # Options that change nothing in what a trained model computes in one given precision, or that others already tell.
 NO_EFFECT = {
@@ -248,6 +256,30 @@ def vae(options: Options) -> VAEConfig:
         sample_size=_side(o, 512),
         # On by default over there, but configs that leave it out are older than SDXL, whose autoencoder needs it.
         upcast=bool(o.get("force_upcast", False)),
+    )
+
+
+def taesd(options: Options) -> TAESDConfig:
+    """The config of an AutoencoderTiny."""
+    o = options
+    o.get("_class_name", None)
+    o.only(TAESD_ONLY)
+    blocks = list(o.get("num_encoder_blocks", [1, 3, 3, 3]))
+    if list(o.get("num_decoder_blocks", [3, 3, 3, 1])) != blocks[::-1]:
+        o.refuse("num_decoder_blocks", o.get("num_decoder_blocks", None))
+    width = o.one("encoder_block_out_channels", 64, len(blocks))
+    for key in ("decoder_block_out_channels", "block_out_channels"):  # the second repeats the first
+        if o.one(key, width, len(blocks)) != width:
+            o.refuse(key, o.get(key, None))
+    image = o.number("in_channels", 3)
+    if o.number("out_channels", 3) != image:
+        o.refuse("out_channels", o.get("out_channels", 3))
+    return TAESDConfig(
+        width=width,
+        blocks=tuple(blocks),
+        image_channels=image,
+        latent_channels=o.number("latent_channels", 4),
+        scaling_factor=float(o.number("scaling_factor", 1.0)),
     )
 
 

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidiff import checkpoint
+from minidiff.config import ModelConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
-from weights_convert.detection import CONVERTED, detect
+from weights_convert.detection import CONVERTED, Found, detect
+from weights_convert.export_folder import shard_size, write_folder
+from weights_convert.export_original import write_original
 from weights_convert.folder import read_folder
-from weights_convert.overlay import Override, overlay, read_override
+from weights_convert.overlay import Override, merge, overlay, read_override
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
+from weights_convert.swap import Swaps
+from weights_convert.swap import swap as swap_parts
 
 AnyPath = str | os.PathLike[str]
 LAYOUTS = ("minidiff", "diffusers", "original")
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> Source:
+def open_source(
+    src: AnyPath,
+    *,
+    ema: bool = False,
+    config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
+) -> Source:
     """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
 
     ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
-    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. Raises :class:`CheckpointError` and
-    :class:`UnsupportedError` for what is wrong with ``src``, :class:`ConfigError` for what is wrong with ``config``.
+    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
+    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}.
+
+    Raises :class:`CheckpointError` and :class:`UnsupportedError` for what is wrong with ``src`` or a part,
+    :class:`ConfigError` for what is wrong with ``config``.
     """
     path, override = Path(src), read_override(config)
     found = detect(path)
@@ -41,21 +58,41 @@ def open_source(src: AnyPath, *, ema: bool = False, config: Override = None) -> 
     report = Report(str(path), found.layout, found.family, list(found.evidence))
     if ema and found.layout != "original":
         raise CheckpointError(f"{path}: --ema is for original single files; a {found.layout} one has no EMA weights")
+    if variant is not None and found.layout != "diffusers":
+        raise CheckpointError(f"{path}: variant={variant!r} is for diffusers folders; a {found.layout} file has one")
     if found.layout == "diffusers":
-        source = read_folder(path, found.index, report, override=override)
+        source = read_folder(path, found.index, report, override=override, variant=variant)
     elif found.layout == "original":
         if found.others:
             report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))
-        source = read_original(found.tensors, report, ema=ema, override=override)
+        source = _original(found, report, ema, override)
     else:
         saved = checkpoint.read(path)
         report.family = saved.config.family
         source = Source(overlay(saved.config, override), saved.file.lazy, report)
         report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
+    source = swap_parts(source, swap or {})
     vae, unet = source.config.vae, source.config.unet
     if vae is not None and unet.out_channels != vae.latent_channels:
         clash = f"UNet makes {unet.out_channels} channels, the VAE reads {vae.latent_channels}"
         raise CheckpointError(f"{path}: the {clash}; the parts are from different models")
+    return source
+
+
+def _original(found: Found, report: Report, ema: bool, override: dict[str, Any]) -> Source:
+    """A single file; one that minidiff wrote has the model's config in its header, which goes before any rule."""
+    header = found.file.metadata.get(checkpoint.CONFIG_KEY) if found.file is not None else None
+    if header is None:
+        return read_original(found.tensors, report, ema=ema, override=override)
+    try:
+        known = dataclasses.asdict(from_json(ModelConfig, header))
+    except ConfigError as e:
+        raise CheckpointError(f"{found.path}: the config in its header cannot be used ({e})") from None
+    sampler = known.pop("sampler")
+    source = read_original(found.tensors, report, ema=ema, override=merge(known, override))
+    if "sampler" not in override:
+        source.config = replace(source.config, sampler=sampler)
+    report.notes.append("config: minidiff wrote it into the file's header; it goes before the family's rule")
     return source
 
 
@@ -67,25 +104,37 @@ def convert(
     *,
     ema: bool = False,
     config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
+    sharded: int | str | None = None,
 ) -> Report:
-    """Convert the checkpoint ``src``, of any supported layout, to a file ``dst`` in layout ``to``; tell what was done.
+    """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
 
-    ``dtype`` (a torch dtype or its name) converts floating-point tensors, None keeps each as it is. One tensor at a
-    time passes through memory, and ``dst`` appears whole or not at all. ``ema`` and ``config``: :func:`open_source`.
-    Raises what that raises, and :class:`CheckpointError` for a tensor that holds NaN or infinite values.
+    ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
+    ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
+    floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
+    whole or not at all. ``ema``, ``config``, ``variant`` and ``swap``: :func:`open_source`.
+
+    Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
+    folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
     """
     if to not in LAYOUTS:
         raise ConfigError(f"to={to!r} is none of {', '.join(LAYOUTS)}")
-    if to != "minidiff":
-        raise UnsupportedError(f"to={to!r}: this version writes minidiff's own layout only")
-    target = _dtype(dtype)
+    if sharded is not None and to != "diffusers":
+        raise ConfigError(f"sharded={sharded!r} is for to='diffusers'; {to!r} is one file")
+    target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
-    source = open_source(src, ema=ema, config=config)
+    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
-    source.report.hash = checkpoint.write(dst, source.config, tensors)
+    if to == "diffusers":
+        write_folder(dst, source.config, tensors, source.report, shard)
+    elif to == "original":
+        source.report.hash = write_original(dst, source.config, tensors, source.report)
+    else:
+        source.report.hash = checkpoint.write(dst, source.config, tensors)
     return replace(source.report, target=os.fspath(dst))
 
 
@@ -96,12 +145,14 @@ def load(
     *,
     ema: bool = False,
     config: Override = None,
+    variant: str | None = None,
+    swap: Swaps | None = None,
 ) -> StableDiffusion | Unconditional:
     """Any supported layout as a pipeline, converted in memory; ``device`` and ``dtype`` as for ``minidiff.load``.
 
     Raises what :func:`open_source` raises.
     """
-    source = open_source(src, ema=ema, config=config)
+    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
     return assemble(source.config, source.tensors, device, dtype, os.fspath(src))
 
 

@@ -126,7 +126,7 @@ def _file(path: Path) -> Found:
     file = TensorFile(path)
     if is_minidiff(file.metadata):
         return Found(path, "minidiff", "minidiff", ["its header is minidiff's"], file=file)
-    return Found(path, "original", *_key_family(path, file.lazy), tensors=file.lazy)
+    return Found(path, "original", *_key_family(path, file.lazy), tensors=file.lazy, file=file)
 
 
 def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]]:

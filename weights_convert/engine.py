@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from minidiff.errors import CheckpointError, UnsupportedError
@@ -139,8 +140,21 @@ def translate(
 
 
 def restore(pairs: Iterable[Pair], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """The inverse of :func:`translate`: our tensors under their names and in their form."""
-    return {p.theirs: _apply(tensors[p.ours], p.form.stored(tensors[p.ours].shape), p.form.write) for p in pairs}
+    """The inverse of :func:`translate`: our tensors under their names and in their form.
+
+    Pairs that share a name over there are the rows of one tensor, in their order (queries, keys, values).
+    """
+    found: dict[str, list[Pair]] = {}
+    for p in pairs:
+        found.setdefault(p.theirs, []).append(p)
+    return {theirs: _restored(group, [tensors[p.ours] for p in group]) for theirs, group in found.items()}
+
+
+def _restored(pairs: list[Pair], sources: list[Lazy]) -> Lazy:
+    form, first = pairs[0].form, sources[0]
+    if len(sources) == 1:
+        return _apply(first, form.stored(first.shape), form.write)
+    return Lazy(form.stored(first.shape), first.dtype, lambda: torch.cat([s.load() for s in sources]))
 
 
 def sort_out(keys: Iterable[str], drops: Iterable[Drop]) -> tuple[dict[Drop, list[str]], list[str]]:

@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidiff.config import CLIPTextConfig, ModelConfig, ScheduleConfig, TokenizerConfig, UNetConfig, VAEConfig
+from minidiff.config import (
+    CLIPTextConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TAESDConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.models.tokenizer_files import tokenizer_config
@@ -31,7 +39,12 @@ CLIPS_BY_DEFAULT = ("DDIMScheduler", "DDPMScheduler")
 
 
 def read_folder(
-    folder: Path, index: Mapping[str, Any], report: Report, *, override: Mapping[str, Any] | None = None
+    folder: Path,
+    index: Mapping[str, Any],
+    report: Report,
+    *,
+    override: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> Source:
     """A folder of any family as minidiff's config and tensors.
 
@@ -40,7 +53,9 @@ def read_folder(
     """
     override = dict(override or {})
     names = _parts(index, report.family)
-    components = {n: read_component(_place(folder, n), _class(index, n), override.get(n)) for n in names}
+    components = {n: read_component(_place(folder, n), _class(index, n), override.get(n), variant) for n in names}
+    if variant is not None and all(c.variant != variant for c in components.values()):
+        raise CheckpointError(f"{folder}: no component has {variant} weights; leave --variant out")
     for name, found in components.items():
         report.mapped[name] = len(found.part.tensors)
         report.drop(found.part.dropped)
@@ -51,14 +66,14 @@ def read_folder(
     schedule, sampler = _scheduler(folder, str(index.get("_class_name", "")), report, "sampler" in override)
     unet, vae = (components[n].config if n in components else None for n in ("unet", "vae"))
     assert isinstance(unet, UNetConfig)
-    assert vae is None or isinstance(vae, VAEConfig)
+    assert vae is None or isinstance(vae, (VAEConfig, TAESDConfig))
     texts: dict[str, Any] = {}
     for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         if name in components:
             assert isinstance(components[name].config, CLIPTextConfig)
             texts |= {name: components[name].config, tokenizer: _tokenizer(folder / tokenizer)}
     xl = is_xl(report.family)
-    if vae is not None and not xl:  # its config may say so, but only the pipelines of SDXL heed it
+    if isinstance(vae, VAEConfig) and not xl:  # its config may say so, but only the pipelines of SDXL heed it
         vae = replace(vae, upcast=False)
     try:
         config = ModelConfig(

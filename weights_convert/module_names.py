@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minidiff.checkpoint import PARTS
 from minidiff.config import ModelConfig
-from weights_convert import keys_diffusers as keys
+from weights_convert.component import key_map
 
 
 def module_names(config: ModelConfig) -> dict[str, dict[str, str]]:
@@ -12,9 +13,5 @@ def module_names(config: ModelConfig) -> dict[str, dict[str, str]]:
     The names are those that the installed diffusers and transformers give their modules, whatever the checkpoint's
     keys look like. A map also names what a model may lack, such as the ``skip`` of a ResBlock of one width.
     """
-    maps = {"unet": keys.unet(config.unet)}
-    if config.vae is not None:
-        maps["vae"] = keys.vae(config.vae)
-    if config.text_encoder is not None:
-        maps["text_encoder"] = keys.clip(config.text_encoder, prefix="")
-    return {part: {m.ours: m.theirs for m in modules} for part, modules in maps.items()}
+    parts = {name: getattr(config, name) for name in PARTS}
+    return {name: {m.ours: m.theirs for m in key_map(c, {})} for name, c in parts.items() if c is not None}

@@ -46,8 +46,10 @@ def overlay(config: C, patch: Mapping[str, Any]) -> C:
 
 
 def merge(base: Any, patch: Any) -> Any:
-    """The merge of :func:`overlay`, on parsed JSON."""
+    """The merge of :func:`overlay`, on parsed JSON. A patch with another ``name`` (a sampler's) replaces the whole."""
     if isinstance(base, Mapping) and isinstance(patch, Mapping):
+        if patch.get("name", base.get("name")) != base.get("name"):
+            return dict(patch)  # the options of another sampler mean nothing to this one
         return {**base, **{k: merge(base.get(k), v) for k, v in patch.items()}}
     if isinstance(base, (list, tuple)) and isinstance(patch, (list, tuple)) and len(base) == len(patch):
         return [merge(b, p) for b, p in zip(base, patch, strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from minidiff.checkpoint import build
-from minidiff.config import VAE_SDXL, ModelConfig, from_json
+from minidiff.config import VAE_SDXL, ModelConfig, VAEConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
@@ -79,23 +79,17 @@ def read_original(
     """
     where, texts = report.source, TEXTS[report.family.removesuffix("-inpainting")]
     config = _config(tensors, report, texts, override or {})
-    if config.vae is None or any(getattr(config, name) is None for name in texts):
+    if not isinstance(config.vae, VAEConfig) or any(getattr(config, name) is None for name in texts):
         raise ConfigError(f"config: a text-to-image model needs vae and {', '.join(texts)}, and one of them is null")
     _check_schedule(tensors, config, where)
     parts = build(config)
     model = nn.ModuleDict(parts)
-    modules = {"unet": keys.unet(config.unet), "vae": keys.vae(config.vae)}
-    pairs: list[Pair] = []
+    prefixes = {name: _prefix(tensors, text) for name, text in texts.items()}
+    pairs = key_pairs(config, texts, prefixes)
     drops: tuple[Drop, ...] = (*keys.DROPS, LEVELS)
     for name, text in texts.items():
-        encoder = getattr(config, name)
         if text.open_clip:
-            pairs += openclip.pairs(encoder, text.root, name)
-            drops += openclip.drops(text.root, encoder.layers)
-        else:
-            modules[name] = keys_diffusers.clip(encoder, prefix=f"{text.root}.{_prefix(tensors, text)}")
-    named = nn.ModuleDict({name: parts[name] for name in modules})
-    pairs += expand([m._replace(ours=f"{part}.{m.ours}") for part, ms in modules.items() for m in ms], named)
+            drops += openclip.drops(text.root, getattr(config, name).layers)
     pairs, drops = _choose_weights(pairs, drops, tensors, report, ema)
     part = translate(pairs, tensors, model, where=where, drops=drops)
     report.mapped = {name: sum(k.startswith(f"{name}.") for k in part.tensors) for name in parts}
@@ -106,6 +100,22 @@ def read_original(
         "tokenizer: the public CLIP table, which minidiff ships",
     ]
     return Source(config, part.tensors, report)
+
+
+def key_pairs(config: ModelConfig, texts: Mapping[str, Text], prefixes: Mapping[str, str]) -> list[Pair]:
+    """The map of a whole file, read either way; ``prefixes`` of transformers' encoders, "text_model." by default."""
+    assert isinstance(config.vae, VAEConfig)
+    modules = {"unet": keys.unet(config.unet), "vae": keys.vae(config.vae)}
+    pairs: list[Pair] = []
+    for name, text in texts.items():
+        encoder = getattr(config, name)
+        if text.open_clip:
+            pairs += openclip.pairs(encoder, text.root, name)
+        else:
+            modules[name] = keys_diffusers.clip(encoder, prefix=f"{text.root}.{prefixes.get(name, 'text_model.')}")
+    parts = build(config)
+    named = nn.ModuleDict({name: parts[name] for name in modules})
+    return pairs + expand([m._replace(ours=f"{part}.{m.ours}") for part, ms in modules.items() for m in ms], named)
 
 
 def _prefix(tensors: Mapping[str, Lazy], text: Text) -> str:

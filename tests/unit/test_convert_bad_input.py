@@ -359,7 +359,7 @@ def test_ema_where_there_is_none(tmp_path: Path, folder: Path) -> None:
 
 def test_unknown_layout_and_dtype(folder: Path) -> None:
     fails(folder, ConfigError, "to='webui' is none of", to="webui")
-    fails(folder, UnsupportedError, "to='diffusers'", to="diffusers")
+    fails(folder, ConfigError, "to='Diffusers' is none of", to="Diffusers")
     fails(folder, ConfigError, "dtype='float7' is none of", dtype="float7")
 
 

@@ -1,0 +1,122 @@
+"""Writing diffusers' ``scheduler_config.json``: the tables of ``readers.py``, read backwards.
+
+Where a table says that an option of ours *is* one of their fields, it is written there as it stands; where it says how
+the option is computed from their fields, ``INVERSE`` has the way back. Whatever comes out is read again before it is
+handed over, so an option that the class of diffusers has no word for is refused by name, never lost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from minidiff.config import ScheduleConfig
+from minidiff.errors import UnsupportedError
+from minidiff.samplers.base import Options
+from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
+from minidiff.samplers.readers import READERS, SCHEDULE, Reader
+
+Fields = dict[str, Any]
+
+
+def _limit(clip: float | None) -> Fields:
+    shared = {"clip_sample": clip is not None, "clip_denoised": clip is not None}
+    return shared if clip is None else {**shared, "clip_sample_range": clip}
+
+
+def _threshold(fraction: float | None) -> Fields:
+    return (
+        {"thresholding": False} if fraction is None else {"thresholding": True, "dynamic_thresholding_ratio": fraction}
+    )
+
+
+def _sigma_spacing(kind: str) -> Fields:
+    chosen = {f"use_{name}_sigmas": name == kind for name in ("karras", "exponential", "beta")}
+    return {**chosen, "use_lu_lambdas": kind == "lu"}
+
+
+# Options that readers.py computes, as the fields from which it would compute them. A class that lacks one of the
+# fields does not get it.
+INVERSE: dict[str, Callable[[Any], Fields]] = {
+    "algorithm": lambda v: {"algorithm_type": v},
+    "clip": _limit,
+    "continuous": lambda v: {"timestep_type": "continuous" if v else "discrete"},
+    "cut_timesteps": lambda v: {},  # follows from beta_schedule
+    "disable_corrector": lambda v: {"disable_corrector": list(v)},
+    "final_sigma": lambda v: {},  # of the inverse solver: there is one kind only
+    "heun": lambda v: {"solver_type": "heun" if v else "midpoint"},
+    "lambda_min_clipped": lambda v: {} if v is None else {"lambda_min_clipped": v},  # no limit: JSON has no -infinity
+    "learned_variance": lambda v: {"variance_type": "learned_range" if v else None},
+    "runge_kutta": lambda v: {"skip_prk_steps": not v},
+    "s_tmax": lambda v: {"s_tmax": v},
+    "sde": lambda v: {"algorithm_type": "sde-dpmsolver++" if v else "dpmsolver++"},
+    "set_alpha_to_one": lambda v: {"set_alpha_to_one": v},
+    "sigma_spacing": _sigma_spacing,
+    "solver_type": lambda v: {"solver_type": v},
+    "threshold": _threshold,
+}
+# What diffusers takes from whoever calls the scheduler, and ignores in its config with a warning: written only where
+# it is not what the scheduler does by itself, for minidiff to read.
+CALLED = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "strength", "order")
+
+
+def sampler_to_diffusers(sampler: Any, schedule: ScheduleConfig) -> dict[str, Any]:
+    """``sampler`` on ``schedule`` as a ``scheduler_config.json``: what :func:`sampler_from_diffusers` and
+    :func:`schedule_from_diffusers` read back equal, ``like_diffusers`` set.
+
+    Raises :class:`UnsupportedError` for a sampler that diffusers has no class for, and for an option that its class
+    can't be told, such as a zero-SNR schedule in a PNDMScheduler.
+    """
+    name, reader = _reader(sampler)
+    plain = reader.sampler(**dataclasses.asdict(sampler) | {"like_diffusers": True})
+    found = {"_class_name": name, **_schedule_fields(schedule, reader)}
+    for option, source in reader.options.items():
+        value = getattr(plain, option)
+        fields = INVERSE[option](value) if callable(source) else {source: value}
+        found |= {k: v for k, v in fields.items() if k in reader.fields}
+    found = {k: v for k, v in found.items() if k not in CALLED or v != reader.fields[k]}
+    lost = _differences(plain, sampler_from_diffusers(found)) + _differences(schedule, _read_schedule(found, schedule))
+    if lost:
+        raise UnsupportedError(f"{name} of diffusers has no place for {', '.join(lost)}; choose another sampler")
+    return found
+
+
+def passed_to_call(config: dict[str, Any]) -> list[str]:
+    """Which fields of a written config diffusers expects from the caller instead."""
+    return [key for key in CALLED if key in config]
+
+
+def _reader(sampler: Any) -> tuple[str, Reader]:
+    """The class for a sampler: that of its own type, or (the SDE variants of DPM++) of the type it derives from."""
+    exact = [(n, r) for n, r in READERS.items() if type(sampler) is r.sampler]
+    found = exact or [(n, r) for n, r in READERS.items() if isinstance(sampler, r.sampler)]
+    if not found or not isinstance(sampler, Options):
+        raise UnsupportedError(f"diffusers has no scheduler class for the sampler {type(sampler).__name__}")
+    return found[0]
+
+
+def _schedule_fields(schedule: ScheduleConfig, reader: Reader) -> Fields:
+    fields: Fields = {
+        "num_train_timesteps": schedule.steps,
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "prediction_type": schedule.prediction,
+        **({"beta_schedule": schedule.beta_schedule} if schedule.betas is None else {}),
+        **({"trained_betas": list(schedule.betas)} if schedule.betas is not None else {}),
+    }
+    if reader.sampler.own_levels:  # classes without betas: what nobody would read is left out
+        fields = {k: v for k, v in fields.items() if v != (SCHEDULE | reader.fields)[k]}
+    zero_snr = {"rescale_betas_zero_snr": schedule.zero_snr} if "rescale_betas_zero_snr" in reader.fields else {}
+    return fields | zero_snr
+
+
+def _read_schedule(found: Fields, wanted: ScheduleConfig) -> ScheduleConfig:
+    """The schedule as it reads back; beside explicit betas the curve they replace does not matter."""
+    read = schedule_from_diffusers(found)
+    return read if read.betas is None else dataclasses.replace(read, beta_schedule=wanted.beta_schedule)
+
+
+def _differences(wanted: Any, got: Any) -> list[str]:
+    names = (f.name for f in dataclasses.fields(wanted))
+    return [f"{n}={getattr(wanted, n)!r}" for n in names if getattr(wanted, n) != getattr(got, n)]

@@ -1,0 +1,65 @@
+"""Every family out and in again, in both layouts: the reference loads what is written, and one model is one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DiffusionPipeline
+
+import weights_convert
+from tests.parity import twins
+from tests.parity.test_export import opened, silence
+from tests.tolerances import assert_close
+
+KINDS = ("sd2", "inpaint", "lcm", "sdxl", "sdxl_inpaint", "refiner")
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """The kind, the reference's pipeline, and a folder with its own folder and the minidiff file."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = twins.folder_twin(folder / "folder", request.param)
+    weights_convert.convert(folder / "folder", folder / "model.safetensors")
+    return request.param, theirs, folder
+
+
+def same_parts(got: Any, want: Any) -> None:
+    for name in PARTS:
+        if getattr(want, name, None) is None:
+            assert getattr(got, name, None) is None
+            continue
+        ours, theirs = getattr(got, name).state_dict(), getattr(want, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert_close(ours[key], tensor, where=f"{name}.{key}")
+
+
+def test_folder(model: tuple[str, Any, Path], tmp_path: Path) -> None:
+    _, theirs, folder = model
+    weights_convert.convert(folder / "model.safetensors", tmp_path / "out", to="diffusers")
+    pipe = opened(tmp_path / "out")
+    assert type(pipe) is type(theirs)
+    same_parts(pipe, theirs)
+    for option in ("force_zeros_for_empty_prompt", "requires_aesthetics_score"):
+        assert bool(pipe.config.get(option)) == bool(theirs.config.get(option)), option
+    weights_convert.convert(tmp_path / "out", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_single_file(model: tuple[str, Any, Path], tmp_path: Path) -> None:
+    kind, theirs, folder = model
+    if kind == "lcm":
+        with pytest.raises(weights_convert.conversion.UnsupportedError, match=r"time\.condition"):
+            weights_convert.convert(folder / "model.safetensors", tmp_path / "one.safetensors", to="original")
+        return
+    weights_convert.convert(folder / "model.safetensors", tmp_path / "one.safetensors", to="original")
+    with silence():
+        pipe: DiffusionPipeline = type(theirs).from_single_file(
+            tmp_path / "one.safetensors", config=str(folder / "folder"), local_files_only=True
+        )
+    same_parts(pipe, theirs)
+    weights_convert.convert(tmp_path / "one.safetensors", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -1,0 +1,170 @@
+"""One of minidiff's configs as a component's ``config.json`` in diffusers' or transformers' words.
+
+The way back of ``configs_diffusers.py``, which also judges it: what is written is read again, and a model that the
+other library's config has no words for (another number of heads in the middle, say) is refused instead of written as
+a different one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from minidiff.config import Attention, CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
+from minidiff.errors import MinidiffError, UnsupportedError
+from weights_convert import configs_diffusers as readers
+from weights_convert.component import AnyConfig
+
+CONDITIONAL: dict[Attention, str] = {"text": "CrossAttnDownBlock2D", "none": "DownBlock2D", "self": "AttnDownBlock2D"}
+
+
+def config_json(config: AnyConfig) -> dict[str, Any]:
+    """The ``config.json`` of a component, with the class in ``_class_name`` (diffusers) or ``architectures``.
+
+    Raises :class:`UnsupportedError` for a model that the reference's class can't be.
+    """
+    if isinstance(config, UNetConfig):
+        found, read = (_text_unet if config.context_dim is not None else _plain_unet)(config), readers.unet
+        return _checked(config, found, read)
+    if isinstance(config, VAEConfig):
+        return _checked(config, _vae(config), readers.vae)
+    if isinstance(config, TAESDConfig):
+        return _checked(config, _taesd(config), readers.taesd)
+    return _checked(config, _clip(config), readers.clip)
+
+
+def class_of(found: dict[str, Any]) -> str:
+    """The class that a written config is for."""
+    return str(found.get("_class_name") or found["architectures"][0])
+
+
+def _checked(config: AnyConfig, found: dict[str, Any], read: Any) -> dict[str, Any]:
+    kind = class_of(found)
+    try:
+        back = read(readers.Options({**found, "_class_name": kind}, kind))
+    except MinidiffError as e:
+        raise UnsupportedError(f"diffusers has no such model: {e}") from None
+    lost = [f for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(back, f.name)]
+    if lost:
+        name, shown = lost[0].name, str(getattr(config, lost[0].name))
+        raise UnsupportedError(f"a {kind} of diffusers cannot have {name}={shown[:120]}")
+    return found
+
+
+def _unet(c: UNetConfig) -> dict[str, Any]:
+    """What the two classes of UNets have in common."""
+    down = [CONDITIONAL[level.attention] for level in c.levels]
+    return {
+        "act_fn": "silu",
+        "block_out_channels": [level.channels for level in c.levels],
+        "center_input_sample": False,
+        "down_block_types": down,
+        "downsample_padding": 0 if c.asymmetric_down else 1,
+        "flip_sin_to_cos": not c.sin_first,
+        "freq_shift": c.freq_shift,
+        "in_channels": c.in_channels,
+        "layers_per_block": c.layers,
+        "mid_block_scale_factor": 1,
+        "norm_eps": c.eps,
+        "norm_num_groups": c.groups,
+        "out_channels": c.out_channels,
+        "sample_size": c.sample_size,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+    }
+
+
+def _text_unet(c: UNetConfig) -> dict[str, Any]:
+    # The class reads the last level's numbers for the middle too, and no others of a level without attention.
+    attends = [level.attention == "text" for level in c.levels]
+    width = c.mid.channels // c.mid.heads
+    heads = [level.heads if a else max(1, level.channels // width) for level, a in zip(c.levels, attends, strict=True)]
+    depths = [level.depth if a else 1 for level, a in zip(c.levels, attends, strict=True)]
+    if not attends[-1]:
+        depths[-1] = c.mid.depth
+    used = {level.heads for level in (*c.levels, c.mid) if level.attention == "text"}
+    added: dict[str, Any] = {}
+    if c.added_dim is not None:
+        added = {"addition_embed_type": "text_time", "addition_time_embed_dim": c.added_sinusoid}
+        added["projection_class_embeddings_input_dim"] = c.added_dim
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **_unet(c),
+        **added,
+        "attention_head_dim": heads if len(used) > 1 else c.mid.heads,
+        "cross_attention_dim": c.context_dim,
+        "time_cond_proj_dim": c.guidance_dim,
+        "transformer_layers_per_block": 1 if set(depths) == {1} else depths,
+        "upcast_attention": c.upcast_attention,
+        "use_linear_projection": c.linear_proj,
+    }
+
+
+def _plain_unet(c: UNetConfig) -> dict[str, Any]:
+    """A UNet2DModel. Its attention has one size of head everywhere; None is a single head over all channels."""
+    attending = [level for level in (*c.levels, c.mid) if level.attention == "self"]
+    single = all(level.heads == 1 for level in attending)
+    return {
+        "_class_name": "UNet2DModel",
+        **_unet(c),
+        "add_attention": c.mid.attention == "self",
+        "attention_head_dim": None if single else attending[0].channels // attending[0].heads,
+        "time_embedding_type": "positional",
+    }
+
+
+def _vae(c: VAEConfig) -> dict[str, Any]:
+    levels = len(c.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(c.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "force_upcast": c.upcast,
+        "in_channels": c.image_channels,
+        "latent_channels": c.latent_channels,
+        "layers_per_block": c.layers,
+        "mid_block_add_attention": c.mid_attention,
+        "norm_num_groups": c.groups,
+        "out_channels": c.image_channels,
+        "sample_size": c.sample_size,
+        "scaling_factor": c.scaling_factor,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_post_quant_conv": c.quant_convs,
+        "use_quant_conv": c.quant_convs,
+    }
+
+
+def _taesd(c: TAESDConfig) -> dict[str, Any]:
+    widths = [c.width] * len(c.blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "in_channels": c.image_channels,
+        "latent_channels": c.latent_channels,
+        "num_decoder_blocks": list(c.blocks[::-1]),
+        "num_encoder_blocks": list(c.blocks),
+        "out_channels": c.image_channels,
+        "scaling_factor": c.scaling_factor,
+    }
+
+
+def _clip(c: CLIPTextConfig) -> dict[str, Any]:
+    projected = c.projection is not None
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "bos_token_id": max(0, c.end_token - 1),
+        "eos_token_id": c.end_token,
+        "hidden_act": c.activation,
+        "hidden_size": c.width,
+        "intermediate_size": c.mlp,
+        "layer_norm_eps": c.eps,
+        "max_position_embeddings": c.positions,
+        "model_type": "clip_text_model",
+        "num_attention_heads": c.heads,
+        "num_hidden_layers": c.layers,
+        "pad_token_id": 1,
+        "projection_dim": c.projection if projected else c.width,
+        "vocab_size": c.vocab,
+    }

@@ -1,0 +1,52 @@
+"""A whole model as an original single file (CompVis and Stability): the key maps of ``keys_original.py``, backwards.
+
+Such a file holds tensors alone, and other programs must be told what they do not show: heads, prediction type, sampler.
+minidiff writes its own config into the header, where it finds it again and others look past it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from minidiff.checkpoint import CONFIG_KEY
+from minidiff.config import ModelConfig, TAESDConfig, to_json
+from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.files import Lazy, write_tensors
+from weights_convert.engine import restore
+from weights_convert.export_folder import full_tables
+from weights_convert.report import Report
+from weights_convert.single import TEXTS, key_pairs
+
+SILENT = "single files show no prediction type ({}) and no sampler ({}): other programs must be told"
+
+
+def write_original(
+    dst: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy], report: Report
+) -> str:
+    """Write the model as the safetensors file ``dst``; returns its content hash.
+
+    Raises :class:`UnsupportedError` for a model that the layout has no names for, :class:`ConfigError` for a target
+    that is named like a pickle.
+    """
+    if os.fspath(dst).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
+        raise ConfigError(f"{dst}: single files are written as safetensors, never as pickles; name it .safetensors")
+    config, tensors = full_tables(config, tensors, report)
+    pairs = key_pairs(config, TEXTS[_layout(config)], {})
+    missing = tensors.keys() - {p.ours for p in pairs}
+    if missing:
+        raise UnsupportedError(f"{config.family}: the original layout has no place for {min(missing)!r}")
+    report.notes.append(SILENT.format(config.schedule.prediction, config.sampler.get("name", "none")))
+    return write_tensors(dst, restore(pairs, tensors), {"format": "pt", CONFIG_KEY: to_json(config)})
+
+
+def _layout(config: ModelConfig) -> str:
+    """Whose layout fits the model's parts."""
+    first, second = config.text_encoder, config.text_encoder_2
+    if isinstance(config.vae, TAESDConfig):
+        raise UnsupportedError(f"{config.family}: a tiny autoencoder has no place in an original file")
+    if config.vae is None or (first is None and second is None):
+        raise UnsupportedError(f"{config.family}: an original file holds a UNet, a VAE and a text encoder")
+    if second is not None:
+        return "sdxl-refiner" if first is None else "sdxl"
+    return "sd2" if first is not None and first.activation == "gelu" else "sd1"
