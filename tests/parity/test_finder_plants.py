@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import weights_convert
-from minidiff import guidance, pipeline
+from minidiff import conditions, guidance
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.parity.command import hold, pair
 from minidiff.parity.engine import find
@@ -151,17 +151,16 @@ def test_a_slip_in_the_model_is_named(sides: Pair, plant: Callable[[StableDiffus
 
 
 def test_swapped_guidance_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "guide", lambda u, c, scale: guidance.guide(c, u, scale))
+    monkeypatch.setattr(conditions, "guide", lambda u, c, scale: guidance.guide(c, u, scale))
     first = sides.find(sides.copy()).first
     assert first is not None
     assert first.stage == "step.0/out"
 
 
-def test_a_swapped_guidance_batch_is_named(sides: Pair) -> None:
-    planted = sides.copy()
-    inner = planted._predictor
-    planted._predictor = lambda context, negative, scale: inner(negative, context, scale)  # type: ignore[method-assign,arg-type]
-    first = sides.find(planted).first
+def test_a_swapped_guidance_batch_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = conditions.Conditions.after
+    monkeypatch.setattr(conditions.Conditions, "after", lambda self, first: inner(first, self))
+    first = sides.find(sides.copy()).first
     assert first is not None
     assert first.stage == "step.0/context"
 
