@@ -133,7 +133,11 @@ def compare(
 
 
 def walk_reference(
-    c: Config, given: dict[str, Any], dtype: torch.dtype = torch.float32, out_dtype: torch.dtype | None = None
+    c: Config,
+    given: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] = SHAPE,
 ) -> bool:
     """Run the reference alone, as :func:`compare` does: whether all that it gives is finite. Raises what it raises."""
     ref = reference(c)
@@ -141,7 +145,7 @@ def walk_reference(
     takes = inspect.signature(ref.step).parameters
     options = {k: v for k, v in c.items() if k in STEP_OPTIONS and k in takes}
     model = torch.Generator().manual_seed(1)
-    x = (torch.randn(SHAPE, generator=model) * ref.init_noise_sigma).to(dtype)
+    x = (torch.randn(shape, generator=model) * ref.init_noise_sigma).to(dtype)
     finite = bool(torch.as_tensor(ref.timesteps).isfinite().all())
     for t in ref.timesteps:
         out = output(c, ref.scale_model_input(x, t).to(out_dtype or dtype), model)
