@@ -111,10 +111,11 @@ class DPMSolver(LambdaOptions):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DPMSolverPlan:
-        """``timesteps``: whole numbers that fall strictly, within those of training; only with their own sigmas."""
+        """``timesteps``: whole numbers that fall strictly, within those of training; only with their own sigmas.
+        ``sigmas``: falling, one more than there are to be steps, which the reference does not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, timesteps, last=self._last(schedule), final=self.final_sigma)
+        check_chosen(self, "steps timesteps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self.levels(schedule, steps, timesteps, sigmas, last=self._last(schedule), final=self.final_sigma)
         orders = self._orders(len(t))
         rows = lambda_rows(t, s, schedule.prediction)
         algorithm, kind, like = self.algorithm, self.solver_type, self.like_diffusers

@@ -80,10 +80,10 @@ class DPMSDE(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DPMSDEPlan:
-        """2n - 1 rows for n ``steps``; the reference takes no timesteps or sigmas of one's own, neither does this."""
+        """2n - 1 rows for n ``steps``, or for n + 1 ``sigmas`` that fall to 0, which the reference does not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self._rows(schedule, steps)
+        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self._rows(schedule, steps, sigmas)
         n = len(t)
         sigma, sigma_next = s[0:n:2].repeat_interleave(2)[:n], s[1::2].repeat_interleave(2)[:n]
         now, after = -sigma.log(), -sigma_next.log()
@@ -116,9 +116,27 @@ class DPMSDE(SpacedSigmas):
             path=path,
         )
 
-    def _rows(self, schedule: NoiseSchedule, steps: int | None) -> tuple[Tensor, Tensor]:
+    def _rows(
+        self, schedule: NoiseSchedule, steps: int | None, sigmas: Sequence[float] | None
+    ) -> tuple[Tensor, Tensor]:
         """Timesteps (2n - 1,), the middles among them, and float32 sigmas (2n,), each but the ends twice."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
+        if sigmas is None:
+            t, levels = self._spaced(table, steps)
+        else:
+            given = spacings.given(sigmas)
+            check(given[-1] == 0, f"DPMSDE: sigmas must end in 0, got {given[-1]:g}")
+            levels = given[:-1].astype(np.float64)
+            t = spacings.to_timesteps(levels, table)
+        logs = -np.log(levels)
+        middles = spacings.to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
+        times = np.empty(2 * len(t) - 1, dtype=np.float64 if self.like_diffusers else np.float32)
+        times[0::2], times[1::2] = t, middles
+        s = torch.from_numpy(np.concatenate([levels, [0.0]]).astype(np.float32))
+        return torch.from_numpy(times), torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+
+    def _spaced(self, table: Floats, steps: int | None) -> tuple[Floats, Floats]:
+        """Timesteps (n,) and float64 sigmas (n,), without the middles and the 0 at the end."""
         like = self.like_diffusers
         t: Floats = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
         check_timesteps(self, t, len(table) + like)
@@ -129,12 +147,7 @@ class DPMSDE(SpacedSigmas):
             space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
             levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
-        logs = -np.log(levels)
-        middles = spacings.to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
-        times = np.empty(2 * len(t) - 1, dtype=np.float64 if like else np.float32)
-        times[0::2], times[1::2] = t, middles
-        s = torch.from_numpy(np.concatenate([levels, [0.0]]).astype(np.float32))
-        return torch.from_numpy(times), torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+        return t, levels
 
     def _path(
         self, sigmas: Tensor, starts: list[float], ends: list[float]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check
+from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Draw, check_chosen
-from minidiff.samplers.euler import MAX_GAMMA, given_sigmas
+from minidiff.samplers.euler import MAX_GAMMA
 from minidiff.samplers.limits import LimitedOptions
 from minidiff.samplers.sigma_plan import SigmaPlan, upcast, widen
 from minidiff.schedule import NoiseSchedule, check_steps
@@ -160,7 +161,7 @@ class EDMEuler(EDMOptions):
         """``sigmas``: falling, one more than there are to be steps. ``schedule`` may be None: epsilon."""
         check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         if sigmas is not None and not self.like_diffusers:
-            s = torch.from_numpy(given_sigmas(sigmas))
+            s = torch.from_numpy(spacings.given(sigmas))
         else:
             if sigmas is None:
                 places = self.places(steps, torch.float64)

@@ -97,7 +97,7 @@ class Euler(Options):
         if sigmas is None:
             times, levels = self._levels(steps, timesteps, table)
         else:
-            levels = given_sigmas(sigmas)
+            levels = spacings.given(sigmas)
             times = spacings.to_timesteps(levels[:-1], table)
         s = torch.from_numpy(levels)
         if self.continuous and schedule.prediction == "v_prediction":
@@ -168,13 +168,3 @@ class Euler(Options):
         sigma_hat = plan.sigma_hat[i]
         slope = (x - widen(sigma_x0(plan, i, x, out, sigma_hat))) / sigma_hat
         return (x + slope * plan.dt[i]).to(out.dtype), state
-
-
-def given_sigmas(sigmas: Sequence[float]) -> Floats:
-    """(n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and stay above 0 up to the
-    last, which may be 0."""
-    levels: Floats = np.array(sigmas, dtype=np.float32)
-    check(levels.ndim == 1 and len(levels) >= 2, f"sigmas={list(sigmas)[:6]}: at least 2 are needed, for one step")
-    falls = bool(np.all(levels[:-1] > levels[1:])) and float(levels[-1]) >= 0
-    check(falls and bool(np.isfinite(levels).all()), f"sigmas must fall strictly to 0 or above, got {list(sigmas)[:6]}")
-    return levels

@@ -61,14 +61,19 @@ class EulerAncestral(Options):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> EulerAncestralPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps; the reference does not take
+        these."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
-        like, offset = self.like_diffusers, self.steps_offset
-        t = spaced(self.spacing, len(table), steps or 0, offset, whole=False, like_diffusers=like)
-        check_timesteps(self, t, len(table) + like)
-        levels = np.concatenate([spacings.at_timesteps(t, table), [0.0]]).astype(np.float32)
+        if sigmas is None:
+            like, offset = self.like_diffusers, self.steps_offset
+            t = spaced(self.spacing, len(table), steps or 0, offset, whole=False, like_diffusers=like)
+            check_timesteps(self, t, len(table) + like)
+            levels = np.concatenate([spacings.at_timesteps(t, table), [0.0]]).astype(np.float32)
+        else:
+            levels = spacings.given(sigmas)
+            t = spacings.to_timesteps(levels[:-1], table).astype(np.float32)
         s = torch.from_numpy(levels)
         sigma, to = s[:-1], s[1:]
         up = root(to**2 * (sigma**2 - to**2) / sigma**2, self, "sigma_up")

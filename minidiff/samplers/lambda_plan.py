@@ -122,15 +122,20 @@ class LambdaSpacing(Options):
         schedule: NoiseSchedule,
         steps: int | None,
         timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         *,
         last: int | None = None,
         final: Literal["zero", "sigma_min", "repeated"] = "zero",
     ) -> tuple[Tensor, Tensor]:
         """Timesteps (n,), int64 or float32, and float32 sigmas (n + 1,).
 
-        ``last``: how many of training's timesteps are in use. ``final``: where the last step lands: on 0, on
+        ``sigmas``: n + 1 of one's own, which take the place of every spacing. ``last``: how many of training's
+        timesteps are in use. ``final``: where the last step lands: on 0, on
         training's smallest sigma, or (like_diffusers only) on the last of a sigma spacing once more."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
+        if sigmas is not None:
+            given = spacings.given(sigmas)
+            return torch.from_numpy(self._times(given[:-1], table)), torch.from_numpy(given)
         if self.sigma_spacing == "timesteps":
             if timesteps is None:
                 t: Floats = self._spaced(len(table), steps, last or len(table))
@@ -149,8 +154,7 @@ class LambdaSpacing(Options):
             landing = {"zero": 0.0, "sigma_min": float(table[0]), "repeated": levels[-1]}[final]
             landing, levels = (levels[-1], levels[:n]) if full else (landing, levels)
             t = self._times(levels, table)
-        sigmas = np.concatenate([levels, [landing]]).astype(np.float32)
-        return torch.from_numpy(t), torch.from_numpy(sigmas)
+        return torch.from_numpy(t), torch.from_numpy(np.concatenate([levels, [landing]]).astype(np.float32))
 
     @property
     def _name(self) -> str:

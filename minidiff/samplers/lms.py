@@ -84,10 +84,10 @@ class LMS(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> LMSPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or ``sigmas`` that fall to 0, which the reference does not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        times, levels, _ = self.levels(schedule, steps)
+        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        times, levels, _ = self.levels(schedule, steps, sigmas=sigmas)
         t, s = torch.from_numpy(times).to(torch.float32), torch.from_numpy(levels)
         rows = sigma_rows(t, s, self.spacing, schedule.prediction)
         return LMSPlan(**rows, coefs=adams_bashforth_coefs(s, self.solver_order))

@@ -104,12 +104,20 @@ class SpacedSigmas(Options):
         check(0 < self.last_alpha_bar < 1, f"last_alpha_bar={self.last_alpha_bar} must lie between 0 and 1")
 
     def levels(
-        self, schedule: NoiseSchedule, steps: int | None, timesteps: Sequence[float] | None = None
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> tuple[Floats, Floats, Floats]:
         """Timesteps (n,), float32 or (away from "timesteps") float64; sigmas (n + 1,) float32, the last of them 0; and
         the schedule's table of sigmas."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
         like = self.like_diffusers
+        if sigmas is not None:
+            given = spacings.given(sigmas)
+            check(given[-1] == 0, f"{type(self).__name__}: sigmas must end in 0, got {given[-1]:g}")
+            return spacings.to_timesteps(given[:-1], table), given, table
         if timesteps is not None:
             name, plain = type(self).__name__, self.sigma_spacing == "timesteps"
             check(plain, f"{name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}, give steps")
@@ -117,12 +125,12 @@ class SpacedSigmas(Options):
         else:
             t = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
         check_timesteps(self, t, len(table) + like)
-        sigmas = spacings.at_timesteps(t, table)
+        levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
             space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-            sigmas = space[self.sigma_spacing](float(sigmas[-1]), float(sigmas[0]), len(t))
-            t = spacings.to_timesteps(sigmas, table)
-        return t, np.concatenate([sigmas, [0.0]]).astype(np.float32), table
+            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            t = spacings.to_timesteps(levels, table)
+        return t, np.concatenate([levels, [0.0]]).astype(np.float32), table
 
 
 def sample_x0(prediction: Prediction, x: Tensor, out: Tensor, sigma: Tensor, variance: Tensor, c_out: Tensor) -> Tensor:

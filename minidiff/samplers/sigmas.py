@@ -7,11 +7,13 @@ sigma at every timestep, rising: sqrt((1 - alpha_bar) / alpha_bar).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minidiff.config import check
 from minidiff.samplers.betainc import inverse_betainc
 from minidiff.schedule import NoiseSchedule
 
@@ -60,6 +62,16 @@ def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Flo
     steps at both ends (Lee et al. 2024, "Beta Sampling is All You Need")."""
     sigmas: Floats = low + inverse_betainc(a, b, 1 - np.linspace(0, 1, n)) * (high - low)
     return sigmas
+
+
+def given(sigmas: Sequence[float]) -> Floats:
+    """(n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and stay above 0 up to the
+    last, which may be 0."""
+    levels: Floats = np.array(sigmas, dtype=np.float32)
+    check(levels.ndim == 1 and len(levels) >= 2, f"sigmas={list(sigmas)[:6]}: at least 2 are needed, for one step")
+    falls = bool(np.all(levels[:-1] > levels[1:])) and float(levels[-1]) >= 0
+    check(falls and bool(np.isfinite(levels).all()), f"sigmas must fall strictly to 0 or above, got {list(sigmas)[:6]}")
+    return levels
 
 
 def to_timesteps(sigmas: Floats, table: Floats) -> Floats:

@@ -92,10 +92,11 @@ class UniPC(LambdaOptions):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> UniPCPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
+        not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, final="zero" if self.final_sigma == "zero" else "repeated")
+        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self.levels(schedule, steps, sigmas=sigmas, final="zero" if self.final_sigma == "zero" else "repeated")
         n = len(t)
         orders = tuple(min(self.solver_order, n - i) if self.lower_order_final else self.solver_order for i in range(n))
         rows = lambda_rows(t, s, schedule.prediction)

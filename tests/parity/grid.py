@@ -106,19 +106,19 @@ DISTILLED: list[Config] = [
     {"strength": 0.5},
 ]
 CORRECTED = each("disable_corrector", [0], [0, 1, 2], [3, 7])
-EXACT_CHURN = CHURN[:3]  # the fourth is the first with no upper bound
 
 GRID: dict[str, list[Config]] = {
     "DDPMScheduler": [
-        *times(SPACINGS_FROM_LEADING, LIMITS, PRED, VARIANCES),
-        *times([*SCHEDULES, *each("beta_schedule", "sigmoid", "laplace")], SPACINGS_FROM_LEADING, PRED),
+        *times(SPACINGS_FROM_LEADING, LIMITS, PRED),
+        *times(VARIANCES, LIMITS, PRED),
+        *times([*SCHEDULES, *each("beta_schedule", "sigmoid", "laplace")], PRED),
         *times([ZERO_SNR], SPACINGS_FROM_LEADING, LIMITS[:2], PRED),
     ],
     "DDIMScheduler": [
-        *times(SPACINGS_FROM_LEADING, LIMITS, PRED, each("eta", 0.0, 0.7), each("use_clipped_model_output", *SWITCH)),
-        *times(SPACINGS_FROM_LEADING, LIMITS[:1], PRED, each("eta", 0.3, 1.0), each("set_alpha_to_one", *SWITCH)),
+        *times(LIMITS, PRED, each("eta", 0.0, 0.7), each("use_clipped_model_output", *SWITCH)),
+        *times(SPACINGS_FROM_LEADING, LIMITS[:1], PRED, each("eta", 0.0, 0.3, 1.0), each("set_alpha_to_one", *SWITCH)),
         *times(SCHEDULES, PRED, each("eta", 0.0, 0.7)),
-        *times([ZERO_SNR], SPACINGS_FROM_LEADING, LIMITS[:2], PRED, each("eta", 0.0, 0.5, 1.0)),
+        *times([ZERO_SNR], SPACINGS_FROM_LEADING, LIMITS[:2], PRED, each("eta", 0.0, 1.0)),
     ],
     "DDIMInverseScheduler": [
         *times(
@@ -130,57 +130,60 @@ GRID: dict[str, list[Config]] = {
         *times(SCHEDULES, SPACINGS_FROM_LEADING[:3], PRED, LIMITS[:1]),
         *times([ZERO_SNR], SPACINGS_FROM_LEADING[:3], PRED, LIMITS[:2]),
     ],
-    "PNDMScheduler": times(
-        each("skip_prk_steps", *SWITCH), SPACINGS_FROM_LEADING, each("set_alpha_to_one", *SWITCH), PRED, ALL_SCHEDULES
-    ),
+    "PNDMScheduler": [
+        *times(each("skip_prk_steps", *SWITCH), SPACINGS_FROM_LEADING, each("set_alpha_to_one", *SWITCH), PRED),
+        *times(each("skip_prk_steps", *SWITCH), SCHEDULES, PRED[:2]),
+    ],
     "EulerDiscreteScheduler": [
-        *times(SPACINGS, SIGMAS, PRED, CHURN, FINAL),
+        *times(SPACINGS, SIGMAS, PRED, FINAL),
+        *times(SIGMAS, PRED, CHURN[1:], FINAL),
         *times(
             SIGMAS,
             each("interpolation_type", "linear", "log_linear"),
             each("timestep_type", "discrete", "continuous"),
-            PRED,
-            FINAL,
+            PRED[:2],
         ),
-        *times(SIGMAS, [ENDS], PRED, FINAL),
-        *times([ZERO_SNR], SPACINGS, SIGMAS, PRED),
-        *times(SCHEDULES, SIGMAS, PRED),
+        *times(SIGMAS, [ENDS], FINAL),
+        *times([ZERO_SNR], SPACINGS, SIGMAS, PRED[1:2]),
+        *times(SCHEDULES, SIGMAS),
     ],
     "EulerAncestralDiscreteScheduler": times(SPACINGS, PRED, ALL_SCHEDULES, [{}, ZERO_SNR]),
     "HeunDiscreteScheduler": [
         *times(SPACINGS, SIGMAS, PRED, [{}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.5}]),
-        *times([*SCHEDULES, {"beta_schedule": "exp"}], SIGMAS, PRED),
+        *times([*SCHEDULES, {"beta_schedule": "exp"}], SIGMAS),
     ],
     "LMSDiscreteScheduler": [
         *times(SPACINGS, SIGMAS, PRED),
-        *times(each("order", 1, 2, 3, 8), SIGMAS, PRED),
-        *times(SCHEDULES, SIGMAS),
+        *times(each("order", 1, 2, 3, 8), SIGMAS),
+        *times(SCHEDULES, SIGMAS[:2]),
     ],
-    "KDPM2DiscreteScheduler": [*times(SPACINGS, SIGMAS, PRED), *times(SCHEDULES, SIGMAS, PRED[:2])],
-    "KDPM2AncestralDiscreteScheduler": [*times(SPACINGS, SIGMAS, PRED), *times(SCHEDULES, SIGMAS, PRED[:2])],
+    "KDPM2DiscreteScheduler": [*times(SPACINGS, SIGMAS, PRED), *times(SCHEDULES, SIGMAS)],
+    "KDPM2AncestralDiscreteScheduler": [*times(SPACINGS, SIGMAS, PRED), *times(SCHEDULES, SIGMAS)],
     "DPMSolverMultistepScheduler": [
-        *times(DPM, KINDS, PRED, SPACINGS),
-        *times(DPM, SIGMAS_AND_LU, PRED),
+        *times(DPM, KINDS, PRED),
+        *times(DPM, SPACINGS, PRED),
+        *times(DPM, SIGMAS_AND_LU),
         *times(DPM, KINDS, DPM_ENDS),
-        *times(DPM, PRED, THRESHOLDS),
-        *times(TO_LAMBDA, SPACINGS, SIGMAS_AND_LU),
-        *times(SCHEDULES, SIGMAS_AND_LU, ORDERS[1:]),
-        *times([ZERO_SNR], SPACINGS, SIGMAS_AND_LU, PRED),
+        *times(DPM, PRED, THRESHOLDS[1:]),
+        *times(TO_LAMBDA, SPACINGS, SIGMAS_AND_LU[:2]),
+        *times(SCHEDULES, SIGMAS_AND_LU),
+        *times([ZERO_SNR], SPACINGS, SIGMAS_AND_LU, PRED[1:2]),
         *times([ENDS], SIGMAS_AND_LU, FINAL),
-        *times(DPM, PRED, each("variance_type", "learned", "learned_range")),
+        *times(DPM, each("variance_type", "learned", "learned_range")),
     ],
     "DPMSolverSinglestepScheduler": [
-        *times(SINGLE, KINDS, PRED, SIGMAS),
+        *times(SINGLE, KINDS, PRED),
+        *times(SINGLE, SIGMAS),
         *times(SINGLE, KINDS, FINAL, each("lower_order_final", *SWITCH)),
-        *times(SINGLE, PRED, THRESHOLDS),
-        *times(TO_LAMBDA, SIGMAS, ORDERS),
-        *times(SCHEDULES, SIGMAS, ORDERS[1:]),
+        *times(SINGLE, PRED, THRESHOLDS[1:]),
+        *times(TO_LAMBDA, SIGMAS[:2], ORDERS),
+        *times(SCHEDULES, SIGMAS),
         *times([ENDS], SIGMAS, FINAL),
         *times(SINGLE, each("variance_type", "learned_range")),
     ],
     "DPMSolverMultistepInverseScheduler": [
-        *times(each("algorithm_type", "dpmsolver++", "dpmsolver"), ORDERS, KINDS, PRED, SPACINGS),
-        *times(ORDERS, SIGMAS, PRED),
+        *times(each("algorithm_type", "dpmsolver++", "dpmsolver"), ORDERS, KINDS, PRED),
+        *times(ORDERS, SPACINGS, SIGMAS),
         *times(ORDERS, each("lower_order_final", *SWITCH), each("euler_at_final", *SWITCH)),
         *times(each("algorithm_type", "dpmsolver++", "dpmsolver"), PRED, THRESHOLDS),
         *times(TO_LAMBDA, SPACINGS),
@@ -189,40 +192,43 @@ GRID: dict[str, list[Config]] = {
         *times(each("algorithm_type", "sde-dpmsolver++", "sde-dpmsolver")),
     ],
     "DEISMultistepScheduler": [
-        *times(ORDERS, PRED, SPACINGS, SIGMAS, each("lower_order_final", *SWITCH)),
-        *times(ORDERS, PRED, THRESHOLDS),
-        *times(SCHEDULES, SIGMAS, ORDERS[1:]),
+        *times(ORDERS, PRED, SPACINGS),
+        *times(ORDERS, SIGMAS, each("lower_order_final", *SWITCH)),
+        *times(ORDERS, PRED, THRESHOLDS[1:]),
+        *times(SCHEDULES, SIGMAS),
         *times([ENDS], SIGMAS),
     ],
     "UniPCMultistepScheduler": [
         *times(UNIPC, PRED, SPACINGS),
-        *times(UNIPC, SIGMAS, PRED),
+        *times(UNIPC, SIGMAS),
         *times(UNIPC, CORRECTED),
-        *times(UNIPC, [TO_MIN], each("lower_order_final", False), SIGMAS),
-        *times(UNIPC, PRED, THRESHOLDS),
-        *times([ZERO_SNR], SPACINGS, ORDERS, PRED),
-        *times(SCHEDULES, SIGMAS, ORDERS[1:]),
+        *times(UNIPC, [TO_MIN], each("lower_order_final", False), SIGMAS[:2]),
+        *times(UNIPC, PRED, THRESHOLDS[1:]),
+        *times([ZERO_SNR], SPACINGS, ORDERS, PRED[1:2]),
+        *times(SCHEDULES, SIGMAS),
         *times([ENDS], SIGMAS, FINAL),
     ],
     "SASolverScheduler": [
-        *times(SA_ORDERS, each("algorithm_type", "data_prediction", "noise_prediction"), PRED, SPACINGS),
-        *times(SA_ORDERS, SIGMAS, PRED),
-        *times(SA_ORDERS, each("lower_order_final", False), SPACINGS),
+        *times(SA_ORDERS, each("algorithm_type", "data_prediction", "noise_prediction"), PRED),
+        *times(SA_ORDERS[:3], SPACINGS, SIGMAS),
+        *times(SA_ORDERS, each("lower_order_final", False)),
         *times(PRED, THRESHOLDS),
         *times(TO_LAMBDA, SPACINGS),
         *times(SCHEDULES, SIGMAS),
         *times([ENDS], SIGMAS),
     ],
     "DPMSolverSDEScheduler": [
-        *times(each("noise_sampler_seed", 7), SPACINGS, SIGMAS, PRED),
+        *times(each("noise_sampler_seed", 7), SPACINGS, SIGMAS),
+        *times(each("noise_sampler_seed", 7), PRED[1:]),
         *times(each("noise_sampler_seed", 0, 2**40), each("s_noise", 0.0, 1.003), PRED[:2]),
         *times(each("noise_sampler_seed", 7), SCHEDULES, SIGMAS[:2]),
     ],
     "EDMEulerScheduler": times(EDM, CHURN, PRED, FINAL),
     "EDMDPMSolverMultistepScheduler": [
         *times(
-            EDM_SOLVERS, EDM, PRED[:2], each("lower_order_final", True, False), each("euler_at_final", *SWITCH)
+            EDM_SOLVERS, EDM, each("lower_order_final", True, False), each("euler_at_final", *SWITCH)
         ),
+        *times(EDM_SOLVERS, PRED[1:]),
         *times(EDM_SOLVERS, EDM, [TO_MIN]),
         *times(ORDERS, THRESHOLDS, PRED),
     ],
@@ -248,7 +254,9 @@ GRID: dict[str, list[Config]] = {
 }  # fmt: skip
 OWN_BETAS = ("EDM", "CM", "IPNDM")  # these know no betas, and refuse Stable Diffusion's
 
-FALLING = tuple([int(999 * (1 - k / n) ** 1.5) for k in range(n)] for n in STEPS)
+# lists of one's own, unevenly spaced
+LENGTHS = (1, 3, 20)
+FALLING = tuple([int(999 * (1 - k / n) ** 1.5) for k in range(n)] for n in LENGTHS)
 GIVEN: dict[str, list[dict[str, Any]]] = {
     name: [{"timesteps": t} for t in FALLING]
     for name in (
@@ -261,12 +269,10 @@ GIVEN: dict[str, list[dict[str, Any]]] = {
         "TCDScheduler",
     )
 }
-GIVEN["EulerDiscreteScheduler"] += [{"sigmas": [*(14.0 * (1 - k / n) ** 2 for k in range(n)), 0.0]} for n in STEPS]
-GIVEN["CMStochasticIterativeScheduler"] = [
-    {"timesteps": [round(39 * (1 - k / n)) for k in range(n)]} for n in STEPS if n <= 20
-]
+GIVEN["EulerDiscreteScheduler"] += [{"sigmas": [*(14.0 * (1 - k / n) ** 2 for k in range(n)), 0.0]} for n in LENGTHS]
+GIVEN["CMStochasticIterativeScheduler"] = [{"timesteps": [round(39 * (1 - k / n)) for k in range(n)]} for n in LENGTHS]
 # in the reference these are places between the largest sigma (0) and the smallest (1)
-GIVEN["EDMEulerScheduler"] = [{"sigmas": torch.linspace(0, 1, n, dtype=torch.float64) ** 1.5} for n in STEPS[1:]]
+GIVEN["EDMEulerScheduler"] = [{"sigmas": torch.linspace(0, 1, n, dtype=torch.float64) ** 1.5} for n in (2, 5, 20)]
 
 
 # --- one point of it -------------------------------------------------------------------------------------------------
