@@ -135,6 +135,10 @@ class LambdaSpacing(Options):
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
         if sigmas is not None:
             given = spacings.given(sigmas)
+            reaches = final == "zero" or given[-1] > 0
+            check(
+                reaches, f"{self._name}: sigmas must end above 0 here (final_sigma='zero' reaches it, if there is one)"
+            )
             return torch.from_numpy(self._times(given[:-1], table)), torch.from_numpy(given)
         if self.sigma_spacing == "timesteps":
             if timesteps is None:
