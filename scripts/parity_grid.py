@@ -6,7 +6,7 @@ The grid is that of ``tests/parity/grid.py``: every scheduler class, the product
 timesteps and sigmas, float32, float16 and bfloat16, on a CPU. A combination that shows the user the same bits as
 another of its class, length and dtype (timesteps, what the model is shown, x0, samples) is counted as removed. Where
 minidiff refuses (a ConfigError), the reference is run alone, to see whether it raises or gives NaN. The status is 1 if
-anything differs. ``--record`` keeps what is done, so that a run that was stopped goes on there (as long as neither
+anything differs, or minidiff alone refuses and the grid does not name why. ``--record`` keeps what is done, so that a run that was stopped goes on there (as long as neither
 minidiff/samplers nor the grid has changed). Needs the `parity` extra; about half an hour on two cores.
 """
 
@@ -135,8 +135,13 @@ def summary(found: Done) -> int:
         for (name, what, note), count in sorted(reasons.items()):
             if what == status:
                 print(f"  {count:5} {name}: {note}")
+    print("\nrefused by minidiff alone, since the reference")
+    for part, what in grid.ALONE.items():
+        print(f"  {what} ({part})")
+    unknown = sum(n for (_, s, note), n in reasons.items() if s == grid.OURS and not any(w in note for w in grid.ALONE))
     print(f"\n{total['distinct']} distinct combinations are equal bit for bit; {total[grid.DIFFERENT]} differ")
-    return 1 if total[grid.DIFFERENT] else 0
+    print(f"{unknown} are refused by minidiff alone for a reason that is not named")
+    return 1 if total[grid.DIFFERENT] or unknown else 0
 
 
 if __name__ == "__main__":

@@ -136,9 +136,7 @@ class LambdaSpacing(Options):
         if sigmas is not None:
             given = spacings.given(sigmas)
             reaches = final == "zero" or given[-1] > 0
-            check(
-                reaches, f"{self._name}: sigmas must end above 0 here (final_sigma='zero' reaches it, if there is one)"
-            )
+            check(reaches, f"{self._name}: sigmas must end above 0 here; only final_sigma='zero' reaches it")
             return torch.from_numpy(self._times(given[:-1], table)), torch.from_numpy(given)
         if self.sigma_spacing == "timesteps":
             if timesteps is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 Config = dict[str, Any]
 
+SD: Config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # linspace is the default of all methods but DDPM, DDIM and PNDM, and only leading heeds the offset
 SPACINGS: tuple[Config, ...] = (

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from minidiff.samplers import sampler_from_diffusers, schedule_from_diffusers
 from minidiff.schedule import NoiseSchedule
-from tests.parity.axes import Config
+from tests.parity.axes import SD, Config
 from tests.tolerances import EXACT, Tolerance, assert_close
 
 SHAPE = (2, 4, 3, 5)
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTILES = Tolerance(1e-11, 1e-12, "scipy's Beta quantiles in float64, which only the timesteps of KDPM2 keep")
 STEP_OPTIONS = ("order", "eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
