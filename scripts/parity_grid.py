@@ -6,8 +6,9 @@ The grid is that of ``tests/parity/grid.py``: every scheduler class, the product
 timesteps and sigmas, float32, float16 and bfloat16, on a CPU. A combination that shows the user the same bits as
 another of its class, length and dtype (timesteps, what the model is shown, x0, samples) is counted as removed. Where
 minidiff refuses (a ConfigError), the reference is run alone, to see whether it raises or gives NaN. The status is 1 if
-anything differs, or minidiff alone refuses and the grid does not name why. ``--record`` keeps what is done, so that a run that was stopped goes on there (as long as neither
-minidiff/samplers nor the grid has changed). Needs the `parity` extra; about half an hour on two cores.
+anything differs, or minidiff alone refuses and the grid does not name why. ``--record`` keeps what is done, so that a
+run that was stopped goes on there (as long as neither minidiff/samplers nor the grid has changed). Needs the `parity`
+extra; about a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
