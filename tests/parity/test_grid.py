@@ -35,7 +35,7 @@ def test_a_sample_is_equal_bit_for_bit_or_refused_as_the_reference_fails(name):
             assert alone or outcome.status in (grid.EQUAL, grid.NEAR, grid.OVERFLOW, grid.BOTH), outcome.note
             found[outcome.status] += 1
     assert found[grid.EQUAL] + found[grid.NEAR] >= 2
-    assert found[grid.OURS] <= 1
+    assert found[grid.OURS] <= 2
 
 
 def test_the_grid_has_every_class_that_is_read():
