@@ -24,7 +24,9 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import Prediction, check
@@ -173,8 +175,10 @@ def unit() -> Tensor:
     return torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
-def check_chosen(sampler: Options, takes: str = "steps", **given: Any) -> None:
-    """Raise ConfigError unless exactly one of ``given`` (steps, timesteps, sigmas) is there, and ``takes`` lists it."""
+def check_chosen(sampler: Options, takes: str = "steps", by_name: str = "", **given: Any) -> None:
+    """Raise ConfigError unless exactly one of ``given`` (steps, timesteps, sigmas) is there, and ``takes`` lists it; or
+    ``by_name``, which the reference can't take and a sampler chosen by name can."""
+    takes = takes if sampler.like_diffusers else f"{takes} {by_name}".strip()
     chosen = [name for name, value in given.items() if value is not None]
     name = type(sampler).__name__
     check(len(chosen) == 1, f"{name} needs exactly one of {takes}; got {' and '.join(chosen) or 'none of them'}")
@@ -194,6 +198,13 @@ def check_timesteps(sampler: Options, timesteps: Any, train_steps: int) -> None:
     hint = "; use fewer steps or steps_offset=0" if t[0] == train_steps else ""
     inside = lowest <= t[-1] and t[0] <= train_steps - 1
     check(inside, f"{name}: timesteps run from {t[0]:g} to {t[-1]:g}, the model knows 0 to {train_steps - 1}{hint}")
+
+
+def whole(sampler: Options, timesteps: Sequence[float]) -> NDArray[Any]:
+    """``timesteps`` as int64. Raises ConfigError for fractions."""
+    fits = all(float(t).is_integer() for t in timesteps)
+    check(fits, f"{type(sampler).__name__}: timesteps must be whole numbers, got {list(timesteps)[:6]}")
+    return np.array([int(t) for t in timesteps], dtype=np.int64)
 
 
 def root(x: Tensor, sampler: Options, what: str) -> Tensor:

@@ -31,6 +31,7 @@ from minidiff.samplers.base import (
     need_schedule,
     root,
     unit,
+    whole,
 )
 from minidiff.samplers.limits import LimitedOptions
 from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_x0, spaced, to_epsilon, to_x0
@@ -81,15 +82,18 @@ class DDIM(LimitedOptions):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DDIMPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or falling whole ``timesteps`` (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
         total = len(schedule)
-        n = steps or 0
-        t = torch.from_numpy(spaced(self.spacing, total, n, self.steps_offset, like_diffusers=self.like_diffusers))
+        t = torch.from_numpy(
+            spaced(self.spacing, total, steps or 0, self.steps_offset, like_diffusers=self.like_diffusers)
+            if timesteps is None
+            else whole(self, timesteps)
+        )
         check_timesteps(self, t, total)
-        past_end = t[-1:] - total // n
-        prev_t = t - total // n if self.like_diffusers else torch.cat([t[1:], past_end.clamp(max=-1)])
+        ratio = total // (steps or len(t))
+        prev_t = t - ratio if self.like_diffusers else torch.cat([t[1:], (t[-1:] - ratio).clamp(max=-1)])
 
         alpha_bar = schedule.alphas_cumprod[t]
         check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)

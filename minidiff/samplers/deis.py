@@ -72,7 +72,7 @@ class DEIS(LambdaOptions):
         """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
         not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         t, s = self.levels(schedule, steps, sigmas=sigmas, final="repeated")
         rows = lambda_rows(t, s, schedule.prediction)
         orders = self._orders(len(t))

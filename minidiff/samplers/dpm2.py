@@ -67,11 +67,10 @@ class DPM2(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DPM2Plan:
-        """2n - 1 rows for n ``steps`` in 1..T, or for n + 1 ``sigmas`` that fall to 0, which the reference does not
-        take."""
+        """2n - 1 rows for n ``steps`` in 1..T, or for n + 1 falling ``sigmas`` (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        times, levels, table = self.levels(schedule, steps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        times, levels, table = self.levels(schedule, steps, None, sigmas)
         if self.like_diffusers and self.sigma_spacing == "karras":
             times = times.round()
         s = torch.from_numpy(levels)

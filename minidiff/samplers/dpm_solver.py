@@ -115,9 +115,9 @@ class DPMSolver(LambdaOptions):
         sigmas: Sequence[float] | None = None,
     ) -> DPMSolverPlan:
         """``timesteps``: whole numbers that fall strictly, within those of training; only with their own sigmas.
-        ``sigmas``: falling, one more than there are to be steps, which the reference does not take."""
+        ``sigmas``: falling, one more than steps (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps timesteps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps timesteps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         t, s = self.levels(schedule, steps, timesteps, sigmas, last=self._last(schedule), final=self.final_sigma)
         orders = self._orders(len(t))
         rows = lambda_rows(t, s, schedule.prediction)

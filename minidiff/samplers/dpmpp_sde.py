@@ -80,9 +80,9 @@ class DPMSDE(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DPMSDEPlan:
-        """2n - 1 rows for n ``steps``, or for n + 1 ``sigmas`` that fall to 0, which the reference does not take."""
+        """2n - 1 rows for n ``steps``, or for n + 1 falling ``sigmas`` (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         t, s = self._rows(schedule, steps, sigmas)
         n = len(t)
         sigma, sigma_next = s[0:n:2].repeat_interleave(2)[:n], s[1::2].repeat_interleave(2)[:n]
@@ -121,22 +121,22 @@ class DPMSDE(SpacedSigmas):
     ) -> tuple[Tensor, Tensor]:
         """Timesteps (2n - 1,), the middles among them, and float32 sigmas (2n,), each but the ends twice."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
-        if sigmas is None:
-            t, levels = self._spaced(table, steps)
-        else:
-            given = spacings.given(sigmas)
-            check(given[-1] == 0, f"DPMSDE: sigmas must end in 0, got {given[-1]:g}")
-            levels = given[:-1].astype(np.float64)
+        last = 0.0
+        if sigmas is not None:
+            given = spacings.given(sigmas).astype(np.float64)
+            levels, last = given[:-1], float(given[-1])
             t = spacings.to_timesteps(levels, table)
+        else:
+            t, levels = self._spaced(steps, table)
         logs = -np.log(levels)
         middles = spacings.to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
         times = np.empty(2 * len(t) - 1, dtype=np.float64 if self.like_diffusers else np.float32)
         times[0::2], times[1::2] = t, middles
-        s = torch.from_numpy(np.concatenate([levels, [0.0]]).astype(np.float32))
+        s = torch.from_numpy(np.concatenate([levels, [last]]).astype(np.float32))
         return torch.from_numpy(times), torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
 
-    def _spaced(self, table: Floats, steps: int | None) -> tuple[Floats, Floats]:
-        """Timesteps (n,) and float64 sigmas (n,), without the middles and the 0 at the end."""
+    def _spaced(self, steps: int | None, table: Floats) -> tuple[Floats, Floats]:
+        """Timesteps and sigmas (n,) of the ends of the intervals."""
         like = self.like_diffusers
         t: Floats = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
         check_timesteps(self, t, len(table) + like)

@@ -61,10 +61,9 @@ class EulerAncestral(Options):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> EulerAncestralPlan:
-        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps; the reference does not take
-        these."""
+        """``steps`` in 1..T, or falling ``sigmas``, one more than steps (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
         if sigmas is None:
             like, offset = self.like_diffusers, self.steps_offset

@@ -68,10 +68,10 @@ class Heun(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> HeunPlan:
-        """2n - 1 rows for n ``steps``, for n falling ``timesteps``, fractions allowed, or for n + 1 ``sigmas`` that
-        fall to 0, which the reference does not take."""
+        """2n - 1 rows for n ``steps``, for n falling ``timesteps``, fractions allowed, or for n + 1 falling ``sigmas``
+        (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps timesteps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps timesteps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         times, levels, _ = self.levels(schedule, steps, timesteps, sigmas)
         t, s = torch.from_numpy(times).to(torch.float32), torch.from_numpy(levels)
         t = torch.cat([t[:1], t[1:].repeat_interleave(2)])

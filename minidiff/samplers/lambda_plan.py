@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.samplers import sigmas as spacings
-from minidiff.samplers.base import Options, Plan, check_timesteps, unit
+from minidiff.samplers.base import Options, Plan, check_timesteps, unit, whole
 from minidiff.samplers.limits import dynamic_threshold
 from minidiff.samplers.sigmas import Floats
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps
@@ -129,20 +129,15 @@ class LambdaSpacing(Options):
     ) -> tuple[Tensor, Tensor]:
         """Timesteps (n,), int64 or float32, and float32 sigmas (n + 1,).
 
-        ``sigmas``: n + 1 of one's own, which take the place of every spacing. ``last``: how many of training's
-        timesteps are in use. ``final``: where the last step lands: on 0, on
+        ``last``: how many of training's timesteps are in use. ``final``: where the last step lands: on 0, on
         training's smallest sigma, or (like_diffusers only) on the last of a sigma spacing once more."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
         if sigmas is not None:
-            given = spacings.given(sigmas)
-            reaches = final == "zero" or given[-1] > 0
-            check(reaches, f"{self._name}: sigmas must end above 0 here; only final_sigma='zero' reaches it")
-            return torch.from_numpy(self._times(given[:-1], table)), torch.from_numpy(given)
+            levels = spacings.given(sigmas)
+            t = spacings.to_timesteps(levels[:-1], table).astype(np.float32)
+            return torch.from_numpy(t), torch.from_numpy(levels)
         if self.sigma_spacing == "timesteps":
-            if timesteps is None:
-                t: Floats = self._spaced(len(table), steps, last or len(table))
-            else:
-                t = whole(self, timesteps)
+            t = whole(self, timesteps) if timesteps is not None else self._spaced(len(table), steps, last or len(table))
             check_timesteps(self, t, len(table))
             levels = spacings.at_timesteps(t, table)
             landing = 0.0 if final == "zero" else float(table[0])
@@ -156,7 +151,8 @@ class LambdaSpacing(Options):
             landing = {"zero": 0.0, "sigma_min": float(table[0]), "repeated": levels[-1]}[final]
             landing, levels = (levels[-1], levels[:n]) if full else (landing, levels)
             t = self._times(levels, table)
-        return torch.from_numpy(t), torch.from_numpy(np.concatenate([levels, [landing]]).astype(np.float32))
+        levels = np.concatenate([levels, [landing]]).astype(np.float32)
+        return torch.from_numpy(t), torch.from_numpy(levels)
 
     @property
     def _name(self) -> str:
@@ -215,13 +211,6 @@ def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float 
     last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), lambda_min))
     check(last >= 1, f"lambda_min_clipped={lambda_min} clips every timestep of training")
     return last
-
-
-def whole(sampler: Options, timesteps: Sequence[float]) -> Floats:
-    """``timesteps`` as int64. Raises ConfigError for fractions."""
-    fits = all(float(t).is_integer() for t in timesteps)
-    check(fits, f"{type(sampler).__name__}: timesteps must be whole numbers, got {list(timesteps)[:6]}")
-    return np.array([int(t) for t in timesteps], dtype=np.int64)
 
 
 def usable(

@@ -84,10 +84,10 @@ class LMS(SpacedSigmas):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> LMSPlan:
-        """``steps`` in 1..T, or ``sigmas`` that fall to 0, which the reference does not take."""
+        """``steps`` in 1..T, or falling ``sigmas``, one more than steps (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        times, levels, _ = self.levels(schedule, steps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        times, levels, _ = self.levels(schedule, steps, None, sigmas)
         t, s = torch.from_numpy(times).to(torch.float32), torch.from_numpy(levels)
         rows = sigma_rows(t, s, self.spacing, schedule.prediction)
         return LMSPlan(**rows, coefs=adams_bashforth_coefs(s, self.solver_order))

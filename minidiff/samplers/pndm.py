@@ -31,6 +31,7 @@ from minidiff.samplers.base import (
     check_timesteps,
     need_schedule,
     unit,
+    whole,
 )
 from minidiff.samplers.ddim import alpha_bar_at
 from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_v, spaced, to_x0
@@ -101,14 +102,20 @@ class PNDM(Options):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> PNDMPlan:
-        """``steps`` in 1..T, or 4..T with Runge-Kutta; the model predicts epsilon or v."""
+        """``steps`` in 1..T, or 4..T with Runge-Kutta, or as many falling whole ``timesteps`` (which the reference
+        can't take); the model predicts epsilon or v."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
         known = schedule.prediction != "sample"
         check(known, "PNDM combines epsilons: prediction='sample' is not possible, use ddim or euler")
-        total, n = len(schedule), steps or 0
-        grid = torch.from_numpy(spaced(self.spacing, total, n, self.steps_offset, like_diffusers=self.like_diffusers))
+        total = len(schedule)
+        grid = torch.from_numpy(
+            spaced(self.spacing, total, steps or 0, self.steps_offset, like_diffusers=self.like_diffusers)
+            if timesteps is None
+            else whole(self, timesteps)
+        )
         check_timesteps(self, grid, total)
+        n = steps or len(grid)
         check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
 
         ratio = total // n

@@ -102,7 +102,7 @@ class SASolver(LambdaSpacing):
         """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
         not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         last = unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
         t, s = self.levels(schedule, steps, sigmas=sigmas, last=last, final="repeated")
         n = len(t)

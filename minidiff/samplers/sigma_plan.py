@@ -110,14 +110,13 @@ class SpacedSigmas(Options):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> tuple[Floats, Floats, Floats]:
-        """Timesteps (n,), float32 or (away from "timesteps") float64; sigmas (n + 1,) float32, the last of them 0; and
-        the schedule's table of sigmas."""
+        """Timesteps (n,), float32 or (away from "timesteps") float64; sigmas (n + 1,) float32, the last of them 0
+        unless they are given; and the schedule's table of sigmas."""
         table = spacings.sigma_table(schedule, self.last_alpha_bar)
-        like = self.like_diffusers
         if sigmas is not None:
-            given = spacings.given(sigmas)
-            check(given[-1] == 0, f"{type(self).__name__}: sigmas must end in 0, got {given[-1]:g}")
-            return spacings.to_timesteps(given[:-1], table), given, table
+            levels = spacings.given(sigmas)
+            return spacings.to_timesteps(levels[:-1], table), levels, table
+        like = self.like_diffusers
         if timesteps is not None:
             name, plain = type(self).__name__, self.sigma_spacing == "timesteps"
             check(plain, f"{name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}, give steps")

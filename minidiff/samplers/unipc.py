@@ -92,11 +92,10 @@ class UniPC(LambdaOptions):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> UniPCPlan:
-        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
-        not take."""
+        """``steps`` in 1..T, or falling ``sigmas``, one more than steps (which the reference can't take)."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, sigmas=sigmas, final="zero" if self.final_sigma == "zero" else "repeated")
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self.levels(schedule, steps, None, sigmas, final="zero" if self.final_sigma == "zero" else "repeated")
         n = len(t)
         orders = tuple(min(self.solver_order, n - i) if self.lower_order_final else self.solver_order for i in range(n))
         rows = lambda_rows(t, s, schedule.prediction)
@@ -216,7 +215,7 @@ def differences(plan: UniPCPlan, i: int, outputs: tuple[Tensor, ...], order: int
 def weighted(weights: Tensor, x: Tensor, parts: list[Tensor]) -> Tensor:
     """The sum of ``parts`` with ``weights`` (2,), rounded to the dtype of ``x``, as a product of matrices: in half
     precision a sum of products is rounded elsewhere."""
-    return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1))
+    return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1).to(x.dtype))
 
 
 def solve(wanted: list[bool], points: list[Tensor], target: list[Tensor]) -> Tensor:
