@@ -144,7 +144,8 @@ class DPMSDE(SpacedSigmas):
             t = np.linspace(0, len(table) - 1, len(t), dtype=np.float64)[::-1]
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
-            levels = spacings.BENT[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
+            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
         return t, levels
 

@@ -143,7 +143,8 @@ class Euler(Options):
             low = float(sigmas[-1]) if self.sigma_min is None else self.sigma_min
             high = float(sigmas[0]) if self.sigma_max is None else self.sigma_max
             check(low <= high, f"Euler: sigma_min={low:g} is above sigma_max={high:g}")
-            sigmas = spacings.BENT[self.sigma_spacing](low, high, n)
+            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
+            sigmas = space[self.sigma_spacing](low, high, n)
             t = spacings.to_timesteps(sigmas, table)
         last = table[0] if self.final_sigma == "sigma_min" else 0.0
         return t, np.concatenate([sigmas, [last]]).astype(np.float32)

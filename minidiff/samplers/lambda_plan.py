@@ -178,7 +178,8 @@ class LambdaSpacing(Options):
         low = float(table[0]) if self.sigma_min is None else self.sigma_min
         high = float(table[-1]) if self.sigma_max is None else self.sigma_max
         check(low <= high, f"{self._name}: sigma_min={low:g} is above sigma_max={high:g}")
-        return spacings.BENT[self.sigma_spacing](low, high, n)
+        space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
+        return space[self.sigma_spacing](low, high, n)
 
     def _times(self, levels: Floats, table: Floats) -> Floats:
         """The timesteps at which training has these sigmas: float32, or made whole as diffusers does."""

@@ -126,7 +126,8 @@ class SpacedSigmas(Options):
         check_timesteps(self, t, len(table) + like)
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
-            levels = spacings.BENT[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
+            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
         return t, np.concatenate([levels, [0.0]]).astype(np.float32), table
 

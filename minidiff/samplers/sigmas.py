@@ -64,10 +64,6 @@ def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Flo
     return sigmas
 
 
-BENT = {"karras": karras, "exponential": exponential, "beta": beta}
-"""By name, the spacings that go from a highest to a lowest sigma: (low, high, n) -> (n,)."""
-
-
 def given(sigmas: Sequence[float]) -> Floats:
     """(n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and stay above 0 up to the
     last, which may be 0."""
