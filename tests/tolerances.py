@@ -38,6 +38,11 @@ RECORDED = Tolerance(
 )
 WEIGHTS_SUM = Tolerance(1e-5, 1e-4, "float32 weights of alternating sign, added up")
 EXPANSION = Tolerance(1e-4, 0.0, "a difference of nearly equal float32 exponentials, against its value in float64")
+K_DIFFUSION = Tolerance(
+    2e-5,
+    0.0,
+    "float32 against k-diffusion in float64, 20 steps on samples of up to 50, whose neighbours are 4e-6 apart",
+)
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance = EXACT, where: str = "") -> None:

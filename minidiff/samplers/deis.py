@@ -69,10 +69,11 @@ class DEIS(LambdaOptions):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> DEISPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
+        not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, final="repeated")
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self.levels(schedule, steps, sigmas=sigmas, final="repeated")
         rows = lambda_rows(t, s, schedule.prediction)
         orders = self._orders(len(t))
         for order, coefs in enumerate(coefficients(rows["signal"], rows["noise"], rows["h"]), 1):

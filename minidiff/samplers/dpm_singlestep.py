@@ -78,10 +78,11 @@ class DPMSolverSinglestep(DPMSolver):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> SinglestepPlan:
-        """``timesteps``: whole numbers that fall strictly, within those of training; only with their own sigmas."""
+        """``timesteps``: whole numbers that fall strictly, within those of training; only with their own sigmas.
+        ``sigmas``: falling, one more than there are to be steps, which the reference does not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, timesteps, last=self._last(schedule), final=self.final_sigma)
+        check_chosen(self, "steps timesteps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        t, s = self.levels(schedule, steps, timesteps, sigmas, last=self._last(schedule), final=self.final_sigma)
         rows = lambda_rows(t, s, schedule.prediction)
         orders = self._orders(len(t))
         by_order = [self._coefficients(k, rows["signal"], rows["noise"], rows["lambdas"], orders) for k in (1, 2, 3)]

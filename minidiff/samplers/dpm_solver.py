@@ -9,7 +9,10 @@ latest value, D1 and D2 its divided differences in units of h. Then the integral
 
     (1 - exp(-h)) D0 + ((exp(-h) - 1) / h + 1) D1 - ((exp(-h) - 1 + h) / h**2 - 1/2) D2      of order 1, 2, 3
 
-("heun" takes that D1; "midpoint" takes (1 - exp(-h)) / 2, equal up to O(h**2)). DPM-Solver (2022a) does the same with
+("heun" takes that D1; "midpoint" takes (1 - exp(-h)) / 2, equal up to O(h**2)). For the third order Taylor's formula
+has the second derivative where D2 stands here, which is twice as much: k-diffusion and diffusers leave the 2 out, and
+so does this, as it is what goes by the name of 3M. On a Gaussian its error falls with order 2, a little below that of
+2M; twice the D2 would make it 3 (tests/unit/test_order_of_accuracy.py). DPM-Solver (2022a) does the same with
 epsilon, where signal and noise change places and h its sign. The sde forms solve the reverse stochastic equation
 (2022b, appendix): twice the h in the exponentials, and fresh noise at every step.
 """

@@ -16,23 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.config import check
-from minidiff.samplers.base import (
-    Draw,
-    Options,
-    Plan,
-    check_chosen,
-    check_no_pure_noise,
-    check_timesteps,
-    need_schedule,
-    unit,
-)
+from minidiff.samplers.base import Draw, Plan, check_chosen, check_no_pure_noise, need_schedule, unit
+from minidiff.samplers.distilled import check_distilled, visited
 from minidiff.samplers.limits import LimitedOptions
-from minidiff.schedule import NoiseSchedule, check_steps, to_x0
+from minidiff.schedule import NoiseSchedule, to_x0
 
 SIGMA_DATA = 0.5
 
@@ -86,13 +76,7 @@ class LCM(LimitedOptions):
         """``steps`` in 1..original_steps * strength, or ``timesteps``: whole numbers that fall strictly."""
         schedule = need_schedule(schedule, self)
         check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        total = len(schedule)
-        if timesteps is None:
-            visited = distilled_timesteps(self, check_steps(steps, total), total, self.original_steps, self.strength)
-        else:
-            visited = given_timesteps(self, timesteps, total, self.strength)
-        goes_on = self.like_diffusers and timesteps is not None and len(visited) < len(timesteps)
-        t = torch.from_numpy(visited)
+        t, goes_on = visited(self, len(schedule), steps, timesteps, self.original_steps, self.strength)
         alpha_bar = schedule.alphas_cumprod[t]
         check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)
         following = torch.cat([alpha_bar[1:], alpha_bar[-1:] if goes_on else unit()[None]])
@@ -129,47 +113,3 @@ class LCM(LimitedOptions):
         if not plan.noisy[i]:
             return x0, state
         return plan.signal_next[i] * x0 + plan.noise_next[i] * draw(x0), state
-
-
-# --- the timesteps of distilled models, for TCD too -------------------------------------------------------------------
-
-
-def check_distilled(sampler: Options, original_steps: int | None, strength: float) -> None:
-    """Raise ConfigError unless the options of a distilled sampler make sense."""
-    name = type(sampler).__name__
-    check(original_steps is None or original_steps >= 1, f"{name}: original_steps={original_steps} must be positive")
-    check(0 < strength <= 1, f"{name}: strength={strength} must lie above 0, up to 1")
-
-
-def distilled_timesteps(
-    sampler: Options, steps: int, total: int, original_steps: int | None, strength: float
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """(steps,) falling int64: some of the ``original_steps`` (None: all ``total``) timesteps of distillation, evenly
-    spaced by their number, the lower ``strength`` of them."""
-    name = type(sampler).__name__
-    if original_steps is None:
-        origin = np.arange(int(total * strength))
-    else:
-        known = original_steps <= total
-        check(known, f"{name}: original_steps={original_steps} exceeds the {total} timesteps of training")
-        origin = np.arange(1, int(original_steps * strength) + 1) * (total // original_steps) - 1
-    share = "" if strength == 1 else f" with strength={strength}"
-    what = "original_steps" if original_steps is not None else "timesteps of training"
-    enough = steps <= len(origin)
-    check(enough, f"{name}: steps={steps} is more than the {len(origin)} {what}{share} that the model was distilled at")
-    chosen = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(np.int64)
-    return origin[::-1][chosen].astype(np.int64)
-
-
-def given_timesteps(
-    sampler: Options, timesteps: Sequence[float], total: int, strength: float
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """``timesteps`` as int64, the last ``strength`` of them. ConfigError unless they are whole numbers that fall
-    strictly within 0..total - 1."""
-    name = type(sampler).__name__
-    check_timesteps(sampler, timesteps, total)
-    fits = all(float(t).is_integer() and t >= 0 for t in timesteps)
-    check(fits, f"{name}: timesteps must be whole numbers, 0 or above, got {list(timesteps)[:6]}")
-    kept = int(len(timesteps) * strength)
-    check(kept >= 1, f"{name}: strength={strength} leaves none of {len(timesteps)} timesteps")
-    return np.array([int(t) for t in timesteps], dtype=np.int64)[len(timesteps) - kept :]

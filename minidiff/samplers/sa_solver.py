@@ -99,11 +99,12 @@ class SASolver(LambdaSpacing):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> SASolverPlan:
-        """``steps`` in 1..T; the reference takes no timesteps or sigmas of one's own, and neither does this."""
+        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
+        not take."""
         schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         last = unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
-        t, s = self.levels(schedule, steps, last=last, final="repeated")
+        t, s = self.levels(schedule, steps, sigmas=sigmas, last=last, final="repeated")
         n = len(t)
         rows = lambda_rows(t, s, schedule.prediction)
         if self.like_diffusers:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.samplers.base import Draw, Options, Plan, check_chosen, check_no_pure_noise, need_schedule, unit
-from minidiff.samplers.lcm import check_distilled, distilled_timesteps, given_timesteps
-from minidiff.schedule import NoiseSchedule, check_steps, to_epsilon, to_x0
+from minidiff.samplers.distilled import check_distilled, visited
+from minidiff.schedule import NoiseSchedule, to_epsilon, to_x0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -78,13 +78,7 @@ class TCD(Options):
         """``steps`` in 1..original_steps * strength, or ``timesteps``: whole numbers that fall strictly."""
         schedule = need_schedule(schedule, self)
         check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        total = len(schedule)
-        if timesteps is None:
-            visited = distilled_timesteps(self, check_steps(steps, total), total, self.original_steps, self.strength)
-        else:
-            visited = given_timesteps(self, timesteps, total, self.strength)
-        goes_on = self.like_diffusers and timesteps is not None and len(visited) < len(timesteps)
-        t = torch.from_numpy(visited)
+        t, goes_on = visited(self, len(schedule), steps, timesteps, self.original_steps, self.strength)
         prev = torch.cat([t[1:], torch.zeros_like(t[:1])])
         middle = torch.floor((1 - self.eta) * prev).to(torch.int64)
         alpha_bar, at_prev, at_middle = (schedule.alphas_cumprod[rows] for rows in (t, prev, middle))

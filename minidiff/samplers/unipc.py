@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.samplers.base import Draw, check_chosen, need_schedule
+from minidiff.samplers.dpm_solver import meet
 from minidiff.samplers.lambda_plan import LambdaOptions, LambdaPlan, lambda_rows, usable
 from minidiff.schedule import NoiseSchedule, to_epsilon, to_x0
 
@@ -162,6 +163,7 @@ class UniPC(LambdaOptions):
             x = self._correct(plan, i - 1, state, state.base, m)
         outputs = (*state.outputs, m)[-self.solver_order :]
         order = min(plan.orders[i], len(state.outputs) + 1)
+        check(order < 3 or m.dtype == x.dtype or not self.like_diffusers, OF_TWO_DTYPES)
         return self._predict(plan, i, x, outputs, order), UniPCState(outputs, x, order)
 
     def _convert(self, plan: UniPCPlan, i: int, x: Tensor, out: Tensor, state: UniPCState) -> Tensor:
@@ -173,7 +175,7 @@ class UniPC(LambdaOptions):
         """From ``x`` at row ``i`` to the next."""
         after = plan.x_coef[i] * x - plan.m_coef[i] * outputs[-1]
         if order == 2:
-            after = after - plan.res_coef[i] * (0.5 * differences(plan, i, outputs, 2)[0])
+            after = after - plan.res_coef[i] * (0.5 * meet(differences(plan, i, outputs, 2)[0], x))
         if order == 3:
             after = after - plan.res_coef[i] * weighted(plan.predict3[i], x, differences(plan, i, outputs, 3))
         return after.to(x.dtype)
@@ -185,7 +187,7 @@ class UniPC(LambdaOptions):
         if order == 1:
             residual = 0.5 * step
         elif order == 2:
-            seen = plan.correct2[i].to(x.dtype) * differences(plan, i, outputs, 2)[0]
+            seen = plan.correct2[i].to(x.dtype) * meet(differences(plan, i, outputs, 2)[0], x)
             residual = seen + plan.new2[i].to(x.dtype) * step
         else:
             seen = weighted(plan.correct3[i], x, differences(plan, i, outputs, 3))
@@ -198,6 +200,10 @@ BH1_TO_ZERO = (
     "solver_type='bh1' is NaN on the last step to sigma 0 in diffusers 0.42.1: "
     "use 'bh2' or final_sigmas_type='sigma_min'"
 )
+OF_TWO_DTYPES = (
+    "a step of order 3 raises in diffusers 0.42.1 where the sample and x0 have different dtypes: "
+    "give both in one, or use solver_order=2"
+)
 
 
 def differences(plan: UniPCPlan, i: int, outputs: tuple[Tensor, ...], order: int) -> list[Tensor]:
@@ -209,7 +215,7 @@ def differences(plan: UniPCPlan, i: int, outputs: tuple[Tensor, ...], order: int
 def weighted(weights: Tensor, x: Tensor, parts: list[Tensor]) -> Tensor:
     """The sum of ``parts`` with ``weights`` (2,), rounded to the dtype of ``x``, as a product of matrices: in half
     precision a sum of products is rounded elsewhere."""
-    return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1))
+    return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1).to(x.dtype))
 
 
 def solve(wanted: list[bool], points: list[Tensor], target: list[Tensor]) -> Tensor:

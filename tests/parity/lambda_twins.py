@@ -8,23 +8,9 @@ from typing import Any, TypeVar
 import torch
 
 from minidiff.samplers import Scheduler
-from tests.parity.sampler_twins import DTYPES, Config, compare, reference
+from tests.parity.axes import Config
+from tests.parity.sampler_twins import DTYPES, compare, reference
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS: tuple[Config, ...] = (
-    {},
-    {"timestep_spacing": "leading"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-)
-SIGMAS: tuple[Config, ...] = (
-    {},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_beta_sigmas": True},
-)
-COSINE = {"beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02}
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 LARGEST_IN_HALF = 2000.0  # x0 is noise of up to 5 standard deviations times sigma: beyond 65504 float16 is infinite
 
 T = TypeVar("T")

@@ -16,16 +16,14 @@ from torch import Tensor
 
 from minidiff.samplers import sampler_from_diffusers, schedule_from_diffusers
 from minidiff.schedule import NoiseSchedule
+from tests.parity.axes import SD, Config
 from tests.tolerances import EXACT, Tolerance, assert_close
 
 SHAPE = (2, 4, 3, 5)
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTILES = Tolerance(1e-11, 1e-12, "scipy's Beta quantiles in float64, which only the timesteps of KDPM2 keep")
 STEP_OPTIONS = ("order", "eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
 PLAN_OPTIONS = ("strength",)
-
-Config = dict[str, Any]
 
 
 def config(name: str, **options: Any) -> Config:
@@ -69,9 +67,14 @@ def compare(
     first: int = 0,
     out_dtype: torch.dtype | None = None,
     twin: Any = None,
+    shape: tuple[int, ...] = SHAPE,
+    overflows: bool = False,
     **given: Any,
-) -> None:
-    """Run both from row ``first`` to the end and demand equal bits of everything on the way."""
+) -> list[Tensor]:
+    """Run both from row ``first`` to the end and demand equal bits of everything on the way.
+
+    Returns what a user can see of the run: timesteps, first scale, and of each row the model's input, x0 (where the
+    method has one) and the sample. ``overflows``: what is infinite or NaN must be so in both."""
     sampler = sampler_from_diffusers(c)
     schedule = NoiseSchedule.from_config(schedule_from_diffusers(c))
     plan = sampler.plan(schedule, steps, **given)
@@ -81,8 +84,8 @@ def compare(
     where = f"{label(c)} n={steps} {dtype} first={first}"
     doubles = c.get("use_beta_sigmas") and plan.timesteps.dtype == torch.float64
     assert_close(plan.timesteps, ref.timesteps, QUANTILES if doubles else EXACT, f"{where}: timesteps")
-    if dtype == torch.float16 and plan.init_noise_sigma > 10_000:  # beyond 65504 float16 is infinite, in both
-        return
+    if dtype == torch.float16 and plan.init_noise_sigma > 10_000 and not overflows:
+        return []  # beyond 65504 float16 is infinite, in both
     initial = torch.as_tensor(ref.init_noise_sigma, dtype=torch.float32)
     assert_close(plan.init_noise_sigma, initial, where=f"{where}: init_noise_sigma")
     if hasattr(ref, "sigmas"):
@@ -101,22 +104,53 @@ def compare(
     def draw(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=ours_noise, dtype=like.dtype)
 
-    x = (torch.randn(SHAPE, generator=model) * plan.init_noise_sigma).to(dtype)
+    def same(ours: Tensor, theirs: Tensor, what: str) -> None:
+        if overflows:
+            assert torch.equal(ours.isnan(), theirs.isnan()), f"{where}: {what} is NaN in one of both"
+            ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
+        assert_close(ours, theirs, where=f"{where}: {what}")
+
+    x = (torch.randn(shape, generator=model) * plan.init_noise_sigma).to(dtype)
     state = sampler.start()
+    shown = [plan.timesteps, plan.init_noise_sigma]
     for i in range(first, len(plan)):
         t = ref.timesteps[i]
         seen = sampler.scale_input(plan, i, x)
-        assert_close(seen, ref.scale_model_input(x, t), where=f"{where}: input of row {i}")
+        same(seen, ref.scale_model_input(x, t), f"input of row {i}")
         out = output(c, seen.to(out_dtype or dtype), model)
         denoised = sampler.denoised(plan, i, x, out, state)
         after, state = sampler.step(plan, i, x, out, state, draw)
         theirs = ref.step(out, t, x, **options, **({"generator": theirs_noise} if draws else {}))
-        assert_close(after, theirs.prev_sample, where=f"{where}: row {i}")
+        same(after, theirs.prev_sample, f"row {i}")
         for x0 in ("pred_original_sample", "denoised"):
             if x0 in theirs and not c.get("s_churn"):
-                assert_close(denoised, theirs[x0], where=f"{where}: x0 of row {i}")
+                same(denoised, theirs[x0], f"x0 of row {i}")
+        shown += [seen, after] if denoised is None else [seen, denoised, after]
         x = after
     assert torch.equal(ours_noise.get_state(), theirs_noise.get_state()), f"{where}: drew more or less noise"
+    return shown
+
+
+def walk_reference(
+    c: Config,
+    given: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+    shape: tuple[int, ...] = SHAPE,
+) -> bool:
+    """Run the reference alone, as :func:`compare` does: whether all that it gives is finite. Raises what it raises."""
+    ref = reference(c)
+    ref.set_timesteps(**given, **{k: v for k, v in c.items() if k in PLAN_OPTIONS})
+    takes = inspect.signature(ref.step).parameters
+    options = {k: v for k, v in c.items() if k in STEP_OPTIONS and k in takes}
+    model = torch.Generator().manual_seed(1)
+    x = (torch.randn(shape, generator=model) * ref.init_noise_sigma).to(dtype)
+    finite = bool(torch.as_tensor(ref.timesteps).isfinite().all())
+    for t in ref.timesteps:
+        out = output(c, ref.scale_model_input(x, t).to(out_dtype or dtype), model)
+        x = ref.step(out, t, x, **options).prev_sample
+        finite = finite and bool(x.isfinite().all())
+    return finite
 
 
 def compare_all(c: Config, steps: tuple[int, ...] = (1, 2, 5, 20, 50)) -> None:

@@ -10,15 +10,10 @@ import torch
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler, sampler_from_diffusers, schedule_from_diffusers
 from minidiff.schedule import NoiseSchedule
+from tests.parity.axes import BETAS, PREDICTIONS
+from tests.parity.axes import SPACINGS_FROM_LEADING as SPACINGS
 from tests.parity.sampler_twins import SHAPE, compare, compare_all, compare_starts, config, label, reference
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = (
-    {},
-    {"steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-    {"timestep_spacing": "linspace", "steps_offset": 1},
-)
 LIMITS = (
     {"clip_sample": False},
     {"clip_sample_range": 2.5},
@@ -26,7 +21,6 @@ LIMITS = (
     {"thresholding": True, "clip_sample": False, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 3.0},
 )
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 
 DDPM = [
     config("DDPMScheduler", prediction_type=p, variance_type=v)

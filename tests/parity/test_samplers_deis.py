@@ -11,17 +11,8 @@ from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.samplers import DEIS, Scheduler
 from minidiff.schedule import NoiseSchedule
-from tests.parity.lambda_twins import (
-    BETAS,
-    COSINE,
-    PREDICTIONS,
-    SIGMAS,
-    SPACINGS,
-    chains,
-    refuses_to_step,
-    starts,
-    turn,
-)
+from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, SPACINGS
+from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import compare, config, label, reference
 
 

@@ -9,22 +9,10 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import DPM2, DPM2Ancestral, Scheduler
+from tests.parity.axes import BETAS, SIGMAS, SPACINGS
 from tests.parity.sampler_twins import DTYPES, SHAPE, compare, config, label, reference
 
 PREDICTIONS = ("epsilon", "v_prediction")
-SPACINGS = (
-    {},
-    {"timestep_spacing": "leading"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-)
-SIGMAS = (
-    {},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_beta_sigmas": True},
-)
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 NAMES = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 
 # both classes together go through every pair of spacings; to build their references is what takes the time

@@ -12,21 +12,11 @@ from minidiff.errors import ConfigError
 from minidiff.samplers import DPMSolver, Scheduler
 from minidiff.schedule import NoiseSchedule
 from tests.parity import sampler_twins
-from tests.parity.lambda_twins import (
-    BETAS,
-    COSINE,
-    PREDICTIONS,
-    SIGMAS,
-    SPACINGS,
-    chains,
-    refuses_to_step,
-    starts,
-    turn,
-)
+from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS_AND_LU, SPACINGS
+from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import SHAPE, compare, config, label, reference
 from tests.tolerances import EXPANSION, assert_close
 
-SIGMAS_AND_LU = (*SIGMAS, {"use_lu_lambdas": True})
 # what each algorithm can do: epsilon can't reach sigma 0, and sde-dpmsolver has no order 3
 SOLVERS = [
     *({"algorithm_type": a, "solver_order": n} for a in ("dpmsolver++", "sde-dpmsolver++") for n in (1, 2, 3)),

@@ -9,6 +9,7 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import EDMEuler, EDMMultistep, Scheduler
+from tests.parity.axes import CHURN
 from tests.parity.sampler_twins import compare, compare_all, compare_some, compare_starts, label, reference
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -17,12 +18,6 @@ SIGMAS = (
     {"sigma_schedule": "exponential"},
     {"rho": 3.0, "sigma_min": 0.01, "sigma_max": 50.0},
     {"sigma_data": 1.0, "sigma_schedule": "exponential", "sigma_max": 500.0},
-)
-CHURN = (
-    {},
-    {"s_churn": 0.7},
-    {"s_churn": 40.0, "s_tmin": 0.5, "s_tmax": 5.0, "s_noise": 1.003},
-    {"s_churn": 5.0, "s_tmax": float("inf")},
 )
 FINAL = ({}, {"final_sigmas_type": "sigma_min"})
 ORDERS = tuple({"solver_order": o} for o in (1, 2, 3))

@@ -10,29 +10,8 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
+from tests.parity.axes import BETAS, CHURN, ENDS, PREDICTIONS, SIGMAS, SPACINGS
 from tests.parity.sampler_twins import SHAPE, compare, compare_all, compare_starts, config, label, reference
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = (
-    {},
-    {"timestep_spacing": "leading"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-)
-SIGMAS = (
-    {},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_beta_sigmas": True},
-)
-ENDS = {"sigma_min": 0.05, "sigma_max": 20.0}
-CHURN = (
-    {},
-    {"s_churn": 0.7},
-    {"s_churn": 40.0, "s_tmin": 0.5, "s_tmax": 5.0, "s_noise": 1.003},
-    {"s_churn": 5.0, "s_tmax": float("inf")},
-)
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 
 
 def euler(**options):

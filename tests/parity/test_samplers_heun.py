@@ -9,23 +9,10 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Heun, Scheduler
+from tests.parity.axes import BETAS, PREDICTIONS, SIGMAS, SPACINGS
 from tests.parity.sampler_twins import compare, compare_all, compare_some, compare_starts, config, label, reference
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = (
-    {},
-    {"timestep_spacing": "leading"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-)
-SIGMAS = (
-    {},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_beta_sigmas": True},
-)
 CLIPS = ({}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.5})
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 
 
 def heun(**options):

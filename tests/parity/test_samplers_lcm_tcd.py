@@ -9,10 +9,10 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import TCD, Scheduler
+from tests.parity.axes import BETAS, PREDICTIONS
 from tests.parity.sampler_twins import compare, compare_all, compare_some, compare_starts, config, label, reference
 from tests.tolerances import assert_close
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 LIMITS = (
     {},
     {"clip_sample": True},
@@ -21,7 +21,6 @@ LIMITS = (
     {"thresholding": True, "clip_sample": True},
 )
 PLANS = ({}, {"original_inference_steps": 100}, {"original_inference_steps": 30, "strength": 0.7}, {"strength": 0.5})
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 NAMES = ("LCMScheduler", "TCDScheduler")
 OTHER = [{"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}]
 OTHER += [{"trained_betas": BETAS}, {"num_train_timesteps": 400}]

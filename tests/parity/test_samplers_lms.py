@@ -11,23 +11,9 @@ from scipy import integrate
 from minidiff.errors import ConfigError
 from minidiff.samplers import LMS, Scheduler
 from minidiff.samplers.lms import NODES, adams_bashforth_coefs
+from tests.parity.axes import BETAS, PREDICTIONS, SIGMAS, SPACINGS
 from tests.parity.sampler_twins import compare, compare_all, compare_some, compare_starts, config, label, reference
 from tests.tolerances import WEIGHTS_SUM, assert_close
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = (
-    {},
-    {"timestep_spacing": "leading"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-)
-SIGMAS = (
-    {},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_beta_sigmas": True},
-)
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 
 
 def lms(**options):

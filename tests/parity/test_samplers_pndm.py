@@ -9,6 +9,7 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
+from tests.parity.axes import BETAS
 from tests.parity.sampler_twins import SHAPE, compare, compare_all, compare_starts, config, label, reference
 
 SPACINGS = (
@@ -21,7 +22,6 @@ CONFIGS = [
     config("PNDMScheduler", skip_prk_steps=skip, **s, set_alpha_to_one=one, prediction_type=p)
     for skip, s, one, p in product((True, False), SPACINGS, (True, False), ("epsilon", "v_prediction"))
 ]
-BETAS = [0.0005 + 0.00002 * i for i in range(1000)]
 CONFIGS += [
     config("PNDMScheduler", skip_prk_steps=skip, **b)
     for skip, b in product(

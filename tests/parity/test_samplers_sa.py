@@ -10,17 +10,8 @@ import torch
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
 from tests.parity import sampler_twins
-from tests.parity.lambda_twins import (
-    BETAS,
-    COSINE,
-    PREDICTIONS,
-    SIGMAS,
-    SPACINGS,
-    chains,
-    refuses_to_step,
-    starts,
-    turn,
-)
+from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, SPACINGS
+from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import compare, config, label, reference
 
 NOISE = {"algorithm_type": "noise_prediction"}

@@ -13,7 +13,8 @@ from minidiff.errors import ConfigError
 from minidiff.samplers import DPMSDE, Scheduler
 from minidiff.samplers.brownian import BrownianTree, draw_increment
 from minidiff.schedule import NoiseSchedule
-from tests.parity.lambda_twins import BETAS, COSINE, SIGMAS, SPACINGS, turn
+from tests.parity.axes import BETAS, COSINE, SIGMAS, SPACINGS
+from tests.parity.lambda_twins import turn
 from tests.parity.sampler_twins import DTYPES, compare, config, label, reference
 
 PREDICTIONS = ("epsilon", "v_prediction")

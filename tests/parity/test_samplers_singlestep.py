@@ -12,10 +12,10 @@ from minidiff.errors import ConfigError
 from minidiff.samplers import DPMSolverSinglestep, Scheduler
 from minidiff.schedule import NoiseSchedule
 from tests.parity import sampler_twins
-from tests.parity.lambda_twins import BETAS, COSINE, PREDICTIONS, SIGMAS, chains, refuses_to_step, starts, turn
+from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, TO_MIN
+from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import compare, config, label, reference
 
-TO_MIN = {"final_sigmas_type": "sigma_min"}
 SOLVERS = [
     *({"algorithm_type": a, "solver_order": n} for a in ("dpmsolver++", "sde-dpmsolver++") for n in (1, 2, 3)),
     *({"algorithm_type": "dpmsolver", "solver_order": n, **TO_MIN} for n in (1, 2, 3)),

@@ -220,11 +220,39 @@ def test_given_sigmas_must_fall(kind):
         (Euler, {"sigmas": [1.0, 2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [1.0, -2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [float("inf"), 2.0]}, "must fall strictly"),
+        (SAMPLERS["dpmpp_2m"], {"sigmas": [1.0, 2.0]}, "must fall strictly"),
+        (SAMPLERS["edm_dpmpp_2m"], {"sigmas": [3.0, 1.0]}, "can't take sigmas; give steps"),
     ],
 )
 def test_impossible_timesteps_and_sigmas(kind, given, message):
     with pytest.raises(ConfigError, match=message):
         kind().plan(SCHEDULE, **given)
+
+
+TO_ZERO = ("euler", "euler_ancestral", "heun", "lms", "dpm2", "dpm2_ancestral", "dpmpp_sde")
+TO_ZERO += ("dpmpp_2m", "dpmpp_2s", "unipc")
+ABOVE_ZERO = ("deis", "sa_solver")
+
+
+@pytest.mark.parametrize("name", [*TO_ZERO, *ABOVE_ZERO])
+def test_sigmas_of_ones_own_are_those_of_the_plan(name):
+    """The sigmas of a plan by timesteps, given, are the same plan; any others are visited as they stand."""
+    sampler = SAMPLERS[name]()
+    given = [12.5, 7.0, 3.25, 1.5, 0.5, 0.125, 0.0 if name in TO_ZERO else 0.03125]
+    plan = sampler.plan(SCHEDULE, sigmas=given)
+    seen = plan.columns()["sigma"]
+    ends = seen[:: sampler.order] if sampler.order > 1 else seen
+    assert ends.tolist() == pytest.approx(given[:-1])
+    assert plan.sigmas[-1] == given[-1]
+    table = SCHEDULE.sigmas
+    below = plan.timesteps.double().floor().long()
+    assert bool((table[below] <= seen * 1.00001).all())
+    assert bool((table[below + 1] >= seen * 0.99999).all())
+    by_steps = sampler.plan(SCHEDULE, 6)
+    levels = by_steps.sigmas if sampler.order == 1 else torch.cat([by_steps.sigmas[::2], by_steps.sigmas[-1:]])
+    again = sampler.plan(SCHEDULE, sigmas=levels.unique().flip(0).tolist())
+    assert torch.equal(again.sigmas, by_steps.sigmas)
+    assert torch.allclose(again.timesteps.double(), by_steps.timesteps.double(), atol=0.01)
 
 
 @pytest.mark.parametrize("kind", [DDIM, PNDM, DDPM])
