@@ -24,6 +24,7 @@ examples:
   minidiff generate "a lighthouse at dawn" --model sd15.safetensors --seed 7
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
+  minidiff generate "a <cat-toy> in ink" --model sd15.safetensors --embedding cat.safetensors --lora ink.safetensors=0.8
   minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
 """
 INFO_EXAMPLES = """\
@@ -117,6 +118,23 @@ def _add_generate(commands: Any) -> None:
         help="a minidiff file, or a checkpoint of another layout (converted in memory)",
     )
     _add_parts(g)
+    g.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_weighted,
+        metavar="FILE[=X]",
+        help="bend the model by an adapter, X strong (default: 1); may be given several times",
+    )
+    g.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="FILE[=WORD]",
+        help="teach it a learned word (textual inversion), called as the file says, or WORD",
+    )
+    g.add_argument("--allow-unmatched", action="store_true", help="use of a --lora what fits, and leave out the rest")
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
     g.add_argument(
         "--dtype",
@@ -383,6 +401,16 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} should be a number")
     return value
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    path, equals, strength = text.rpartition("=")
+    return (path, _finite(strength)) if equals else (text, 1.0)
+
+
+def _named(text: str) -> tuple[str, str | None]:
+    path, equals, word = text.rpartition("=")
+    return (path, word) if equals else (text, None)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
+TAUGHT = ("lora", "embedding")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -73,12 +74,39 @@ def generate(args: Namespace) -> None:
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
     pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
+    _teach(pipe, args)
     run = _prepare(pipe, args, sampler)
+    for made in run.recipes:
+        made |= {
+            name: [[Path(path).name, how] for path, how in getattr(args, name)]
+            for name in TAUGHT
+            if getattr(args, name)
+        }
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(run, progress=not args.quiet)
     images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
     for path in [destination.save(image) for image in images]:
         print(path)
+
+
+def _teach(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
+    """Give the model the learned words and the adapters that were named."""
+    if not (args.embedding or args.lora):
+        return
+    from minidiff import StableDiffusion, embeddings, lora
+    from weights_convert import read_embedding, read_lora
+
+    if not isinstance(pipe, StableDiffusion):
+        raise ConfigError(
+            f"{args.model}: a {pipe.config.family} model knows no text; it cannot take --embedding or --lora"
+        )
+    for path, name in args.embedding:
+        embeddings.add(pipe, read_embedding(path, pipe.config, name))
+    adapters = [(read_lora(path, pipe.config, allow_unmatched=args.allow_unmatched), x) for path, x in args.lora]
+    lora.apply(pipe.parts, adapters)
+    for adapter, _ in adapters:
+        if not args.quiet or adapter.unmatched:
+            say(adapter)
 
 
 def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: Any) -> Run:
@@ -147,6 +175,10 @@ def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
         if option in recipe and getattr(args, option) is None:
             name = f" ({recipe[option]})" if recipe[option] else ""
             raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
+    for option in TAUGHT:
+        if option in recipe and not getattr(args, option):
+            names = ", ".join(str(name) for name, _ in recipe[option])
+            raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
     beyond = [key for key in PYTHON_ONLY if key in recipe]
     if beyond:
         raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")

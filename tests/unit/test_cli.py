@@ -26,7 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import minidiff
-from minidiff import checkpoint, cli, console, destination, files, info
+import weights_convert
+from minidiff import checkpoint, cli, console, destination, embeddings, files, info, lora
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -222,6 +223,34 @@ def test_from_a_picture(run: Run, models: Path, tmp_path: Path) -> None:
     one_error(run(*again, "--image", "a.png"), "another picture (mask.png)", "--mask")
     assert run(*again, "--image", "a.png", "--mask", "mask.png").err == []
     assert np.array_equal(pixels(tmp_path / "b.png"), pixels(tmp_path / "c.png"))
+
+
+def test_adapters_and_learned_words(run: Run, models: Path, tmp_path: Path) -> None:
+    """--lora and --embedding change the picture as Python does, are noted, and are asked for when it is repeated."""
+    sd = minidiff.load(models / "text.safetensors")
+    width = sd.config.text_encoder.width
+    torch.save({"<cat>": torch.ones(2, width)}, tmp_path / "cat.pt")
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    channels = sd.unet.config.levels[0].channels
+    halves = {f"{name}.lora_down.weight": torch.ones(2, channels), f"{name}.lora_up.weight": torch.ones(channels, 2)}
+    save_file(halves, tmp_path / "ink.safetensors")
+    made = ("--model", "text", "--steps", 2, "--seed", 1)
+    ended = run("generate", "a <cat>", *made, "--embedding", "cat.pt", "--lora", "ink.safetensors=0.5", "--out", "a")
+    assert "minidiff: ink.safetensors: 1 of 1 modules" in ended.err
+    recipe = minidiff.read_recipe(tmp_path / "a.png")
+    assert (recipe["lora"], recipe["embedding"]) == ([["ink.safetensors", 0.5]], [["cat.pt", None]])
+    embeddings.add(sd, weights_convert.read_embedding(tmp_path / "cat.pt", sd.config))
+    lora.apply(sd.parts, [(weights_convert.read_lora(tmp_path / "ink.safetensors", sd.config), 0.5)])
+    (want,) = sd.generate("a <cat>", steps=2, seed=1, progress=False)
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(want))
+    one_error(run("generate", "--model", "text", "--recipe", "a.png", "--quiet"), "--lora ink.safetensors", "again")
+    halves["strange.lora_down.weight"] = torch.ones(2, 2)
+    save_file(halves, tmp_path / "odd.safetensors")
+    given = ("generate", "a", *made, "--quiet", "--lora", "odd.safetensors")
+    one_error(run(*given), "strange", "--allow-unmatched")
+    assert "1 of 2 modules" in run(*given, "--allow-unmatched").err[0]
+    one_error(run("generate", "--model", "plain", "--lora", "odd.safetensors", "--quiet"), "knows no text", "--lora")
+    one_error(run(*given[:-1], "ink.safetensors=strong"), "--lora", "'strong'")
 
 
 def test_pictures_that_cannot_be_begun_from(run: Run, models: Path, tmp_path: Path) -> None:
