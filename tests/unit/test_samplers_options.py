@@ -12,11 +12,19 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import (
     DDIM,
     DDPM,
+    DPM2,
+    DPMSDE,
+    LMS,
     PNDM,
     SAMPLERS,
+    DPM2Ancestral,
+    DPMSolver,
+    DPMSolver3MSDE,
     Euler,
     EulerAncestral,
+    Heun,
     Scheduler,
+    UniPC,
     sampler_from_config,
     sampler_from_diffusers,
     sampler_to_config,
@@ -155,9 +163,45 @@ def test_exactly_one_of_steps_timesteps_and_sigmas(kind):
 
 
 @pytest.mark.parametrize("kind", [DDIM, PNDM, EulerAncestral])
-def test_methods_without_custom_timesteps(kind):
-    with pytest.raises(ConfigError, match="can't take timesteps; give steps"):
-        kind().plan(SCHEDULE, timesteps=[5, 3])
+def test_the_reference_has_no_custom_timesteps(kind):
+    with pytest.raises(ConfigError, match=r"can't take timesteps; give steps$"):
+        kind(like_diffusers=True).plan(SCHEDULE, timesteps=[5, 3])
+
+
+@pytest.mark.parametrize("kind", [DDIM, PNDM])
+def test_methods_at_unit_variance_take_timesteps(kind):
+    """Those of the plan for 20 steps, given by hand, make the same plan."""
+    plan = kind().plan(SCHEDULE, 20)
+    given = kind().plan(SCHEDULE, timesteps=plan.timesteps.unique().flip(0).tolist())
+    for name, row in vars(plan).items():
+        if isinstance(row, torch.Tensor) and name != "prev":
+            assert torch.equal(getattr(given, name), row), name
+    assert (given.prev[-1] < 0) == (plan.prev[-1] < 0)
+    assert torch.equal(given.prev[:-1], plan.prev[:-1])
+
+
+@pytest.mark.parametrize(
+    "kind", [EulerAncestral, Heun, LMS, DPM2, DPM2Ancestral, DPMSDE, DPMSolver, DPMSolver3MSDE, UniPC], ids=str
+)
+def test_methods_in_sigma_and_lambda_take_sigmas(kind):
+    """Those of a plan with Karras sigmas, given by hand, make the same plan but for rounding of the timesteps."""
+    options = {} if kind is EulerAncestral else {"sigma_spacing": "karras"}
+    plan = kind(**options).plan(SCHEDULE, 8)
+    sigmas = [*plan.sigmas.unique().flip(0).tolist()]
+    given = kind(**options).plan(SCHEDULE, sigmas=sigmas)
+    assert len(given) == len(plan)
+    for name, row in vars(plan).items():
+        if isinstance(row, torch.Tensor):
+            close = {"rtol": 1e-5, "atol": 1e-3} if name == "timesteps" else {"rtol": 2e-6, "atol": 1e-7}
+            torch.testing.assert_close(getattr(given, name).float(), row.float(), **close, equal_nan=True)
+    with pytest.raises(ConfigError, match="can't take sigmas"):
+        kind(like_diffusers=True).plan(SCHEDULE, sigmas=sigmas)
+
+
+@pytest.mark.parametrize("kind", [Heun, DPMSolver, UniPC, DPM2])
+def test_given_sigmas_must_fall(kind):
+    with pytest.raises(ConfigError, match="must fall strictly"):
+        kind().plan(SCHEDULE, sigmas=[3.0, 5.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -176,8 +220,6 @@ def test_methods_without_custom_timesteps(kind):
         (Euler, {"sigmas": [1.0, 2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [1.0, -2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [float("inf"), 2.0]}, "must fall strictly"),
-        (SAMPLERS["dpmpp_2m"], {"sigmas": [1.0, 2.0]}, "must fall strictly"),
-        (SAMPLERS["edm_dpmpp_2m"], {"sigmas": [3.0, 1.0]}, "can't take sigmas; give steps"),
     ],
 )
 def test_impossible_timesteps_and_sigmas(kind, given, message):
