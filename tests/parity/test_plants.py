@@ -31,8 +31,8 @@ PLANTS = {
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "guidance order": (
-        "from minidiff.pipeline import StableDiffusion as S; inner = S._predictor\n"
-        "S._predictor = lambda self, context, negative, scale: inner(self, negative, context, scale)",
+        "from minidiff.conditions import Conditions as C; inner = C.after\n"
+        "C.after = lambda self, first: inner(first, self)",
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "steps_offset": (
