@@ -32,6 +32,9 @@ from tests.parity import pairs, twins
 from tests.parity.pairs import NEGATIVE, SD, Pair, picture
 from tests.tolerances import assert_close
 
+# The reference has its own opinions on how many pictures to give and on steps_offset.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 SCHEDULERS: dict[str, Any] = {
     "pndm": PNDMScheduler(**SD, skip_prk_steps=True),
     "pndm with warm-up": PNDMScheduler(**SD),

@@ -207,7 +207,7 @@ def test_what_the_folders_say(base: Pair, refiner: Pair, trained: Pair) -> None:
     assert [p.ours.config.reads_score for p in (base, refiner, trained)] == [False, True, False]
     assert all(p.ours.vae.config.upcast for p in (base, refiner, trained))
     own = base.ours.generate("a", steps=3, seed=1, output="latent", progress=False)
-    pairs.use(base, EULER)
+    pairs.use(base, EulerDiscreteScheduler(**SD, timestep_spacing="leading"))
     reference = base.theirs(
         "a", num_inference_steps=3, guidance_scale=7.5, generator=[pairs.streams(1)], output_type="latent"
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff import pipeline
+from minidiff import conditions
 from minidiff.config import ScheduleConfig
 from minidiff.denoise import Prediction, denoise
 from minidiff.models.unet import UNet
@@ -142,7 +142,7 @@ def copying_guide(unconditional: Tensor, conditional: Tensor, scale: float) -> T
 def test_a_pipeline_with_a_planted_error_is_caught(guide: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     card = fake_card()
     sd = sd1(card, torch.float16)
-    monkeypatch.setattr(pipeline, "guide", guide)
+    monkeypatch.setattr(conditions, "guide", guide)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, DDIM, guard)
         run = sd.steps("a cat", steps=2, sampler="ddim", seed=0)

@@ -16,9 +16,11 @@ import pytest
 from torch import Tensor
 
 from minidiff import guidance
+from minidiff.conditions import predictor
 from minidiff.denoise import Step, denoise
 from minidiff.pipeline import StableDiffusion
 from minidiff.samplers import DDIM, SAMPLERS
+from minidiff.start import Keeping
 
 FETCHES = {"item", "tolist", "numpy", "cpu", "nonzero"}
 NUMBERS = {"float", "int", "bool", "complex"}
@@ -71,9 +73,7 @@ def test_no_step_fetches_a_value(name: str, method: str) -> None:
     assert fetches(getattr(kind, method), kind) == []
 
 
-@pytest.mark.parametrize(
-    "function", [denoise, Step.x0.fget, StableDiffusion._predictor, guidance.guide, guidance.rescale]
-)
+@pytest.mark.parametrize("function", [denoise, Step.x0.fget, predictor, Keeping.step, guidance.guide, guidance.rescale])
 def test_the_loop_fetches_no_value(function: Any) -> None:
     assert fetches(function, StableDiffusion) == []
 
