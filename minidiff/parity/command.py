@@ -114,7 +114,7 @@ def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]
     found = {}
     for part, theirs_part in theirs.parts_of(reference).items():
         ours_part, table = pipe.parts[part], dict(tables[part])
-        if part == "text_encoder" and hasattr(theirs_part, "text_model"):  # transformers before 5.6
+        if part.startswith("text_encoder") and hasattr(theirs_part, "text_model"):  # transformers before 5.6
             table = {x: y if y == "text_projection" else f"text_model.{y}" for x, y in table.items()}
         known = names.present(ours_part, theirs_part, table)
         found[part] = names.with_blocks(ours_part, theirs_part, known)

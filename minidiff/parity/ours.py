@@ -1,6 +1,7 @@
 """minidiff's run, stage by stage: prompt, plan, first noise, every step, pixels.
 
     prompt/ids  prompt/text_encoder/LAYER  prompt/context     the prompt, then the same for the negative one
+    prompt/ids_2  prompt/text_encoder_2/LAYER                 SDXL's second encoder; both together are step.0/context
     plan/timesteps  plan/init_noise_sigma  plan/sigmas        what the sampler will do
     start/x                                                   the first noise, already scaled
     step.0/input  step.0/t  step.0/context                    what the UNet is given
@@ -32,7 +33,8 @@ UNET_INPUTS: Inputs = (
     ("t", 1, ("t", "timestep")),
     ("context", 2, ("context", "encoder_hidden_states")),
 )
-TEXT_INPUTS: Inputs = (("ids", 0, ("ids", "input_ids")),)
+# The text encoders: what their ids are called, and their output where both programs give the same one first.
+TEXTS: dict[str, tuple[str, str | None]] = {"text_encoder": ("ids", "context"), "text_encoder_2": ("ids_2", None)}
 
 Names = Mapping[str, Mapping[str, str]]
 """part ("unet", "vae", "text_encoder") -> module's name -> the stage's name."""
@@ -106,9 +108,10 @@ def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[No
     """Show what the networks in ``parts`` are given, do and give; alike for whichever program they belong to."""
     with ExitStack() as stack:
         for part, module in parts.items():
-            if part == "text_encoder":
+            if part in TEXTS:
                 texts = itertools.chain(("prompt", "negative"), (f"text.{i}" for i in itertools.count(2)))
-                stack.enter_context(probe.watch_root(module, texts, TEXT_INPUTS, "context"))
+                ids, output = TEXTS[part]
+                stack.enter_context(probe.watch_root(module, texts, ((ids, 0, ("ids", "input_ids")),), output))
             if part == "unet":
                 scopes = (f"step.{i}" for i in itertools.count())
                 stack.enter_context(probe.watch_root(module, scopes, UNET_INPUTS, "prediction"))

@@ -26,7 +26,7 @@ from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
 from minidiff.samplers import SAMPLERS
 from minidiff.samplers.readers import READERS
 
-PARTS = ("text_encoder", "unet", "vae")
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 # Samplers that share a class of diffusers with another, and the option that makes the difference.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
@@ -147,7 +147,7 @@ class Theirs:
 
 def parts_of(pipe: Any) -> dict[str, Any]:
     """The networks of a pipeline by name."""
-    return {name: getattr(pipe, name) for name in PARTS if hasattr(pipe, name)}
+    return {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None) is not None}
 
 
 @contextmanager

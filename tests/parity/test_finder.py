@@ -13,6 +13,7 @@ from minidiff import UnsupportedError, cli
 from minidiff.models import attention
 from minidiff.parity import recording
 from scripts import make_parity_recording as script
+from tests.parity.twins import folder_twin
 from tests.tolerances import RECORDED
 from tests.unit.convert_sources import write_ddpm, write_folder
 
@@ -56,6 +57,21 @@ def test_a_folder_is_equal(run: Any, tmp_path: Path) -> None:
     assert err[:2] == ["minidiff: running minidiff 0.1.0", "minidiff: running diffusers 0.42.1"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert out[-1] in page
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_other_families_are_equal_and_a_slip_in_them_is_named(
+    run: Any, models: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_twin(models / kind, kind)
+    status, out, _ = run(kind, "--steps", 2, "--quiet")
+    assert status == 0, out
+    assert out[-1].startswith("equal: ")
+    monkeypatch.setattr(attention, "TRANSFORMER_NORM_EPS", 1e-5)
+    status, out, _ = run(kind, "--steps", 1, "--quiet")
+    assert status == 1
+    level = 1 if kind == "sdxl" else 0
+    assert f"they part at step.0/unet/down.{level}.attn.0.norm" in out
 
 
 def test_a_slip_ends_with_status_1(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
