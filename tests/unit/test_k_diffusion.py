@@ -18,9 +18,11 @@ import torch
 from safetensors import safe_open
 
 from minidiff.config import ScheduleConfig
-from minidiff.samplers import SAMPLERS, Scheduler, name_of
+from minidiff.conventions import read
+from minidiff.conventions.profiles import PROFILES
+from minidiff.samplers import SAMPLERS, Scheduler, name_of, sampler_to_config
 from minidiff.schedule import NoiseSchedule
-from tests.tolerances import K_DIFFUSION, assert_close
+from tests.tolerances import K_DIFFUSION, K_DIFFUSION_PROFILE, assert_close
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "k_diffusion.safetensors"
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
@@ -70,12 +72,13 @@ def with_middles(sigmas):
     return found
 
 
-def gap(name, sampler, change=lambda plan: plan):
+def gap(name, sampler, change=lambda plan: plan, steps=None):
     """(steps + 1, ...): what minidiff's samples are, at the picture's scale, and the recording's; float64 both."""
     sigmas, wanted = TENSORS[f"{name}.sigmas"], TENSORS[f"{name}.samples"]
     noises = iter(TENSORS.get(f"{name}.noises", ()))
     singlestep = name_of(sampler) == "dpmpp_2s"
-    plan = change(sampler.plan(SCHEDULE, sigmas=with_middles(sigmas) if singlestep else sigmas.tolist()))
+    given = {"sigmas": with_middles(sigmas) if singlestep else sigmas.tolist()}
+    plan = change(sampler.plan(SCHEDULE, steps) if steps else sampler.plan(SCHEDULE, **given))
     in_lambda = hasattr(plan, "signal")
 
     def draw(like):
@@ -98,6 +101,17 @@ def gap(name, sampler, change=lambda plan: plan):
 def test_every_step_is_that_of_k_diffusion(name):
     found, wanted = gap(name, SAME[name])
     assert_close(found, wanted, K_DIFFUSION, name)
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if name_of(SAME[name]) in PROFILES["k-diffusion"].methods])
+def test_under_the_profile_of_k_diffusion(name):
+    """like="k-diffusion" finds the very sigmas by itself, from Stable Diffusion's table, and makes the same steps."""
+    run, method = FACTS["runs"][name], name_of(SAME[name])
+    plain = sampler_to_config(SAMPLERS[method]())
+    chosen = {key: value for key, value in sampler_to_config(SAME[name]).items() if value != plain[key]}
+    program = read(f"k-diffusion:{run['spacing']}").sampler(ScheduleConfig(), {"name": method, **chosen})
+    found, wanted = gap(name, program, steps=run["steps"])
+    assert_close(found, wanted, K_DIFFUSION_PROFILE, name)
 
 
 def test_every_recording_is_used():
