@@ -9,7 +9,6 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
-from tests.parity import sampler_twins
 from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, SPACINGS
 from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import compare, config, label, reference
@@ -60,7 +59,7 @@ def test_many_steps_and_the_row_too_many():
     compare(sa(timestep_spacing="trailing"), 61)
 
 
-def test_where_the_reference_fails(monkeypatch):
+def test_where_the_reference_fails():
     """Trap: limits of the reference."""
     with pytest.raises(ConfigError, match="steps=1000 of spacing='linspace' visit a timestep twice"):
         Scheduler.from_diffusers(sa()).set_timesteps(1000)
@@ -72,7 +71,6 @@ def test_where_the_reference_fails(monkeypatch):
         refuses_to_step(sa(**NOISE, thresholding=True), 5)
     with pytest.raises(ConfigError, match="thresholding raises with noise_prediction"):
         Scheduler.from_diffusers(sa(**NOISE, thresholding=True))
-    monkeypatch.setattr(sampler_twins, "SHAPE", (2, 3, 4, 5))
     c = sa(variance_type="learned")
     ref = reference(c)
     ref.set_timesteps(5)

@@ -11,7 +11,6 @@ from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.samplers import DPMSolverSinglestep, Scheduler
 from minidiff.schedule import NoiseSchedule
-from tests.parity import sampler_twins
 from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, TO_MIN
 from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
 from tests.parity.sampler_twins import compare, config, label, reference
@@ -69,9 +68,8 @@ def test_sample_and_model_of_different_dtypes(dtypes):
         compare(single(solver_order=order, prediction_type=prediction), 10, dtypes[0], out_dtype=dtypes[1])
 
 
-def test_learned_variance_is_left_out(monkeypatch):
-    monkeypatch.setattr(sampler_twins, "SHAPE", (2, 3, 4, 5))
-    compare(single(variance_type="learned_range"), 7)
+def test_learned_variance_is_left_out():
+    compare(single(variance_type="learned_range"), 7, shape=(2, 3, 4, 5))
 
 
 def test_where_the_reference_fails():
