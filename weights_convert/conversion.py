@@ -129,6 +129,10 @@ def convert(
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
+    tables = (source.config.tokenizer, source.config.tokenizer_2)
+    words = [name for table in tables if table is not None for name, _ in table.added]
+    if words and to != "minidiff":  # there they are files of their own, beside a model with the public table
+        raise UnsupportedError(f"{src}: has learned {words[0]!r}; the layout {to!r} keeps no such words")
     if to == "diffusers":
         write_folder(dst, source.config, tensors, source.report, shard)
     elif to == "original":

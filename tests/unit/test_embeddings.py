@@ -19,7 +19,7 @@ from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline import StableDiffusion, load, random_model
 from tests.tolerances import EXACT, assert_close
 from tests.unit import tiny
-from weights_convert import read_embedding
+from weights_convert import convert, read_embedding
 
 CAT = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
@@ -70,6 +70,15 @@ def test_a_saved_model_keeps_it(sd: StableDiffusion, tmp_path: Path) -> None:
     assert back.config.tokenizer.added == (("<cat>", 2),)
     assert_close(back.encode_prompt("a <cat>")[0], sd.encode_prompt("a <cat>")[0], EXACT)
     assert not torch.equal(back.encode_prompt("a <cat>")[0], back.encode_prompt("a cat")[0])
+
+
+@pytest.mark.parametrize("to", ["diffusers", "original"])
+def test_other_layouts_have_no_place_for_it(sd: StableDiffusion, tmp_path: Path, to: str) -> None:
+    embeddings.add(sd, Word("<cat>", {"text_encoder": CAT}))
+    sd.save(tmp_path / "taught.safetensors")
+    with pytest.raises(UnsupportedError, match=f"has learned '<cat>'; the layout '{to}' keeps no such words"):
+        convert(tmp_path / "taught.safetensors", tmp_path / "out", to=to)
+    assert [p.name for p in tmp_path.iterdir()] == ["taught.safetensors"]
 
 
 def test_rows_that_a_table_has_to_spare_are_used(sd: StableDiffusion) -> None:
