@@ -49,6 +49,12 @@ K_DIFFUSION_PROFILE = Tolerance(
     "the same, and the recording was made between ends of seven digits, where the profile has the table's own",
 )
 
+LOG_SIGMA = Tolerance(0.0, 3e-6, "log sigma interpolated and its exponential taken in float32, against float64")
+SIGMA_POWERS = Tolerance(0.0, 1e-5, "seventh powers and exponentials between ends that are rounded to float32")
+TOLD_TIMESTEP = Tolerance(
+    2e-2, 0.0, "a timestep read back from a float32 sigma, where log sigma changes slowly with it"
+)
+
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: Tolerance = EXACT, where: str = "") -> None:
     """Fail, saying how far apart the two are, unless ``ours`` is within ``tolerance`` of ``theirs``."""

@@ -20,7 +20,7 @@ from minidiff.conventions.table import markdown, plans, side_by_side
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.tolerances import Tolerance, assert_close
+from tests.tolerances import LOG_SIGMA, SIGMA_POWERS, TOLD_TIMESTEP, Tolerance, assert_close
 from tests.unit import tiny
 
 SD = ScheduleConfig()
@@ -129,9 +129,9 @@ def test_plms_walks_as_compvis_does() -> None:
 def test_uniform_is_linear_in_log_sigma(like: str, steps: int) -> None:
     plan = planned(like, "euler", steps)
     t = np.linspace(999, 0, steps)
-    np.testing.assert_allclose(sigmas_of(plan), at(t), rtol=3e-6)
+    np.testing.assert_allclose(sigmas_of(plan), at(t), rtol=LOG_SIGMA.relative)
     np.testing.assert_allclose(
-        plan.timesteps.numpy(), t, atol=2e-2, rtol=0
+        plan.timesteps.numpy(), t, atol=TOLD_TIMESTEP.absolute, rtol=0
     )  # read back from sigma: what the model gets
     assert plan.sigmas[-1] == 0
     assert plan.init_noise_sigma == plan.sigmas[0]
@@ -143,9 +143,11 @@ def test_karras_and_exponential(like: str) -> None:
     table = SIGMAS if like == "comfyui" else SIGMAS_OF_ROUNDED.astype(np.float64)
     low, high, ramp = table[0], table[-1], np.linspace(0, 1, 12)
     karras = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    np.testing.assert_allclose(sigmas_of(planned(f"{like}:karras", "euler", 12)), karras, rtol=1e-5)
+    np.testing.assert_allclose(sigmas_of(planned(f"{like}:karras", "euler", 12)), karras, rtol=SIGMA_POWERS.relative)
     exponential = np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
-    np.testing.assert_allclose(sigmas_of(planned(f"{like}:exponential", "lms", 12)), exponential, rtol=1e-5)
+    np.testing.assert_allclose(
+        sigmas_of(planned(f"{like}:exponential", "lms", 12)), exponential, rtol=SIGMA_POWERS.relative
+    )
 
 
 def test_trap_dpmpp_with_karras() -> None:
@@ -159,7 +161,7 @@ def test_trap_dpmpp_with_karras() -> None:
         assert plan.sigmas[-1] == 0
         assert bool((plan.sigmas[:-1] > plan.sigmas[1:]).all())
     ours, theirs = planned("a1111:karras", "dpmpp_2m", 10), planned("diffusers", "dpmpp_2m", 10, sigma_spacing="karras")
-    np.testing.assert_allclose(sigmas_of(ours), sigmas_of(theirs), rtol=1e-5)
+    np.testing.assert_allclose(sigmas_of(ours), sigmas_of(theirs), rtol=SIGMA_POWERS.relative)
     assert ours.timesteps.dtype == torch.float32  # k-diffusion tells the model fractions, diffusers rounds
     assert theirs.timesteps.tolist() == ours.timesteps.round().tolist()
 
@@ -181,9 +183,9 @@ def test_dpmpp_2m_keeps_its_order_as_in_k_diffusion() -> None:
 def test_a1111_discards_the_last_but_one_sigma(sampler: str) -> None:
     plan = planned("a1111", sampler, 9)
     step = 2 if sampler.startswith("dpm2") else 1
-    np.testing.assert_allclose(sigmas_of(plan)[::step], at(np.linspace(999, 0, 10))[:-1], rtol=3e-6)
+    np.testing.assert_allclose(sigmas_of(plan)[::step], at(np.linspace(999, 0, 10))[:-1], rtol=LOG_SIGMA.relative)
     kept = planned("k-diffusion", sampler, 9)
-    np.testing.assert_allclose(sigmas_of(kept)[::step], at(np.linspace(999, 0, 9)), rtol=3e-6)
+    np.testing.assert_allclose(sigmas_of(kept)[::step], at(np.linspace(999, 0, 9)), rtol=LOG_SIGMA.relative)
 
 
 def test_a1111_leaves_out_the_step_of_timestep_1() -> None:
@@ -205,9 +207,9 @@ def test_comfyui_schedulers(steps: int) -> None:
     simple = [SIGMAS[-(1 + int(i * apart))] for i in range(steps)]
     np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", steps)), simple, rtol=1e-6)
     normal = at(np.linspace(999, 0, steps), SIGMAS)
-    np.testing.assert_allclose(sigmas_of(planned("comfyui:normal", "euler", steps)), normal, rtol=3e-6)
+    np.testing.assert_allclose(sigmas_of(planned("comfyui:normal", "euler", steps)), normal, rtol=LOG_SIGMA.relative)
     sgm = at(np.linspace(999, 0, steps + 1)[:-1], SIGMAS)
-    np.testing.assert_allclose(sigmas_of(planned("comfyui:sgm_uniform", "euler", steps)), sgm, rtol=3e-6)
+    np.testing.assert_allclose(sigmas_of(planned("comfyui:sgm_uniform", "euler", steps)), sgm, rtol=LOG_SIGMA.relative)
     ddim = [SIGMAS[k] for k in range(1, 1000, 1000 // steps)][::-1]
     np.testing.assert_allclose(sigmas_of(planned("comfyui:ddim_uniform", "ddim", steps)), ddim, rtol=1e-6)
 
