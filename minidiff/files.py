@@ -47,6 +47,7 @@ EXPONENTS = {
 HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
 HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
 BLANK = "0" * 64  # what stands in a hash's place while it is computed
+FRESH_MAP = 1 << 27  # bytes read from a map before another takes its place
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
@@ -158,12 +159,17 @@ class TensorFile:
             what = "is a folder, not a file" if self.path.is_dir() else "no such file"
             raise CheckpointError(f"{self.path}: {what}")
         try:
-            opened: Any = safe_open(str(self.path), framework="pt")
-            self._file = opened
+            self._identity = _identity(self.path)
+            opened = self._open()
             self.metadata: dict[str, str] = dict(opened.metadata() or {})
             self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in list(opened.keys())}
         except (SafetensorError, OSError, ValueError, OverflowError) as e:
             raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
+
+    def _open(self) -> Any:
+        self._file: Any = safe_open(str(self.path), framework="pt")
+        self._read = 0
+        return self._file
 
     def _describe(self, name: str) -> Lazy:
         part = self._file.get_slice(name)
@@ -176,7 +182,14 @@ class TensorFile:
         if self._file is None:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
         try:
+            # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
+            # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it.
+            if self._read > FRESH_MAP:
+                self._open()
+                if _identity(self.path) != self._identity:
+                    raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")
             tensor: Tensor = self._file.get_tensor(name)
+            self._read += tensor.nbytes
         except (SafetensorError, OSError, ValueError, RuntimeError) as e:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
         return tensor
@@ -184,6 +197,12 @@ class TensorFile:
     def close(self) -> None:
         """Let go of the file. Tensors that were read stay valid."""
         self._file = None
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What tells a file from another that took its name."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> str:

@@ -422,6 +422,28 @@ def test_a_file_may_be_replaced_while_its_tensors_are_in_use(tmp_path: Path) -> 
     assert torch.equal(TensorFile(path).lazy["a"].load(), torch.arange(4.0) + 1)
 
 
+def test_a_new_map_takes_the_place_of_one_that_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FRESH_MAP", 7)
+    tensors = {f"t{k}": torch.full((4,), float(k)) for k in range(5)}
+    write_tensors(tmp_path / "a", {name: lazy(t) for name, t in tensors.items()}, {})
+    file = TensorFile(tmp_path / "a")
+    first = file._file
+    kept = {name: entry.load() for name, entry in file.lazy.items()}
+    assert file._file is not first
+    assert all(torch.equal(kept[name], t) for name, t in tensors.items())
+
+
+def test_two_files_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FRESH_MAP", 7)
+    path = tmp_path / "a"
+    write_tensors(path, {name: lazy(torch.zeros(4)) for name in "ab"}, {})
+    file = TensorFile(path)
+    file.lazy["a"].load()
+    write_tensors(path, {name: lazy(torch.ones(4)) for name in "ab"}, {})
+    with pytest.raises(CheckpointError, match="was replaced while it was read; open it again"):
+        file.lazy["b"].load()
+
+
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write(path, {"a": torch.arange(4.0)})
