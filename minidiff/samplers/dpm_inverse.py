@@ -106,8 +106,7 @@ class DPMSolverInverse(DPMSolver):
         ends = (self.sigma_max, self.sigma_min) if self.like_diffusers else (self.sigma_min, self.sigma_max)
         low = float(table[0]) if ends[0] is None else ends[0]
         high = float(table[-1]) if ends[1] is None else ends[1]
-        space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-        return space[self.sigma_spacing](high, low, n)  # upside down
+        return spacings.CURVES[self.sigma_spacing](high, low, n)  # upside down
 
     def _orders(self, n: int) -> tuple[int, ...]:
         """As for a way down that ends on the smallest sigma."""

@@ -144,8 +144,7 @@ class DPMSDE(SpacedSigmas):
             t = np.linspace(0, len(table) - 1, len(t), dtype=np.float64)[::-1]
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
-            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            levels = spacings.CURVES[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
         return t, levels
 

@@ -24,7 +24,7 @@ from minidiff.config import Prediction, check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Options, Plan, check_timesteps, unit, whole
 from minidiff.samplers.limits import dynamic_threshold
-from minidiff.samplers.sigmas import Floats
+from minidiff.samplers.sigmas import Floats, SigmaSpacing
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps
 
 FEW = 15  # runs of fewer steps end with steps of lower order, which are more stable there
@@ -96,7 +96,7 @@ class LambdaSpacing(Options):
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
-    sigma_spacing: Literal["timesteps", "karras", "exponential", "beta"] = "timesteps"
+    sigma_spacing: SigmaSpacing = "timesteps"
     sigma_min: float | None = None
     sigma_max: float | None = None
     lower_order_final: bool = True
@@ -178,8 +178,7 @@ class LambdaSpacing(Options):
         low = float(table[0]) if self.sigma_min is None else self.sigma_min
         high = float(table[-1]) if self.sigma_max is None else self.sigma_max
         check(low <= high, f"{self._name}: sigma_min={low:g} is above sigma_max={high:g}")
-        space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-        return space[self.sigma_spacing](low, high, n)
+        return spacings.CURVES[self.sigma_spacing](low, high, n)
 
     def _times(self, levels: Floats, table: Floats) -> Floats:
         """The timesteps at which training has these sigmas: float32, or made whole as diffusers does."""
