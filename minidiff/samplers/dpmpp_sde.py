@@ -45,8 +45,18 @@ class DPMSDEPlan(SigmaPlan):
     root: tuple[int, float] | None
     path: tuple[Increment, ...]
 
+    def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        return x0 + noise * self.sigma_in[i].to(x0.dtype)
+
     def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        own = {"sigma": self.sigma_in, "x_coef": self.x_coef, "x0_coef": self.x0_coef, "sigma_up": self.sigma_up}
+        to = torch.cat([self.sigma_in[1:], self.sigmas[-1:]])
+        own = {
+            "sigma": self.sigma_in,
+            "to sigma": to,
+            "x_coef": self.x_coef,
+            "x0_coef": self.x0_coef,
+            "sigma_up": self.sigma_up,
+        }
         return super().columns() | own
 
 
@@ -62,8 +72,8 @@ class DPMSDE(SpacedSigmas):
     """The options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``: the path is that
     of this seed, as torchsde draws it, one for the whole batch (None: it is made of the run's own draws).
 
-    ``like_diffusers``: timesteps are float64, which also moves the sigmas of linspace in their last bits; timestep T,
-    which 1000 steps with an offset of 1 begin with, is let through. diffusers without a seed takes one from torch's
+    ``like_diffusers``: timesteps are float64, and timestep T, which 1000 steps with an offset of 1 begin with, is let
+    through. diffusers without a seed takes one from torch's
     global generator: those pictures can't be had again there, and not here.
     """
 
@@ -71,6 +81,10 @@ class DPMSDE(SpacedSigmas):
 
     s_noise: float = 1.0
     noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.noise_seed is None or self.noise_seed >= 0, f"noise_seed={self.noise_seed} must not be negative")
 
     def plan(
         self,
@@ -140,7 +154,7 @@ class DPMSDE(SpacedSigmas):
         like = self.like_diffusers
         t: Floats = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
         check_timesteps(self, t, len(table) + like)
-        if self.spacing == "linspace" and (like or len(t) > 1):
+        if self.spacing == "linspace" and (like or len(t) > 1):  # in float64 here, which moves the sigmas' last bits
             t = np.linspace(0, len(table) - 1, len(t), dtype=np.float64)[::-1]
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
@@ -157,10 +171,6 @@ class DPMSDE(SpacedSigmas):
         positive = sigmas[sigmas > 0]
         tree = BrownianTree(positive.min().item(), positive.max().item(), self.noise_seed)
         return tree.root, tuple(tree.increment(end, start) for start, end in zip(starts, ends, strict=True))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.noise_seed is None or self.noise_seed >= 0, f"noise_seed={self.noise_seed} must not be negative")
 
     def start(self) -> DPMSDEState:
         return DPMSDEState()

@@ -56,7 +56,8 @@ class Euler(Options):
     at the end of a zero-SNR schedule, where sigma would be infinite.
 
     ``like_diffusers``: log_linear has a sigma too many, so that the last step stops at training's smallest, and keeps
-    the timesteps of ``spacing``; timestep T, which 1000 steps with an offset of 1 begin with, is let through.
+    the timesteps of ``spacing``, or those given, which are not where its sigmas are; timestep T, which 1000 steps with
+    an offset of 1 begin with, is let through.
     """
 
     in_sigma: ClassVar[bool] = True
@@ -132,6 +133,8 @@ class Euler(Options):
         check_timesteps(self, t, len(table) + self.like_diffusers)
         n = len(t)
         if self.interpolation == "log_linear":
+            known = timesteps is None or self.like_diffusers
+            check(known, "Euler: interpolation='log_linear' has timesteps of its own: give steps or sigmas")
             high, low = float(np.log(table[-1])), float(np.log(table[0]))
             sigmas: Floats = (
                 torch.linspace(high, low, n + self.like_diffusers, dtype=torch.float32, device="cpu").exp().numpy()

@@ -85,8 +85,7 @@ class LambdaSpacing(Options):
     ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta" go
     from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
     outputs. ``threshold``: the percentile of dynamic thresholding of x0 as a fraction (None: none), its bound kept in
-    1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the
-    end of a zero-SNR schedule, where sigma is infinite.
+    1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma is infinite.
 
     ``like_diffusers``: the timesteps of the other sigma spacings are made whole: rounded for karras (cut with
     ``cut_timesteps``, as for the cosine schedule in some classes), cut for exponential and beta. trailing has a row
@@ -170,8 +169,8 @@ class LambdaSpacing(Options):
             t = np.linspace(0, last - 1, n + 1).round()[:0:-1]
         repeated = len(t) > 1 and bool((t[:-1] <= t[1:]).any())
         check(not repeated, f"{self._name}: steps={n} of spacing={self.spacing!r} visit a timestep twice; use fewer")
-        whole: Floats = t.astype(np.int64)
-        return whole
+        falling: Floats = t.astype(np.int64)
+        return falling
 
     def _bent(self, n: int, table: Floats) -> Floats:
         """(n,) float64 sigmas of the chosen spacing, from the top down."""
@@ -198,6 +197,18 @@ class LambdaOptions(LambdaSpacing):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(1 <= self.solver_order <= 3, f"solver_order={self.solver_order} must be 1, 2 or 3")
+
+
+def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: bool) -> tuple[int, ...]:
+    """(n,) the highest order of each step of a multistep method: ``order``, but 2 and 1 at most for the last two where
+    ``lower_order_final`` and the steps are few, and 1 for the last where ``first_at_last``."""
+    few = lower_order_final and n < FEW
+    orders = [order] * n
+    if few and n > 1:
+        orders[-2] = min(order, 2)
+    if few or first_at_last:
+        orders[-1] = 1
+    return tuple(orders)
 
 
 def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:
