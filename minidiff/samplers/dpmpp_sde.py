@@ -32,7 +32,7 @@ class DPMSDEPlan(SigmaPlan):
     """Rows: ``sigma_in``, the noise of the sample that comes in (odd rows are the middles); a step is ``x_coef`` * x -
     ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is what an increment of the path is
     divided by; ``first_part`` and ``second_part`` make the noise of an odd row of two draws. ``root`` and ``path``: the
-    seeds, if there is a seed."""
+    seeds, if there is a seed. ``noise_of_ends``: in the middle of an interval a picture gets the noise of its end."""
 
     sigma_in: Tensor
     x_coef: Tensor
@@ -44,8 +44,11 @@ class DPMSDEPlan(SigmaPlan):
     second_part: Tensor
     root: tuple[int, float] | None
     path: tuple[Increment, ...]
+    noise_of_ends: bool = False
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        if self.noise_of_ends:
+            return super().add_noise(x0, noise, i)
         return x0 + noise * self.sigma_in[i].to(x0.dtype)
 
     def columns(self) -> dict[str, Tensor | Sequence[Any]]:
@@ -72,9 +75,9 @@ class DPMSDE(SpacedSigmas):
     """The options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``: the path is that
     of this seed, as torchsde draws it, one for the whole batch (None: it is made of the run's own draws).
 
-    ``like_diffusers``: timesteps are float64, and timestep T, which 1000 steps with an offset of 1 begin with, is let
-    through. diffusers without a seed takes one from torch's
-    global generator: those pictures can't be had again there, and not here.
+    ``like_diffusers``: timesteps are float64; timestep T, which 1000 steps with an offset of 1 begin with, is let
+    through; and a picture that is put back in the middle of an interval has the noise of its end. diffusers without a
+    seed takes one from torch's global generator: those pictures can't be had again there, and not here.
     """
 
     order: ClassVar[int] = 2
@@ -128,6 +131,7 @@ class DPMSDE(SpacedSigmas):
             second_part=(1 - first / whole).clamp(min=0) ** 0.5,
             root=root,
             path=path,
+            noise_of_ends=self.like_diffusers,
         )
 
     def _rows(
