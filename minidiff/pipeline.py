@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minidiff import checkpoint, noise, prompts
 from minidiff.conditions import Conditions, predictor
 from minidiff.config import ModelConfig, check
-from minidiff.conventions import read
+from minidiff.conventions import read, starts
 from minidiff.conventions.program import ProgramSampler
 from minidiff.denoise import Prediction, Run
 from minidiff.errors import ConfigError, UnsupportedError
@@ -227,7 +227,7 @@ class StableDiffusion(Pipeline):
         if streams is not None and isinstance(sampler, ProgramSampler):
             sampler = sampler.seeded(streams.seeds)
             plan = sampler.plan(self.schedule, planned)
-        noised = None if begun is None else begun.noised * getattr(sampler, "order", 1)
+        noised = None if begun is None else starts.rows(begun, plan, getattr(sampler, "order", 1))[1]
         full = (count, *shape)
         begin, origins = self._begin(sampler, plan, rows, full, latents, seed, generator, streams, noised)
         if pictures is None:

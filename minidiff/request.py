@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from minidiff.config import ModelConfig, check
-from minidiff.conventions import Convention
+from minidiff.conventions import Convention, starts
 from minidiff.conventions.starts import Start
 from minidiff.denoise import choose_rows
 from minidiff.images import Pictures, read
@@ -63,8 +63,7 @@ class Request:
             f"this {family} model paints into pictures: it needs an image and a mask",
         )
         if begun is not None:
-            order = getattr(sampler, "order", 1)
-            rows = range(begun.first * order, len(plan.timesteps))[: begun.runs * order]
+            rows, _ = starts.rows(begun, plan, getattr(sampler, "order", 1))
             check(len(rows) > 0, f"strength={self.strength} of steps={steps} leaves no step to do; take more of either")
             return rows
         strength = self.strength if given else None

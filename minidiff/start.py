@@ -21,6 +21,7 @@ from minidiff.images import MASKED, Pictures, encode, spread
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
 from minidiff.samplers.base import Draw, Sampler
+from minidiff.wrapped import Wrapped
 
 
 class Start(NamedTuple):
@@ -31,31 +32,18 @@ class Start(NamedTuple):
     beside: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Keeping:
+@dataclass(frozen=True, eq=False)
+class Keeping(Wrapped):
     """A sampler that, after every step, puts the known part of a picture back: what an ordinary model inpaints with.
 
     ``clean`` are the picture's latents and ``noise`` the same in every step, both (B, C, h, w); ``mask`` (B, 1, h, w)
     is 1 where the model paints. After row ``last`` the picture goes in as it is.
     """
 
-    inner: Sampler[Any, Any]
     clean: Tensor
     noise: Tensor
     mask: Tensor
     last: int
-
-    def plan(self, *args: Any, **options: Any) -> Any:
-        return self.inner.plan(*args, **options)
-
-    def start(self) -> Any:
-        return self.inner.start()
-
-    def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
-        return self.inner.scale_input(plan, i, x)
-
-    def denoised(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any) -> Tensor | None:
-        return self.inner.denoised(plan, i, x, out, state)
 
     def step(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any, draw: Draw) -> tuple[Tensor, Any]:
         x, state = self.inner.step(plan, i, x, out, state, draw)

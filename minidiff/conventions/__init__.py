@@ -15,7 +15,7 @@ from typing import Any
 from minidiff.config import ScheduleConfig, check
 from minidiff.conventions.levels import noise_table
 from minidiff.conventions.profiles import PROFILES, Profile
-from minidiff.conventions.program import ProgramSampler
+from minidiff.conventions.program import LEVELS, ProgramSampler
 from minidiff.conventions.starts import Start, start
 from minidiff.conventions.streams import Streams, streams
 from minidiff.errors import ConfigError
@@ -67,6 +67,16 @@ class Convention:
         if name not in methods:
             raise ConfigError(f"{self.profile.name} has no sampler {name!r}; choose one of {', '.join(methods)}")
         method = methods[name]
+        strided = name in ("ddim", "pndm") and method.sampler == name
+        if self.scheduler is not None and strided:
+            raise ConfigError(
+                f"{self.profile.name} gives {name} no {self.scheduler!r}: its timesteps are T // steps apart"
+            )
+        clash = LEVELS & given.keys() if self.scheduler is not None else set()
+        if clash:
+            raise ConfigError(
+                f"{', '.join(sorted(clash))} would replace the sigmas of {self.profile.name}:{self.scheduler}; give one"
+            )
         if "_class_name" in method.options:
             inner = sampler_to_config(sampler_from_diffusers(method.options))
         else:

@@ -71,20 +71,20 @@ def strided(total: int, steps: int) -> list[int]:
 
 def uniform(table: Table, n: int) -> Tensor:
     """k-diffusion: evenly from the last timestep to 0."""
-    return table.at(torch.linspace(len(table.sigmas) - 1, 0, n, device="cpu"))
+    return table.at(torch.linspace(len(table.sigmas) - 1, 0, n, dtype=torch.float32, device="cpu"))
 
 
 def karras(table: Table, n: int) -> Tensor:
     """Evenly in sigma ** (1/7) (Karras et al. 2022, equation 5)."""
     low, high = (float(end) ** (1 / 7) for end in (table.sigmas[0], table.sigmas[-1]))
-    ramp: Tensor = high + torch.linspace(0, 1, n, device="cpu") * (low - high)
+    ramp: Tensor = high + torch.linspace(0, 1, n, dtype=torch.float32, device="cpu") * (low - high)
     return ramp.pow(7.0)
 
 
 def exponential(table: Table, n: int) -> Tensor:
     """Evenly in log sigma."""
     low, high = (math.log(float(end)) for end in (table.sigmas[0], table.sigmas[-1]))
-    return torch.linspace(high, low, n, device="cpu").exp()
+    return torch.linspace(high, low, n, dtype=torch.float32, device="cpu").exp()
 
 
 def simple(table: Table, n: int) -> Tensor:
@@ -135,4 +135,4 @@ def levels(table: Table, scheduler: str, steps: int, discard: bool = False, last
     sigmas = SCHEDULERS[scheduler](table, steps + discard)
     sigmas = sigmas[:-1] if discard else sigmas
     check(len(sigmas) > 0, f"steps={steps}: scheduler {scheduler} leaves no sigma; use more steps")
-    return torch.cat([sigmas, torch.tensor([last], device="cpu")])
+    return torch.cat([sigmas, torch.tensor([last], dtype=torch.float32, device="cpu")])

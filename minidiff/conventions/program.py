@@ -13,30 +13,25 @@ from minidiff.config import check
 from minidiff.conventions.levels import Table, levels, strided
 from minidiff.conventions.profiles import Method, Profile
 from minidiff.errors import ConfigError
-from minidiff.samplers.base import Draw, Plan, Sampler
+from minidiff.samplers.base import Plan
 from minidiff.samplers.sigma_plan import SigmaPlan
-from minidiff.schedule import NoiseSchedule
+from minidiff.schedule import NoiseSchedule, check_steps
+from minidiff.wrapped import Wrapped
 
 LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_min", "sigma_max", "final_sigma"}
 """Options that say which levels are visited: whoever gives one gets the sampler's own levels, not the program's."""
 
 
 @dataclass(frozen=True, eq=False)
-class ProgramSampler:
+class ProgramSampler(Wrapped):
     """``inner`` takes the steps; the plan is the program's. ``given``: the options that the user chose."""
 
     profile: Profile
     name: str
     method: Method
     given: Mapping[str, Any]
-    inner: Sampler[Any, Any]
     table: Table
     scheduler: str | None
-
-    @property
-    def order(self) -> int:
-        """Model calls per step."""
-        return int(getattr(self.inner, "order", 1))
 
     @property
     def note(self) -> dict[str, Any]:
@@ -56,8 +51,7 @@ class ProgramSampler:
             return self.inner.plan(self.table.schedule, steps, timesteps=timesteps, sigmas=sigmas)
         if sigmas is not None or LEVELS & self.given.keys() or self.profile.spacing.value == "class":
             return self._told(self.inner.plan(self.table.schedule, steps, sigmas=sigmas))
-        check(isinstance(steps, int), f"steps={steps!r} must be a whole number")
-        assert steps is not None
+        steps = check_steps(steps, len(self.table.sigmas))
         if self.method.sampler in ("ddim", "pndm"):
             return self._strided(steps)
         default = self.profile.schedulers[0]
@@ -106,18 +100,6 @@ class ProgramSampler:
                 f"{self.profile.name} gives each picture of {self.name} a Brownian tree; make them one by one"
             )
         return replace(self, inner=replace(self.inner, noise_seed=seeds[0]))  # type: ignore[type-var]
-
-    def start(self) -> Any:
-        return self.inner.start()
-
-    def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
-        return self.inner.scale_input(plan, i, x)
-
-    def denoised(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any) -> Tensor | None:
-        return self.inner.denoised(plan, i, x, out, state)
-
-    def step(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any, draw: Draw) -> tuple[Tensor, Any]:
-        return self.inner.step(plan, i, x, out, state, draw)
 
 
 def without_last_row(plan: Plan) -> Any:

@@ -6,7 +6,7 @@ Strength 1 ignores the picture, strength 0 keeps it. Programs agree on that and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minidiff.config import check
 from minidiff.errors import ConfigError, UnsupportedError
@@ -15,19 +15,39 @@ from minidiff.schedule import check_steps
 
 class Start(NamedTuple):
     """A plan of ``steps`` is made; the picture gets the noise of row ``noised`` (at ``plan.timesteps[noised]``), and
-    ``runs`` rows are run from row ``first``. Rows count steps: a sampler of two model calls a step begins at ``first *
-    order``. ``noised`` need not be ``first``: CompVis begins one row above."""
+    ``runs`` rows are run from row ``first``. Rows count steps here; :func:`rows` finds them in a plan. ``noised`` need
+    not be ``first``: CompVis begins one row above. ``from_top``: ``first`` is counted in model calls from the top, also
+    where a plan has more of them than steps (PNDM)."""
 
     steps: int
     first: int
     runs: int
     noised: int
+    from_top: bool = False
+
+
+def rows(start: Start, plan: Any, order: int) -> tuple[range, int]:
+    """The rows of ``plan`` that are run, and the one whose noise the picture gets; ``order`` model calls make a step.
+
+    Every run goes on to the end of the plan. Steps are counted from there, as the programs slice: a plan may have more
+    rows than steps were asked for (ddim_uniform; PNDM's repeated one) or fewer (beta).
+    """
+    calls = len(plan.timesteps)
+    if start.from_top:
+        return range(min(start.first * order, calls), calls), start.noised * order
+    levels = plan.alpha_bars.tolist()
+    repeated = [order == 1 and levels[i] == levels[i + 1] for i in range(calls - 1)] + [False]
+    steps = [i for i in range(0, calls, order) if not repeated[i]]
+    first = max(0, len(steps) - start.runs) if start.first else 0
+    if first == len(steps):
+        return range(0), 0
+    return range(steps[first], calls), steps[max(0, first - (start.first - start.noised))]
 
 
 def diffusers(steps: int, strength: float, total: int) -> Start:
     """int(steps * strength) steps, the last ones of a plan of ``steps``."""
     runs = min(int(steps * strength), steps)
-    return Start(steps, steps - runs, runs, steps - runs)
+    return Start(steps, steps - runs, runs, steps - runs, from_top=True)
 
 
 def ldm(steps: int, strength: float, total: int) -> Start:

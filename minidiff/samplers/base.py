@@ -200,10 +200,11 @@ def check_timesteps(sampler: Options, timesteps: Any, train_steps: int) -> None:
     check(inside, f"{name}: timesteps run from {t[0]:g} to {t[-1]:g}, the model knows 0 to {train_steps - 1}{hint}")
 
 
-def whole(sampler: Options, timesteps: Sequence[float]) -> NDArray[Any]:
-    """``timesteps`` as int64. Raises ConfigError for fractions."""
-    fits = all(float(t).is_integer() for t in timesteps)
-    check(fits, f"{type(sampler).__name__}: timesteps must be whole numbers, got {list(timesteps)[:6]}")
+def whole(sampler: Options, timesteps: Sequence[float], lowest: int | None = None) -> NDArray[Any]:
+    """``timesteps`` as int64. Raises ConfigError for fractions, and for any below ``lowest``."""
+    fits = all(float(t).is_integer() and (lowest is None or t >= lowest) for t in timesteps)
+    range_ = "" if lowest is None else f", {lowest} or above"
+    check(fits, f"{type(sampler).__name__}: timesteps must be whole numbers{range_}, got {list(timesteps)[:6]}")
     return np.array([int(t) for t in timesteps], dtype=np.int64)
 
 

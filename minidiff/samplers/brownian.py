@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +92,7 @@ class BrownianTree:
         )
 
 
-@cache
+@lru_cache(maxsize=2**14)  # programs that make many pictures, each with its seed, must not grow
 def _seed(entropy: int, key: int, depth: int) -> int:
     sequence = np.random.SeedSequence(entropy=entropy, spawn_key=(key, depth), pool_size=POOL)
     return int(sequence.generate_state(4)[0])

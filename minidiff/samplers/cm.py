@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check
-from minidiff.samplers.base import Draw, check_chosen, check_timesteps, root
+from minidiff.samplers.base import Draw, check_chosen, check_timesteps, root, whole
 from minidiff.samplers.limits import LimitedOptions
 from minidiff.samplers.sigma_plan import SigmaPlan
 from minidiff.samplers.sigmas import Floats
@@ -46,7 +46,8 @@ class CM(LimitedOptions):
     ``train_steps``: at how many sigmas, from ``sigma_max`` to ``sigma_min``, the model was trained, evenly spaced in
     sigma**(1/rho). ``s_noise`` scales the fresh noise. ``clip`` is 1 unless told otherwise: these models make pixels.
 
-    ``like_diffusers`` refuses the values of sigma_min where rounding makes the last step NaN.
+    ``like_diffusers`` refuses the values of sigma_min where rounding makes the last step NaN, and begins with noise
+    times sigma_max, also where given timesteps begin lower.
     """
 
     in_sigma: ClassVar[bool] = True
@@ -83,11 +84,14 @@ class CM(LimitedOptions):
         levels = torch.from_numpy(np.concatenate([s, [self.sigma_min]]).astype(np.float32))
         sigma, above = levels[:-1], levels[:-1] - self.sigma_min
         variance = sigma**2 + self.sigma_data**2
+        starts_lower = timesteps is not None and not self.like_diffusers
         next_sigma = levels[1:].clamp(min=self.sigma_min, max=self.sigma_max)
         return CMPlan(
             timesteps=torch.from_numpy(1000 * 0.25 * np.log(s + 1e-44)),
             alpha_bars=1 / (sigma**2 + 1),
-            init_noise_sigma=torch.tensor(self.sigma_max, dtype=torch.float32, device="cpu"),
+            init_noise_sigma=(
+                sigma[0] if starts_lower else torch.tensor(self.sigma_max, dtype=torch.float32, device="cpu")
+            ),
             prediction="epsilon",
             sigmas=levels,
             in_scale=variance**0.5,
@@ -104,9 +108,7 @@ class CM(LimitedOptions):
             rows = np.arange(check_steps(steps, total)) * (total // check_steps(steps, total))
         else:
             check_timesteps(self, timesteps, total)
-            whole = all(float(t).is_integer() and t >= 0 for t in timesteps)
-            check(whole, f"CM: timesteps must be whole numbers, 0 or above, got {list(timesteps)[:6]}")
-            rows = np.array([int(t) for t in timesteps])[::-1]
+            rows = whole(self, timesteps, lowest=0)[::-1]
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         sigmas: Floats = (high + rows / (total - 1) * (low - high)) ** self.rho
         return sigmas

@@ -27,6 +27,7 @@ from minidiff.samplers.base import (
     check_timesteps,
     need_schedule,
     unit,
+    whole,
 )
 from minidiff.samplers.limits import LimitedOptions
 from minidiff.schedule import NoiseSchedule, Spacing, spaced, to_x0
@@ -78,15 +79,11 @@ class DDPM(LimitedOptions):
         """``timesteps``: whole numbers that fall strictly, within those of training."""
         schedule = need_schedule(schedule, self)
         check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        if timesteps is not None:
-            whole = all(float(t).is_integer() for t in timesteps)
-            check(whole, f"DDPM: timesteps must be whole numbers, got {list(timesteps)[:6]}")
-            t = torch.tensor([int(v) for v in timesteps], dtype=torch.int64, device="cpu")
-        else:
-            rows = spaced(
-                self.spacing, len(schedule), steps or 0, self.steps_offset, like_diffusers=self.like_diffusers
-            )
-            t = torch.from_numpy(rows)
+        t = torch.from_numpy(
+            spaced(self.spacing, len(schedule), steps or 0, self.steps_offset, like_diffusers=self.like_diffusers)
+            if timesteps is None
+            else whole(self, timesteps)
+        )
         check_timesteps(self, t, len(schedule))
         check(not (self.like_diffusers and self.variance == "fixed_large_log"), FIXED_LARGE_LOG)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.samplers.base import Draw, check_chosen, need_schedule
 from minidiff.samplers.dpm_solver import History
-from minidiff.samplers.lambda_plan import FEW, LambdaOptions, LambdaPlan, lambda_rows, usable
+from minidiff.samplers.lambda_plan import LambdaOptions, LambdaPlan, highest_orders, lambda_rows, usable
 from minidiff.schedule import NoiseSchedule, epsilon_from_x0, to_x0
 
 
@@ -75,17 +75,10 @@ class DEIS(LambdaOptions):
         check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
         t, s = self.levels(schedule, steps, sigmas=sigmas, final="repeated")
         rows = lambda_rows(t, s, schedule.prediction)
-        orders = self._orders(len(t))
+        orders = highest_orders(len(t), self.solver_order, self.lower_order_final, first_at_last=False)
         for order, coefs in enumerate(coefficients(rows["signal"], rows["noise"], rows["h"]), 1):
             rows |= usable(self, orders, order, coefs)
         return DEISPlan(**rows, orders=orders)
-
-    def _orders(self, n: int) -> tuple[int, ...]:
-        """The highest order of each of ``n`` rows."""
-        orders = [self.solver_order] * n
-        if self.lower_order_final and n < FEW:
-            orders = [min(order, n - i) for i, order in enumerate(orders)]
-        return tuple(orders)
 
     def start(self) -> History:
         return History()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check
-from minidiff.samplers.base import Options, check_timesteps
+from minidiff.samplers.base import Options, check_timesteps, whole
 from minidiff.schedule import check_steps
 
 
@@ -65,8 +65,7 @@ def given_timesteps(
     strictly within 0..total - 1."""
     name = type(sampler).__name__
     check_timesteps(sampler, timesteps, total)
-    fits = all(float(t).is_integer() and t >= 0 for t in timesteps)
-    check(fits, f"{name}: timesteps must be whole numbers, 0 or above, got {list(timesteps)[:6]}")
+    found = whole(sampler, timesteps, lowest=0)
     kept = int(len(timesteps) * strength)
     check(kept >= 1, f"{name}: strength={strength} leaves none of {len(timesteps)} timesteps")
-    return np.array([int(t) for t in timesteps], dtype=np.int64)[len(timesteps) - kept :]
+    return found[len(found) - kept :]

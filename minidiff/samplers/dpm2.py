@@ -7,7 +7,8 @@ middle, the geometric mean of both sigmas; the slope there serves for the whole 
 
 sigma_to is the next sigma, or, for the ancestral form, the sigma_down from which fresh noise leads back up to the next
 (see euler_ancestral.py). The model is asked at the timesteps of the middles too, which lie between those of the plan's
-ends. n steps make 2n - 1 calls: the last interval, to sigma 0, has no middle and is a single Euler step.
+ends. n steps make 2n - 1 calls: the last interval, to sigma 0, has no middle and is a single Euler step (as it is where
+given sigmas end above 0).
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class DPM2(SpacedSigmas):
         return DPM2Plan(**rows, seen=seen, dt=dt, sigma_up=interleave(torch.zeros_like(up), up))
 
     def _split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each interval between ``s`` (n + 1,): the middle sigma, where it lands, and the sigma of fresh noise."""
+        """Of each interval between ``s`` (n + 1,): the middle sigma (of the last one its end, since it has no middle),
+        where it lands, and the sigma of fresh noise."""
         middle = s.log().lerp(s.roll(1).log(), 0.5).exp()[1:]
+        middle[-1] = s[-1]
         return middle, s[1:], torch.zeros_like(middle)
 
     def start(self) -> Tensor | None:
@@ -128,7 +131,7 @@ class DPM2Ancestral(DPM2):
         up = torch.cat([root(up, self, "sigma_up"), torch.zeros_like(s[:1])])
         down = root(to**2 - up**2, self, "sigma_down")
         middle = s.log().lerp(down.log(), 0.5).exp()[:-1]
-        middle[-1] = 0.0
+        middle[-1] = s[-1]
         lost = (~(middle[:-1] > 0)).nonzero().flatten().tolist()
         check(
             not lost,

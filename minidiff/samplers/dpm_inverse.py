@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from minidiff.schedule import NoiseSchedule, check_steps
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverInverse(DPMSolver):
-    """Options as in :class:`DPMSolver`, but for the sde algorithms (their noise can't be taken back), ``final_sigma``
-    and sigma spacing "lu". The last step lands on the largest sigma of training.
+    """Options as in :class:`DPMSolver`, but for the sde algorithms (their noise can't be taken back) and sigma spacing
+    "lu". ``final_sigma`` is where the walk begins: "sigma_min" always. The last step lands on the largest sigma of
+    training.
 
     ``like_diffusers``: steps are made in the dtype of x, half precision too, whose rounding they blow up; karras,
     exponential, beta and trailing are there a step before, so that the last one does nothing; sigma_min and sigma_max
@@ -34,8 +36,11 @@ class DPMSolverInverse(DPMSolver):
     from the sigmas, which go with the wrong rows from there on.
     """
 
+    final_sigma: Literal["zero", "sigma_min"] = "sigma_min"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.final_sigma == "sigma_min", "DPMSolverInverse can't begin at sigma 0: leave final_sigma='sigma_min'")
         check(not self.algorithm.startswith("sde"), f"algorithm={self.algorithm!r} adds noise: it can't be inverted")
         known = self.sigma_spacing != "lu"
         check(known, "DPMSolverInverse has no sigma_spacing='lu'; it knows timesteps, karras, exponential, beta")
@@ -106,18 +111,8 @@ class DPMSolverInverse(DPMSolver):
         ends = (self.sigma_max, self.sigma_min) if self.like_diffusers else (self.sigma_min, self.sigma_max)
         low = float(table[0]) if ends[0] is None else ends[0]
         high = float(table[-1]) if ends[1] is None else ends[1]
-        space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-        return space[self.sigma_spacing](high, low, n)  # upside down
-
-    def _orders(self, n: int) -> tuple[int, ...]:
-        """As for a way down that ends on the smallest sigma."""
-        few = self.lower_order_final and n < 15
-        orders = [self.solver_order] * n
-        if few and n > 1:
-            orders[-2] = min(orders[-2], 2)
-        if few or self.euler_at_final:
-            orders[-1] = 1
-        return tuple(orders)
+        check(self.like_diffusers or low <= high, f"{self._name}: sigma_min={low:g} is above sigma_max={high:g}")
+        return spacings.CURVES[self.sigma_spacing](high, low, n)  # upside down
 
     def step(
         self, plan: DPMSolverPlan, i: int, x: Tensor, out: Tensor, state: History, draw: Draw

@@ -29,7 +29,7 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Draw, check_chosen, need_schedule
-from minidiff.samplers.lambda_plan import FEW, LambdaOptions, LambdaPlan, lambda_rows, unclipped, usable
+from minidiff.samplers.lambda_plan import LambdaOptions, LambdaPlan, highest_orders, lambda_rows, unclipped, usable
 from minidiff.samplers.sigma_plan import upcast
 from minidiff.samplers.sigmas import Floats
 from minidiff.schedule import (
@@ -81,9 +81,9 @@ class DPMSolver(LambdaOptions):
     ``algorithm``: "++" predicts x0, without it epsilon; "sde" adds fresh noise at every step. ``solver_type`` as above,
     for order 2. ``lower_order_final``: with fewer than 15 steps the last two are of order 1 and 2 at most;
     ``euler_at_final``: the last is of order 1 always, as it is for ``final_sigma`` "zero", which epsilon can't reach.
-    ``sigma_spacing`` "lu" is even in lambda. ``lambda_min_clipped``: timesteps of lower lambda are left out (cosine
-    schedules; with spacing by timesteps only). ``learned_variance``: the model has twice the channels, the second half
-    unused.
+    ``sigma_spacing`` "lu" is even in lambda, over all of training (sigma_min and sigma_max play no part).
+    ``lambda_min_clipped``: timesteps of lower lambda are left out (cosine schedules; with spacing by timesteps only).
+    ``learned_variance``: the model has twice the channels, the second half unused.
 
     ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ has -1/2 where the expansion of the exponential (and
     k-diffusion) has +1/2; with lambda_min_clipped, trailing spacing has fewer rows than steps; "lu" rounds its
@@ -132,14 +132,8 @@ class DPMSolver(LambdaOptions):
 
     def _orders(self, n: int) -> tuple[int, ...]:
         """The highest order of each of ``n`` rows."""
-        few = self.lower_order_final and n < FEW
-        first_at_last = self.euler_at_final or few or self.final_sigma == "zero"
-        orders = [self.solver_order] * n
-        if few and n > 1:
-            orders[-2] = min(orders[-2], 2)
-        if first_at_last:
-            orders[-1] = 1
-        return tuple(orders)
+        first_at_last = self.euler_at_final or self.final_sigma == "zero"
+        return highest_orders(n, self.solver_order, self.lower_order_final, first_at_last)
 
     def _bent(self, n: int, table: Floats) -> Floats:
         return spacings.lu(table, n) if self.sigma_spacing == "lu" else super()._bent(n, table)

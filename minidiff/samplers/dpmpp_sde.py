@@ -32,7 +32,7 @@ class DPMSDEPlan(SigmaPlan):
     """Rows: ``sigma_in``, the noise of the sample that comes in (odd rows are the middles); a step is ``x_coef`` * x -
     ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is what an increment of the path is
     divided by; ``first_part`` and ``second_part`` make the noise of an odd row of two draws. ``root`` and ``path``: the
-    seeds, if there is a seed."""
+    seeds, if there is a seed. ``noise_of_ends``: in the middle of an interval a picture gets the noise of its end."""
 
     sigma_in: Tensor
     x_coef: Tensor
@@ -44,9 +44,22 @@ class DPMSDEPlan(SigmaPlan):
     second_part: Tensor
     root: tuple[int, float] | None
     path: tuple[Increment, ...]
+    noise_of_ends: bool = False
+
+    def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        if self.noise_of_ends:
+            return super().add_noise(x0, noise, i)
+        return x0 + noise * self.sigma_in[i].to(x0.dtype)
 
     def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        own = {"sigma": self.sigma_in, "x_coef": self.x_coef, "x0_coef": self.x0_coef, "sigma_up": self.sigma_up}
+        to = torch.cat([self.sigma_in[1:], self.sigmas[-1:]])
+        own = {
+            "sigma": self.sigma_in,
+            "to sigma": to,
+            "x_coef": self.x_coef,
+            "x0_coef": self.x0_coef,
+            "sigma_up": self.sigma_up,
+        }
         return super().columns() | own
 
 
@@ -62,15 +75,19 @@ class DPMSDE(SpacedSigmas):
     """The options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``: the path is that
     of this seed, as torchsde draws it, one for the whole batch (None: it is made of the run's own draws).
 
-    ``like_diffusers``: timesteps are float64, which also moves the sigmas of linspace in their last bits; timestep T,
-    which 1000 steps with an offset of 1 begin with, is let through. diffusers without a seed takes one from torch's
-    global generator: those pictures can't be had again there, and not here.
+    ``like_diffusers``: timesteps are float64; timestep T, which 1000 steps with an offset of 1 begin with, is let
+    through; and a picture that is put back in the middle of an interval has the noise of its end. diffusers without a
+    seed takes one from torch's global generator: those pictures can't be had again there, and not here.
     """
 
     order: ClassVar[int] = 2
 
     s_noise: float = 1.0
     noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.noise_seed is None or self.noise_seed >= 0, f"noise_seed={self.noise_seed} must not be negative")
 
     def plan(
         self,
@@ -114,6 +131,7 @@ class DPMSDE(SpacedSigmas):
             second_part=(1 - first / whole).clamp(min=0) ** 0.5,
             root=root,
             path=path,
+            noise_of_ends=self.like_diffusers,
         )
 
     def _rows(
@@ -140,12 +158,11 @@ class DPMSDE(SpacedSigmas):
         like = self.like_diffusers
         t: Floats = spaced(self.spacing, len(table), steps or 0, self.steps_offset, whole=False, like_diffusers=like)
         check_timesteps(self, t, len(table) + like)
-        if self.spacing == "linspace" and (like or len(t) > 1):
+        if self.spacing == "linspace" and (like or len(t) > 1):  # in float64 here, which moves the sigmas' last bits
             t = np.linspace(0, len(table) - 1, len(t), dtype=np.float64)[::-1]
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
-            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            levels = spacings.CURVES[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
         return t, levels
 
@@ -158,10 +175,6 @@ class DPMSDE(SpacedSigmas):
         positive = sigmas[sigmas > 0]
         tree = BrownianTree(positive.min().item(), positive.max().item(), self.noise_seed)
         return tree.root, tuple(tree.increment(end, start) for start, end in zip(starts, ends, strict=True))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.noise_seed is None or self.noise_seed >= 0, f"noise_seed={self.noise_seed} must not be negative")
 
     def start(self) -> DPMSDEState:
         return DPMSDEState()

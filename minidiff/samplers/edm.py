@@ -40,7 +40,8 @@ class EDMOptions(LimitedOptions):
     in log sigma. ``final_sigma``: after that the last step lands on 0, or the last of the spacing is where it lands.
 
     ``like_diffusers``: with final_sigma="sigma_min" the last step goes from there to itself; and given sigmas are
-    taken for places between sigma_max (0) and sigma_min (1), or, with exponential spacing, only counted.
+    taken for places between sigma_max (0) and sigma_min (1), or, with exponential spacing, only counted. The first
+    noise is that of sigma_max, wherever they begin.
     """
 
     in_sigma: ClassVar[bool] = True
@@ -81,10 +82,11 @@ class EDMOptions(LimitedOptions):
             return torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
         return torch.cat([sigmas, last.reshape(1)]) if self.like_diffusers else sigmas
 
-    def rows(self, levels: Tensor, schedule: NoiseSchedule | None) -> dict[str, Any]:
-        """The fields of a :class:`SigmaPlan` for float32 sigmas ``levels`` (n + 1,), and those of the wrapping."""
+    def rows(self, levels: Tensor, schedule: NoiseSchedule | None, highest: float) -> dict[str, Any]:
+        """The fields of a :class:`SigmaPlan` for float32 sigmas ``levels`` (n + 1,), the ``highest`` of them first, and
+        those of the wrapping."""
         prediction = "epsilon" if schedule is None else schedule.prediction
-        sigma, top = levels[:-1], torch.tensor(self.sigma_max, dtype=torch.float64, device="cpu")
+        sigma, top = levels[:-1], torch.tensor(highest, dtype=torch.float64, device="cpu")
         c_skip, c_out = self.wrapping(sigma, prediction)
         in_scale = (sigma**2 + self.sigma_data**2) ** 0.5
         return {
@@ -160,8 +162,10 @@ class EDMEuler(EDMOptions):
     ) -> EDMEulerPlan:
         """``sigmas``: falling, one more than there are to be steps. ``schedule`` may be None: epsilon."""
         check_chosen(self, "steps sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        highest = self.sigma_max
         if sigmas is not None and not self.like_diffusers:
             s = torch.from_numpy(spacings.given(sigmas))
+            highest = s[0].item()
         else:
             if sigmas is None:
                 places = self.places(steps, torch.float64)
@@ -171,7 +175,7 @@ class EDMEuler(EDMOptions):
             fits = spaced.ndim == 1 and len(spaced) > 0 and bool(((spaced > 0) & spaced.isfinite()).all())
             check(fits, f"EDMEuler: sigmas are places between sigma_max (0) and sigma_min (1) here, got {sigmas}")
             s = self.landing(spaced, spaced[-1])
-        rows, sigma = self.rows(s, schedule), s[:-1]
+        rows, sigma = self.rows(s, schedule, highest), s[:-1]
         gamma = min(self.s_churn / (len(s) - 1), MAX_GAMMA)
         churned = (sigma >= self.s_tmin) & (gamma > 0)
         if self.s_tmax is not None:

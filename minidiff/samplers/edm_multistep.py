@@ -20,6 +20,7 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.samplers.base import Draw, check_chosen
 from minidiff.samplers.edm import EDMOptions, EDMPlan
+from minidiff.samplers.lambda_plan import highest_orders
 from minidiff.schedule import NoiseSchedule
 
 
@@ -92,9 +93,10 @@ class EDMMultistep(EDMOptions):
             x_coef, x0_coef, noise = ratio, -fall, torch.zeros_like(h)
             third = fall / h + 1.0
             d1 = third if self.heun else -0.5 * fall
-        orders = self._orders(n)
+        first_at_last = self.euler_at_final or self.final_sigma == "zero"
+        orders = highest_orders(n, self.solver_order, self.lower_order_final, first_at_last)
         plan = EDMMultistepPlan(
-            **self.rows(s, schedule),
+            **self.rows(s, schedule, self.sigma_max),
             x_coef=x_coef,
             x0_coef=x0_coef,
             d1_coef=d1,
@@ -107,16 +109,6 @@ class EDMMultistep(EDMOptions):
         )
         _check_finite(plan)
         return replace(plan, d2_coef=torch.where(plan.d2_coef.isnan(), 0.0, plan.d2_coef))  # landing on 0: not used
-
-    def _orders(self, n: int) -> tuple[int, ...]:
-        """The highest order of each of ``n`` rows."""
-        few = self.lower_order_final and n < 15
-        orders = [self.solver_order] * n
-        if few and n > 1:
-            orders[-2] = min(2, self.solver_order)
-        if self.euler_at_final or few or self.final_sigma == "zero":
-            orders[-1] = 1
-        return tuple(orders)
 
     def start(self) -> tuple[Tensor, ...]:
         """The latest estimates of x0, oldest first, up to two of them."""

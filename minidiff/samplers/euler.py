@@ -22,7 +22,7 @@ from minidiff.config import check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Draw, Options, check_chosen, check_timesteps, need_schedule
 from minidiff.samplers.sigma_plan import SigmaPlan, sigma_rows, sigma_x0, upcast, widen
-from minidiff.samplers.sigmas import Floats
+from minidiff.samplers.sigmas import Floats, SigmaSpacing
 from minidiff.schedule import NoiseSchedule, Spacing, spaced
 
 MAX_GAMMA = 2**0.5 - 1  # churn at most doubles the variance in one step
@@ -56,14 +56,15 @@ class Euler(Options):
     at the end of a zero-SNR schedule, where sigma would be infinite.
 
     ``like_diffusers``: log_linear has a sigma too many, so that the last step stops at training's smallest, and keeps
-    the timesteps of ``spacing``; timestep T, which 1000 steps with an offset of 1 begin with, is let through.
+    the timesteps of ``spacing``, or those given, which are not where its sigmas are; timestep T, which 1000 steps with
+    an offset of 1 begin with, is let through.
     """
 
     in_sigma: ClassVar[bool] = True
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
-    sigma_spacing: Literal["timesteps", "karras", "exponential", "beta"] = "timesteps"
+    sigma_spacing: SigmaSpacing = "timesteps"
     interpolation: Literal["linear", "log_linear"] = "linear"
     sigma_min: float | None = None
     sigma_max: float | None = None
@@ -132,6 +133,8 @@ class Euler(Options):
         check_timesteps(self, t, len(table) + self.like_diffusers)
         n = len(t)
         if self.interpolation == "log_linear":
+            known = timesteps is None or self.like_diffusers
+            check(known, "Euler: interpolation='log_linear' has timesteps of its own: give steps or sigmas")
             high, low = float(np.log(table[-1])), float(np.log(table[0]))
             sigmas: Floats = (
                 torch.linspace(high, low, n + self.like_diffusers, dtype=torch.float32, device="cpu").exp().numpy()
@@ -143,8 +146,7 @@ class Euler(Options):
             low = float(sigmas[-1]) if self.sigma_min is None else self.sigma_min
             high = float(sigmas[0]) if self.sigma_max is None else self.sigma_max
             check(low <= high, f"Euler: sigma_min={low:g} is above sigma_max={high:g}")
-            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-            sigmas = space[self.sigma_spacing](low, high, n)
+            sigmas = spacings.CURVES[self.sigma_spacing](low, high, n)
             t = spacings.to_timesteps(sigmas, table)
         last = table[0] if self.final_sigma == "sigma_min" else 0.0
         return t, np.concatenate([sigmas, [last]]).astype(np.float32)

@@ -24,7 +24,7 @@ from minidiff.config import Prediction, check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Options, Plan, check_timesteps, unit, whole
 from minidiff.samplers.limits import dynamic_threshold
-from minidiff.samplers.sigmas import Floats
+from minidiff.samplers.sigmas import Floats, SigmaSpacing
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps
 
 FEW = 15  # runs of fewer steps end with steps of lower order, which are more stable there
@@ -85,8 +85,7 @@ class LambdaSpacing(Options):
     ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta" go
     from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
     outputs. ``threshold``: the percentile of dynamic thresholding of x0 as a fraction (None: none), its bound kept in
-    1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the
-    end of a zero-SNR schedule, where sigma is infinite.
+    1..``threshold_max``. ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma is infinite.
 
     ``like_diffusers``: the timesteps of the other sigma spacings are made whole: rounded for karras (cut with
     ``cut_timesteps``, as for the cosine schedule in some classes), cut for exponential and beta. trailing has a row
@@ -96,7 +95,7 @@ class LambdaSpacing(Options):
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
-    sigma_spacing: Literal["timesteps", "karras", "exponential", "beta"] = "timesteps"
+    sigma_spacing: SigmaSpacing = "timesteps"
     sigma_min: float | None = None
     sigma_max: float | None = None
     lower_order_final: bool = True
@@ -170,16 +169,15 @@ class LambdaSpacing(Options):
             t = np.linspace(0, last - 1, n + 1).round()[:0:-1]
         repeated = len(t) > 1 and bool((t[:-1] <= t[1:]).any())
         check(not repeated, f"{self._name}: steps={n} of spacing={self.spacing!r} visit a timestep twice; use fewer")
-        whole: Floats = t.astype(np.int64)
-        return whole
+        falling: Floats = t.astype(np.int64)
+        return falling
 
     def _bent(self, n: int, table: Floats) -> Floats:
         """(n,) float64 sigmas of the chosen spacing, from the top down."""
         low = float(table[0]) if self.sigma_min is None else self.sigma_min
         high = float(table[-1]) if self.sigma_max is None else self.sigma_max
         check(low <= high, f"{self._name}: sigma_min={low:g} is above sigma_max={high:g}")
-        space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-        return space[self.sigma_spacing](low, high, n)
+        return spacings.CURVES[self.sigma_spacing](low, high, n)
 
     def _times(self, levels: Floats, table: Floats) -> Floats:
         """The timesteps at which training has these sigmas: float32, or made whole as diffusers does."""
@@ -199,6 +197,18 @@ class LambdaOptions(LambdaSpacing):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(1 <= self.solver_order <= 3, f"solver_order={self.solver_order} must be 1, 2 or 3")
+
+
+def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: bool) -> tuple[int, ...]:
+    """(n,) the highest order of each step of a multistep method: ``order``, but 2 and 1 at most for the last two where
+    ``lower_order_final`` and the steps are few, and 1 for the last where ``first_at_last``."""
+    few = lower_order_final and n < FEW
+    orders = [order] * n
+    if few and n > 1:
+        orders[-2] = min(order, 2)
+    if few or first_at_last:
+        orders[-1] = 1
+    return tuple(orders)
 
 
 def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:

@@ -21,12 +21,11 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.errors import ConfigError
+from minidiff.noise import Generators, source
 from minidiff.samplers.base import Options, Plan, Sampler
 from minidiff.samplers.lambda_plan import LambdaPlan, rates
 from minidiff.samplers.sigma_plan import SigmaPlan
 from minidiff.schedule import NoiseSchedule
-
-Generators = torch.Generator | Sequence[torch.Generator]
 
 
 class Scheduler:
@@ -136,8 +135,9 @@ class Scheduler:
         if not in_lambda and not sampler.in_sigma:
             if not sampler.own_levels:  # any timestep of training will do
                 return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
+            plan = self.plan
             rows = [self._find(v, 0) for v in times.tolist()] * (len(x0) // len(times))
-            return torch.cat([self.plan.add_noise(x0[k : k + 1], noise[k : k + 1], i) for k, i in enumerate(rows)])
+            return torch.cat([plan.add_noise(x0[k : k + 1], noise[k : k + 1], i) for k, i in enumerate(rows)])
         sigmas = self.sigmas.to(x0.dtype)
         sigma = torch.stack([sigmas[self._find(v, 0)] for v in times.tolist()]).to(x0.device)
         sigma = sigma.reshape(-1, *(1 for _ in x0.shape[1:]))
@@ -150,11 +150,13 @@ class Scheduler:
         """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has
         one timestep twice.)"""
         _ = self.plan  # an error if there is none
-        if self._next == 0 and self.order > 1:  # a run begins where an interval does: the later of two equal rows
-            rows = [i for i, value in enumerate(self._at) if value == float(t)]
+        value = float(t)
+        begins = self._next == 0 or value not in self._at[self._next :]
+        if begins and self.order > 1:  # a run begins where an interval does: the later of two equal rows
+            rows = [i for i, at in enumerate(self._at) if at == value]
             if rows:
                 return rows[:2][-1]
-        return self._find(float(t), self._next)
+        return self._find(value, self._next)
 
     def _find(self, value: float, first: int) -> int:
         if value in self._at[first:]:
@@ -166,15 +168,7 @@ class Scheduler:
 
 
 def _randn(like: Tensor, generator: Generators | None) -> Tensor:
-    """Noise as diffusers draws it: on the generator's device, in the dtype of ``like``, then moved."""
+    """Noise as diffusers draws it: from torch's global generator, or as :func:`~minidiff.noise.source` does."""
     if generator is None:
         return torch.randn_like(like, memory_format=torch.contiguous_format)
-    if isinstance(generator, torch.Generator):
-        generator, shapes = [generator], [like.shape]
-    else:
-        shapes = [torch.Size((1, *like.shape[1:]))] * len(like)
-        check(len(generator) == len(like), f"{len(generator)} generators for {len(like)} images: give one for each")
-    rows = [
-        torch.randn(s, generator=g, device=g.device, dtype=like.dtype) for s, g in zip(shapes, generator, strict=True)
-    ]
-    return torch.cat(rows).to(like.device)
+    return source(len(like), None, generator)(tuple(like.shape), like.dtype, like.device)

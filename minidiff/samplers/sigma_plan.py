@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Options, Plan, check_timesteps
-from minidiff.samplers.sigmas import Floats
+from minidiff.samplers.sigmas import Floats, SigmaSpacing
 from minidiff.schedule import NoiseSchedule, Spacing, spaced
-
-SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -126,8 +124,7 @@ class SpacedSigmas(Options):
         check_timesteps(self, t, len(table) + like)
         levels = spacings.at_timesteps(t, table)
         if self.sigma_spacing != "timesteps":
-            space = {"karras": spacings.karras, "exponential": spacings.exponential, "beta": spacings.beta}
-            levels = space[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
+            levels = spacings.CURVES[self.sigma_spacing](float(levels[-1]), float(levels[0]), len(t))
             t = spacings.to_timesteps(levels, table)
         return t, np.concatenate([levels, [0.0]]).astype(np.float32), table
 

@@ -7,8 +7,8 @@ sigma at every timestep, rising: sqrt((1 - alpha_bar) / alpha_bar).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from minidiff.samplers.betainc import inverse_betainc
 from minidiff.schedule import NoiseSchedule
 
 Floats = NDArray[Any]
+SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 
 
 def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
@@ -62,6 +63,10 @@ def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Flo
     steps at both ends (Lee et al. 2024, "Beta Sampling is All You Need")."""
     sigmas: Floats = low + inverse_betainc(a, b, 1 - np.linspace(0, 1, n)) * (high - low)
     return sigmas
+
+
+CURVES: dict[str, Callable[[float, float, int], Floats]] = {"karras": karras, "exponential": exponential, "beta": beta}
+"""Every :data:`SigmaSpacing` but "timesteps": (low, high, n) -> (n,) float64, falling."""
 
 
 def given(sigmas: Sequence[float]) -> Floats:

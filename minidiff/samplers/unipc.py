@@ -76,13 +76,21 @@ class UniPC(LambdaOptions):
     ``lower_order_final``: the last steps are of order 3, 2, 1.
 
     ``like_diffusers``: see :class:`LambdaOptions`; bh1 can't reach sigma 0, where the reference is NaN; the last sigma
-    of karras, exponential and beta is there twice with final_sigma "sigma_min", so that the last step does nothing.
+    of karras, exponential and beta is there twice with final_sigma "sigma_min", so that the last step does nothing;
+    and a threshold has no effect on the steps of predict_x0=False.
     """
 
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
     final_sigma: Literal["zero", "sigma_min"] = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits = self.threshold is None or self.predict_x0 or self.like_diffusers
+        check(
+            limits, f"threshold={self.threshold} limits x0, which predict_x0=False does not combine: give one of them"
+        )
 
     def plan(
         self,

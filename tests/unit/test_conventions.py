@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import ScheduleConfig
-from minidiff.conventions import Convention, read
+from minidiff.conventions import Convention, read, starts
 from minidiff.conventions.levels import noise_table
 from minidiff.conventions.profiles import FIELDS, PROFILES, Fact
 from minidiff.conventions.table import markdown, plans, side_by_side
@@ -250,6 +250,23 @@ def test_trap_dpm2_and_unipc_in_comfyui() -> None:
     np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", 10)), full, rtol=1e-6)
 
 
+def test_a_schedule_that_would_not_be_used_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a1111 gives ddim no 'karras'"):
+        planned("a1111:karras", "ddim", 10)
+    with pytest.raises(ConfigError, match="spacing would replace the sigmas of comfyui:karras"):
+        planned("comfyui:karras", "euler", 10, spacing="trailing")
+
+
+@pytest.mark.parametrize("scheduler", ["uniform", "karras", "exponential"])
+def test_plans_do_not_heed_the_default_dtype(scheduler: str) -> None:
+    want = planned(f"k-diffusion:{scheduler}", "euler", 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_close(planned(f"k-diffusion:{scheduler}", "euler", 5).sigmas, want.sigmas)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_ddim_in_comfyui_is_euler() -> None:
     ddim, euler = planned("comfyui", "ddim", 10), planned("comfyui", "euler", 10)
     assert type(ddim) is type(euler)
@@ -284,13 +301,49 @@ def test_curved_and_zero_snr_schedules_keep_our_table() -> None:
 def test_trap_img2img_start() -> None:
     """Trap: img2img start. 50 steps, strength 0.75."""
     at_75 = {like: read(like).start("ddim", 50, 0.75) for like in ("diffusers", "ldm", "a1111", "comfyui")}
-    assert at_75["diffusers"] == (50, 13, 37, 13)
-    assert at_75["ldm"] == (50, 13, 37, 12)  # the same steps, from one row's more noise
-    assert at_75["a1111"] == (50, 13, 36, 12)  # and without the last of them
-    assert at_75["comfyui"] == (66, 16, 50, 16)  # as many steps as were asked for
-    assert read("a1111").start("euler", 50, 0.75) == (50, 12, 38, 12)
+    assert at_75["diffusers"] == (50, 13, 37, 13, True)
+    assert at_75["ldm"] == (50, 13, 37, 12, False)  # the same steps, from one row's more noise
+    assert at_75["a1111"] == (50, 13, 36, 12, False)  # and without the last of them
+    assert at_75["comfyui"] == (66, 16, 50, 16, False)  # as many steps as were asked for
+    assert read("a1111").start("euler", 50, 0.75) == (50, 12, 38, 12, False)
     times = planned("ldm", "ddim", 50).timesteps
     assert (times[at_75["ldm"].first], times[at_75["ldm"].noised]) == (721, 741)  # denoises from t, noises at t + 20
+
+
+def begun(like: str, sampler: str, steps: int, strength: float) -> tuple[list[float], float]:
+    """The sigmas that are run, and the one whose noise the picture gets."""
+    convention = read(like)
+    chosen, start = convention.sampler(SD, sampler), convention.start(sampler, steps, strength)
+    plan = chosen.plan(None, start.steps)
+    rows, noised = starts.rows(start, plan, chosen.order)
+    seen = plan.columns()["sigma"].tolist()
+    return [seen[i] for i in rows], seen[noised]
+
+
+def test_pndm_of_diffusers_begins_at_the_row_of_its_list_and_goes_on_to_the_end() -> None:
+    """timesteps[t_start:], of a list with one timestep twice: one step more than strength asks for."""
+    plan = planned("diffusers", "pndm", 50)
+    ran, noised = begun("diffusers", "pndm", 50, 0.75)
+    assert ran == plan.columns()["sigma"].tolist()[13:]
+    assert noised == ran[0]
+
+
+@pytest.mark.parametrize("like", ["ldm", "a1111"])
+def test_plms_begins_where_ddim_does(like: str) -> None:
+    for strength in (0.3, 0.75):
+        assert begun(like, "pndm", 20, strength) == begun(like, "ddim", 20, strength)
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "karras", "ddim_uniform", "beta"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+def test_comfyui_begins_that_many_sigmas_before_the_end(scheduler: str, sampler: str) -> None:
+    """sigmas[-(steps + 1):]; ddim_uniform has more of them than steps, beta fewer."""
+    order = 2 if sampler == "heun" else 1
+    for steps, strength in ((20, 0.6), (11, 0.5), (30, 1.0), (400, 0.5)):
+        like, planning = f"comfyui:{scheduler}", int(steps / strength)
+        full = planned(like, sampler, planning).columns()["sigma"].tolist()
+        want = full if strength == 1 else full[-(steps * order - (order - 1)) :]
+        assert begun(like, sampler, steps, strength) == (want, want[0])
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 30, 50])

@@ -10,16 +10,20 @@ import torch
 from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import (
+    CM,
     DDIM,
     DDPM,
     DPM2,
     DPMSDE,
+    IPNDM,
     LMS,
     PNDM,
     SAMPLERS,
     DPM2Ancestral,
     DPMSolver,
     DPMSolver3MSDE,
+    DPMSolverInverse,
+    EDMEuler,
     Euler,
     EulerAncestral,
     Heun,
@@ -135,6 +139,8 @@ def test_unknown_names_and_options_quote_the_known_ones():
         (Euler, {"sigma_min": 0.0}, "sigma_min=0.0 must be positive"),
         (Euler, {"last_alpha_bar": 0.0}, "last_alpha_bar=0.0 must lie"),
         (EulerAncestral, {"last_alpha_bar": 1.0}, "last_alpha_bar=1.0 must lie"),
+        (UniPC, {"threshold": 0.9, "predict_x0": False}, "threshold=0.9 limits x0"),
+        (DPMSolverInverse, {"final_sigma": "zero"}, "can't begin at sigma 0"),
     ],
 )
 def test_options_are_checked_when_given(kind, options, message):
@@ -220,11 +226,52 @@ def test_given_sigmas_must_fall(kind):
         (Euler, {"sigmas": [1.0, 2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [1.0, -2.0]}, "must fall strictly"),
         (Euler, {"sigmas": [float("inf"), 2.0]}, "must fall strictly"),
+        (CM, {"timesteps": [5.5, 1]}, "must be whole numbers, 0 or above"),
     ],
 )
 def test_impossible_timesteps_and_sigmas(kind, given, message):
     with pytest.raises(ConfigError, match=message):
         kind().plan(SCHEDULE, **given)
+
+
+def test_log_linear_sigmas_have_timesteps_of_their_own():
+    """Given ones would be visited in name only."""
+    with pytest.raises(ConfigError, match="interpolation='log_linear' has timesteps of its own"):
+        Euler(interpolation="log_linear").plan(SCHEDULE, timesteps=[900, 500, 100])
+
+
+def test_the_way_up_has_its_ends_in_order():
+    with pytest.raises(ConfigError, match="sigma_min=10 is above sigma_max=1"):
+        DPMSolverInverse(sigma_spacing="karras", sigma_min=10.0, sigma_max=1.0).plan(SCHEDULE, 3)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [Heun, DPM2, DPM2Ancestral, DPMSDE])
+def test_the_last_step_of_two_calls_each_lands_on_the_last_sigma(kind, last):
+    """Also above 0: the straight step of the last interval goes all of its way."""
+    plan = kind().plan(SCHEDULE, sigmas=[10.0, 5.0, 2.0, last])
+    assert len(plan) == 5
+    assert plan.dt[-1] == last - 2.0
+
+
+def test_first_noise_is_that_of_the_first_sigma_given():
+    """Where a run begins below sigma_max, so does its noise; the reference has sigma_max nevertheless."""
+    plan = EDMEuler().plan(None, sigmas=[10.0, 5.0, 0.0])
+    assert plan.init_noise_sigma == pytest.approx(101**0.5)
+    assert EDMEuler().plan(None, 3).init_noise_sigma == pytest.approx(6401**0.5)
+    plan = CM().plan(None, timesteps=[30, 10])
+    assert plan.init_noise_sigma == plan.sigmas[0] < 20
+    assert CM(like_diffusers=True).plan(None, timesteps=[30, 10]).init_noise_sigma == 80
+    assert CM().plan(None, 3).init_noise_sigma == 80
+
+
+def test_noise_of_a_picture_in_the_middle_of_an_interval():
+    """A picture gets the noise of the sample there, not that of an end: inpainting puts it back after every call."""
+    x0, noise = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
+    for kind in (DPM2, DPMSDE):
+        plan = kind().plan(SCHEDULE, 4)
+        for i, sigma in enumerate(plan.columns()["sigma"]):
+            assert torch.equal(plan.add_noise(x0, noise, i), noise * sigma)
 
 
 TO_ZERO = ("euler", "euler_ancestral", "heun", "lms", "dpm2", "dpm2_ancestral", "dpmpp_sde")
@@ -383,6 +430,21 @@ def test_the_familiar_loop_equals_plan_and_step():
         assert_close(s.last_x0, want)
 
 
+def test_a_second_run_from_the_middle_begins_an_interval_too():
+    """Of two equal timesteps a run begins with the later one, also where set_timesteps is not called in between."""
+    s = Scheduler(Heun(), SCHEDULE)
+    s.set_timesteps(4)
+    x = torch.ones(1, 1, 2, 2)
+
+    def run():
+        y = x
+        for t in s.timesteps[2:]:
+            y = s.step(torch.sin(s.scale_model_input(y, t)), t, y)
+        return y
+
+    assert torch.equal(run(), run())
+
+
 def test_shell_refusals():
     s = Scheduler.from_diffusers(SDXL)
     with pytest.raises(ConfigError, match="call set_timesteps"):
@@ -398,6 +460,8 @@ def test_shell_refusals():
     ancestral.set_timesteps(5)
     with pytest.raises(ConfigError, match="3 generators for 2 images"):
         ancestral.step(x, ancestral.timesteps[0], x, generator=[torch.Generator()] * 3)
+    with pytest.raises(ConfigError, match="call set_timesteps"):
+        Scheduler(IPNDM(), None).add_noise(x, x, 1.0)
     ddim = Scheduler(DDIM(), SCHEDULE)
     assert_close(ddim.add_noise(x, x + 1, 999), SCHEDULE.add_noise(x, x + 1, 999))  # as training loops do
     ddim.set_timesteps(5)
