@@ -59,8 +59,12 @@ PARITY_EXAMPLES = """\
 examples:
   minidiff parity ./stable-diffusion-v1-5
   minidiff parity ./stable-diffusion-v1-5 --sampler euler --steps 8 --size 512x512 --html report.html
+  minidiff parity ./stable-diffusion-inpainting --image room.png --mask wall.png
   minidiff parity record sd15.safetensors ours.safetensors
   minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+
+SDXL's refiner and models that inpaint need a picture (and a mask): where none is given, both sides get the same one,
+made for the run.
 
 exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides part, 2 for a mistake.
 `minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of

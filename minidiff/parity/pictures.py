@@ -54,5 +54,5 @@ def mask(path: str | None, width: int, height: int) -> Image.Image:
     if path is not None:
         return open_picture(path, "--mask").convert("L").resize((width, height), Image.Resampling.NEAREST)
     x, y = np.arange(width) - width * 4 // 9, np.arange(height)[:, None] - height * 5 // 9
-    far = (x * x + y * y) * 1024 // (min(width, height) ** 2)  # 256 on the disc's rim, half of the shorter side away
+    far = (x * x + y * y) * 1024 // (min(width, height) ** 2)  # 256 at half of the shorter side, where it is black
     return Image.fromarray(np.clip(383 - far * 3 // 2, 0, 255).astype(np.uint8))

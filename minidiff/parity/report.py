@@ -22,7 +22,7 @@ PLACES = (
     ("encode/pixels", "how a picture becomes numbers in [-1, 1]; the masked one is 0 where the mask is white"),
     ("latents", "from the VAE's encoder to latents: the draw (mean + std * noise), the scaling factor"),
     ("added", "the noise that is added to the picture: its seed, generator, dtype, which draw it is"),
-    ("noisy", "how much noise is added to the picture: which row of the plan a strength begins at"),
+    ("noisy", "how much noise is added to the picture: the row of the plan (at first, the one that the strength says)"),
     ("start/x", "the first noise: its seed, generator, dtype, or what it is multiplied by"),
     ("input", "what the sampler makes of the sample before the UNet sees it (scale_input), or the batch for guidance"),
     (

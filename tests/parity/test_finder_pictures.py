@@ -125,7 +125,7 @@ def sides_swapped(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:
         ("refiner", encoder_eps, "encode/vae/encoder.mid.attn.norm", "epsilon"),
         ("refiner", score, "step.0/sizes", "the refiner's score"),
         ("refiner", unscaled, "encode/latents", "the scaling factor"),
-        ("refiner", row, "encode/noisy", "which row of the plan"),
+        ("refiner", row, "encode/noisy", "the row of the plan"),
         ("inpaint", channels, "step.0/mask", "the order (mask, then masked picture)"),
         ("inpaint", threshold, "encode/pixels#2", "where the mask is white"),
         ("sdxl_inpaint", sides_swapped, "step.0/sizes", "height before width"),
