@@ -31,23 +31,27 @@ MASKED = replace(PICTURE, mask=pictures.mask(None, 32, 24))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("pictures")
-    for kind in (*KINDS, "sd1"):
-        twins.folder_twin(found / kind, kind)
-    return found
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("pictures")
+
+    def written(kind: str) -> Path:
+        if not (root / kind).exists():
+            twins.folder_twin(root / kind, kind)
+        return root / kind
+
+    return written
 
 
 @pytest.fixture(scope="module")
-def opened(folder: Path) -> Callable[[str], Pair]:
+def opened(folder: Callable[[str], Path]) -> Callable[[str], Pair]:
     found: dict[str, Pair] = {}
 
     def sides(kind: str) -> Pair:
         if kind not in found:
-            ours = weights_convert.load(folder / kind, device="cpu")
+            ours = weights_convert.load(folder(kind), device="cpu")
             assert isinstance(ours, StableDiffusion)
             request = PICTURE if kind == "refiner" else MASKED
-            reference = theirs.open_pipeline(folder / kind, torch.float32, "cpu")
+            reference = theirs.open_pipeline(folder(kind), torch.float32, "cpu")
             reference = theirs.taking_a_picture(reference, masked=request.mask is not None)
             found[kind] = Pair(ours, reference, pair(ours, reference, module_names(ours.config)), request)
         return found[kind]
@@ -77,7 +81,10 @@ def test_every_stage_is_equal(opened: Callable[[str], Pair], kind: str) -> None:
         assert stage in stages
     in_order = ("plan/timesteps", "encode/pixels", "encode/noisy", "start/x", "step.0/input", "decode/pixels")
     assert sorted(in_order, key=stages.index) == list(in_order)
-    assert (report.only_a, report.only_b) == ([], [])
+    assert report.only_a == []
+    # diffusers also encodes a masked picture that an ordinary model does not read.
+    unread = [stage for stage in report.only_b if stage.startswith("encode/") and "#2" in stage]
+    assert report.only_b == (unread if kind == "sd1" else [])
 
 
 # --- slips -----------------------------------------------------------------------------------------------------------
@@ -143,7 +150,7 @@ def test_a_slip_is_named(
     sides = opened(kind)
     planted = sides.copy()
     plant(planted, monkeypatch)
-    report = sides.find(planted)
+    report = sides.find(planted, judge=plant is encoder_eps)
     assert outcome(report) == f"they part at {stage}"
     assert advice in reasons(report)["where"]
     assert report.first is not None
@@ -163,8 +170,10 @@ def lines(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, list[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_command_makes_what_a_model_needs(folder: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
-    status, out = lines(capsys, folder / kind)
+def test_the_command_makes_what_a_model_needs(
+    folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    status, out = lines(capsys, folder(kind))
     assert status == 0, out
     assert out[-1].startswith("equal: ")
     (run,) = (line for line in out if line.startswith("run "))
@@ -172,20 +181,22 @@ def test_the_command_makes_what_a_model_needs(folder: Path, capsys: pytest.Captu
     assert ("painting where a mask made for this is white" in run) == (kind != "refiner")
 
 
-def test_the_command_takes_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_files(
+    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture(50, 37).save(tmp_path / "p.png")
     mask(50, 37).save(tmp_path / "m.png")
     files = ("--image", tmp_path / "p.png", "--mask", tmp_path / "m.png", "--strength", 1, "--size", "32x24")
-    status, out = lines(capsys, folder / "inpaint", *files)
+    status, out = lines(capsys, folder("inpaint"), *files)
     assert status == 0, out
     (run,) = (line for line in out if line.startswith("run "))
     assert f"from {tmp_path / 'p.png'} at strength 1, painting where {tmp_path / 'm.png'} is white" in run
-    status, out = lines(capsys, folder / "sd1", *files[:2])  # image to image
+    status, out = lines(capsys, folder("sd1"), *files[:2])  # image to image
     assert status == 0, out
     assert any(line.startswith("encode ") for line in out)
 
 
-def test_a_single_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights_convert.convert(folder / "refiner", tmp_path / "refiner.safetensors")
+def test_a_single_file(folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights_convert.convert(folder("refiner"), tmp_path / "refiner.safetensors")
     status, out = lines(capsys, tmp_path / "refiner.safetensors")
     assert status == 0, out

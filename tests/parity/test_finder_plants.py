@@ -45,11 +45,13 @@ class Pair:
         """A copy of ours to plant a slip in."""
         return copy.deepcopy(self.ours)
 
-    def find(self, planted: StableDiffusion, request: Request | None = None, tolerance: float = 0.0) -> Report:
+    def find(
+        self, planted: StableDiffusion, request: Request | None = None, tolerance: float = 0.0, *, judge: bool = True
+    ) -> Report:
         """The copy against diffusers; ``request`` is what the copy runs, if not the same."""
         a = Ours(planted, request or self.request, {part: {x: x for x in found} for part, found in self.names.items()})
         b = Theirs(self.theirs, self.request, renamed(self.names))
-        rows, only_a, only_b = find(a, b, tolerance)
+        rows, only_a, only_b = find(a, b, tolerance, judge=judge)
         return Report("planted", "diffusers", rows, tolerance, only_a, only_b)
 
 
