@@ -59,13 +59,18 @@ PARITY_EXAMPLES = """\
 examples:
   minidiff parity ./stable-diffusion-v1-5
   minidiff parity ./stable-diffusion-v1-5 --sampler euler --steps 8 --size 512x512 --html report.html
+  minidiff parity ./stable-diffusion-inpainting --image room.png --mask wall.png
   minidiff parity record sd15.safetensors ours.safetensors
   minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+
+SDXL's refiner and models that inpaint need a picture (and a mask): where none is given, both sides get the same one,
+made for the run.
 
 exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides part, 2 for a mistake.
 `minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of
 record or compare is ./record, ./compare.)
 """
+MADE = "(default: none, or one made for a model that needs it)"
 RECORD_EXAMPLES = """\
 examples:
   minidiff parity record sd15.safetensors ours.safetensors --steps 8
@@ -356,6 +361,9 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
     g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first noise (default: 0)")
     g.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
+    g.add_argument("--image", metavar="FILE", help=f"begin from this picture, resized {MADE}")
+    g.add_argument("--mask", metavar="FILE", help=f"paint only where this picture is white, resized {MADE}")
+    g.add_argument("--strength", type=_finite, metavar="X", help="how much of the picture may change (default: 0.8)")
     g.add_argument("--dtype", choices=dtypes, default="float32", help="what to compute in (default: float32)")
     g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
     g.add_argument("--quiet", action="store_true", help="no hints, and nothing about what is being done")

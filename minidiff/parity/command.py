@@ -20,11 +20,12 @@ from minidiff.config import ModelConfig, check
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import atomic
-from minidiff.parity import names, recording, theirs
+from minidiff.parity import names, pictures, recording, theirs
 from minidiff.parity.engine import find
-from minidiff.parity.ours import Deep, Names, Ours, Request, first_step_only
+from minidiff.parity.ours import Ours, Request
 from minidiff.parity.page import page
 from minidiff.parity.report import Report, text
+from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
 from minidiff.version import VERSION
@@ -70,6 +71,8 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
         request = replace(_request(args, pipe), draw_like_diffusers=True)
         folder = _folder(args.checkpoint, Path(beside) / "folder", converter, tell)
         reference = theirs.open_pipeline(folder, DTYPES[args.dtype], device)
+        if request.image is not None:
+            reference = theirs.taking_a_picture(reference, masked=request.mask is not None)
         if args.sampler is not None:
             reference, config = theirs.change_scheduler(reference, args.sampler)
             sampler = sampler_from_diffusers(config)
@@ -116,6 +119,7 @@ def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]
         ours_part, table = pipe.parts[part], dict(tables[part])
         if part.startswith("text_encoder") and hasattr(theirs_part, "text_model"):  # transformers before 5.6
             table = {x: y if y == "text_projection" else f"text_model.{y}" for x, y in table.items()}
+        table = {x: y for x, y in table.items() if x not in NOT_CALLED}
         known = names.present(ours_part, theirs_part, table)
         found[part] = names.with_blocks(ours_part, theirs_part, known)
     return found
@@ -169,6 +173,7 @@ def run_of(pipe: Pipe, request: Request) -> dict[str, Any]:
         "family": pipe.config.family,
         "model": recording.architecture(pipe.config),
         **(text_only if isinstance(pipe, StableDiffusion) else {}),
+        **({"strength": r.strength} if r.image is not None else {}),
         "steps": r.steps,
         "seed": r.seed,
         "sampler": sampler["name"],
@@ -182,7 +187,7 @@ def _request(args: Namespace, pipe: Pipe) -> Request:
     """The run that was asked for. Raises :class:`ConfigError` for what a model without text cannot take."""
     common = {"steps": args.steps, "seed": args.seed, "eta": getattr(pipe.sampler(None), "eta", 0.0)}
     if isinstance(pipe, Unconditional):
-        for option in ("prompt", "negative", "scale", "size"):
+        for option in ("prompt", "negative", "scale", "size", "image", "mask", "strength"):
             if getattr(args, option) is not None:
                 raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no --{option}")
         return Request(**common)
@@ -190,7 +195,7 @@ def _request(args: Namespace, pipe: Pipe) -> Request:
     side = min(pipe.unet.config.sample_size * config.factor, max(LARGEST, config.factor))
     width, height = args.size or (side, side)
     texts = {key: getattr(args, key) for key in ("prompt", "negative", "scale") if getattr(args, key) is not None}
-    return Request(**common, **texts, width=width, height=height)
+    return Request(**common, **texts, width=width, height=height, **pictures.begun(args, pipe, width, height))
 
 
 def _about(pipe: Pipe, r: Request, args: Namespace) -> dict[str, str]:
@@ -199,6 +204,9 @@ def _about(pipe: Pipe, r: Request, args: Namespace) -> dict[str, str]:
     run = f"{r.steps} steps of {sampler}, seed {r.seed}"
     if isinstance(pipe, StableDiffusion):
         run += f", {r.width} x {r.height}, guidance scale {r.scale:g}, prompt {r.prompt!r}, negative {r.negative!r}"
+    if r.image is not None:
+        run += f", from {args.image or 'a picture made for this'} at strength {r.strength:g}"
+        run += f", painting where {args.mask or 'a mask made for this'} is white" if r.mask is not None else ""
     threads = torch.get_num_threads()
     with_threads = f" with {threads} thread{'s' if threads > 1 else ''}" if pipe.device.type == "cpu" else ""
     return {"run": run, "computed": f"in {args.dtype} on {pipe.device.type}{with_threads}, torch {torch.__version__}"}

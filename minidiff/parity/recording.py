@@ -2,7 +2,7 @@
 
 A recording is one safetensors file. Any program in any language can write one; this is all there is to it:
 
-* **Tensors**: one a stage, named as in the table at the top of ``ours.py``: ``prompt/ids``, ``plan/timesteps``,
+* **Tensors**: one a stage, named as in the table at the top of ``stages.py``: ``prompt/ids``, ``plan/timesteps``,
   ``start/x``, ``step.0/input``, ``step.0/unet/down.0.res.0.conv1``, ``step.0/prediction``, ``step.0/out``,
   ``step.0/x``, ``decode/pixels``, ... Floats as they were computed, ids int64; pictures and latents (B, C, H, W),
   tokens (B, L, C). With guidance the UNet's batch is [negative, prompt].
@@ -12,13 +12,13 @@ A recording is one safetensors file. Any program in any language can write one; 
   file's own order means nothing.
   ``recording.run``: a JSON object that says what was run. All of its keys may be left out. "program" is the title in
   reports; if both recordings have "model" (what identifies the architecture), "prompt", "negative", "steps",
-  "sampler", "scale", "seed", "width" or "height", they must be the same, or comparing makes no sense.
+  "sampler", "scale", "seed", "width", "height" or "strength", they must be the same, or comparing makes no sense.
 
 Only stages that both recordings have are compared, so a program writes as many as it likes: ``start/x`` and every
 ``step.N/x`` are a fine beginning, and then the layers of the step where they part. ``NAME:in`` may be left out where
 it is the output of a stage before, unchanged; minidiff leaves it out. To follow a recording of minidiff's exactly, a
-program begins with its ``prompt/ids`` and ``start/x``, and takes a sampler's noise from ``step.N/noise``: no random
-generator has to be rebuilt.
+program begins with its ``prompt/ids`` and ``start/x``, and takes a sampler's noise from ``step.N/noise`` (a model that
+inpaints, its further channels from ``step.0/mask`` and ``step.0/masked``): no random generator has to be rebuilt.
 
 A recording in float64 is a judge: ``minidiff parity compare A B --judge C`` says, stage by stage, which is nearer.
 """
@@ -46,7 +46,7 @@ from minidiff.parity.taps import INPUT
 
 VERSION = "1"
 VERSION_KEY, STAGES_KEY, RUN_KEY = "recording.version", "recording.stages", "recording.run"
-SAME = ("model", "prompt", "negative", "steps", "sampler", "scale", "seed", "width", "height")
+SAME = ("model", "prompt", "negative", "steps", "sampler", "scale", "seed", "width", "height", "strength")
 RECENT = 8  # values of late among which an input is looked for
 
 

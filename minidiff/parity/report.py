@@ -19,8 +19,20 @@ PLACES = (
     ("plan/timesteps", "the plan: spacing, steps_offset, number of steps"),
     ("plan/sigmas", "the plan: spacing of the sigmas, Karras or not, the last one, the dtype they are computed in"),
     ("plan/init_noise_sigma", "the plan: what the first noise is multiplied by"),
+    ("encode/pixels", "how a picture becomes numbers in [-1, 1]; the masked one is 0 where the mask is white"),
+    ("latents", "from the VAE's encoder to latents: the draw (mean + std * noise), the scaling factor"),
+    ("added", "the noise that is added to the picture: its seed, generator, dtype, which draw it is"),
+    ("noisy", "how much noise is added to the picture: the row of the plan (at first, the one that the strength says)"),
     ("start/x", "the first noise: its seed, generator, dtype, or what it is multiplied by"),
     ("input", "what the sampler makes of the sample before the UNet sees it (scale_input), or the batch for guidance"),
+    (
+        "/mask",
+        "the mask at the latents' size: where it is cut to 0 and 1, how it is resized (nearest), the order (mask, "
+        "then masked picture)",
+    ),
+    ("/masked", "the masked picture's latents: which draw they are, the scaling factor"),
+    ("/pooled", "the pooled text: which encoder, which token, and the order (negative first, then the prompt)"),
+    ("/sizes", "what SDXL is told: height before width; the refiner's score, 6 and 2.5 beside the negative prompt"),
     ("/t", "the timestep that the UNet is told"),
     ("context", "how the encoded prompts reach the UNet: which layer, and the order (negative first, then the prompt)"),
     ("out", "the guidance: u + scale * (c - u), in this order"),
@@ -138,7 +150,8 @@ def where(report: Report, row: Row) -> str:
     if any(s.startswith(row.stage + ".") for s in stages):
         return f"inside this block, behind {stages[k - 1]}: what it does with the outputs of its own modules"
     if row.stage.count("/") == 1:  # a stage of the run, and no layer
-        return next((advice for end, advice in PLACES if row.stage.endswith(end)), f"this stage differs{alone}")
+        place = row.stage.partition("#")[0]
+        return next((advice for end, advice in PLACES if place.endswith(end)), f"this stage differs{alone}")
     if row.stage == OUTPUT:
         return f"the whole module's output, behind {stages[k - 1]}: what it does with the outputs of its own modules"
     if row.judgement is not None and row.judgement.same_function:

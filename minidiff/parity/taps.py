@@ -23,8 +23,11 @@ Tap = Callable[[str, Tensor], Tensor]
 Side = Callable[[Tap], None]
 """One implementation's run, from its start, showing every stage to the tap."""
 
-Inputs = Sequence[tuple[str, int, tuple[str, ...]]]
-"""(stage, position, keywords): which arguments of a module are stages of their own."""
+Show = Callable[["Probe", Any], Any]
+"""How an argument of a network is shown; gives what the network is called with."""
+
+Inputs = Sequence[tuple[Show, int, tuple[str, ...]]]
+"""(how it is shown, position, keywords): which arguments of a network are stages of their own."""
 
 INPUT = ":in"
 
@@ -37,11 +40,13 @@ class Probe:
         self.tap, self.deep, self.scope = tap, deep, ""
         self.seen: Counter[str] = Counter()
 
-    def show(self, name: str, value: Any) -> Any:
-        """Show ``value``, the stage ``name`` of the current scope, if it is a tensor; gives what to go on with."""
+    def show(self, name: str, value: Any, scope: str | None = None) -> Any:
+        """Show ``value``, the stage ``name`` of ``scope`` (None: the current one), if it is a tensor; gives what to go
+        on with."""
         if not isinstance(value, Tensor):
             return value
-        stage = f"{self.scope}/{name}" if self.scope else name
+        scope = self.scope if scope is None else scope
+        stage = f"{scope}/{name}" if scope else name
         self.seen[stage] += 1
         if self.seen[stage] > 1:
             bare = stage.removesuffix(INPUT)
@@ -74,17 +79,17 @@ class Probe:
     def watch_root(
         self, module: nn.Module, scopes: Iterator[str], inputs: Inputs, output: str | None = None
     ) -> Iterator[None]:
-        """Show the arguments of a whole network, named by ``inputs``, and its ``output``; each of its calls begins
-        the next of ``scopes``."""
+        """Show the arguments of a whole network, as ``inputs`` say, and its ``output``; each of its calls begins the
+        next of ``scopes``."""
 
         def before(part: nn.Module, args: Any, kwargs: Any) -> Any:
             self.scope = next(scopes)
             args, kwargs = list(args), dict(kwargs)
-            for stage, position, keywords in inputs:
+            for show, position, keywords in inputs:
                 if position < len(args):
-                    args[position] = self.show(stage, args[position])
+                    args[position] = show(self, args[position])
                 for key in kwargs.keys() & set(keywords):
-                    kwargs[key] = self.show(stage, kwargs[key])
+                    kwargs[key] = show(self, kwargs[key])
             return tuple(args), kwargs
 
         def after(part: nn.Module, args: Any, out: Any) -> Any:
@@ -93,6 +98,11 @@ class Probe:
         with ExitStack() as stack:
             hook(stack, module, before, after)
             yield
+
+
+def named(stage: str) -> Show:
+    """An argument that is one stage."""
+    return lambda probe, value: probe.show(stage, value)
 
 
 def hook(stack: ExitStack, part: nn.Module, before: Any, after: Any) -> None:

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.errors import CheckpointError, MinidiffError, UnsupportedError
-from minidiff.parity.ours import Deep, Names, Request, first_step_only, show_plan, watched
+from minidiff.parity.ours import Request
+from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
 from minidiff.samplers import SAMPLERS
 from minidiff.samplers.readers import READERS
@@ -97,6 +98,23 @@ def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
     return pipe, config
 
 
+def taking_a_picture(pipe: Any, *, masked: bool) -> Any:
+    """``pipe``, or the pipeline of its kind that begins from a picture, ``masked`` or whole, with the same parts.
+
+    Raises :class:`UnsupportedError` where there is none.
+    """
+    if ("mask_image" if masked else "image") in inspect.signature(pipe.__call__).parameters:
+        return pipe
+    diffusers = import_diffusers()
+    kind = diffusers.AutoPipelineForInpainting if masked else diffusers.AutoPipelineForImage2Image
+    try:
+        found = kind.from_pipe(pipe)
+    except ValueError as e:
+        raise UnsupportedError(f"diffusers cannot begin from a picture with this checkpoint ({e})") from None
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
 @dataclass
 class Theirs:
     """diffusers as a side: ``pipe`` runs ``request``. ``names``: {part: {module's name there: the stage's}}."""
@@ -120,29 +138,34 @@ class Theirs:
         pipe, r = self.pipe, self.request
         generator = torch.Generator().manual_seed(r.seed)
         with torch.no_grad(), watched(probe, parts_of(pipe), self.names), shown(pipe.scheduler, probe):
+            taken = inspect.signature(pipe.__call__).parameters
+            options: dict[str, Any] = {"num_inference_steps": r.steps, "generator": generator}
+            options |= {"eta": r.eta} if "eta" in taken else {}
             if hasattr(pipe, "text_encoder"):
-                pixels = pipe(
-                    r.prompt,
-                    negative_prompt=r.negative,
-                    num_inference_steps=r.steps,
-                    guidance_scale=r.scale,
-                    height=r.height,
-                    width=r.width,
-                    eta=r.eta,
-                    generator=generator,
-                    output_type="pt",
-                ).images
+                size = {"height": r.height, "width": r.width} if "height" in taken else {}  # else the picture's
+                picture = {"image": r.image, "strength": r.strength} if r.image is not None else {}
+                options |= size | picture | ({"mask_image": r.mask} if r.mask is not None else {})
+                texts: dict[str, Any] = {"prompt": r.prompt, "negative_prompt": r.negative, "guidance_scale": r.scale}
+                pixels = pipe(**texts, **options, output_type="pt").images
             else:
-                eta = {"eta": r.eta} if "eta" in inspect.signature(pipe.__call__).parameters else {}
-                options = {"num_inference_steps": r.steps, "generator": generator, "output_type": "np", **eta}
-                images = pipe(batch_size=1, **options).images
+                images = pipe(batch_size=1, **options, output_type="np").images
                 pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
         probe.scope = "decode"
         probe.show("pixels", pixels)
 
-    def wide(self) -> AbstractContextManager[None]:
-        """Every part in float64."""
-        return in_float64(parts_of(self.pipe).values())
+    @contextmanager
+    def wide(self) -> Iterator[None]:
+        """Every part in float64; the VAE too, which SDXL's pipelines put into float32 for a picture."""
+        vae = getattr(self.pipe, "vae", None)
+        upcast = getattr(vae, "config", {}).get("force_upcast", False)
+        with in_float64(parts_of(self.pipe).values()):
+            if upcast:
+                vae.register_to_config(force_upcast=False)
+            try:
+                yield
+            finally:
+                if upcast:
+                    vae.register_to_config(force_upcast=True)
 
 
 def parts_of(pipe: Any) -> dict[str, Any]:
@@ -157,19 +180,18 @@ def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
 
     def set_timesteps(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         call(*args, **kwargs)
-        scope = probe.scope
         show_plan(probe, _Plan(scheduler))
-        probe.scope = scope
+
+    def add_noise(call: Callable[..., Tensor], latents: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return show_noising(probe, lambda latents, noise: call(latents, noise, *args, **kwargs), latents, noise)
 
     def step(call: Callable[..., Any], out: Tensor, t: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if next(calls) == 0:  # the pipeline has the first sample to itself until now
-            scope, probe.scope = probe.scope, "start"
-            x = probe.show("x", x)
-            probe.scope = scope
+            x = probe.show("x", x, "start")
         result = call(probe.show("out", out), t, x, *args, **kwargs)
         return swap_first(result, lambda new: probe.show("x", new))[0]
 
-    wrapped = {"set_timesteps": set_timesteps, "step": step}
+    wrapped = {"set_timesteps": set_timesteps, "add_noise": add_noise, "step": step}
     for name, around in wrapped.items():
         setattr(scheduler, name, _wrap(getattr(scheduler, name), around))
     try:

@@ -39,16 +39,19 @@ class Pair:
     ours: StableDiffusion
     theirs: Any
     names: dict[str, dict[str, str]]
+    request: Request = REQUEST
 
     def copy(self) -> StableDiffusion:
         """A copy of ours to plant a slip in."""
         return copy.deepcopy(self.ours)
 
-    def find(self, planted: StableDiffusion, request: Request = REQUEST, tolerance: float = 0.0) -> Report:
-        """The copy against diffusers; ``request`` is what the copy runs."""
-        a = Ours(planted, request, {part: {x: x for x in found} for part, found in self.names.items()})
-        b = Theirs(self.theirs, REQUEST, renamed(self.names))
-        rows, only_a, only_b = find(a, b, tolerance)
+    def find(
+        self, planted: StableDiffusion, request: Request | None = None, tolerance: float = 0.0, *, judge: bool = True
+    ) -> Report:
+        """The copy against diffusers; ``request`` is what the copy runs, if not the same."""
+        a = Ours(planted, request or self.request, {part: {x: x for x in found} for part, found in self.names.items()})
+        b = Theirs(self.theirs, self.request, renamed(self.names))
+        rows, only_a, only_b = find(a, b, tolerance, judge=judge)
         return Report("planted", "diffusers", rows, tolerance, only_a, only_b)
 
 

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from minidiff import cli
-from minidiff.parity import recording
+from minidiff.parity import pictures, recording
 from tests.unit.convert_sources import write_ddpm
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 
@@ -110,9 +111,39 @@ def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -
     assert torch.equal(found.tape["plan/timesteps"].long(), torch.tensor([999, 0]))
 
 
+def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path) -> None:
+    """In the tiny model's case because it is asked for; a model that cannot do without gets one that is made."""
+    pictures.picture(None, 40, 40).save(tmp_path / "p.png")
+    files = ("--image", "p.png", "--strength", "0.5")
+    status, _, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, *files)
+    assert (status, len(err)) == (0, 1)
+    found = recording.read(tmp_path / "a.safetensors")
+    assert found.run["strength"] == 0.5
+    assert found.tape["encode/pixels"].shape == (1, 3, 16, 16)
+    in_order = ("encode/pixels", "encode/vae/encoder", "encode/latents", "encode/added", "encode/noisy", "step.0/input")
+    assert sorted(in_order, key=list(found.tape).index) == list(in_order)
+    assert torch.equal(found.tape["start/x"], found.tape["encode/noisy"])
+    assert "step.1/x" not in found.tape, "half of two steps"
+
+
+def test_the_made_picture_and_mask_show_much() -> None:
+    for width, height in ((32, 24), (256, 256)):
+        image = torch.tensor(np.asarray(pictures.picture(None, width, height)))
+        assert image.shape == (height, width, 3)
+        assert min(len(image[..., c].unique()) for c in range(3)) >= height // 2
+        shades = torch.tensor(np.asarray(pictures.mask(None, width, height)))
+        assert shades.shape == (height, width)
+        black, grey, white = (shades == 0).sum(), ((shades > 0) & (shades < 255)).sum(), (shades == 255).sum()
+        assert min(black, grey, white) > shades.numel() / 20
+        assert (shades < 128).logical_and(shades > 76).any(), "a threshold elsewhere would make a difference"
+
+
 def test_help(run: Any) -> None:
     for argv, words in (
-        (("parity",), ("usage: minidiff parity ", "exit status: 0 if all stages are equal", "--html", "samplers:")),
+        (
+            ("parity",),
+            ("usage: minidiff parity ", "exit status: 0 if all stages are equal", "--html", "--strength", "samplers:"),
+        ),
         (("parity", "record"), ("usage: minidiff parity record ", "OUT.safetensors", "--layers")),
         (("parity", "compare"), ("usage: minidiff parity compare ", "--judge", "exit status")),
     ):
@@ -158,6 +189,9 @@ def test_mistakes_are_one_line(run: Any, models: Path, tmp_path: Path) -> None:
     one_error(run("parity", "compare", text, text), "no recording", "`minidiff parity record` makes one")
     one_error(run("parity", "record", "no", "a.safetensors"), "no: no such file or folder")
     one_error(run("parity", "record", plain, "a.safetensors", "--prompt", "a fox"), "takes no --prompt")
+    one_error(run("parity", "record", plain, "a.safetensors", "--image", "p.png"), "takes no --image")
+    one_error(run("parity", "record", text, "a.safetensors", "--strength", "0.5"), "give an --image too")
+    one_error(run("parity", "record", text, "a.safetensors", "--mask", "p.png"), "p.png: no such file; --mask names")
     one_error(run("parity", "record", plain, "a.safetensors", "--sampler", "oiler"), "no sampler is called 'oiler'")
     one_error(run("parity", "record", text, "nowhere/a.safetensors"), "the folder nowhere does not exist")
     one_error(run("parity", "record", text, "."), "exists already")

@@ -1,0 +1,119 @@
+"""The stages of a run, and how the networks are watched: alike for whichever program they belong to.
+
+    prompt/ids  prompt/text_encoder/LAYER  prompt/context     the prompt, then the same for the negative one
+    prompt/ids_2  prompt/text_encoder_2/LAYER                 SDXL's second encoder; both together are step.0/context
+    plan/timesteps  plan/init_noise_sigma  plan/sigmas        what the sampler will do
+    encode/pixels  encode/vae/LAYER                           a picture in [-1, 1] on its way in; the masked one
+    encode/latents  encode/added  encode/noisy                a picture's latents, scaled; the noise; one with the other
+    start/x                                                   the first sample: noise, already scaled, or that
+    step.0/input  step.0/t  step.0/context                    what the UNet is given
+    step.0/mask  step.0/masked                                in further channels, by a model that inpaints
+    step.0/pooled  step.0/sizes                               SDXL: the pooled text; the sizes, or the refiner's score
+    step.0/unet/LAYER  step.0/prediction                      its layers, and what it says (both halves with guidance)
+    step.0/out  step.0/noise  step.0/x                        guided; what the sampler drew; where the sample is then
+    step.0/latents  step.0/added  step.0/noisy                what an ordinary model keeps of a masked picture
+    decode/vae/LAYER  decode/pixels                           the picture in [0, 1]
+
+LAYER is a module's name in minidiff (``down.0.res.1.conv2``), ``LAYER:in`` the first tensor that it is given. What
+comes more than once in its section is numbered (``encode/pixels#2``). Steps are counted from the first that is run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.parity.taps import Inputs, Probe, named
+
+Names = Mapping[str, Mapping[str, str]]
+"""part ("unet", "vae", "text_encoder") -> module's name -> the stage's name."""
+
+Deep = Callable[[str], bool]
+"""Whether the layers are stages too, scope by scope: "prompt", "negative", "encode", "step.0", ..., "decode"."""
+
+# The text encoders: what their ids are called, and their output where both programs give the same one first.
+TEXTS: dict[str, tuple[str, str | None]] = {"text_encoder": ("ids", "context"), "text_encoder_2": ("ids_2", None)}
+# minidiff reads its table of positions without calling the module, so there is no call to compare. What it adds to the
+# words is seen where their sum arrives, at ``layers.0:in``.
+NOT_CALLED = ("position",)
+ENCODES = ("encoder", "quant")  # the modules of the VAE that a picture goes in by
+
+
+def first_step_only(scope: str) -> bool:
+    """Layers of both prompts, of a picture's way in, of the first step and of the decoder: what fits into memory at
+    full size."""
+    return not scope.startswith("step.") or scope == "step.0"
+
+
+@contextmanager
+def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[None]:
+    """Show what the networks in ``parts`` are given, do and give."""
+    with ExitStack() as stack:
+        for part, module in parts.items():
+            if part in TEXTS:
+                texts = itertools.chain(("prompt", "negative"), (f"text.{i}" for i in itertools.count(2)))
+                ids, output = TEXTS[part]
+                inputs: Inputs = ((named(ids), 0, ("ids", "input_ids")),)
+                stack.enter_context(probe.watch_root(module, texts, inputs, output))
+            if part == "unet":
+                scopes = (f"step.{i}" for i in itertools.count())
+                stack.enter_context(probe.watch_root(module, scopes, unet_inputs(parts), "prediction"))
+            if part == "vae":
+                pixels: Inputs = ((named("pixels"), 0, ("x", "sample")),)
+                stack.enter_context(probe.watch_root(module.encoder, itertools.repeat("encode"), pixels))
+            stages = {name: f"{part}/{stage}" for name, stage in names.get(part, {}).items()}
+            if part == "vae":  # it is not called as a whole, but for either half
+                into = {name: stage for name, stage in stages.items() if stage.split("/")[1].split(".")[0] in ENCODES}
+                stack.enter_context(probe.watch(module, into, "encode"))
+                stages = {name: stage for name, stage in stages.items() if name not in into}
+            stack.enter_context(probe.watch(module, stages, "decode" if part == "vae" else None))
+        yield
+
+
+def unet_inputs(parts: Mapping[str, Any]) -> Inputs:
+    """What the UNet is given, under the names that either program has for it."""
+    latent = parts["vae"].config.latent_channels if "vae" in parts else None
+
+    def sample(probe: Probe, x: Tensor) -> Tensor:
+        further = 0 if latent is None else x.shape[1] - latent
+        if further == 0:
+            shown: Tensor = probe.show("input", x)
+            return shown
+        before = x.split([latent, 1, further - 1], dim=1)
+        after = [probe.show(name, part) for name, part in zip(("input", "mask", "masked"), before, strict=True)]
+        return x if all(a is b for a, b in zip(before, after, strict=True)) else torch.cat(after, dim=1)
+
+    def added(probe: Probe, given: Any) -> Any:
+        if isinstance(given, tuple):
+            return tuple(probe.show(name, one) for name, one in zip(("pooled", "sizes"), given, strict=True))
+        if isinstance(given, Mapping):
+            pairs = (("text_embeds", "pooled"), ("time_ids", "sizes"))
+            return {**given, **{key: probe.show(name, given[key]) for key, name in pairs if key in given}}
+        return given
+
+    return (
+        (sample, 0, ("x", "sample")),
+        (named("t"), 1, ("t", "timestep")),
+        (named("context"), 2, ("context", "encoder_hidden_states")),
+        (added, 3, ("added", "added_cond_kwargs")),
+    )
+
+
+def show_plan(probe: Probe, plan: Any) -> None:
+    """The numbers of a plan (or of a scheduler of diffusers) that both programs have."""
+    for name in ("timesteps", "init_noise_sigma", "sigmas"):
+        value = getattr(plan, name, None)
+        if isinstance(value, Tensor):
+            probe.show(name, value, "plan")
+
+
+def show_noising(probe: Probe, add_noise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor) -> Tensor:
+    """Noise is added to a picture: what, how much, and what comes of it."""
+    latents, noise = probe.show("latents", latents), probe.show("added", noise)
+    noisy: Tensor = probe.show("noisy", add_noise(latents, noise))
+    return noisy
