@@ -3,20 +3,23 @@
     python scripts/train_shapes.py                   # everything; can be stopped, and goes on where it was
     python scripts/train_shapes.py --out out/shapes  # where the runs are kept (this is the default)
 
-Two trainings with `minidiff.training`: an autoencoder learns to repeat the pictures of the procedural data
-set through 16 x 16 x 4 latents; then a UNet and a text encoder learn, together and from scratch, to denoise those
-latents given the captions. What is shipped are the averaged weights in float16. `scripts/eval_shapes.py` scores them.
+An autoencoder learns to repeat the pictures of the procedural data set through 16 x 16 x 4 latents; a UNet and a text
+encoder learn to denoise those latents given the captions, and in between the text encoder learns, as CLIP's did, which
+words look like what. What is shipped are the averaged weights in float16. `scripts/eval_shapes.py` scores them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from _contrast import teach
 from torch import Tensor
 
 from minidiff import checkpoint
@@ -54,7 +57,7 @@ VAE = TrainConfig(
 )
 UNET = TrainConfig(
     parts=("unet", "text_encoder"),
-    steps=7000,
+    steps=5000,
     batch=32,
     rate=1e-3,
     curve="constant",
@@ -67,17 +70,24 @@ UNET = TrainConfig(
 )
 
 
-def runs() -> dict[str, tuple[TrainConfig, Data]]:
+Stage = Callable[[StableDiffusion, Path], StableDiffusion]  # a model and a folder for the run -> the model trained
+
+
+def stages() -> dict[str, Stage]:
     """The trainings in their order, by the folder of each; every one begins with the averaged weights of the last.
 
     A learning rate that stays, and falls in a run of its own, lets one decide late how long to go on.
     """
     return {
-        "1-vae": (VAE, Crowd(1)),
-        "2-vae": (replace(VAE, steps=800, rate=1e-3), Crowd(2)),
-        "3-vae": (replace(VAE, steps=1200, rate=6e-4), Crowd(3)),
-        "4-unet": (UNET, ShapesStream(0)),
-        "5-unet": (replace(UNET, steps=2000, curve="linear", seed=1), ShapesStream(1)),
+        "1-vae": partial(run, VAE, Crowd(1)),
+        "2-vae": partial(run, replace(VAE, steps=800, rate=1e-3), Crowd(2)),
+        "3-vae": partial(run, replace(VAE, steps=1200, rate=6e-4), Crowd(3)),
+        "4-unet": partial(run, UNET, ShapesStream(0)),
+        "5-text": words,
+        "6-unet": partial(run, replace(UNET, parts=("unet",), steps=3000, seed=1), ShapesStream(1)),
+        "7-unet": partial(
+            run, replace(UNET, parts=("unet",), steps=1200, curve="linear", warmup=0, seed=2), ShapesStream(2)
+        ),
     }
 
 
@@ -144,13 +154,29 @@ def new_model() -> StableDiffusion:
     return pipe
 
 
-def run(pipe: StableDiffusion, settings: TrainConfig, data: Data, folder: Path) -> StableDiffusion:
+def run(settings: TrainConfig, data: Data, pipe: StableDiffusion, folder: Path) -> StableDiffusion:
     """One training, or the rest of one, in ``folder``; the model with its averaged weights."""
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     print(f"{'+'.join(settings.parts)}: {settings.steps} steps of {settings.batch} in {folder}", flush=True)
     train(Trainer(pipe, data, settings), folder, resume=(folder / STATE).exists())
     trained = load(folder / MODEL)
+    assert isinstance(trained, StableDiffusion)
+    return trained
+
+
+def words(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
+    """The text encoder learns which words look like what (see _contrast.py); begun anew if it is stopped."""
+    path = folder / MODEL
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in pipe.parts["text_encoder"].parameters():
+            part.data = part.data.clone()  # what is going to change gets memory of its own, apart from the file
+        for report in teach(pipe, ShapesStream(7), steps=400, batch=256, rate=1e-3):
+            if report.step % 20 == 0:
+                print(f"text: step {report.step}, loss {report.loss:.3f}, found {report.found:.0%}", flush=True)
+        pipe.save(path)
+    trained = load(path)
     assert isinstance(trained, StableDiffusion)
     return trained
 
@@ -177,8 +203,8 @@ def main() -> int:
     try:
         pipe = new_model()
         print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
-        for name, (settings, data) in runs().items():
-            pipe = run(pipe, settings, data, folder / name)
+        for name, stage in stages().items():
+            pipe = stage(pipe, folder / name)
         ship(pipe, Path(args.asset))
     except (MinidiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -14,6 +14,7 @@ from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, s
 from minidiff.parity.taps import Probe, Tap, in_float64
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers.base import Draw, Sampler
+from minidiff.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,23 +78,20 @@ def own_names(module: Any) -> dict[str, str]:
     return {name: name for name in module_names(module)}
 
 
-class Shown:
+class Shown(Wrapped):
     """A sampler that shows its plan, the first sample, and what goes into and comes out of every step."""
 
     def __init__(self, inner: Sampler[Any, Any], probe: Probe) -> None:
-        self.inner, self.probe = inner, probe
+        super().__init__(inner)
+        self.probe = probe
         self.begun = False
         self.first: Tensor | None = None
 
-    def plan(self, schedule: Any, steps: int | None = None, *, timesteps: Any = None, sigmas: Any = None) -> Any:
+    def plan(self, schedule: Any = None, steps: int | None = None, *, timesteps: Any = None, sigmas: Any = None) -> Any:
         """The inner one's, shown."""
         plan = self.inner.plan(schedule, steps, timesteps=timesteps, sigmas=sigmas)
         show_plan(self.probe, plan)
         return ShownPlan(plan, self.probe)
-
-    def start(self) -> Any:
-        """The inner one's."""
-        return self.inner.start()
 
     def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
         """The inner one's, of the sample that was shown."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from minidiff.parity.difference import Difference
 from minidiff.parity.engine import Row
@@ -64,7 +65,7 @@ class Report:
         """The stages that differ beyond the tolerance although their inputs were equal."""
         return [row for row in self.rows if row.local is not None and not row.local.within(self.tolerance)]
 
-    @property
+    @cached_property
     def first(self) -> Row | None:
         """Where the sides part: the first cause, or (where none was looked for, or none is beyond the tolerance by
         itself) the first stage that differs beyond it. None if they are equal."""

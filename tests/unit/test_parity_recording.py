@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from minidiff import CheckpointError, ConfigError
@@ -22,6 +23,7 @@ from minidiff.parity.command import run_of
 from minidiff.parity.ours import Ours, Request
 from minidiff.parity.recording import RUN_KEY, STAGES_KEY, VERSION_KEY, Recording, compare, read, record, write
 from minidiff.parity.report import outcome, reasons, text
+from minidiff.samplers import SAMPLERS
 from tests.tolerances import RECORDED
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 
@@ -207,3 +209,19 @@ def test_nan_in_a_recording_is_where_they_part() -> None:
     assert outcome(report) == "they part at step.1/x"
     assert reasons(report)["how far"] == "not finite: 1 NaN in A, 1 in B, of 2 values"
     assert "NaN" in text(report)
+
+
+def test_a_run_from_a_picture_with_two_calls_a_step_is_watched_from_the_row_it_begins_at() -> None:
+    """Which row that is depends on the sampler's order; the watched sampler has the one that it is."""
+    pipe = tiny_sd()
+    picture = Image.new("RGB", (64, 64), "red")
+    request = Request(steps=5, sampler=SAMPLERS["heun"](), image=picture, strength=0.6)
+    shown: list[str] = []
+
+    def tap(stage: str, value: Tensor) -> Tensor:
+        shown.append(stage)
+        return value
+
+    Ours(pipe, request).run(tap)
+    run = pipe.steps(request.prompt, steps=5, sampler="heun", image=picture, strength=0.6, seed=0)
+    assert len({stage.split("/")[0] for stage in shown if stage.startswith("step.")}) == len(run.rows)
