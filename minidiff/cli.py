@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion, Unconditional
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
-TAUGHT = ("lora", "embedding")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -61,6 +59,7 @@ def generate(args: Namespace) -> None:
     """``minidiff generate``."""
     from minidiff.destination import Destination
     from minidiff.picture import label, to_pil
+    from minidiff.repeat import TAUGHT, fill_from_recipe
 
     if args.image is None and (args.mask is not None or args.strength is not None):
         raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
@@ -68,7 +67,7 @@ def generate(args: Namespace) -> None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
-    recipe = _fill_from_recipe(args) if args.recipe is not None else {}
+    recipe = fill_from_recipe(args) if args.recipe is not None else {}
     destination = Destination(args.out, args.force)
     sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
@@ -153,47 +152,6 @@ def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict
         then = recipe.get(key)
         if then and then != now:
             say(f"the picture was made with {key} {then}, this run has {now or 'none'}; pixels may differ", "warning")
-
-
-def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
-    """Fill what the command line left open from the picture that --recipe names; returns its recipe."""
-    from minidiff import read_recipe
-
-    if not os.path.exists(args.recipe):
-        raise CheckpointError(f"{args.recipe}: no such file")
-    recipe = read_recipe(args.recipe)
-    number, whole = (int, float), (int,)
-    kinds: dict[str, tuple[str, Any]] = {"seed": ("seed", whole), "steps": ("steps", whole)}
-    kinds["sampler"] = ("sampler", (dict,))
-    if "prompt" in recipe:  # one without was made by a model that takes none of these
-        kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
-        kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
-        if recipe.get("place"):
-            place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
-            raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
-    for option in ("image", "mask"):
-        if option in recipe and getattr(args, option) is None:
-            name = f" ({recipe[option]})" if recipe[option] else ""
-            raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
-    for option in TAUGHT:
-        if option in recipe and not getattr(args, option):
-            names = ", ".join(str(name) for name, _ in recipe[option])
-            raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
-    beyond = [key for key in PYTHON_ONLY if key in recipe]
-    if beyond:
-        raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
-    if "strength" in recipe:
-        kinds["strength"] = ("strength", number)
-    for option, (key, kind) in kinds.items():
-        if getattr(args, option) not in (None, []):
-            continue
-        value = recipe.get(key)
-        if value is None and option in ("prompt", "seed"):
-            raise CheckpointError(f"{args.recipe}: its recipe has no {key} (tensors were given instead); give one here")
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
-        setattr(args, option, [value] if option == "prompt" else value)
-    return recipe
 
 
 def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
