@@ -17,7 +17,8 @@ from minidiff.version import VERSION
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("minidiff", "diffusers", "original")
-PARTS = ("vae", "unet", "text_encoder")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
 GENERATE_EXAMPLES = """\
 examples:
@@ -176,11 +177,17 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_parts(p: Any) -> None:
-    """Which weights of a checkpoint, and parts from elsewhere."""
+    """Which weights of a checkpoint, parts from elsewhere, and what a file may not say of itself."""
     p.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
     for part in PARTS:
         name = part.replace("_", "-")
-        p.add_argument(f"--{name}", metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
+        what = {"text_encoder_2": "second text encoder (SDXL)"}.get(part, part.replace("_", " "))
+        p.add_argument(f"--{name}", metavar="PATH", help=f"take the {what} from this file or folder")
+    _add_prediction(p)
+
+
+def _add_prediction(p: Any) -> None:
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the model predicts, where its file does not say")
 
 
 def _samplers() -> str:
@@ -210,6 +217,7 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="store the weights in this (default: as they are)")
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     _add_parts(p)
+    p.add_argument("--sampler", metavar="NAME", help="DST's own sampler (default: that of SRC, where it says one)")
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
     p.add_argument("--force", action="store_true", help="replace DST if it is a file that exists")
 
@@ -219,6 +227,7 @@ def _add_plan(commands: Any) -> None:
     p = commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=PLAN_EXAMPLES)
     p.late = _samplers
     p.add_argument("--model", metavar="PATH", help="take schedule and sampler from it (default: Stable Diffusion's)")
+    _add_prediction(p)
     p.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the model's own, else pndm)")
     p.add_argument("--steps", type=_positive, default=50, metavar="N", help="how many (default: 50)")
     p.add_argument(

@@ -72,7 +72,9 @@ def generate(args: Namespace) -> None:
     sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
-    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
+    pipe, converted = _open_model(
+        args.model, _device(args.device), _dtype(args.dtype), sampler=_name(args.sampler), **_parts(args)
+    )
     _teach(pipe, args)
     run = _prepare(pipe, args, sampler)
     for made in run.recipes:
@@ -168,6 +170,11 @@ def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
     return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
 
 
+def _name(choice: str | dict[str, Any] | None) -> str | None:
+    """The name of a sampler that was chosen."""
+    return str(choice["name"]) if isinstance(choice, dict) else choice
+
+
 def _device(name: str | None) -> torch.device | None:
     """The device by that name. Raises :class:`ConfigError` if there is none."""
     if name is None:
@@ -194,9 +201,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _parts(args: Namespace) -> dict[str, Any]:
-    """The options that choose weights: a variant, and parts from elsewhere."""
+    """The options that choose weights, a variant and parts from elsewhere, and say what the model predicts."""
     swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
-    return {"variant": args.variant, "swap": swap}
+    return {"variant": args.variant, "swap": swap, "prediction": args.prediction}
 
 
 def _open_model(
@@ -206,25 +213,29 @@ def _open_model(
     *,
     variant: str | None = None,
     swap: dict[str, str] | None = None,
+    prediction: str | None = None,
+    sampler: str | None = None,
 ) -> tuple[StableDiffusion | Unconditional, bool]:
     """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted.
 
-    Without a path it is the bundled one.
+    Without a path it is the bundled one. ``sampler``: what the run uses, for a file that says of none.
     """
     import minidiff
 
+    corrected = bool(swap) or variant is not None or prediction is not None
     if path is None:
-        if swap or variant is not None:
+        if corrected:
             raise ConfigError(
-                "parts from elsewhere and --variant need --model PATH; the bundled model is one of a piece"
+                "parts from elsewhere, --variant and --prediction need --model PATH; the bundled model is of a piece"
             )
         return minidiff.bundled(device, dtype), False
     own = _is_minidiff(path)
-    if own and not swap and variant is None:
+    if own and not corrected:
         return minidiff.load(path, device, dtype), False
     import weights_convert
 
-    return weights_convert.load(path, device=device, dtype=dtype, variant=variant, swap=swap), not own
+    options: dict[str, Any] = {"variant": variant, "swap": swap, "prediction": prediction, "sampler": sampler}
+    return weights_convert.load(path, device=device, dtype=dtype, **options), not own
 
 
 def _is_minidiff(path: str) -> bool:
@@ -269,8 +280,8 @@ def _info_of_another_layout(path: str, check: bool) -> None:
     found = weights_convert.detect(path)
     try:
         source = weights_convert.open_source(path)
-    except UnsupportedError:
-        print(found, flush=True)  # what is recognised is worth knowing, even where it cannot be used
+    except (UnsupportedError, ConfigError):
+        print(found, flush=True)  # what is recognised is worth knowing, even where more is needed to use it
         raise
     print(source.report, table(describe_config(source.config)[1:]), size_table(source.tensors), sep="\n\n", flush=True)
     bad = first_not_finite(source.tensors) if check else None
@@ -301,6 +312,7 @@ def convert(args: Namespace) -> None:
         dtype=_dtype(args.dtype),
         ema=args.ema,
         config=args.config,
+        sampler=args.sampler,
         sharded=args.sharded,
         **_parts(args),
     )
@@ -318,7 +330,7 @@ def plan(args: Namespace) -> None:
     if args.model is not None:
         import weights_convert
 
-        found = weights_convert.open_source(args.model).config
+        found = weights_convert.open_source(args.model, prediction=args.prediction, sampler=args.sampler).config
         config, schedule = found.sampler, found.schedule
     if args.sampler is not None:
         config = {"name": args.sampler}
