@@ -168,6 +168,39 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--like", metavar="PROGRAM", help="as it does it: diffusers, ldm, k-diffusion, a1111, comfyui, comfyui:karras"
     )
+    g.add_argument(
+        "--guidance-rescale",
+        type=_finite,
+        metavar="X",
+        help="take back the glare of a high --scale, from 0 to 1 (default: 0; 0.7 is usual)",
+    )
+    g.add_argument(
+        "--clip-skip",
+        type=_count,
+        metavar="N",
+        help="read the prompt N layers of the text encoder earlier (default: 0)",
+    )
+    g.add_argument("--denoising-end", type=_finite, metavar="X", help="stop at this part of the way, between 0 and 1")
+    g.add_argument(
+        "--denoising-start",
+        type=_finite,
+        metavar="X",
+        help="go on from --image at this part of the way, as SDXL's refiner does",
+    )
+    g = p.add_argument_group("SDXL")
+    g.add_argument("--prompt-2", metavar="TEXT", help="what the second text encoder reads (default: the prompt)")
+    g.add_argument("--negative-2", metavar="TEXT", help="what it reads beside that (default: the negative prompt)")
+    g.add_argument(
+        "--original-size",
+        type=_size,
+        metavar="WxH",
+        help="tell the model that the picture was once of this size (default: its own)",
+    )
+    g.add_argument("--crop", type=_place, metavar="X,Y", help="... and cut off here, at left and top (default: 0,0)")
+    g.add_argument("--target-size", type=_size, metavar="WxH", help="... and wanted in this size (default: its own)")
+    g.add_argument(
+        "--score", type=_finite, metavar="X", help="tell the refiner how pleasing it is, 0 to 10 (default: 6)"
+    )
     g = p.add_argument_group("output")
     g.add_argument(
         "--out", metavar="PATH", help="a folder, or a file name (default: named by prompt and seed, in this folder)"
@@ -420,6 +453,13 @@ def _weighted(text: str) -> tuple[str, float]:
 def _named(text: str) -> tuple[str, str | None]:
     path, equals, word = text.rpartition("=")
     return (path, word) if equals else (text, None)
+
+
+def _place(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+),(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} should be X,Y, such as 0,128")
+    return int(found[1]), int(found[2])
 
 
 def _size(text: str) -> tuple[int, int]:

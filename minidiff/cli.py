@@ -24,8 +24,14 @@ if TYPE_CHECKING:
 
     from minidiff.denoise import Run
     from minidiff.pipeline import StableDiffusion, Unconditional
+    from minidiff.prompts import Sizes
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Options of generate that mean nothing to a model without a text, beside those that are named with it.
+TEXT_ONLY = (
+    *("denoising_start", "denoising_end", "clip_skip", "prompt_2", "negative_2", "guidance_rescale"),
+    *("original_size", "crop", "target_size", "score"),
+)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -133,12 +139,31 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             image=args.image,
             strength=0.8 if args.strength is None else args.strength,
             mask=args.mask,
+            denoising_start=args.denoising_start,
+            denoising_end=args.denoising_end,
+            sizes=_sizes(args),
+            clip_skip=args.clip_skip or 0,
+            prompt_2=args.prompt_2,
+            negative_prompt_2=args.negative_2,
+            guidance_rescale=args.guidance_rescale or 0.0,
         )
-    for option in ("prompt", "negative", "scale", "width", "height", "like", "image"):
+    for option in ("prompt", "negative", "scale", "width", "height", "like", "image", *TEXT_ONLY):
         if getattr(args, option) not in (None, []):
-            what = "a prompt" if option == "prompt" else f"--{option}"
+            what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
     return pipe.steps(args.num_images, steps=args.steps, sampler=sampler, seed=args.seed)
+
+
+def _sizes(args: Namespace) -> Sizes | None:
+    """What SDXL is told of the picture's size: (height, width) and (top, left), where the options say it the other way
+    round. None where nothing is said."""
+    from minidiff import Sizes
+
+    given = {"original": args.original_size, "crop": args.crop, "target": args.target_size}
+    said: dict[str, Any] = {name: pair[::-1] for name, pair in given.items() if pair is not None}
+    if args.score is not None:
+        said["score"] = args.score
+    return Sizes(**said) if said else None
 
 
 def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict[str, Any], converted: bool) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.picture import read_recipe
+from minidiff.prompts import Sizes
 
-PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
+PYTHON_ONLY = ("negative_sizes",)  # in recipes of generate()
 TAUGHT = ("lora", "embedding")
 
 
@@ -27,6 +29,9 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
     if "prompt" in recipe:  # one without was made by a model that takes none of these
         kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
         kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
+        kinds |= {"prompt_2": ("prompt_2", str), "negative_2": ("negative_prompt_2", str)}
+        kinds |= {name: (name, number) for name in ("denoising_start", "denoising_end", "guidance_rescale")}
+        kinds["clip_skip"] = ("clip_skip", whole)
         if recipe.get("place"):
             place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
             raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
@@ -43,6 +48,7 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
         raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
     if "strength" in recipe:
         kinds["strength"] = ("strength", number)
+    _fill_sizes(args, recipe)
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue
@@ -53,3 +59,19 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
             raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
         setattr(args, option, [value] if option == "prompt" else value)
     return recipe
+
+
+def _fill_sizes(args: Namespace, recipe: Mapping[str, Any]) -> None:
+    """What SDXL was told of the picture's size; the recipe has it as (height, width) and (top, left)."""
+    if recipe.get("sizes") is None:
+        return
+    try:
+        said = Sizes(**recipe["sizes"])
+    except (ConfigError, TypeError):
+        raise CheckpointError(f"{args.recipe}: its recipe is damaged, sizes is {recipe['sizes']!r}") from None
+    pairs = {"original_size": said.original, "crop": said.crop, "target_size": said.target}
+    for option, pair in pairs.items():
+        if getattr(args, option) is None and pair is not None:
+            setattr(args, option, tuple(pair)[::-1])
+    if args.score is None:
+        args.score = said.score
