@@ -17,7 +17,8 @@ from minidiff.version import VERSION
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("minidiff", "diffusers", "original")
-PARTS = ("vae", "unet", "text_encoder")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
 GENERATE_EXAMPLES = """\
 examples:
@@ -172,6 +173,39 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--like", metavar="PROGRAM", help="as it does it: diffusers, ldm, k-diffusion, a1111, comfyui, comfyui:karras"
     )
+    g.add_argument(
+        "--guidance-rescale",
+        type=_finite,
+        metavar="X",
+        help="take back the glare of a high --scale, from 0 to 1 (default: 0; 0.7 is usual)",
+    )
+    g.add_argument(
+        "--clip-skip",
+        type=_count,
+        metavar="N",
+        help="read the prompt N layers of the text encoder earlier (default: 0)",
+    )
+    g.add_argument("--denoising-end", type=_finite, metavar="X", help="stop at this part of the way, between 0 and 1")
+    g.add_argument(
+        "--denoising-start",
+        type=_finite,
+        metavar="X",
+        help="go on from --image at this part of the way, as SDXL's refiner does",
+    )
+    g = p.add_argument_group("SDXL")
+    g.add_argument("--prompt-2", metavar="TEXT", help="what the second text encoder reads (default: the prompt)")
+    g.add_argument("--negative-2", metavar="TEXT", help="what it reads beside that (default: the negative prompt)")
+    g.add_argument(
+        "--original-size",
+        type=_size,
+        metavar="WxH",
+        help="tell the model that the picture was once of this size (default: its own)",
+    )
+    g.add_argument("--crop", type=_place, metavar="X,Y", help="... and cut off here, at left and top (default: 0,0)")
+    g.add_argument("--target-size", type=_size, metavar="WxH", help="... and wanted in this size (default: its own)")
+    g.add_argument(
+        "--score", type=_finite, metavar="X", help="tell the refiner how pleasing it is, 0 to 10 (default: 6)"
+    )
     g = p.add_argument_group("output")
     g.add_argument(
         "--out", metavar="PATH", help="a folder, or a file name (default: named by prompt and seed, in this folder)"
@@ -181,11 +215,17 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_parts(p: Any) -> None:
-    """Which weights of a checkpoint, and parts from elsewhere."""
+    """Which weights of a checkpoint, parts from elsewhere, and what a file may not say of itself."""
     p.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
     for part in PARTS:
         name = part.replace("_", "-")
-        p.add_argument(f"--{name}", metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
+        what = {"text_encoder_2": "second text encoder (SDXL)"}.get(part, part.replace("_", " "))
+        p.add_argument(f"--{name}", metavar="PATH", help=f"take the {what} from this file or folder")
+    _add_prediction(p)
+
+
+def _add_prediction(p: Any) -> None:
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the model predicts, where its file does not say")
 
 
 def _samplers() -> str:
@@ -215,6 +255,7 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--dtype", choices=DTYPES, help="store the weights in this (default: as they are)")
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     _add_parts(p)
+    p.add_argument("--sampler", metavar="NAME", help="DST's own sampler (default: that of SRC, where it says one)")
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
     p.add_argument("--force", action="store_true", help="replace DST if it is a file that exists")
 
@@ -224,6 +265,7 @@ def _add_plan(commands: Any) -> None:
     p = commands.add_parser("plan", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=PLAN_EXAMPLES)
     p.late = _samplers
     p.add_argument("--model", metavar="PATH", help="take schedule and sampler from it (default: Stable Diffusion's)")
+    _add_prediction(p)
     p.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the model's own, else pndm)")
     p.add_argument("--steps", type=_positive, default=50, metavar="N", help="how many (default: 50)")
     p.add_argument(
@@ -419,6 +461,13 @@ def _weighted(text: str) -> tuple[str, float]:
 def _named(text: str) -> tuple[str, str | None]:
     path, equals, word = text.rpartition("=")
     return (path, word) if equals else (text, None)
+
+
+def _place(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+),(\d+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} should be X,Y, such as 0,128")
+    return int(found[1]), int(found[2])
 
 
 def _size(text: str) -> tuple[int, int]:

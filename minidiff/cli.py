@@ -24,10 +24,14 @@ if TYPE_CHECKING:
 
     from minidiff.denoise import Run
     from minidiff.pipeline import StableDiffusion, Unconditional
+    from minidiff.prompts import Sizes
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-PYTHON_ONLY = ("denoising_start", "denoising_end", "sizes", "negative_sizes", "clip_skip")  # in recipes of generate()
-TAUGHT = ("lora", "embedding")
+# Options of generate that mean nothing to a model without a text, beside those that are named with it.
+TEXT_ONLY = (
+    *("denoising_start", "denoising_end", "clip_skip", "prompt_2", "negative_2", "guidance_rescale"),
+    *("original_size", "crop", "target_size", "score"),
+)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -61,6 +65,7 @@ def generate(args: Namespace) -> None:
     """``minidiff generate``."""
     from minidiff.destination import Destination
     from minidiff.picture import label, to_pil
+    from minidiff.repeat import TAUGHT, fill_from_recipe
 
     if args.image is None and (args.mask is not None or args.strength is not None):
         raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
@@ -68,12 +73,14 @@ def generate(args: Namespace) -> None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
-    recipe = _fill_from_recipe(args) if args.recipe is not None else {}
+    recipe = fill_from_recipe(args) if args.recipe is not None else {}
     destination = Destination(args.out, args.force)
     sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
-    pipe, converted = _open_model(args.model, _device(args.device), _dtype(args.dtype), **_parts(args))
+    pipe, converted = _open_model(
+        args.model, _device(args.device), _dtype(args.dtype), sampler=_name(args.sampler), **_parts(args)
+    )
     _teach(pipe, args)
     run = _prepare(pipe, args, sampler)
     for made in run.recipes:
@@ -132,12 +139,31 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             image=args.image,
             strength=0.8 if args.strength is None else args.strength,
             mask=args.mask,
+            denoising_start=args.denoising_start,
+            denoising_end=args.denoising_end,
+            sizes=_sizes(args),
+            clip_skip=args.clip_skip or 0,
+            prompt_2=args.prompt_2,
+            negative_prompt_2=args.negative_2,
+            guidance_rescale=args.guidance_rescale or 0.0,
         )
-    for option in ("prompt", "negative", "scale", "width", "height", "like", "image"):
+    for option in ("prompt", "negative", "scale", "width", "height", "like", "image", *TEXT_ONLY):
         if getattr(args, option) not in (None, []):
-            what = "a prompt" if option == "prompt" else f"--{option}"
+            what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
     return pipe.steps(args.num_images, steps=args.steps, sampler=sampler, seed=args.seed)
+
+
+def _sizes(args: Namespace) -> Sizes | None:
+    """What SDXL is told of the picture's size: (height, width) and (top, left), where the options say it the other way
+    round. None where nothing is said."""
+    from minidiff import Sizes
+
+    given = {"original": args.original_size, "crop": args.crop, "target": args.target_size}
+    said: dict[str, Any] = {name: pair[::-1] for name, pair in given.items() if pair is not None}
+    if args.score is not None:
+        said["score"] = args.score
+    return Sizes(**said) if said else None
 
 
 def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict[str, Any], converted: bool) -> None:
@@ -155,47 +181,6 @@ def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict
             say(f"the picture was made with {key} {then}, this run has {now or 'none'}; pixels may differ", "warning")
 
 
-def _fill_from_recipe(args: Namespace) -> dict[str, Any]:
-    """Fill what the command line left open from the picture that --recipe names; returns its recipe."""
-    from minidiff import read_recipe
-
-    if not os.path.exists(args.recipe):
-        raise CheckpointError(f"{args.recipe}: no such file")
-    recipe = read_recipe(args.recipe)
-    number, whole = (int, float), (int,)
-    kinds: dict[str, tuple[str, Any]] = {"seed": ("seed", whole), "steps": ("steps", whole)}
-    kinds["sampler"] = ("sampler", (dict,))
-    if "prompt" in recipe:  # one without was made by a model that takes none of these
-        kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
-        kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
-        if recipe.get("place"):
-            place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
-            raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
-    for option in ("image", "mask"):
-        if option in recipe and getattr(args, option) is None:
-            name = f" ({recipe[option]})" if recipe[option] else ""
-            raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
-    for option in TAUGHT:
-        if option in recipe and not getattr(args, option):
-            names = ", ".join(str(name) for name, _ in recipe[option])
-            raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
-    beyond = [key for key in PYTHON_ONLY if key in recipe]
-    if beyond:
-        raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
-    if "strength" in recipe:
-        kinds["strength"] = ("strength", number)
-    for option, (key, kind) in kinds.items():
-        if getattr(args, option) not in (None, []):
-            continue
-        value = recipe.get(key)
-        if value is None and option in ("prompt", "seed"):
-            raise CheckpointError(f"{args.recipe}: its recipe has no {key} (tensors were given instead); give one here")
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
-        setattr(args, option, [value] if option == "prompt" else value)
-    return recipe
-
-
 def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
     """A sampler by name or from a recipe; made before the model is opened, so that a wrong name fails at once. Another
     program's needs the model's schedule: it is checked, and stays a choice."""
@@ -208,6 +193,11 @@ def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
     if choice is None:
         return None
     return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
+
+
+def _name(choice: str | dict[str, Any] | None) -> str | None:
+    """The name of a sampler that was chosen."""
+    return str(choice["name"]) if isinstance(choice, dict) else choice
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -236,9 +226,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _parts(args: Namespace) -> dict[str, Any]:
-    """The options that choose weights: a variant, and parts from elsewhere."""
+    """The options that choose weights, a variant and parts from elsewhere, and say what the model predicts."""
     swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
-    return {"variant": args.variant, "swap": swap}
+    return {"variant": args.variant, "swap": swap, "prediction": args.prediction}
 
 
 def _open_model(
@@ -248,25 +238,29 @@ def _open_model(
     *,
     variant: str | None = None,
     swap: dict[str, str] | None = None,
+    prediction: str | None = None,
+    sampler: str | None = None,
 ) -> tuple[StableDiffusion | Unconditional, bool]:
     """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted.
 
-    Without a path it is the bundled one.
+    Without a path it is the bundled one. ``sampler``: what the run uses, for a file that says of none.
     """
     import minidiff
 
+    corrected = bool(swap) or variant is not None or prediction is not None
     if path is None:
-        if swap or variant is not None:
+        if corrected:
             raise ConfigError(
-                "parts from elsewhere and --variant need --model PATH; the bundled model is one of a piece"
+                "parts from elsewhere, --variant and --prediction need --model PATH; the bundled model is of a piece"
             )
         return minidiff.bundled(device, dtype), False
     own = _is_minidiff(path)
-    if own and not swap and variant is None:
+    if own and not corrected:
         return minidiff.load(path, device, dtype), False
     import weights_convert
 
-    return weights_convert.load(path, device=device, dtype=dtype, variant=variant, swap=swap), not own
+    options: dict[str, Any] = {"variant": variant, "swap": swap, "prediction": prediction, "sampler": sampler}
+    return weights_convert.load(path, device=device, dtype=dtype, **options), not own
 
 
 def _is_minidiff(path: str) -> bool:
@@ -311,8 +305,8 @@ def _info_of_another_layout(path: str, check: bool) -> None:
     found = weights_convert.detect(path)
     try:
         source = weights_convert.open_source(path)
-    except UnsupportedError:
-        print(found, flush=True)  # what is recognised is worth knowing, even where it cannot be used
+    except (UnsupportedError, ConfigError):
+        print(found, flush=True)  # what is recognised is worth knowing, even where more is needed to use it
         raise
     print(source.report, table(describe_config(source.config)[1:]), size_table(source.tensors), sep="\n\n", flush=True)
     bad = first_not_finite(source.tensors) if check else None
@@ -343,6 +337,7 @@ def convert(args: Namespace) -> None:
         dtype=_dtype(args.dtype),
         ema=args.ema,
         config=args.config,
+        sampler=args.sampler,
         sharded=args.sharded,
         **_parts(args),
     )
@@ -360,7 +355,7 @@ def plan(args: Namespace) -> None:
     if args.model is not None:
         import weights_convert
 
-        found = weights_convert.open_source(args.model).config
+        found = weights_convert.open_source(args.model, prediction=args.prediction, sampler=args.sampler).config
         config, schedule = found.sampler, found.schedule
     if args.sampler is not None:
         config = {"name": args.sampler}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.denoise import Predict, Prediction
-from minidiff.guidance import guide
+from minidiff.guidance import guide, rescale
 from minidiff.models.unet import UNet
 
 
@@ -37,11 +37,17 @@ class Conditions(NamedTuple):
 
 
 def predictor(
-    unet: UNet, positive: Conditions, negative: Conditions | None, scale: float, beside: Tensor | None = None
+    unet: UNet,
+    positive: Conditions,
+    negative: Conditions | None,
+    scale: float,
+    beside: Tensor | None = None,
+    rescaled: float = 0.0,
 ) -> Predict:
     """(scaled x, t) -> :class:`Prediction`; guided by ``scale`` where there is a ``negative``.
 
-    ``beside`` (B, C', h, w): what the UNet reads in further channels, mask and masked picture.
+    ``beside`` (B, C', h, w): what the UNet reads in further channels, mask and masked picture. ``rescaled``: how much
+    of the spread that guidance adds is taken back (:func:`~minidiff.guidance.rescale`).
     """
     guidance: Tensor | None = None
     if unet.config.guidance_dim is not None:
@@ -59,7 +65,10 @@ def predictor(
     def predict(x: Tensor, t: Tensor) -> Prediction:
         out = unet(widen(torch.cat([x, x]), twice), t, both.context, both.added)
         unconditional, conditional = out.chunk(2)
-        return Prediction(guide(unconditional, conditional, scale), conditional, unconditional)
+        guided = guide(unconditional, conditional, scale)
+        if rescaled > 0:
+            guided = rescale(guided, conditional, rescaled)
+        return Prediction(guided, conditional, unconditional)
 
     return predict
 

@@ -7,9 +7,11 @@ carry the hash of its own content in the header that stands before that content.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +25,11 @@ from torch import Tensor
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,6 +55,7 @@ HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
 HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
 BLANK = "0" * 64  # what stands in a hash's place while it is computed
 FRESH_MAP = 1 << 27  # bytes read from a map before another takes its place
+PART = re.compile(r"\.\d+\.part")  # how the name of what is being written ends: with the number of the process
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
@@ -94,13 +102,16 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, and a file should be written there; name a file")
+    _sweep(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(beside, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.touch()
+        with _held(beside):
+            with open(beside, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     except BaseException:
         with suppress(OSError):
             beside.unlink()
@@ -121,19 +132,53 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         what = "a folder with files in it" if path.is_dir() else "a file"
         raise CheckpointError(f"{path}: is {what}, which is not replaced; name a folder that is new or empty")
+    _sweep(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.mkdir()
-        yield beside
-        for folder in (beside, *(p for p in beside.rglob("*") if p.is_dir())):
-            _sync_folder(folder)
-        if path.is_dir():
-            path.rmdir()  # Windows renames over nothing, not even over an empty folder
-        beside.rename(path)
+        with _held(beside):
+            yield beside
+            for folder in (beside, *(p for p in beside.rglob("*") if p.is_dir())):
+                _sync_folder(folder)
+            if path.is_dir():
+                path.rmdir()  # Windows renames over nothing, not even over an empty folder
+            beside.rename(path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def _held(part: Path, *, alone: bool = False) -> Iterator[None]:
+    """A lock on a file or folder that is being written, which ends with the process, however that ends.
+
+    Windows has no such locks, nor have some network file systems: nothing is locked there. With ``alone``, OSError is
+    raised unless the lock was had.
+    """
+    opened = os.open(part, os.O_RDONLY) if fcntl is not None else None
+    try:
+        try:
+            if opened is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if alone:
+                raise
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a run that was killed left beside ``path``: parts that nobody writes any more."""
+    if fcntl is None:  # who still writes cannot be known
+        return
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if PART.fullmatch(part.name.removeprefix(f".{path.name}")) is None:
+            continue
+        with suppress(OSError), _held(part, alone=True):
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ schedule + sampler --plan--> rows --> [ scale_input -> unet -> guidance -> step 
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -58,12 +59,18 @@ class StableDiffusion(Pipeline):
         return [(getattr(self, t), getattr(self, e)) for t, e in names if hasattr(self, e)]
 
     @torch.no_grad()
-    def encode_prompt(self, texts: str | Sequence[str], clip_skip: int = 0) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(
+        self, texts: str | Sequence[str], clip_skip: int = 0, texts_2: str | Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """(context, pooled or None) as the UNet takes them: (B, 77, context_dim) and, for SDXL, (B, D'), in its dtype.
 
-        ``clip_skip``: read the text encoders that many layers earlier than the family does.
+        ``clip_skip``: read the text encoders that many layers earlier than the family does. ``texts_2``: what the
+        second of two encoders reads, one for each of ``texts`` or one for all; None is the same as the first.
         """
-        context, pooled = prompts.encode(self.encoders, _texts(texts), self.config.text_layer, clip_skip)
+        each = [_texts(texts)] * len(self.encoders)
+        if texts_2 is not None:
+            each[-1] = self._second(texts_2, len(each[0]))
+        context, pooled = prompts.encode(self.encoders, each, self.config.text_layer, clip_skip)
         reads = self.unet.config.added_dim is not None
         return context.to(self.device, self.dtype), pooled.to(self.device, self.dtype) if reads else None
 
@@ -96,6 +103,9 @@ class StableDiffusion(Pipeline):
         negative_pooled_prompt_embeds: Tensor | None = None,
         clip_skip: int = 0,
         like: Like = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Any:
         """Pictures for one prompt or several, ``num_images`` of each, prompt by prompt.
 
@@ -122,6 +132,9 @@ class StableDiffusion(Pipeline):
         many layers earlier.
         ``like``: as another program would do it: "diffusers", "ldm", "k-diffusion", "a1111" or "comfyui"
         (``minidiff.conventions``): its noise levels, its noise and its rule for guidance; what is given here wins.
+        ``prompt_2``, ``negative_prompt_2``: what SDXL's second text encoder reads, if not the same as the first; one
+        for each prompt, or one for all. ``guidance_rescale`` in 0..1: strong guidance overexposes; take back so much of
+        it (Lin et al. 2023, section 3.4, which advises 0.7).
 
         Raises :class:`ConfigError` for any value that cannot work, before the first model call, and
         :class:`MinidiffError` where a number overflows on the way, naming the module.
@@ -152,6 +165,9 @@ class StableDiffusion(Pipeline):
             negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
             clip_skip=clip_skip,
             like=like,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            guidance_rescale=guidance_rescale,
         )
         return self._deliver(run, output, progress)
 
@@ -182,6 +198,9 @@ class StableDiffusion(Pipeline):
         negative_pooled_prompt_embeds: Tensor | None = None,
         clip_skip: int = 0,
         like: Like = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Run:
         """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call.
 
@@ -199,6 +218,7 @@ class StableDiffusion(Pipeline):
             sizes=sizes,
             negative_sizes=negative_sizes,
             clip_skip=clip_skip,
+            guidance_rescale=guidance_rescale,
         )
         begun = asked.begun(convention, sampler, steps, len(self.schedule))
         planned = steps if begun is None else begun.steps
@@ -209,12 +229,17 @@ class StableDiffusion(Pipeline):
         check_count("num_images", num_images)
         scale = finite("guidance_scale", guidance_scale)
 
-        given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", clip_skip)
+        given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", prompt_2, clip_skip)
         # At exactly 1 the negative prompt cancels out: half the work. A model that is told the scale needs none at all.
         guided = scale != 1 if convention is None else convention.guided(scale)
         guided = guided and self.unet.config.guidance_dim is None
         against = self._negative(
-            negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds, given, encoded=guided
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            given,
+            negative_prompt_2,
+            encoded=guided,
         )
         positive = self._conditions(given, num_images, shape, sizes, SCORE)
         negative: Conditions | None = None
@@ -246,6 +271,7 @@ class StableDiffusion(Pipeline):
             {
                 "prompt": given.texts[k // num_images],
                 "negative_prompt": against.texts[k // num_images % len(against.texts)],
+                **_second_texts(given, against, k // num_images),
                 "guidance_scale": scale,
                 "width": shape[2] * self.vae.config.factor,
                 "height": shape[1] * self.vae.config.factor,
@@ -254,7 +280,7 @@ class StableDiffusion(Pipeline):
             }
             for k in range(count)
         ]
-        predict = predictor(self.unet, positive, negative, scale, start.beside)
+        predict = predictor(self.unet, positive, negative, scale, start.beside, guidance_rescale)
         return self._run(predict, begin, start, labels, origins, steps)
 
     @property
@@ -283,14 +309,18 @@ class StableDiffusion(Pipeline):
         embeds: Tensor | None,
         pooled: Tensor | None,
         name: str,
+        second: str | Sequence[str] | None = None,
         clip_skip: int = 0,
     ) -> Prompt:
-        """A prompt encoded, or taken as it was encoded outside; with the texts, for the recipe."""
+        """A prompt encoded, or taken as it was encoded outside; with the texts, for the recipe. ``second``: what the
+        second encoder reads instead."""
         if embeds is None:
             if given is None:
                 raise ConfigError(f"{name} is None and {name}_embeds is not given; one of them is needed")
             texts = _texts(given)
-            return Prompt(*self.encode_prompt(texts, clip_skip), list(texts))
+            others = None if second is None else self._second(second, len(texts))
+            return Prompt(*self.encode_prompt(texts, clip_skip, others), list(texts), others)
+        check(second is None, f"{name}_2 and {name}_embeds are both given; one of them says what the encoders read")
         check(isinstance(embeds, Tensor), f"{name}_embeds must be a tensor, got {type(embeds).__name__}")
         width = self.unet.config.context_dim
         fits = embeds.ndim == 3 and embeds.shape[2] == width and embeds.numel() > 0
@@ -305,28 +335,40 @@ class StableDiffusion(Pipeline):
             pooled = pooled.to(self.device, self.dtype)
         return Prompt(embeds.to(self.device, self.dtype), pooled, [None] * len(embeds))
 
+    def _second(self, given: str | Sequence[str], count: int) -> list[str]:
+        """What the second encoder reads: one text for each of ``count`` prompts."""
+        check(len(self.encoders) > 1, f"a second prompt is given, and this {self.config.family} has one text encoder")
+        texts = _texts(given)
+        texts = texts * count if len(texts) == 1 else texts
+        check(len(texts) == count, f"{len(texts)} texts for the second encoder, and {count} for the first")
+        return texts
+
     def _negative(
         self,
         given: str | Sequence[str] | None,
         embeds: Tensor | None,
         pooled: Tensor | None,
         positive: Prompt,
+        second: str | Sequence[str] | None = None,
         *,
         encoded: bool,
     ) -> Prompt:
         """The negative prompt for every prompt; only its texts count unless ``encoded``."""
         n = len(positive.context)
         if given is None and embeds is None and self.config.zero_empty:
+            silent = "negative_prompt_2 is given and negative_prompt is not: zeros stand for both; give '' to read it"
+            check(second is None, silent)
             zeros = None if positive.pooled is None else torch.zeros_like(positive.pooled)
             return Prompt(torch.zeros_like(positive.context), zeros, [None])
         texts = _texts("" if given is None else given)
         if not encoded:
             check(len(texts) in (1, n), f"{len(texts)} negative prompts for {n} prompts")
-            return Prompt(positive.context, positive.pooled, list(texts))
+            others = None if second is None else self._second(second, len(texts))
+            return Prompt(positive.context, positive.pooled, list(texts), others)
         if embeds is None and len(texts) == 1:
             texts = texts * n  # a batch of its own size, as the reference encodes it: bits depend on that
-        found = self._prompt(texts, embeds, pooled, "negative_prompt")
-        return Prompt(*_match(found, positive), found.texts)
+        found = self._prompt(texts, embeds, pooled, "negative_prompt", second)
+        return Prompt(*_match(found, positive), found.texts, found.texts_2)
 
     def _conditions(
         self, prompt: Prompt, num_images: int, shape: tuple[int, int, int], sizes: Sizes | None, score: float
@@ -355,11 +397,14 @@ class Unconditional(Pipeline):
         latents: Tensor | None = None,
         output: Output = "pil",
         progress: bool = True,
+        **others: Any,
     ) -> Any:
         """``batch_size`` pictures; the arguments are those of :meth:`StableDiffusion.generate`.
 
-        ``steps``: by default every timestep of the training for DDPM, 50 for the faster methods.
+        ``steps``: by default every timestep of the training for DDPM, 50 for the faster methods. ``others`` that
+        :meth:`StableDiffusion.generate` takes (``image``, ``prompt``, ...) raise :class:`ConfigError`.
         """
+        self._refuse(others)
         check_output(output)
         return self._deliver(self.steps(batch_size, steps, sampler, seed, generator, latents), output, progress)
 
@@ -371,8 +416,10 @@ class Unconditional(Pipeline):
         seed: Seed = None,
         generator: noise.Generators | None = None,
         latents: Tensor | None = None,
+        **others: Any,
     ) -> Run:
         """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call."""
+        self._refuse(others)
         check_count("batch_size", batch_size)
         sampler = self.sampler(sampler)
         if steps is None:
@@ -384,6 +431,13 @@ class Unconditional(Pipeline):
         plan = sampler.plan(self.schedule, steps)
         begin, origins = self._begin(sampler, plan, range(len(plan.timesteps)), shape, latents, seed, generator)
         return self._run(lambda x, t: Prediction(self.unet(x, t)), begin, begin.from_noise(), labels, origins, steps)
+
+    def _refuse(self, others: Mapping[str, Any]) -> None:
+        """Arguments that this kind of model has no use for, or nobody has."""
+        for name in others:
+            known = name in inspect.signature(StableDiffusion.generate).parameters
+            why = "begins from noise alone, and reads no text" if known else "has no such argument"
+            raise ConfigError(f"{name}= is given, and a {self.config.family} model {why}; leave it out")
 
 
 def assemble(
@@ -471,6 +525,12 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
     for t in texts:
         check(isinstance(t, str), f"a prompt must be text, got {t!r}")
     return texts
+
+
+def _second_texts(given: Prompt, against: Prompt, k: int) -> dict[str, str]:
+    """What the second encoder read for prompt ``k``, for the recipe, where it was told otherwise than the first."""
+    both = {"prompt_2": given.texts_2, "negative_prompt_2": against.texts_2}
+    return {name: texts[k % len(texts)] for name, texts in both.items() if texts is not None}
 
 
 def _match(negative: Prompt, positive: Prompt) -> tuple[Tensor, Tensor | None]:

@@ -54,27 +54,29 @@ def _number(value: Any) -> bool:
 
 class Prompt(NamedTuple):
     """Encoded prompts: ``context`` (P, L, D), ``pooled`` (P, D') where the UNet reads it, and the texts, or None for
-    what was encoded outside."""
+    what was encoded outside; ``texts_2`` where the second encoder was given others."""
 
     context: Tensor
     pooled: Tensor | None
     texts: list[str | None]
+    texts_2: list[str] | None = None
 
 
 def encode(
-    encoders: Sequence[Encoder], texts: Sequence[str], layer: Literal["last", "penultimate"], skip: int = 0
+    encoders: Sequence[Encoder], texts: Sequence[Sequence[str]], layer: Literal["last", "penultimate"], skip: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(context (P, L, sum of widths), pooled (P, D') of the last encoder); ``skip``: read that many layers earlier.
+    """(context (P, L, sum of widths), pooled (P, D') of the last encoder) of P ``texts`` for each encoder; ``skip``:
+    read that many layers earlier.
 
     Raises :class:`ConfigError` for a ``skip`` that the encoders have not enough layers for.
     """
     contexts: list[Tensor] = []
-    for tokenizer, encoder in encoders:
+    for (tokenizer, encoder), own in zip(encoders, texts, strict=True):
         most = encoder.config.layers - 1
         whole = isinstance(skip, int) and not isinstance(skip, bool)
         check(whole and 0 <= skip <= most, f"clip_skip={skip!r} must be a whole number in 0..{most}, for this encoder")
-        warn_of_unknown_words(tokenizer, encoder, texts)
-        out: TextOutput = encoder(tokenizer(texts).to(encoder.token.weight.device), skip)
+        warn_of_unknown_words(tokenizer, encoder, own)
+        out: TextOutput = encoder(tokenizer(own).to(encoder.token.weight.device), skip)
         contexts.append(getattr(out, layer))
     return torch.cat(contexts, dim=-1) if len(contexts) > 1 else contexts[0], out.pooled
 

@@ -33,6 +33,7 @@ class Request:
     sizes: Sizes | None = None
     negative_sizes: Sizes | None = None
     clip_skip: int = 0
+    guidance_rescale: float = 0.0
 
     def begun(self, convention: Convention | None, sampler: Any, steps: int, total: int) -> Start | None:
         """Where another program would begin from a picture; None where there is none, or it goes on from another
@@ -51,6 +52,8 @@ class Request:
         """
         start, end, family = self.denoising_start, self.denoising_end, config.family
         check(0 <= finite("strength", self.strength) <= 1, f"strength={self.strength} must lie in 0..1")
+        within = 0 <= finite("guidance_rescale", self.guidance_rescale) <= 1
+        check(within, f"guidance_rescale={self.guidance_rescale} must lie in 0..1")
         for name, value in (("denoising_start", start), ("denoising_end", end)):
             check(value is None or 0 < finite(name, value) < 1, f"{name}={value} must lie between 0 and 1")
         check(start is None or end is None or start < end, f"denoising_start={start} is not before denoising_end={end}")
@@ -95,7 +98,10 @@ class Request:
         for name in ("sizes", "negative_sizes"):
             if getattr(self, name) is not None:
                 noted[name] = asdict(getattr(self, name))
-        return noted | ({"clip_skip": self.clip_skip} if self.clip_skip else {})
+        for name in ("clip_skip", "guidance_rescale"):
+            if getattr(self, name):
+                noted[name] = getattr(self, name)
+        return noted
 
 
 def _name(picture: Any) -> str | None:

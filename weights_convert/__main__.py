@@ -27,6 +27,8 @@ def _run(argv: Sequence[str]) -> None:
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of an original file")
     parser.add_argument("--config", metavar="FILE", help="a JSON file that corrects what shapes can't tell")
     parser.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
+    parser.add_argument("--prediction", metavar="WHAT", help="what it predicts, where the file cannot say")
+    parser.add_argument("--sampler", metavar="NAME", help="the sampler it is meant for, where the file cannot say")
     for part in PARTS:
         option = f"--{part.replace('_', '-')}"
         parser.add_argument(option, metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
@@ -34,6 +36,7 @@ def _run(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     swap = {part: getattr(args, part) for part in PARTS}
     options = {"ema": args.ema, "config": args.config, "variant": args.variant, "swap": swap, "sharded": args.sharded}
+    options |= {"prediction": args.prediction, "sampler": args.sampler}
     print(convert(args.src, args.dst, args.to, args.dtype, **options))
 
 

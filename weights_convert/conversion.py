@@ -20,7 +20,7 @@ from weights_convert.detection import CONVERTED, Found, detect
 from weights_convert.export_folder import shard_size, write_folder
 from weights_convert.export_original import write_original
 from weights_convert.folder import read_folder
-from weights_convert.overlay import Override, merge, overlay, read_override
+from weights_convert.overlay import Override, merge, overlay, said
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
 from weights_convert.swap import Swaps
@@ -38,17 +38,21 @@ def open_source(
     config: Override = None,
     variant: str | None = None,
     swap: Swaps | None = None,
+    prediction: str | None = None,
+    sampler: str | None = None,
 ) -> Source:
     """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
 
     ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
     shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
-    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}.
+    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}. ``prediction``
+    ("epsilon", "v_prediction", "sample") and ``sampler`` (a name) say what a single file may leave open: what its model
+    predicts, and which sampler it was distilled for.
 
     Raises :class:`CheckpointError` and :class:`UnsupportedError` for what is wrong with ``src`` or a part,
     :class:`ConfigError` for what is wrong with ``config``.
     """
-    path, override = Path(src), read_override(config)
+    path, override = Path(src), said(config, prediction, sampler)
     found = detect(path)
     if found.layout != "minidiff" and found.family not in CONVERTED[found.layout]:
         why = "; ".join(found.evidence)
@@ -88,10 +92,9 @@ def _original(found: Found, report: Report, ema: bool, override: dict[str, Any])
         known = dataclasses.asdict(from_json(ModelConfig, header))
     except ConfigError as e:
         raise CheckpointError(f"{found.path}: the config in its header cannot be used ({e})") from None
-    sampler = known.pop("sampler")
-    source = read_original(found.tensors, report, ema=ema, override=merge(known, override))
-    if "sampler" not in override:
-        source.config = replace(source.config, sampler=sampler)
+    known = merge(known, override)
+    source = read_original(found.tensors, report, ema=ema, override=known)
+    source.config = replace(source.config, sampler=known["sampler"])  # without options of the family's
     report.notes.append("config: minidiff wrote it into the file's header; it goes before the family's rule")
     return source
 
@@ -107,13 +110,15 @@ def convert(
     variant: str | None = None,
     swap: Swaps | None = None,
     sharded: int | str | None = None,
+    prediction: str | None = None,
+    sampler: str | None = None,
 ) -> Report:
     """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
 
     ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
     ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
     floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
-    whole or not at all. ``ema``, ``config``, ``variant`` and ``swap``: :func:`open_source`.
+    whole or not at all. The other arguments: :func:`open_source`.
 
     Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
     folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
@@ -125,7 +130,9 @@ def convert(
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
-    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
+    source = open_source(
+        src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
+    )
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
@@ -151,12 +158,16 @@ def load(
     config: Override = None,
     variant: str | None = None,
     swap: Swaps | None = None,
+    prediction: str | None = None,
+    sampler: str | None = None,
 ) -> StableDiffusion | Unconditional:
     """Any supported layout as a pipeline, converted in memory; ``device`` and ``dtype`` as for ``minidiff.load``.
 
     Raises what :func:`open_source` raises.
     """
-    source = open_source(src, ema=ema, config=config, variant=variant, swap=swap)
+    source = open_source(
+        src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
+    )
     return assemble(source.config, source.tensors, device, dtype, os.fspath(src))
 
 

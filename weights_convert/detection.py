@@ -17,7 +17,8 @@ from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.files import Lazy, TensorFile
 from weights_convert.ckpt import read_pickle
 from weights_convert.component import read_json
-from weights_convert.keys_original import CLIP, UNET
+from weights_convert.keys_original import CLIP, GUIDANCE, UNET
+from weights_convert.single_schedule import evidence as marked
 
 Layout = Literal["minidiff", "diffusers", "original"]
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -34,7 +35,10 @@ FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it ha
 TEXT_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 CONVERTED: dict[Layout, tuple[str, ...]] = {
     "diffusers": ("ddpm", *(f"{f}{kind}" for f in TEXT_FAMILIES for kind in ("", "-inpainting", "-lcm"))),
-    "original": (*TEXT_FAMILIES, *(f"{f}-inpainting" for f in TEXT_FAMILIES[:3])),
+    "original": (
+        *(f"{f}{kind}" for f in TEXT_FAMILIES for kind in ("", "-lcm")),
+        *(f"{f}-inpainting" for f in TEXT_FAMILIES[:3]),
+    ),
 }
 
 
@@ -153,4 +157,7 @@ def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]
             f"1 with {UNET}.*, first_stage_model.* and {CLIP}.*; for other layouts convert a diffusers folder"
         )
     evidence = [f"has {clues[family]!r}", f"its UNet takes {unet.shape[1]} channels"]
-    return _variant(family, unet.shape[1]), evidence
+    guidance = first(f"{UNET}.{GUIDANCE}.")
+    if guidance is not None:
+        evidence.append(f"its UNet is told the guidance scale: has {guidance!r}")
+    return _variant(family, unet.shape[1], guidance is not None), evidence + marked(tensors)

@@ -13,12 +13,15 @@ from minidiff.checkpoint import CONFIG_KEY
 from minidiff.config import ModelConfig, TAESDConfig, to_json
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, write_tensors
+from weights_convert import single_schedule
 from weights_convert.engine import restore
 from weights_convert.export_folder import full_tables
 from weights_convert.report import Report
 from weights_convert.single import TEXTS, key_pairs
 
 SILENT = "single files show no prediction type ({}) and no sampler ({}): other programs must be told"
+
+NO_CONSUMER = "its UNet is told the guidance scale (LCM): diffusers reads such models from folders only"
 
 
 def write_original(
@@ -32,12 +35,18 @@ def write_original(
     if os.fspath(dst).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
         raise ConfigError(f"{dst}: single files are written as safetensors, never as pickles; name it .safetensors")
     config, tensors = full_tables(config, tensors, report)
-    pairs = key_pairs(config, TEXTS[_layout(config)], {})
+    layout = _layout(config)
+    pairs = key_pairs(config, TEXTS[layout], {})
     missing = tensors.keys() - {p.ours for p in pairs}
     if missing:
         raise UnsupportedError(f"{config.family}: the original layout has no place for {min(missing)!r}")
     report.notes.append(SILENT.format(config.schedule.prediction, config.sampler.get("name", "none")))
-    return write_tensors(dst, restore(pairs, tensors), {"format": "pt", CONFIG_KEY: to_json(config)})
+    if config.unet.guidance_dim is not None:
+        report.notes.append(NO_CONSUMER)
+    marks = single_schedule.markers(config.schedule, layout)
+    if marks:
+        report.notes.append(f"markers {' and '.join(map(repr, marks))}: programs that know them need not be told")
+    return write_tensors(dst, restore(pairs, tensors) | marks, {"format": "pt", CONFIG_KEY: to_json(config)})
 
 
 def _layout(config: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from weights_convert.keys_diffusers import BLOCK, CLIP_DROPS, TRANSFORMER
 
 UNET, VAE, CLIP = "model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"
 EMA = "model_ema"
+GUIDANCE = "time_embed.cond_proj"  # of a UNet that is told the guidance scale (LCM)
 
 RES = (
     ("in_layers.0", "norm1"),
@@ -50,9 +51,10 @@ DROPS = (
 
 
 def unet(config: UNetConfig) -> Iterator[Module]:
-    """The diffusion model of SD1, SD2 and SDXL."""
+    """The diffusion model of SD1, SD2, SDXL and what was distilled of them."""
     yield Module(f"{UNET}.time_embed.0", "time.linear1")
     yield Module(f"{UNET}.time_embed.2", "time.linear2")
+    yield Module(f"{UNET}.{GUIDANCE}", "time.condition")
     yield Module(f"{UNET}.label_emb.0.0", "added.linear1")
     yield Module(f"{UNET}.label_emb.0.2", "added.linear2")
     yield Module(f"{UNET}.input_blocks.0.0", "conv_in")

@@ -45,34 +45,39 @@ THIRDS = tuple(
 
 
 def drops(root: str, layers: int) -> tuple[Drop, ...]:
-    """What of an encoder under ``root`` is not mapped, where ``layers`` of it are used."""
-    root = re.escape(root)
+    """What of an encoder under ``root`` ("": at the top) is not mapped, where ``layers`` of it are used."""
+    prefix = re.escape(_prefix(root))
     return (
         Drop(
             "unused last layer",
-            rf"{root}\.transformer\.resblocks\.{layers}\..*",
+            rf"{prefix}transformer\.resblocks\.{layers}\..*",
             "Stable Diffusion 2 reads the layer before it",
         ),
-        Drop("attention mask", rf"{root}\.attn_mask", "the causal mask, a constant"),
+        Drop("attention mask", rf"{prefix}attn_mask", "the causal mask, a constant"),
     )
 
 
+def _prefix(root: str) -> str:
+    return f"{root}." if root else ""
+
+
 def pairs(config: CLIPTextConfig, root: str, part: str) -> list[Pair]:
-    """Every tensor of the encoder under ``root``, as ``part`` of a model."""
+    """Every tensor of the encoder under ``root``, as ``part`` of a model; either may be "", for names at the top."""
+    there, here = _prefix(root), _prefix(part)
     found = [
-        Pair(f"{root}.token_embedding.weight", f"{part}.token.weight"),
-        Pair(f"{root}.positional_embedding", f"{part}.position.weight"),
-        *(Pair(f"{root}.ln_final.{leaf}", f"{part}.norm.{leaf}") for leaf in ("weight", "bias")),
+        Pair(f"{there}token_embedding.weight", f"{here}token.weight"),
+        Pair(f"{there}positional_embedding", f"{here}position.weight"),
+        *(Pair(f"{there}ln_final.{leaf}", f"{here}norm.{leaf}") for leaf in ("weight", "bias")),
     ]
     for i in range(config.layers):
-        theirs, ours = f"{root}.transformer.resblocks.{i}", f"{part}.layers.{i}"
+        theirs, ours = f"{there}transformer.resblocks.{i}", f"{here}layers.{i}"
         for leaf in ("weight", "bias"):
             found += [
                 Pair(f"{theirs}.attn.in_proj_{leaf}", f"{ours}.attn.{x}.{leaf}", THIRDS[k]) for k, x in enumerate("qkv")
             ]
             found += [Pair(f"{theirs}.{a}.{leaf}", f"{ours}.{b}.{leaf}", SAME) for a, b in LAYER]
     if config.projection is not None:
-        found.append(Pair(f"{root}.text_projection", f"{part}.projection.weight", TRANSPOSED))
+        found.append(Pair(f"{there}text_projection", f"{here}projection.weight", TRANSPOSED))
     return found
 
 

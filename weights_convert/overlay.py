@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from minidiff.config import from_json
 from minidiff.errors import ConfigError
+from minidiff.samplers import sampler_from_config
 
 C = TypeVar("C")
 Override = Mapping[str, Any] | str | os.PathLike[str] | None
@@ -31,6 +32,26 @@ def read_override(given: Override) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"config={os.fspath(given)!r}: should hold a JSON object like {{'unet': {{...}}}}")
     return found
+
+
+def said(config: Override, prediction: str | None, sampler: str | None) -> dict[str, Any]:
+    """The corrections of ``config``, with the two that have options of their own.
+
+    Raises :class:`ConfigError` if there is no such sampler, or ``config`` says something else.
+    """
+    found = read_override(config)
+    given: dict[str, Any] = {}
+    if prediction is not None:
+        given["schedule"] = {"prediction": prediction}
+    if sampler is not None:
+        sampler_from_config({"name": sampler})
+        given["sampler"] = {"name": sampler}
+    for part, options in given.items():
+        for option, value in options.items():
+            other = found[part].get(option, value) if isinstance(found.get(part), Mapping) else value
+            if other != value:
+                raise ConfigError(f"{part} {option}={value!r} is given, and {other!r} in config; leave one out")
+    return dict(merge(found, given))
 
 
 def overlay(config: C, patch: Mapping[str, Any]) -> C:

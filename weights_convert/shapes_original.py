@@ -12,7 +12,7 @@ from typing import Any
 
 from minidiff.errors import CheckpointError
 from minidiff.files import Lazy
-from weights_convert.keys_original import CLIP, UNET, VAE
+from weights_convert.keys_original import CLIP, GUIDANCE, UNET, VAE
 
 SD1_HEADS = 8
 CLIP_HEAD = 64  # channels of one head, in every CLIP text encoder
@@ -79,6 +79,7 @@ def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> di
         "context_dim": context_dim,
         "linear_proj": linear,
         "added_dim": s.of("label_emb.0.0.weight", 2)[1] if s.has("label_emb.0.0.weight") else None,
+        "guidance_dim": s.of(f"{GUIDANCE}.weight", 2)[1] if s.has(f"{GUIDANCE}.weight") else None,
     }
 
 

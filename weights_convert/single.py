@@ -1,7 +1,7 @@
 """An original single file (the layout of CompVis and Stability, ``.safetensors`` or ``.ckpt``), translated.
 
-What a file does not say of itself, heads and scheduler, follows the rule of its family; what even that leaves open, the
-prediction of SD2, must be told.
+What a file does not say of itself, heads and norm groups, follows the rule of its family (scheduler and prediction:
+``single_schedule.py``).
 """
 
 from __future__ import annotations
@@ -17,25 +17,12 @@ from minidiff.config import VAE_SDXL, ModelConfig, VAEConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
-from minidiff.schedule import NoiseSchedule
-from weights_convert import keys_diffusers, openclip
+from weights_convert import keys_diffusers, openclip, single_schedule
 from weights_convert import keys_original as keys
 from weights_convert import shapes_original as shapes
 from weights_convert.engine import Drop, Pair, expand, translate
 from weights_convert.overlay import merge
 from weights_convert.report import Report, Source
-
-# A single file says nothing of its scheduler; these are the ones that the families were published with.
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
-PNDM = {
-    "_class_name": "PNDMScheduler",
-    **BETAS,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-DDIM = {"_class_name": "DDIMScheduler", **BETAS, "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1}
-EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading", "steps_offset": 1}
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,6 @@ TEXTS: dict[str, dict[str, Text]] = {
     },
 }
 HEAD = 64  # channels of one head in SD2 and SDXL; SD1 has eight heads everywhere
-SCHEDULE_ROUNDING = 5e-3  # a table in bfloat16 is up to 2e-3 from ours, a zero-SNR one 3.5e-2
 LEVELS = Drop("noise levels", r"denoiser\.sigmas", "a table that follows from the schedule's settings")
 LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was asked for, and taken instead")
 
@@ -77,16 +63,16 @@ def read_original(
     :class:`CheckpointError` for keys or shapes that do not fit and for ``ema`` where the file has no average, and
     :class:`ConfigError` where the file can't say what ``override`` does not.
     """
-    where, texts = report.source, TEXTS[report.family.removesuffix("-inpainting")]
+    where, texts = report.source, TEXTS[report.family.removesuffix("-inpainting").removesuffix("-lcm")]
     config = _config(tensors, report, texts, override or {})
     if not isinstance(config.vae, VAEConfig) or any(getattr(config, name) is None for name in texts):
         raise ConfigError(f"config: a text-to-image model needs vae and {', '.join(texts)}, and one of them is null")
-    _check_schedule(tensors, config, where)
+    single_schedule.check_table(tensors, config.schedule, where)
     parts = build(config)
     model = nn.ModuleDict(parts)
     prefixes = {name: _prefix(tensors, text) for name, text in texts.items()}
     pairs = key_pairs(config, texts, prefixes)
-    drops: tuple[Drop, ...] = (*keys.DROPS, LEVELS)
+    drops: tuple[Drop, ...] = (*keys.DROPS, LEVELS, single_schedule.MARKERS_DROP)
     for name, text in texts.items():
         if text.open_clip:
             drops += openclip.drops(text.root, getattr(config, name).layers)
@@ -129,14 +115,13 @@ def _config(
     """What the shapes tell, what the family's rule adds, and what the user corrects."""
     where, family = report.source, report.family
     xl, first = family.startswith("sdxl"), family.startswith("sd1")
-    scheduler: dict[str, Any] = EULER if xl else PNDM
+    scheduler = single_schedule.scheduler(tensors, family, override, where)
     unet = shapes.unet(tensors, where, None if first else HEAD)
     vae = shapes.vae(tensors, where)
     if xl:
         unet["sample_size"] = 128
         vae |= {"scaling_factor": VAE_SDXL.scaling_factor, "sample_size": VAE_SDXL.sample_size, "upcast": True}
-    elif not first and _prediction(override, where) == "v_prediction":
-        scheduler = {**DDIM, "prediction_type": "v_prediction"}
+    elif not first and scheduler["prediction_type"] == "v_prediction":
         unet |= {"sample_size": 96, "upcast_attention": True}
         vae["sample_size"] = 768
     fields: dict[str, Any] = {
@@ -162,32 +147,6 @@ def _config(
         raise CheckpointError(
             f"{where}: {e}; if it is a relative of {family}, config= says what shapes can't tell"
         ) from None
-
-
-def _prediction(override: Mapping[str, Any], where: str) -> Any:
-    """What an SD2 model predicts: no tensor shows it, and a wrong guess makes grey mush."""
-    schedule = override.get("schedule")
-    found = schedule.get("prediction") if isinstance(schedule, Mapping) else None
-    if found is None:
-        raise ConfigError(
-            f"{where}: a single file of SD2 does not say what its model predicts; give --config FILE (config= in "
-            'Python) with {"schedule": {"prediction": "epsilon"}} for base and inpainting, or "v_prediction" for 768-v'
-        )
-    return found
-
-
-def _check_schedule(tensors: Mapping[str, Lazy], config: ModelConfig, where: str) -> None:
-    """A file that carries the noise table of its training must not be run with another one."""
-    stored = tensors.get("alphas_cumprod")
-    if stored is None:
-        return
-    ours = NoiseSchedule.from_config(config.schedule).alphas_cumprod
-    gap = float((stored.load().float() - ours).abs().max()) if stored.shape == ours.shape else float("inf")
-    if not gap <= SCHEDULE_ROUNDING:
-        raise CheckpointError(
-            f"{where}: its noise table (alphas_cumprod) differs from the schedule's by {gap:.3g}; say what it was "
-            'trained with, such as config={"schedule": {"zero_snr": true, "prediction": "v_prediction"}}'
-        )
 
 
 def _choose_weights(

@@ -12,26 +12,29 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import nn
 
 from minidiff import checkpoint
 from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy, TensorFile
+from weights_convert import keys_diffusers, keys_taesd, openclip
 from weights_convert import keys_original as originals
-from weights_convert import keys_taesd
 from weights_convert.ckpt import read_pickle
 from weights_convert.component import AnyConfig, key_map, meta_model, read_component
 from weights_convert.detection import PICKLE_MAGIC, PICKLES
-from weights_convert.engine import Drop, Module, Part, expand, translate
+from weights_convert.engine import Drop, Pair, Part, expand, translate
 from weights_convert.report import Source
 
 Swaps = Mapping[str, str | os.PathLike[str] | None]
+TRANSFORMERS, OPEN_CLIP = "encoder.layers.0.layer_norm1.weight", "transformer.resblocks.0.ln_1.weight"
 TAESD = re.compile(r"(.*)(encoder|decoder)(\.(?:safetensors|pth|pt))", re.DOTALL)  # the names of the author's files
 
 
 def swap(source: Source, files: Swaps) -> Source:
-    """``source`` with parts replaced: {"vae": path, "unet": path, "text_encoder": path}; None leaves one as it is.
+    """``source`` with parts replaced: {"vae": path, "text_encoder_2": path, ...}; None leaves one as it is.
 
     Raises :class:`ConfigError` for a part that the model does not have, and :class:`CheckpointError` for a file that
     holds no such part, or one that does not fit.
@@ -79,33 +82,71 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
     if checkpoint.is_minidiff(metadata):
         return _from_minidiff(path, part)
     model = meta_model(mine)
-    known = [(expand(modules, model), prefix, layout) for layout, modules, prefix in layouts(mine, tensors)]
-    pairs, prefix, layout = max(known, key=lambda k: sum(p.theirs in tensors for p in k[0]))
-    if any(p.theirs in tensors for p in pairs):
-        others = (Drop("other parts", rf"(?!{re.escape(prefix)}).*", "only one part of that file is wanted"),)
-        drops = (*originals.DROPS, *(others if prefix else ()))
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+
+    def fit(form: Form) -> tuple[int, int]:
+        """How many tensors have the names of a form, and how many the shapes too."""
+        here = [p for p in form.pairs if p.theirs in tensors]
+        return len(here), sum(p.form.stored(shapes[p.ours]) == tensors[p.theirs].shape for p in here)
+
+    form = max(forms(mine, model, tensors), key=fit)
+    if fit(form)[0]:
+        others = (Drop("other parts", rf"(?!{re.escape(form.prefix)}).*", "only one part of that file is wanted"),)
+        drops = (*form.drops, *originals.DROPS, *(others if form.prefix else ()))
         try:
-            return mine, translate(pairs, tensors, model, where=str(path), drops=drops), layout
+            return mine, translate(form.pairs, tensors, model, where=str(path), drops=drops), form.layout
         except CheckpointError as e:
             raise CheckpointError(f"{e}; it has to fit the {part} that it replaces") from None
     shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
     raise CheckpointError(f"{path}: holds no {part} that is known; its {len(tensors)} keys begin with {shown}")
 
 
-def layouts(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[tuple[str, list[Module], str]]:
-    """Every layout that a bare file of this part may have: its name, its key map, the prefix of the part's keys."""
-    yield "diffusers layout", list(key_map(config, tensors)), ""
-    whole: list[tuple[list[Module], str]] = []
+class Form(NamedTuple):
+    """One way in which a bare file may hold a part: the layout's name, the key map, the prefix of the part's keys, and
+    what beside it is dropped."""
+
+    layout: str
+    pairs: list[Pair]
+    prefix: str = ""
+    drops: tuple[Drop, ...] = ()
+
+
+def forms(config: AnyConfig, model: nn.Module, tensors: Mapping[str, Lazy]) -> Iterator[Form]:
+    """Every form that a bare file of this part may have."""
+    if isinstance(config, CLIPTextConfig):
+        yield from _text_forms(config, model, tensors)
+        return
+    yield Form("diffusers layout", expand(key_map(config, tensors), model))
     if isinstance(config, UNetConfig):
-        whole = [(list(originals.unet(config)), f"{originals.UNET}.")]
+        modules, prefix = list(originals.unet(config)), f"{originals.UNET}."
     elif isinstance(config, VAEConfig):
-        whole = [(list(originals.vae(config)), f"{originals.VAE}.")]
-    elif isinstance(config, CLIPTextConfig):
-        for prefix in ("text_model.", ""):
-            whole.append((list(originals.clip(config, prefix=prefix)), f"{originals.CLIP}."))
-    for modules, prefix in whole:
-        yield "original layout", modules, prefix
-        yield "original layout, no prefix", [m._replace(theirs=m.theirs.removeprefix(prefix)) for m in modules], ""
+        modules, prefix = list(originals.vae(config)), f"{originals.VAE}."
+    else:
+        return
+    yield Form("original layout", expand(modules, model), prefix)
+    bare = [m._replace(theirs=m.theirs.removeprefix(prefix)) for m in modules]
+    yield Form("original layout, no prefix", expand(bare, model))
+
+
+def _text_forms(config: CLIPTextConfig, model: nn.Module, tensors: Mapping[str, Lazy]) -> Iterator[Form]:
+    """A text encoder by transformers' names or OpenCLIP's, under whatever prefix the file has it: the names of the
+    first layer tell. Before "text_model." stands what the file puts around the encoder."""
+    pictures = Drop("picture encoder", r"(.*\.)?(visual|vision_model|visual_projection)\..*", "the other half of CLIP")
+    yield Form("diffusers layout", expand(key_map(config, tensors), model), "", (pictures,))
+    for prefix in _ends(tensors, TRANSFORMERS):
+        outer = prefix.removesuffix("text_model.")
+        modules = keys_diffusers.clip(config, prefix=prefix.removeprefix(outer))
+        pairs = expand((m._replace(theirs=outer + m.theirs) for m in modules), model)
+        yield Form("original layout" if outer else "diffusers layout", pairs, outer, (pictures,))
+    for prefix in _ends(tensors, OPEN_CLIP):
+        root = prefix.removesuffix(".")
+        drops = (pictures, *openclip.drops(root, config.layers))
+        yield Form("OpenCLIP layout", openclip.pairs(config, root, ""), prefix, drops)
+
+
+def _ends(tensors: Mapping[str, Lazy], name: str) -> list[str]:
+    """What stands before ``name`` in the keys that end so."""
+    return sorted(key.removesuffix(name) for key in tensors if key.endswith(name))
 
 
 def _tensors(path: Path) -> tuple[Mapping[str, Lazy], Mapping[str, str]]:

@@ -77,14 +77,13 @@ def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[No
 
 def unet_inputs(parts: Mapping[str, Any]) -> Inputs:
     """What the UNet is given, under the names that either program has for it."""
-    latent = parts["vae"].config.latent_channels if "vae" in parts else None
+    latent: int | None = parts["vae"].config.latent_channels if "vae" in parts else None
 
     def sample(probe: Probe, x: Tensor) -> Tensor:
-        further = 0 if latent is None else x.shape[1] - latent
-        if further == 0:
+        if latent is None or x.shape[1] == latent:
             shown: Tensor = probe.show("input", x)
             return shown
-        before = x.split([latent, 1, further - 1], dim=1)
+        before = torch.split(x, [latent, 1, x.shape[1] - latent - 1], dim=1)
         after = [probe.show(name, part) for name, part in zip(("input", "mask", "masked"), before, strict=True)]
         return x if all(a is b for a, b in zip(before, after, strict=True)) else torch.cat(after, dim=1)
 

@@ -156,7 +156,7 @@ class Theirs:
     @contextmanager
     def wide(self) -> Iterator[None]:
         """Every part in float64; the VAE too, which SDXL's pipelines put into float32 for a picture."""
-        vae = getattr(self.pipe, "vae", None)
+        vae: Any = getattr(self.pipe, "vae", None)
         upcast = getattr(vae, "config", {}).get("force_upcast", False)
         with in_float64(parts_of(self.pipe).values()):
             if upcast:
@@ -191,7 +191,7 @@ def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
         result = call(probe.show("out", out), t, x, *args, **kwargs)
         return swap_first(result, lambda new: probe.show("x", new))[0]
 
-    wrapped = {"set_timesteps": set_timesteps, "add_noise": add_noise, "step": step}
+    wrapped: dict[str, Callable[..., Any]] = {"set_timesteps": set_timesteps, "add_noise": add_noise, "step": step}
     for name, around in wrapped.items():
         setattr(scheduler, name, _wrap(getattr(scheduler, name), around))
     try:

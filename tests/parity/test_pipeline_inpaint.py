@@ -19,9 +19,13 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors.torch import save_file
 
+import weights_convert
+from minidiff.pipeline import StableDiffusion, load
 from tests.parity import pairs, twins
 from tests.parity.pairs import SD, Pair, picture
+from tests.parity.test_convert_stability import single, told
 from tests.tolerances import assert_close
 
 SCHEDULERS: dict[str, Any] = {
@@ -127,3 +131,20 @@ def test_what_the_mask_leaves_is_kept(ordinary: Pair, tmp_path: Path) -> None:
     other = ordinary.ours.generate("another", mask=half, **given)
     assert_close(found[..., :4], other[..., :4], where="the kept half")
     assert (found[..., 4:] - other[..., 4:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["folder", "single file"])
+def test_stable_diffusion_2(tmp_path: Path, layout: str) -> None:
+    """Nine channels, OpenCLIP's text encoder, epsilon; by way of both layouts."""
+    made = pairs.make(tmp_path, twins.pipeline_twin("sd2_inpaint"))
+    if layout == "single file":
+        save_file(single("sd2_inpaint", made.theirs), tmp_path / "one.safetensors")
+        options: dict[str, Any] = {"config": told("sd2_inpaint"), "prediction": "epsilon"}
+        weights_convert.convert(tmp_path / "one.safetensors", tmp_path / "one.out.safetensors", **options)
+        ours = load(tmp_path / "one.out.safetensors", device="cpu")
+        assert isinstance(ours, StableDiffusion)
+        made = Pair(made.theirs, ours)
+    assert made.ours.config.family == "sd2-inpainting"
+    for name, strength in (("pndm", 0.8), ("ddim", 1.0)):
+        options = {"image": picture(), "mask": mask(), "steps": 3, "strength": strength, **SIZE}
+        pairs.compare(made, SCHEDULERS[name], where=name, negative_prompt=pairs.NEGATIVE, **options)

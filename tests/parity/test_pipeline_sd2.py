@@ -71,6 +71,7 @@ def test_every_sampler(base: Pair, prediction: str, name: str) -> None:
         {"guidance_scale": 1.0, "steps": 3},
         {"steps": 2, "height": 40, "width": 24, "num_images": 3},
         {"steps": 2, "height": 24, "width": 72, "num_images": 2, "seeds": [4, 9]},
+        {"steps": 2, "guidance_rescale": 0.7, "num_images": 2},
     ],
     ids=str,
 )

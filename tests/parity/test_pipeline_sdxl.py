@@ -135,6 +135,41 @@ def test_clip_skip(base: Pair, skip: int) -> None:
     pairs.compare(base, EULER, negative_prompt=NEGATIVE, clip_skip=skip, steps=2, pixels=False)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "second"),
+    [
+        (pairs.PROMPT, {"prompt_2": "an owl", "negative_prompt": NEGATIVE}),
+        (pairs.PROMPT, {"negative_prompt": NEGATIVE, "negative_prompt_2": "fog"}),
+        (
+            ["a cat", "two dogs"],
+            {"prompt_2": ["x", "y"], "negative_prompt": ["", "b"], "negative_prompt_2": ["c", "d"]},
+        ),
+    ],
+    ids=["prompt", "negative", "of each"],
+)
+def test_second_prompts(base: Pair, prompt: Any, second: dict[str, Any]) -> None:
+    latents = pairs.compare(base, EULER, prompt, steps=2, pixels=False, **second)
+    first = {k: v for k, v in second.items() if not k.endswith("_2")}
+    plain = pairs.compare(base, EULER, prompt, steps=2, pixels=False, **first)
+    assert (latents - plain).abs().max() > 1e-3, "the second prompt makes no difference"
+
+
+def test_guidance_rescale(base: Pair) -> None:
+    """In all three pipelines; without guidance it does nothing."""
+    options: dict[str, Any] = {"negative_prompt": NEGATIVE, "steps": 2, "pixels": False, "num_images": 2}
+    latents = pairs.compare(base, EULER, guidance_rescale=0.7, **options)
+    plain = pairs.compare(base, EULER, **options)
+    assert (latents - plain).abs().max() > 1e-3, "it makes no difference"
+    pairs.compare(base, EULER, guidance_rescale=0.7, guidance_scale=1.0, **options)
+    image = pairs.as_pipeline(base, StableDiffusionXLImg2ImgPipeline)
+    second = {"prompt_2": "an owl", "negative_prompt_2": "fog"}
+    options |= {"image": picture(), "strength": 0.8, "num_images": 1}
+    pairs.compare(image, EULER, guidance_rescale=1.0, **options, **second)
+    hole = pairs.as_pipeline(base, StableDiffusionXLInpaintPipeline)
+    options |= {"mask": mask(), "height": 32, "width": 32}
+    pairs.compare(hole, EULER, guidance_rescale=0.3, **options, **second)
+
+
 def test_embeddings_given(base: Pair) -> None:
     embeds = base.theirs.encode_prompt(pairs.PROMPT, device="cpu", negative_prompt=NEGATIVE)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

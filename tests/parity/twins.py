@@ -81,6 +81,7 @@ UNETS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
         },
     ),
     "inpaint": (UNet2DConditionModel, SD1 | {"in_channels": 9}),
+    "sd2_inpaint": (UNet2DConditionModel, SD2 | {"in_channels": 9}),
     "lcm": (UNet2DConditionModel, SD1 | {"time_cond_proj_dim": 16}),
     "ddpm": (UNet2DModel, DDPM),
     # As the reference's own training script makes them: heads of 8 channels, the sinusoid of Stable Diffusion.
@@ -203,11 +204,12 @@ def pipeline_twin(kind: str = "sd1", scheduler: Any = None, dtype: torch.dtype =
     unet = unet_twin(kind)
     if kind.startswith("ddpm"):
         return DDPMPipeline(unet=_cast(unet, dtype), scheduler=scheduler or DDPMScheduler())
-    sd2 = kind == "sd2"
+    sd2 = kind.startswith("sd2")
     width = unet.config.cross_attention_dim
     if kind == "lcm":
         scheduler = scheduler or LCMScheduler(**SCALED_LINEAR)
-    kinds = {"lcm": LatentConsistencyModelPipeline, "inpaint": StableDiffusionInpaintPipeline}
+    kinds = {"lcm": LatentConsistencyModelPipeline}
+    kinds |= dict.fromkeys(("inpaint", "sd2_inpaint"), StableDiffusionInpaintPipeline)
     return kinds.get(kind, StableDiffusionPipeline)(
         vae=_cast(vae_twin(), dtype),
         text_encoder=_cast(clip_twin("h" if sd2 else "l", hidden_size=width), dtype),

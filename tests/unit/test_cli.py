@@ -40,6 +40,8 @@ from minidiff.config import (
 )
 from minidiff.pipeline import random_model
 from minidiff.samplers import SAMPLERS
+from tests.unit import convert_sources
+from tests.unit.tiny import tiny_xl
 from weights_convert import keys_original
 from weights_convert.engine import expand, restore
 
@@ -265,9 +267,65 @@ def test_pictures_that_cannot_be_begun_from(run: Run, models: Path, tmp_path: Pa
     ):
         one_error(run(*text, *more), *words)
     one_error(run("generate", "--model", "plain", "--image", "a.png", "--quiet"), "--image", "knows no text")
-    sd = minidiff.load(models / "text.safetensors")
-    minidiff.save_png(sd.generate("a", steps=2, clip_skip=0, denoising_end=0.9, progress=False)[0], tmp_path / "b.png")
-    one_error(run("generate", "--model", "text", "--recipe", "b.png", "--quiet"), "denoising_end", "Python")
+    one_error(run("generate", "--model", "plain", "--clip-skip", 1, "--quiet"), "--clip-skip", "knows no text")
+
+
+def test_what_sdxl_is_told(run: Run, tmp_path: Path) -> None:
+    """Every option of the library's, as Python does it, and from the recipe again."""
+    sd = tiny_xl()
+    sd.save(tmp_path / "xl.safetensors")
+    given = ("--negative", "rain", "--prompt-2", "an owl", "--negative-2", "fog", "--guidance-rescale", 0.7)
+    given += ("--clip-skip", 1, "--denoising-end", 0.7, "--original-size", "48x40", "--crop", "3,5")
+    made = ("generate", "a fox", "--model", "xl.safetensors", "--steps", 4, "--seed", 7, "--quiet")
+    assert run(*made, *given, "--target-size", "64x32", "--out", "a").err == []
+    wanted = {"negative_prompt": "rain", "prompt_2": "an owl", "negative_prompt_2": "fog", "guidance_rescale": 0.7}
+    sizes = minidiff.Sizes(original=(40, 48), crop=(5, 3), target=(32, 64))
+    wanted |= {"clip_skip": 1, "denoising_end": 0.7, "sizes": sizes}
+    (want,) = sd.generate("a fox", steps=4, seed=7, progress=False, **wanted)
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(want))
+    recipe = minidiff.read_recipe(tmp_path / "a.png")
+    told = {"original": [40, 48], "crop": [5, 3], "target": [32, 64], "score": None}
+    assert {k: recipe[k] for k in wanted} == wanted | {"sizes": told}
+    again = ("generate", "--model", "xl.safetensors", "--recipe", "a.png", "--quiet", "--out")
+    assert run(*again, "b").err == []
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    changed = {"--negative": "", "--prompt-2": "a fox", "--negative-2": "", "--guidance-rescale": 0, "--crop": "0,0"}
+    changed |= {"--clip-skip": 0, "--denoising-end": 0.9, "--original-size": "64x64", "--target-size": "64x64"}
+    for option, value in changed.items():  # each counts
+        assert run(*again, "c", "--force", option, value).err == [], option
+        assert not np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "c.png")), option
+    (other,) = sd.generate("a fox", steps=2, seed=7, negative_sizes=sizes, progress=False)
+    minidiff.save_png(other, tmp_path / "d.png")
+    one_error(run(*again[:4], "d.png", "--quiet"), "negative_sizes", "Python")
+    one_error(run(*made, "--score", 3), "score=3.0", "only a refiner")
+    one_error(run(*made, "--crop", "3x5"), "--crop", "'3x5'")
+    one_error(run(*made, "--denoising-start", 0.5), "denoising_start needs an image")
+    one_error(run("generate", "a", "--model", "text", "--prompt-2", "b", "--quiet"), "one text encoder")
+
+
+def test_what_a_file_does_not_say(run: Run, tmp_path: Path) -> None:
+    """--prediction and --sampler, where a single file leaves it open."""
+    tensors = convert_sources.original_tensors()
+    width = tensors["model.diffusion_model.time_embed.0.weight"].shape[1]
+    tensors["model.diffusion_model.time_embed.cond_proj.weight"] = torch.randn(width, 8)
+    save_file(tensors | {"ztsnr": torch.zeros(0)}, tmp_path / "lcm.safetensors")
+    (tmp_path / "told.json").write_text(json.dumps(convert_sources.OVERRIDE))
+    made = ("convert", "lcm.safetensors", "out.safetensors", "--config", "told.json")
+    one_error(run(*made), "lcm.safetensors", "what its model predicts", "--prediction")
+    one_error(run(*made, "--prediction", "epsilon"), "lcm.safetensors", "distilled for few steps", "--sampler")
+    one_error(run(*made, "--prediction", "epsilon", "--sampler", "lmc"), "lmc")
+    ended = run(*made, "--prediction", "v_prediction", "--sampler", "lcm")
+    assert any("has the marker 'ztsnr'" in line for line in ended.out)
+    assert any(
+        "told the guidance scale: has 'model.diffusion_model.time_embed.cond_proj.weight'" in x for x in ended.out
+    )
+    config = minidiff.load(tmp_path / "out.safetensors").config
+    assert (config.family, config.sampler, config.unet.guidance_dim) == ("sd1-lcm", {"name": "lcm"}, 8)
+    assert (config.schedule.prediction, config.schedule.zero_snr) == ("v_prediction", True)
+    one_error(run("plan", "--model", "lcm.safetensors"), "what its model predicts", "--prediction")
+    told = run("info", "lcm.safetensors")
+    assert told.status == 2
+    assert any("family    sd1-lcm" in line for line in told.out)
 
 
 def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:

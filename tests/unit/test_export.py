@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -422,23 +424,99 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+# Converts again and again, killed at another moment every time, until a run comes to its end; tells what each left.
+KILLED = """
+import hashlib, json, os, signal, sys
+import weights_convert
+
+src, dst, to, stride = sys.argv[1:]
+plain, left = os.fsync, 0
+
+def fsync(fd):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    plain(fd)
+
+def content():
+    return hashlib.sha256(open(dst, "rb").read()).hexdigest() if os.path.isfile(dst) else None
+
+found = []
+for left in range(0, 1000, int(stride)):
+    child = os.fork()
+    if child == 0:
+        os.fsync = fsync
+        try:
+            weights_convert.convert(src, dst, to=to)
+        finally:
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    found.append([os.WTERMSIG(status), sorted(os.listdir(os.path.dirname(dst))), content()])
+    if not os.WIFSIGNALED(status):
+        break
+print(json.dumps(found))
+"""
+
+
+def killed(src: Path, dst: Path, to: str, stride: int) -> list[tuple[int, list[str], str | None]]:
+    """(signal, names in the folder around ``dst``, hash of the file ``dst``) after every run."""
+    dst.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", KILLED, str(src), str(dst), to, str(stride)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=True)
+    return [tuple(run) for run in json.loads(done.stdout)]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_killed_while_writing_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
+def test_killed_at_any_moment_leaves_no_folder_of_that_name(model: Path, tmp_path: Path) -> None:
+    """What lies beside it is cleaned up by the next run, so there is never more than one of these."""
+    *broken, whole = killed(model, tmp_path / "new" / "out", "diffusers", stride=5)
+    assert len(broken) > 4
+    for signalled, names, _ in broken[:-1]:
+        assert signalled == signal.SIGKILL
+        assert len(names) == 1
+        assert re.fullmatch(r"\.out\.\d+\.part", names[0])
+    assert broken[-1][0] == signal.SIGKILL  # it may have come after the last act, the renaming
+    assert (whole[0], whole[1]) == (0, ["out"])
+    weights_convert.convert(tmp_path / "new" / "out", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("to", ["minidiff", "original"])
+def test_killed_at_any_moment_leaves_the_old_file(model: Path, tmp_path: Path, to: str) -> None:
+    old = b"what was there before"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "out").write_bytes(old)
+    *broken, whole = killed(model, tmp_path / "new" / "out", to, stride=1)
+    assert len(broken) == 2
+    assert (broken[0][0], broken[0][2]) == (signal.SIGKILL, hashlib.sha256(old).hexdigest())  # before it is on the disk
+    assert (broken[1][0], broken[1][2]) == (signal.SIGKILL, whole[2])  # renamed already: the new one, whole
+    assert (whole[0], whole[1]) == (0, ["out"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+def test_what_another_process_is_writing_is_not_cleaned_up(tmp_path: Path) -> None:
     code = f"""
-from pathlib import Path
+import time
 from minidiff.files import atomic_folder
 with atomic_folder({str(tmp_path / "out")!r}) as folder:
-    (folder / "model_index.json").write_text("half")
+    (folder / "mine").write_text("half")
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
     running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert running.stdout is not None
-    assert running.stdout.readline() == "writing\n"
-    running.send_signal(signal.SIGKILL)
-    running.wait(timeout=30)
-    running.stdout.close()
-    assert not (tmp_path / "out").exists()
+    try:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "writing\n"
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / "mine").write_text("whole")
+        others = [p for p in tmp_path.iterdir() if p.name != "out"]
+        assert [p.name for p in others] == [f".out.{running.pid}.part"]
+        assert (others[0] / "mine").read_text() == "half"
+    finally:
+        running.kill()
+        running.communicate()
 
 
 # ---- the commands

@@ -41,6 +41,7 @@ LAYERS: dict[str, int] = {
     "minidiff.pipeline": 4,
     "minidiff.arguments": 5,
     "minidiff.info": 5,
+    "minidiff.repeat": 5,
     "minidiff.embeddings": 5,
     "minidiff.fast": 5,
     "minidiff.lora": 5,

@@ -582,6 +582,9 @@ def test_unconditional_latents(ddpm: Unconditional) -> None:
         ({"seed": 1, "generator": torch.Generator()}, "both given"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, "(2, 3, 8, 8) is wanted"),
         ({"output": "png"}, "output='png'"),
+        ({"image": torch.zeros(1, 3, 8, 8)}, "image= is given, and a tiny ddpm model begins from noise alone"),
+        ({"prompt": "a fox"}, "prompt= is given, and a tiny ddpm model begins from noise alone, and reads no text"),
+        ({"stepz": 3}, "stepz= is given, and a tiny ddpm model has no such argument"),
     ],
 )
 def test_unconditional_refusals(ddpm: Unconditional, arguments: dict[str, Any], words: str) -> None:

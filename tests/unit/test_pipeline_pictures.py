@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from minidiff import MinidiffError, Sizes, StableDiffusion
-from minidiff.config import CLIPTextConfig, ModelConfig, TokenizerConfig
+from minidiff.config import ModelConfig
 from minidiff.denoise import choose_rows
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.images import read
@@ -30,19 +30,10 @@ from tests.unit.test_pipeline import calls
 
 QUIET: dict[str, Any] = {"progress": False, "steps": 3, "seed": 0}
 SIDE = 64
-XL = replace(
-    tiny.SD,
-    family="tiny sdxl",
-    unet=replace(tiny.UNET, context_dim=16 + 8, added_dim=4 + 6 * 2, added_sinusoid=2),
-    text_encoder_2=CLIPTextConfig(width=8, layers=2, heads=2, mlp=16, projection=4, activation="gelu"),
-    tokenizer_2=TokenizerConfig(pad=0),
-    text_layer="penultimate",
-    zero_empty=True,
-)
 REFINER = replace(
-    XL,
+    tiny.XL,
     family="tiny refiner",
-    unet=replace(XL.unet, context_dim=8, added_dim=4 + 5 * 2),
+    unet=replace(tiny.XL.unet, context_dim=8, added_dim=4 + 5 * 2),
     text_encoder=None,
     tokenizer=None,
     zero_empty=False,
@@ -64,7 +55,7 @@ def sd() -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def xl() -> StableDiffusion:
-    return made(XL)
+    return tiny.tiny_xl()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +108,10 @@ NOISE = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         ({"clip_skip": 2}, "clip_skip=2 must be a whole number in 0..1"),
         ({"clip_skip": -1}, "clip_skip=-1"),
         ({"clip_skip": 1.0}, "clip_skip=1.0"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 must lie in 0..1"),
+        ({"guidance_rescale": "some"}, "guidance_rescale='some' must be a finite number"),
+        ({"prompt_2": "b"}, "a second prompt is given, and this tiny sd has one text encoder"),
+        ({"negative_prompt_2": "b"}, "a second prompt is given, and this tiny sd has one text encoder"),
     ],
 )
 def test_what_cannot_work(sd: StableDiffusion, arguments: dict[str, Any], words: str) -> None:
@@ -126,6 +121,20 @@ def test_what_cannot_work(sd: StableDiffusion, arguments: dict[str, Any], words:
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert seen == []
+
+
+def test_second_prompts_that_cannot_work(xl: StableDiffusion, refiner: StableDiffusion) -> None:
+    for model, given, words in (
+        (xl, {"prompt": ["a", "b"], "prompt_2": ["c"] * 3}, "3 texts for the second encoder, and 2 for the first"),
+        (xl, {"prompt": "a", "prompt_2": 5}, "a prompt must be text"),
+        (xl, {"prompt": "a", "negative_prompt_2": "b"}, "negative_prompt_2 is given and negative_prompt is not"),
+        (xl, {"prompt": None, "prompt_2": "a"}, "prompt is None"),
+        (refiner, {"prompt": "a", "image": picture(), "prompt_2": "b"}, "this tiny refiner has one text encoder"),
+    ):
+        with calls(model) as seen, pytest.raises(ConfigError) as caught:
+            model.steps(steps=3, **given)  # type: ignore[arg-type]
+        assert words in str(caught.value)
+        assert seen == []
 
 
 def test_a_file_that_is_no_picture(sd: StableDiffusion, tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_parts_that_do_not_fit(xl: StableDiffusion) -> None:
     with pytest.raises(UnsupportedError, match="a second text encoder; one is missing"):
         from_parts(replace(tiny.SD, unet=replace(tiny.UNET, added_dim=16, added_sinusoid=2)), tiny.tiny_sd().parts)
     with pytest.raises(ConfigError, match="added_dim=20 of the UNet is not five or six sinusoids of 2"):
-        replace(XL, unet=replace(XL.unet, added_dim=20))
+        replace(tiny.XL, unet=replace(tiny.XL.unet, added_dim=20))
 
 
 def test_training_does_not_know_what_else_a_unet_reads(xl: StableDiffusion) -> None:
@@ -183,6 +192,23 @@ def test_an_sdxl_keeps_its_ways_in_a_file(xl: StableDiffusion, refiner: StableDi
         found = load(tmp_path / "a.safetensors", device="cpu")
         assert found.config == model.config
         assert_close(found.generate("a cat", output="latent", **QUIET, **more), want)  # type: ignore[arg-type]
+
+
+def test_a_second_prompt(xl: StableDiffusion) -> None:
+    """It is read by the second encoder alone: its part of the context, and the pooled text."""
+    (one, pooled), (two, pooled_2) = (xl.encode_prompt(text) for text in ("a cat", "a dog"))
+    assert pooled is not None
+    assert pooled_2 is not None
+    context, summary = xl.encode_prompt("a cat", texts_2="a dog")
+    assert summary is not None
+    assert_close(context, torch.cat([one[..., :16], two[..., 16:]], dim=-1))
+    assert_close(summary, pooled_2)
+    assert not torch.equal(pooled, pooled_2)
+    given: dict[str, Any] = {"negative_prompt": "x", "prompt_2": ["c", "d"], "negative_prompt_2": "y"}
+    recipes = [read_recipe(image) for image in xl.generate(["a", "b"], num_images=2, **given, **QUIET)]
+    assert [r["prompt_2"] for r in recipes] == ["c", "c", "d", "d"]
+    assert {r["negative_prompt_2"] for r in recipes} == {"y"}
+    assert "prompt_2" not in read_recipe(xl.generate("a", **QUIET)[0])
 
 
 def test_the_recipe_says_what_it_began_from(sd: StableDiffusion, tmp_path: Path) -> None:

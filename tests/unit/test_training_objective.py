@@ -16,7 +16,15 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.training.curves import rate_at
 from minidiff.training.draws import Draws
 from minidiff.training.ema import EMA
-from minidiff.training.objective import draw_noise, drop_prompts, min_snr_weights, snr, target, weighted_mse
+from minidiff.training.objective import (
+    draw_noise,
+    draw_timesteps,
+    drop_prompts,
+    min_snr_weights,
+    snr,
+    target,
+    weighted_mse,
+)
 from minidiff.training.settings import TrainConfig
 from tests.tolerances import assert_close
 

@@ -32,6 +32,15 @@ SD = ModelConfig(
     text_encoder=CLIPTextConfig(width=16, layers=2, heads=2, mlp=32),
     tokenizer=TokenizerConfig(),
 )
+XL = replace(  # SDXL: two text encoders, pooled text and sizes
+    SD,
+    family="tiny sdxl",
+    unet=replace(UNET, context_dim=16 + 8, added_dim=4 + 6 * 2, added_sinusoid=2),
+    text_encoder_2=CLIPTextConfig(width=8, layers=2, heads=2, mlp=16, projection=4, activation="gelu"),
+    tokenizer_2=TokenizerConfig(pad=0),
+    text_layer="penultimate",
+    zero_empty=True,
+)
 DDPM = ModelConfig(
     family="tiny ddpm",
     unet=replace(
@@ -72,6 +81,11 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
 def tiny_sd(seed: int = 0) -> StableDiffusion:
     """A text-to-image model: 8 x 8 latents, 64 x 64 pixels."""
     return cast(StableDiffusion, _drawn(SD, seed))
+
+
+def tiny_xl(seed: int = 0) -> StableDiffusion:
+    """The same with SDXL's two text encoders."""
+    return cast(StableDiffusion, _drawn(XL, seed))
 
 
 def tiny_ddpm(seed: int = 0) -> Unconditional:
