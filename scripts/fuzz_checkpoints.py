@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +77,7 @@ def watch(first: int, last: int, ends: Counter[str], faults: list[str]) -> int:
         lines: queue.Queue[str] = queue.Queue()
         assert process.stdout is not None
         source = process.stdout
-        threading.Thread(target=lambda: [lines.put(line) for line in [*source, ""]], daemon=True).start()
+        threading.Thread(target=lambda: [lines.put(line) for line in chain(source, [""])], daemon=True).start()
         now, patience = {"case": first, "how": "the start"}, 300
         while True:
             try:
