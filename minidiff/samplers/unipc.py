@@ -134,7 +134,10 @@ class UniPC(LambdaOptions):
             factorial *= k + 1
             phi_k = phi_k / hh - 1 / factorial
         b1, b2, b3 = targets
-        two = usable(self, orders, 2, {"r1": r1, "1 / r1": 1 / r1})
+        # A last interval without length has an infinite r1, and differences over it are 0: it is walked, to no effect.
+        inner = torch.cat([r1[:-1], torch.zeros_like(r1[-1:])])
+        usable(self, orders, 2, {"r1 but the last": inner, "1 / r1": 1 / r1})
+        used = torch.tensor([o >= 2 and i >= 1 for i, o in enumerate(orders)], device="cpu")
         three = usable(self, orders, 3, {"r2": r2, "1 / r2": 1 / r2, "b1": b1, "b2": b2})
         # the corrector walks every interval but the last again, with the order of the step that walked it first
         of_2, of_3 = ([o >= k and k <= i + 1 < n for i, o in enumerate(orders)] for k in (2, 3))
@@ -143,7 +146,7 @@ class UniPC(LambdaOptions):
         correct2 = solve(of_2, [r1, one], [b1, b2])
         correct3 = solve(of_3, [r1, r2, one], [b1, b2, b3])
         return {
-            "r1": two["r1"],
+            "r1": torch.where(used, r1, 0.0),
             "r2": three["r2"],
             "predict3": solve(in_3, [r1, r2], [b1, b2]),
             "correct2": correct2[:, 0],
