@@ -331,6 +331,21 @@ def test_a_text_encoder_with_few_rows_comes_back(tmp_path: Path) -> None:
     assert not torch.equal(back.encode_prompt("a red a")[0], back.encode_prompt("a a a")[0])
 
 
+def test_a_changed_header_is_seen_when_it_was_written_anew(tmp_path: Path, ddpm: Unconditional) -> None:
+    """With the spaces of another program's JSON."""
+    ddpm.save(path := tmp_path / "m.safetensors")
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + size])
+    table["__metadata__"]["minidiff.config"] = table["__metadata__"]["minidiff.config"].replace(
+        '"heads":3', '"heads":1'
+    )
+    header = json.dumps(table).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+    with pytest.raises(CheckpointError, match="header is not what minidiff wrote"):
+        load(path)
+
+
 def test_a_changed_header_is_seen_when_the_file_is_opened(tmp_path: Path, ddpm: Unconditional) -> None:
     """A digit of the config changed by a bad disk is another model, which would load and paint nonsense."""
     ddpm.save(path := tmp_path / "m.safetensors")
