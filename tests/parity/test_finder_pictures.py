@@ -114,7 +114,7 @@ def row(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:
 
 def channels(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:
     inner = pipeline.predictor
-    patch.setattr(pipeline, "predictor", lambda *args: inner(*args[:-1], args[-1].roll(1, dims=1)))
+    patch.setattr(pipeline, "predictor", lambda *args: inner(*args[:4], args[4].roll(1, dims=1), *args[5:]))
 
 
 def threshold(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:

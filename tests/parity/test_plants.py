@@ -42,7 +42,7 @@ PLANTS = {
     ),
     "sigma dtype": (
         "import numpy as np, minidiff.samplers.sigmas as m; inner = m.karras\n"
-        "m.karras = lambda low, high, n: inner(np.float32(low), np.float32(high), n).astype(np.float32)"
+        "m.CURVES['karras'] = lambda low, high, n: inner(np.float32(low), np.float32(high), n).astype(np.float32)"
         " if n == 1 else ((np.float32(high) ** np.float32(1 / 7) + np.linspace(0, 1, n, dtype=np.float32)"
         " * (np.float32(low) ** np.float32(1 / 7) - np.float32(high) ** np.float32(1 / 7))) ** np.float32(7))",
         "test_pipeline.py::test_every_sampler_from_prompt_to_pixels[euler karras]",

@@ -194,7 +194,7 @@ def test_a_unet_that_reads_a_second_picture(folder: Path) -> None:
 def test_single_files_of_nothing_but_a_clue(tmp_path: Path, key: str) -> None:
     unet = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
     save_file({key: torch.zeros(2), **unet}, tmp_path / "other.safetensors")
-    fails(tmp_path / "other.safetensors", CheckpointError, "missing")
+    fails(tmp_path / "other.safetensors", CheckpointError, "missing", prediction="epsilon")
 
 
 # ---- options that minidiff's models do not have

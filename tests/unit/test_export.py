@@ -335,9 +335,6 @@ def test_models_that_diffusers_cannot_be(tmp_path: Path) -> None:
 def test_models_that_the_original_layout_has_no_names_for(tmp_path: Path) -> None:
     plain = save(DDPM, tmp_path / "plain.safetensors")
     refused(plain, "original", UnsupportedError, "a UNet, a VAE and a text encoder")
-    plain.unlink()
-    lcm = save(replace(SD, unet=replace(SD.unet, guidance_dim=8)), tmp_path / "lcm.safetensors")
-    refused(lcm, "original", UnsupportedError, "no tensors for the model's 'unet.time.condition'")
 
 
 @pytest.mark.parametrize("name", ["sd.ckpt", "sd.pt", "SD.BIN"])

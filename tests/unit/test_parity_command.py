@@ -123,14 +123,15 @@ def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path
     in_order = ("encode/pixels", "encode/vae/encoder", "encode/latents", "encode/added", "encode/noisy", "step.0/input")
     assert sorted(in_order, key=list(found.tape).index) == list(in_order)
     assert torch.equal(found.tape["start/x"], found.tape["encode/noisy"])
-    assert "step.1/x" not in found.tape, "half of two steps"
+    assert "step.1/x" in found.tape
+    assert "step.2/x" not in found.tape, "half of two steps, the half that PNDM makes in two calls"
 
 
 def test_the_made_picture_and_mask_show_much() -> None:
     for width, height in ((32, 24), (256, 256)):
         image = torch.tensor(np.asarray(pictures.picture(None, width, height)))
         assert image.shape == (height, width, 3)
-        assert min(len(image[..., c].unique()) for c in range(3)) >= height // 2
+        assert min(len(image[..., c].unique()) for c in range(3)) >= min(height // 2, 100)
         shades = torch.tensor(np.asarray(pictures.mask(None, width, height)))
         assert shades.shape == (height, width)
         black, grey, white = (shades == 0).sum(), ((shades > 0) & (shades < 255)).sum(), (shades == 255).sum()
