@@ -32,13 +32,17 @@ from minidiff.schedule import NoiseSchedule
 class DPM2Plan(SigmaPlan):
     """``sigmas`` has every end of an interval twice, as the reference lists them. Rows: ``seen``, the sigma of the
     sample that the model is shown; ``dt``, what the slope is multiplied by, from the start of the interval;
-    ``sigma_up``, what fresh noise is multiplied by at the end of an interval (0 unless ancestral)."""
+    ``sigma_up``, what fresh noise is multiplied by at the end of an interval (0 unless ancestral). ``noise_of_ends``: in
+    the middle of an interval a picture gets the noise of its end."""
 
     seen: Tensor
     dt: Tensor
     sigma_up: Tensor
+    noise_of_ends: bool = False
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
+        if self.noise_of_ends:
+            return super().add_noise(x0, noise, i)
         return x0 + noise * self.seen[i].to(x0.dtype)
 
     def columns(self) -> dict[str, Tensor | Sequence[Any]]:
@@ -54,7 +58,8 @@ class DPM2(SpacedSigmas):
 
     ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
     middles), although the sigmas are not; the timesteps of all but "timesteps" are float64; and timestep T, which 1000
-    steps with an offset of 1 begin with, is let through. (In the reference a run that starts at an odd row, in the
+    steps with an offset of 1 begin with, is let through; a picture gets the noise of an interval's end in its middle.
+    (In the reference a run that starts at an odd row, in the
     middle of an interval, goes astray; here that is an error.)
     """
 
@@ -83,7 +88,8 @@ class DPM2(SpacedSigmas):
         seen, dt = interleave(start, middle), interleave(middle - start, to - start)
         rows = sigma_rows(t if self.like_diffusers else t.float(), seen, self.spacing, schedule.prediction)
         rows["sigmas"] = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
-        return DPM2Plan(**rows, seen=seen, dt=dt, sigma_up=interleave(torch.zeros_like(up), up))
+        up = interleave(torch.zeros_like(up), up)
+        return DPM2Plan(**rows, seen=seen, dt=dt, sigma_up=up, noise_of_ends=self.like_diffusers)
 
     def _split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each interval between ``s`` (n + 1,): the middle sigma (of the last one its end, since it has no middle),

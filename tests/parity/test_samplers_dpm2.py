@@ -7,10 +7,13 @@ from itertools import product
 import pytest
 import torch
 
+from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
-from minidiff.samplers import DPM2, DPM2Ancestral, Scheduler
+from minidiff.samplers import DPM2, DPM2Ancestral, Scheduler, sampler_from_diffusers
+from minidiff.schedule import NoiseSchedule
 from tests.parity.axes import BETAS, SIGMAS, SPACINGS
 from tests.parity.sampler_twins import DTYPES, SHAPE, compare, config, label, reference
+from tests.tolerances import assert_close
 
 PREDICTIONS = ("epsilon", "v_prediction")
 NAMES = ("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
@@ -121,3 +124,15 @@ def test_the_familiar_loop(name, first):
         x = ours.step(torch.sin(seen), t, x, generator=a)
         y = theirs.step(torch.sin(seen), t, y, **({"generator": b} if "Ancestral" in name else {})).prev_sample
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_noise_of_every_row(name):
+    """What inpainting by an ordinary model puts around the hole after each call, in the middle of an interval too."""
+    c = config(name)
+    theirs = reference(c)
+    theirs.set_timesteps(6)
+    plan = sampler_from_diffusers(c).plan(NoiseSchedule.from_config(ScheduleConfig()), 6)
+    x, noise = torch.randn(2, *SHAPE).unbind()
+    for i, t in enumerate(theirs.timesteps):
+        assert_close(plan.add_noise(x, noise, i), theirs.add_noise(x, noise, t.expand(len(x))), where=f"row {i}")
