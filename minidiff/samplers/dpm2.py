@@ -32,8 +32,8 @@ from minidiff.schedule import NoiseSchedule
 class DPM2Plan(SigmaPlan):
     """``sigmas`` has every end of an interval twice, as the reference lists them. Rows: ``seen``, the sigma of the
     sample that the model is shown; ``dt``, what the slope is multiplied by, from the start of the interval;
-    ``sigma_up``, what fresh noise is multiplied by at the end of an interval (0 unless ancestral). ``noise_of_ends``: in
-    the middle of an interval a picture gets the noise of its end."""
+    ``sigma_up``, what fresh noise is multiplied by at the end of an interval (0 unless ancestral). ``noise_of_ends``:
+    in the middle of an interval a picture gets the noise of its end."""
 
     seen: Tensor
     dt: Tensor
