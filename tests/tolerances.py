@@ -56,6 +56,9 @@ PACKED = Tolerance(
     "and packed are equally far from float64, 1.8e-6 of the norm at that width, and 2.3e-6 from each other",
 )
 
+PROGRAM_FLOAT32 = Tolerance(1e-6, 3e-6, "a program's float32, copied, against the same in float64")
+PERFECT = Tolerance(1e-5, 1e-5, "a program's formula for a perfect model's step against ours, which divides elsewhere")
+ONCE = Tolerance(0.0, 6e-8, "float64 rounded once to float32: half of its last place, 2 ** -24")
 LOG_SIGMA = Tolerance(0.0, 3e-6, "log sigma interpolated and its exponential taken in float32, against float64")
 SIGMA_POWERS = Tolerance(0.0, 1e-5, "seventh powers and exponentials between ends that are rounded to float32")
 TOLD_TIMESTEP = Tolerance(

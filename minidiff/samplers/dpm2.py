@@ -59,8 +59,7 @@ class DPM2(SpacedSigmas):
     ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
     middles), although the sigmas are not; the timesteps of all but "timesteps" are float64; and timestep T, which 1000
     steps with an offset of 1 begin with, is let through; a picture gets the noise of an interval's end in its middle.
-    (In the reference a run that starts at an odd row, in the
-    middle of an interval, goes astray; here that is an error.)
+    (In the reference a run that starts in the middle of an interval goes astray; here that is an error.)
     """
 
     order: ClassVar[int] = 2

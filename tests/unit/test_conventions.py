@@ -20,12 +20,10 @@ from minidiff.conventions.table import markdown, plans, side_by_side
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.tolerances import LOG_SIGMA, SIGMA_POWERS, TOLD_TIMESTEP, Tolerance, assert_close
+from tests.tolerances import LOG_SIGMA, ONCE, PERFECT, PROGRAM_FLOAT32, SIGMA_POWERS, TOLD_TIMESTEP, assert_close
 from tests.unit import tiny
 
 SD = ScheduleConfig()
-FLOAT32 = Tolerance(1e-6, 3e-6, "the program's float32 against float64 here")
-PERFECT = Tolerance(1e-5, 1e-5, "the program's formula against ours, which divides elsewhere")
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # CompVis, in float64
 SIGMAS = ((1 - ALPHA_BAR) / ALPHA_BAR) ** 0.5
@@ -58,9 +56,9 @@ def test_ldm_timesteps(steps: int) -> None:
     assert ddim.init_noise_sigma == plms.init_noise_sigma == 1
     for plan in (ddim, plms):
         rows = np.array([want[i] for i in range(len(want))])
-        assert_close(plan.alpha_bars.unique(), torch.tensor(ALPHA_BAR[rows]).float().unique(), FLOAT32)
-    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[0]).float().sqrt(), FLOAT32)
-    assert_close(plms.down[-1], torch.tensor(ALPHA_BAR[0]).float(), FLOAT32)
+        assert_close(plan.alpha_bars.unique(), torch.tensor(ALPHA_BAR[rows]).float().unique(), PROGRAM_FLOAT32)
+    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[0]).float().sqrt(), PROGRAM_FLOAT32)
+    assert_close(plms.down[-1], torch.tensor(ALPHA_BAR[0]).float(), PROGRAM_FLOAT32)
 
 
 def test_30_steps_are_31_rows() -> None:
@@ -193,7 +191,7 @@ def test_a1111_leaves_out_the_step_of_timestep_1() -> None:
     ddim, plms = planned("a1111", "ddim", 20), planned("a1111", "pndm", 20)
     assert ddim.timesteps.tolist() == list(range(951, 50, -50))
     assert plms.timesteps.tolist() == [951, 901, *range(901, 50, -50)]
-    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[1]).float().sqrt(), FLOAT32)
+    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[1]).float().sqrt(), PROGRAM_FLOAT32)
     with pytest.raises(ConfigError, match="with one step nothing remains"):
         planned("a1111", "ddim", 1)
 
@@ -205,13 +203,13 @@ def test_a1111_leaves_out_the_step_of_timestep_1() -> None:
 def test_comfyui_schedulers(steps: int) -> None:
     apart = 1000 / steps
     simple = [SIGMAS[-(1 + int(i * apart))] for i in range(steps)]
-    np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", steps)), simple, rtol=1e-6)
+    np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", steps)), simple, rtol=ONCE.relative)
     normal = at(np.linspace(999, 0, steps), SIGMAS)
     np.testing.assert_allclose(sigmas_of(planned("comfyui:normal", "euler", steps)), normal, rtol=LOG_SIGMA.relative)
     sgm = at(np.linspace(999, 0, steps + 1)[:-1], SIGMAS)
     np.testing.assert_allclose(sigmas_of(planned("comfyui:sgm_uniform", "euler", steps)), sgm, rtol=LOG_SIGMA.relative)
     ddim = [SIGMAS[k] for k in range(1, 1000, 1000 // steps)][::-1]
-    np.testing.assert_allclose(sigmas_of(planned("comfyui:ddim_uniform", "ddim", steps)), ddim, rtol=1e-6)
+    np.testing.assert_allclose(sigmas_of(planned("comfyui:ddim_uniform", "ddim", steps)), ddim, rtol=ONCE.relative)
 
 
 def test_comfyui_beta_scheduler() -> None:
@@ -242,12 +240,12 @@ def test_trap_dpm2_and_unipc_in_comfyui() -> None:
     """Trap: DPM2 and UniPC in ComfyUI. One step more is scheduled, and the last sigma above the end left out."""
     full = [SIGMAS[-(1 + int(i * 100))] for i in range(10)]
     for sampler in ("dpm2", "dpm2_ancestral"):
-        np.testing.assert_allclose(sigmas_of(planned("comfyui", sampler, 9))[::2], full[:-1], rtol=1e-6)
+        np.testing.assert_allclose(sigmas_of(planned("comfyui", sampler, 9))[::2], full[:-1], rtol=ONCE.relative)
     unipc = planned("comfyui", "unipc", 9)
-    np.testing.assert_allclose(unipc.sigmas.double().numpy(), [*full[:-1], 0.001], rtol=1e-6)
+    np.testing.assert_allclose(unipc.sigmas.double().numpy(), [*full[:-1], 0.001], rtol=ONCE.relative)
     assert unipc.orders == (3, 3, 3, 3, 3, 3, 3, 2, 1)
     assert planned("comfyui", "unipc", 3).orders == (2, 2, 1)
-    np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", 10)), full, rtol=1e-6)
+    np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", 10)), full, rtol=ONCE.relative)
 
 
 def test_a_schedule_that_would_not_be_used_is_refused() -> None:
