@@ -56,6 +56,17 @@ def test_from_every_row(c):
     starts(c)
 
 
+@pytest.mark.parametrize("solver", ["bh1", "bh2"])
+@pytest.mark.parametrize("predict_x0", [True, False])
+def test_a_last_interval_without_length(solver, predict_x0):
+    """Order 2 walks it, to no effect; order 3 is NaN there in the reference, and refused."""
+    given = {"solver_type": solver, "predict_x0": predict_x0, "use_karras_sigmas": True, "lower_order_final": False}
+    for n in (2, 3, 20):
+        compare(unipc(solver_order=2, **given, **TO_MIN), n)
+    with pytest.raises(ConfigError, match="no finite coefficients of order 3"):
+        compare(unipc(solver_order=3, **given, **TO_MIN), 3)
+
+
 def test_many_steps_and_the_row_too_many():
     compare(unipc(solver_order=3), 999)
     compare(unipc(timestep_spacing="trailing"), 61)
