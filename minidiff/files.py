@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,13 +275,14 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     header = _put(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
     digest = hashlib.sha256(header)
-    with atomic(path) as file:
+    with atomic(path) as file, ThreadPoolExecutor(max_workers=1) as beside:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in order:
             data = _bytes(name, tensors[name])
-            digest.update(data)
+            hashed = beside.submit(digest.update, data)  # hashing and writing take about as long, and need no turns
             file.write(data)
+            hashed.result()
         file.seek(8)
         file.write(_put(header, HASH_KEY, digest.hexdigest()))
     return digest.hexdigest()
