@@ -328,6 +328,7 @@ def _add_train(commands: Any) -> None:
     g.add_argument("--seed", type=int, metavar="N", help="of the weights, the order and the noise (default: 0)")
     g = p.add_argument_group("objective")
     g.add_argument("--min-snr", type=_finite, metavar="X", help="weigh timesteps by min-SNR; 5 is usual (default: no)")
+    g.add_argument("--noisy", type=_finite, metavar="X", help="above 1: practise much noise more (default: 1)")
     g.add_argument("--offset-noise", type=_finite, metavar="X", help="0.1 is usual (default: 0)")
     g.add_argument("--drop-prompt", type=_finite, metavar="X", help="share of empty prompts (default: 0.1)")
     g.add_argument("--kl", type=_finite, metavar="X", help="vae: weight of the KL divergence (default: 1e-6)")

@@ -16,6 +16,16 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.training.draws import Draws
 
 
+def draw_timesteps(draws: Draws, count: int, noisy: float = 1.0) -> Tensor:
+    """int64 (B,) of 0 .. ``count`` - 1: timestep t is as likely as t ** (``noisy`` - 1); all are alike at 1.
+
+    What the prompt decides is decided under much noise, and learned there; fine edges are learned under little.
+    """
+    if noisy == 1:
+        return draws.integers(count)
+    return (draws.uniform() ** (1 / noisy) * count).long().clamp(max=count - 1)
+
+
 def draw_noise(draws: Draws, shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
     """Noise (B, \\*shape) for samples of ``shape`` (C, H, W).
 

@@ -42,6 +42,7 @@ class TrainConfig:
     ema: float | None = 0.9999  # how much of the average stays at a step; None: no average is kept
 
     min_snr: float | None = None  # gamma of Hang et al. 2023; 5 is usual; None: every timestep counts alike
+    noisy: float = 1.0  # above 1, much noise is practised more: the density of timestep t is as t ** (noisy - 1)
     offset_noise: float = 0.0  # 0.1 is usual: lets the model change the brightness of a whole picture
     drop_prompt: float = 0.1  # the share of prompts that are replaced by the empty one
     kl: float = 1e-6  # VAE: how much the latents' distance from N(0, 1) counts beside the reconstruction
@@ -67,7 +68,13 @@ class TrainConfig:
             ("precision", self.precision, ("float32", "bfloat16", "float16")),
         ):
             check(value in choice, f"{name}={value!r} is none of {', '.join(choice)}")
-        above = (("rate", self.rate), ("eps", self.eps), ("clip", self.clip), ("min_snr", self.min_snr))
+        above = (
+            ("rate", self.rate),
+            ("eps", self.eps),
+            ("clip", self.clip),
+            ("min_snr", self.min_snr),
+            ("noisy", self.noisy),
+        )
         for name, number in above:
             check(number is None or 0 < number < math.inf, f"{name}={number} must be above 0")
         within(0, 1, drop_prompt=self.drop_prompt, decay=self.decay)

@@ -17,6 +17,7 @@ from minidiff.training.batch import Batch
 from minidiff.training.draws import Draws
 from minidiff.training.objective import (
     draw_noise,
+    draw_timesteps,
     drop_prompts,
     kl_to_normal,
     min_snr_weights,
@@ -61,7 +62,7 @@ class Denoising(Task):
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """The loss of one batch, a scalar (Ho et al. 2020, algorithm 1)."""
         c = self.settings
-        t = draws.integers(len(self.schedule))
+        t = draw_timesteps(draws, len(self.schedule), c.noisy)
         x0, context = self.clean(batch, draws), self.context(batch, draws)
         noise = draw_noise(draws, x0.shape[1:], c.offset_noise)
         x = self.schedule.add_noise(x0, noise, t)

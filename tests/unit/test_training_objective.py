@@ -16,7 +16,15 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.training.curves import rate_at
 from minidiff.training.draws import Draws
 from minidiff.training.ema import EMA
-from minidiff.training.objective import draw_noise, drop_prompts, min_snr_weights, snr, target, weighted_mse
+from minidiff.training.objective import (
+    draw_noise,
+    draw_timesteps,
+    drop_prompts,
+    min_snr_weights,
+    snr,
+    target,
+    weighted_mse,
+)
 from minidiff.training.settings import TrainConfig
 from tests.tolerances import assert_close
 
@@ -174,3 +182,14 @@ def test_ema_is_lent_and_given_back() -> None:
 def test_settings_are_checked_when_made(field: str, value: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TrainConfig(**{field: value})
+
+
+def test_timesteps_under_much_noise_are_drawn_more_often() -> None:
+    """By density t ** (noisy - 1) the mean is noisy / (noisy + 1) of the way, and 1 changes nothing."""
+    assert torch.equal(draw_timesteps(Draws(0, 0, 64), 1000), Draws(0, 0, 64).integers(1000))
+    t = draw_timesteps(Draws(0, 0, 4000), 1000, noisy=3.0)
+    assert t.dtype == torch.int64
+    assert int(t.min()) >= 0
+    assert int(t.max()) <= 999
+    assert 735 < float(t.double().mean()) < 765
+    assert abs(float((t < 500).double().mean()) - 1 / 8) < 0.02
