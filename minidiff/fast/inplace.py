@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast.switch import Switch
-from minidiff.models.attention import FeedForward, TransformerBlock
+from minidiff.models.attention import TransformerBlock
 from minidiff.models.blocks import ResBlock
 
 
 class InPlaceBlocks(Switch):
-    """ResBlocks, transformer blocks and feed-forwards that reuse memory. The same bits."""
+    """ResBlocks and transformer blocks that reuse memory. The same bits."""
 
     def applies(self, layer: nn.Module) -> bool:
         return type(layer) in FORWARDS
@@ -53,15 +53,7 @@ def transformer_block(self: TransformerBlock, x: Tensor, context: Tensor) -> Ten
     return out
 
 
-def feed_forward(self: FeedForward, x: Tensor) -> Tensor:
-    """:meth:`FeedForward.forward`."""
-    value, gate = self.gate(x).chunk(2, dim=-1)
-    out: Tensor = self.out(F.gelu(gate).mul_(value))
-    return out
-
-
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     ResBlock: res_block,
     TransformerBlock: transformer_block,
-    FeedForward: feed_forward,
 }

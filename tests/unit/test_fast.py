@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 import minidiff
 from minidiff import fast, lora
 from minidiff.errors import ConfigError
+from minidiff.fast import feedforward, winograd
+from minidiff.fast.feedforward import FeedForwardInBlocks
 from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
 from minidiff.fast.switch import put_on
+from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.lora import Adapter, Update
-from minidiff.models.attention import TransformerBlock
+from minidiff.models.attention import FeedForward, TransformerBlock
 from minidiff.pipeline import StableDiffusion
-from tests.tolerances import PACKED, assert_close
+from tests.tolerances import PACKED, WINOGRAD, assert_close
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 
-SAME_BITS = ("inplace", "memory")
+SAME_BITS = ("blocks", "inplace", "memory")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +98,75 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
     assert torch.equal(conv(x), plain)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_winograds_convolutions_at_every_kind_of_size(size: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(128, 256, 3, padding=1, bias=bias)
+    x = torch.randn(2, 128, *size)
+    plain = conv(x)
+    assert put_on(WinogradConvolutions(), [conv]) == [conv]
+    assert_close(conv(x), plain, WINOGRAD)
+    assert conv(x).is_contiguous()
+    assert torch.equal(conv(x[1:]), conv(x)[1:]), "a picture's bits do not depend on the batch it is in"
+    WinogradConvolutions().take_off(conv)
+    assert torch.equal(conv(x), plain)
+
+
+@pytest.mark.parametrize(("width", "out"), [(320, 320), (1280, 640)])
+@torch.no_grad()
+def test_winograds_convolutions_are_nearer_to_the_truth(width: int, out: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(width, out, 3, padding=1)
+    x = torch.randn(1, width, 32, 32)
+    exact = copy.deepcopy(conv).double()(x.double())
+    plain = (conv(x) - exact).norm()
+    put_on(WinogradConvolutions(), [conv])
+    assert (conv(x) - exact).norm() < 0.6 * plain
+
+
+@torch.no_grad()
+def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = nn.Conv2d(256, 256, 3, padding=1)
+    small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
+    switches = PackedConvolutions(), WinogradConvolutions()
+    put_on(switches[0], [conv])
+    packed = conv(small)
+    calls: list[Tensor] = []
+    band = winograd.band
+    monkeypatch.setattr(winograd, "band", lambda u, b, x, *args: (calls.append(x), band(u, b, x, *args)))
+    put_on(switches[1], [conv])
+    assert torch.equal(conv(small), packed)
+    assert not calls
+    assert conv(large).shape == (1, 256, 32, 32)
+    assert calls
+    for switch in reversed(switches):
+        switch.take_off(conv)
+    assert "forward" not in conv.__dict__
+
+
+@torch.no_grad()
+def test_feed_forwards_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedforward, "ROWS", 7)
+    torch.manual_seed(0)
+    layer = FeedForward(32)
+    x = torch.randn(2, 11, 32)
+    kept, plain = x.clone(), layer(x)
+    put_on(FeedForwardInBlocks(), [layer])
+    assert_close(layer(x), plain, PACKED)
+    assert torch.equal(x, kept)
+
+
+def test_switches_stand_in_their_order(sd: StableDiffusion) -> None:
+    """Put on one by one, last first, they end as if they had been put on together."""
+    together = list(fast.optimize(sd))
+    fast.restore(sd)
+    for name in reversed(together):
+        fast.optimize(sd, (name,))
+    assert list(fast.optimize(sd, ())) == together == list(fast.SWITCHES)
+
+
 def test_all_switches_together(sd: StableDiffusion) -> None:
     plain = drawn(sd, output="latent", steps=1)
     fast.optimize(sd)
@@ -145,7 +218,7 @@ def test_a_restored_model_learns_again(sd: StableDiffusion) -> None:
 
 
 def test_a_name_that_is_no_switch(sd: StableDiffusion) -> None:
-    with pytest.raises(ConfigError, match=r"'turbo' is no switch of fast\.optimize; there are inplace, memory"):
+    with pytest.raises(ConfigError, match=r"'turbo' is no switch of fast\.optimize; there are packed, winograd"):
         fast.optimize(sd, ("turbo",))
 
 

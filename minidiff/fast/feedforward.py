@@ -1,0 +1,40 @@
+"""The feed-forward of a transformer some rows at a time, so that its wide middle stays in the cache.
+
+Inside, GEGLU is eight times as wide as its input: 84 MB for the 8,192 tokens of Stable Diffusion's largest level.
+Tensors of that size come from the operating system as untouched pages, whose first touch costs as much as the
+arithmetic. A thousand tokens at a time fit into memory that was used a moment ago, and each is computed by itself
+anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minidiff.fast.switch import Switch
+from minidiff.models.attention import FeedForward
+
+ROWS = 1024  # tokens at a time
+
+
+class FeedForwardInBlocks(Switch):
+    """Every feed-forward, wherever it has more tokens than fit. Gradients can't flow through it."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, FeedForward)
+
+    def put_on(self, layer: nn.Module) -> None:
+        layer.forward = in_blocks.__get__(layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        del layer.__dict__["forward"]
+
+
+def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
+    """:meth:`FeedForward.forward`."""
+    out = torch.empty_like(x)
+    for tokens, made in zip(torch.split(x.flatten(0, 1), ROWS), torch.split(out.flatten(0, 1), ROWS), strict=True):
+        value, gate = self.gate(tokens).chunk(2, dim=-1)
+        made.copy_(self.out(F.gelu(gate).mul_(value)))
+    return out

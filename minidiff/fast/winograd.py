@@ -1,0 +1,128 @@
+"""3 x 3 convolutions with four ninths of the multiplications (Winograd 1980; Lavin & Gray 2016, F(2 x 2, 3 x 3)).
+
+Two neighbouring outputs of a filter of three taps, (d0 g0 + d1 g1 + d2 g2, d1 g0 + d2 g1 + d3 g2), take six products
+when written down, and four when the inputs are combined first:
+
+    m0 = (d0 - d2) g0                    m1 = (d1 + d2) (g0 + g1 + g2) / 2
+    m3 = (d1 - d3) g2                    m2 = (d2 - d1) (g0 - g1 + g2) / 2
+
+    outputs: m0 + m1 + m2,  m1 - m2 - m3
+
+The same along rows and columns: tiles of 4 x 4 inputs, overlapping by two, become 16 numbers, and 2 x 2 outputs come of
+16 products instead of 36. The filters' side is computed once. Over many channels the products are 16 matrix products,
+which run at the processor's limit, and each sum has a ninth of the terms: the result lies nearer to the exact one
+than that of a plain convolution. The price is memory, 16 numbers for every nine weights, so only layers with a large
+picture do it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast.switch import Switch
+
+NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
+SMALLEST = 256 * 128  # pairs of channels
+POSITIONS = 32 * 32  # of the picture: below, a packed convolution needs less memory and is nearly as fast
+TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the cache
+
+
+class WinogradConvolutions(Switch):
+    """Every 3 x 3 convolution of many channels, where it is shown a large picture. CPU and float32 only."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        return (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (3, 3)
+            and layer.stride == layer.dilation == layer.padding == (1, 1)
+            and layer.padding_mode == "zeros"
+            and layer.groups == 1
+            and min(layer.in_channels, layer.out_channels) >= NARROWEST
+            and layer.in_channels * layer.out_channels >= SMALLEST
+            and layer.weight.device.type == "cpu"
+            and layer.weight.dtype == torch.float32
+        )
+
+    def put_on(self, layer: nn.Module) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        layer.forward = Winograd(layer)  # type: ignore[method-assign,assignment]
+
+    def take_off(self, layer: nn.Module) -> None:
+        winograd = layer.__dict__.pop("forward")
+        assert isinstance(winograd, Winograd)
+        if winograd.below is not None:
+            layer.forward = winograd.below
+
+
+class Winograd:
+    """What stands in for the ``forward`` of one convolution; small pictures go to what stood there ``below``."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.layer = layer
+        self.below: Any = layer.__dict__.get("forward")
+        self.filters: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        if height * width < POSITIONS:
+            out: Tensor = self.below(x) if self.below is not None else nn.Conv2d.forward(self.layer, x)
+            return out
+        if self.filters is None:
+            weight = self.layer.weight.detach()
+            self.filters = filters(weight.to_dense() if weight.is_mkldnn else weight)  # packed for a small picture
+        rows, columns = -(-height // 2), -(-width // 2)  # of tiles
+        whole = x.new_empty(len(x), self.layer.out_channels, 2 * rows, 2 * columns)
+        at_once = max(1, TILES // columns)
+        for picture, made in zip(x, whole, strict=True):
+            for top in range(0, rows, at_once):
+                band(self.filters, self.layer.bias, picture, made, top, min(at_once, rows - top))
+        return whole if whole.shape[2:] == x.shape[2:] else whole[:, :, :height, :width].contiguous()
+
+
+def filters(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3) -> (16, out, in): each filter on the four points of a row, times the four of a column."""
+    points = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]).double()
+    return torch.einsum("ik,ockl,jl->ijoc", points, weight.double(), points).float().flatten(0, 1).contiguous()
+
+
+def band(u: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, top: int, count: int) -> None:
+    """Rows ``top`` .. of ``count`` rows of tiles: from ``x`` (in, H, W) into ``out`` (out, H, W), made even."""
+    channels, height, width = x.shape
+    columns = out.shape[2] // 2
+    # The rows that these tiles see, with their border of zeros, split into even columns (0) and odd ones (1).
+    seen = x.new_zeros(2, channels, 2 * count + 2, columns + 1)
+    first, last = max(2 * top - 1, 0), min(2 * (top + count) + 1, height)
+    inner = seen[:, :, first - 2 * top + 1 : last - 2 * top + 1]
+    inner[0, ..., 1 : 1 + width // 2] = x[:, first:last, 1::2]
+    inner[1, ..., : -(-width // 2)] = x[:, first:last, 0::2]
+
+    along = x.new_empty(4, 2, channels, count, columns + 1)
+    d0, d1, d2, d3 = seen[:, :, 0:-2:2], seen[:, :, 1:-2:2], seen[:, :, 2::2], seen[:, :, 3::2]
+    combine(d0, d1, d2, d3, along.unbind(0))
+    v = x.new_empty(4, 4, channels, count, columns)
+    even, odd = along[:, 0], along[:, 1]
+    combine(even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:], v.unbind(1))
+
+    m = torch.bmm(u, v.view(16, channels, -1)).view(4, 4, -1, count, columns)
+    if bias is not None:
+        m[1, 1] += bias[:, None, None]  # m1 is in every output once
+    squares = out[:, 2 * top : 2 * (top + count)].view(-1, count, 2, columns, 2)
+    for i, row in enumerate(outputs(*m.unbind(0))):
+        for j, made in enumerate(outputs(*row.unbind(0))):
+            squares[:, :, i, :, j] = made
+
+
+def combine(d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor, into: tuple[Tensor, ...]) -> None:
+    """What the four products multiply the filter's points by."""
+    torch.sub(d0, d2, out=into[0])
+    torch.add(d1, d2, out=into[1])
+    torch.sub(d2, d1, out=into[2])
+    torch.sub(d1, d3, out=into[3])
+
+
+def outputs(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor) -> tuple[Tensor, Tensor]:
+    """The two outputs that come of four products."""
+    return (m1 + m2).add_(m0), (m1 - m2).sub_(m3)
