@@ -98,6 +98,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
+        "threads": threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "openvino")},
@@ -121,12 +122,19 @@ def version(package: str) -> str | None:
         return None
 
 
-def hints(threads: int, cores: int | None = None, huge_pages: Path = HUGE_PAGES) -> list[str]:
+def threads() -> int:
+    """How many threads torch takes, here and in the processes that are started from here."""
+    cores = os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(asked), cores) if asked.isdigit() else cores
+
+
+def hints(huge_pages: Path = HUGE_PAGES) -> list[str]:
     """What of this process' surroundings could be set otherwise, and may be faster. Nothing is set here."""
-    cores = os.cpu_count() or 1 if cores is None else cores
+    cores = os.cpu_count() or 1
     found = []
-    if threads < cores:
-        found.append(f"threads: {threads} of {cores} cores; OMP_NUM_THREADS={cores} takes all")
+    if threads() < cores:
+        found.append(f"threads: {threads()} of {cores} cores; OMP_NUM_THREADS={cores} takes all")
     if not any(name in os.environ.get("LD_PRELOAD", "") for name in ("malloc", "mimalloc")):
         found.append(
             "allocator: the C library's, which gives large tensors back to the system at once; one that keeps them "

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _bench import in_turn, need, progress
+from _bench import in_turn, progress
 from _works import Work, timed
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ from minidiff import fast
 from minidiff.fast.switch import put_on
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # in OpenVINO's words
-COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 @dataclass
@@ -61,8 +59,6 @@ def eager(work: Work, theirs: nn.Module) -> Way:
 
 def frozen(name: str, module: nn.Module, work: Work) -> Way:
     """Compiled, its weights taken for constants that may be folded and packed."""
-    if not any(map(shutil.which, COMPILERS)):
-        raise SystemExit("torch.compile needs a C++ compiler, and none is found; install g++, or leave out --compiled")
     from torch._inductor import config
 
     compiled = torch.compile(module, dynamic=False)
@@ -75,12 +71,9 @@ def frozen(name: str, module: nn.Module, work: Work) -> Way:
     return Way(f"{name}, compiled with freezing", run)
 
 
-def openvino(work: Work, dtype: torch.dtype, device: torch.device, again: Callable[[], Work]) -> Way:
+def openvino(work: Work, dtype: torch.dtype, again: Callable[[], Work]) -> Way:
     """The same UNet in OpenVINO, converted in memory. It takes float32 weights (``again`` makes the work in float32)
     and chooses its own precision inside, which it is only asked for."""
-    need("openvino", "pip install openvino, or leave out --openvino")
-    if device.type != "cpu":
-        raise SystemExit(f"--openvino runs on the CPU, and --device is {device}; leave one of them out")
     import openvino as ov
 
     source = work if dtype == torch.float32 else again()

@@ -18,6 +18,7 @@ is what a 3 x 3 convolution, the kernel that comes nearest to a processor's limi
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,22 +33,22 @@ from _works import DTYPES, FAMILIES, PARTS, Work, ceiling, counted  # noqa: E402
 
 from minidiff import fast  # noqa: E402
 
+COMPILERS = ("c++", "g++", "clang++", "cl")
 HEADER = ("", "seconds", "spread", "GFLOP/s", "of the ceiling", "speed", "difference")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    if args.against:
-        need("diffusers", "pip install '.[parity]', or leave out --against")
+    check(args)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     device, dtype, family = torch.device(args.device), DTYPES[args.dtype], FAMILIES[args.family]
     size = args.size or family.side
     facts = machine() | surroundings(device)
-    show_machine(facts, hints(torch.get_num_threads()) if device.type == "cpu" else [])
+    show_machine(facts, hints() if device.type == "cpu" else [])
 
     work = PARTS[args.part](family, size, args.batch, device, dtype)
-    ways = chosen(args, work, device, dtype, size)
+    ways = chosen(args, work, dtype, size)
     plain, flops = counted(work)
     found = tried(ways, plain, device)
     top = ceiling(family, size, args.batch, device, dtype)
@@ -88,7 +89,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen(args: argparse.Namespace, work: Work, device: torch.device, dtype: torch.dtype, size: int) -> list[Way]:
+def check(args: argparse.Namespace) -> None:
+    """End with one line if something that was asked for can't be had here."""
+    if args.against:
+        need("diffusers", "pip install '.[parity]', or leave out --against")
+    if args.compiled and not any(map(shutil.which, COMPILERS)):
+        raise SystemExit("torch.compile needs a C++ compiler, and none is found; install g++, or leave out --compiled")
+    if args.openvino:
+        need("openvino", "pip install openvino, or leave out --openvino")
+    if args.openvino and args.device != "cpu":
+        raise SystemExit(f"--openvino runs on the CPU, and --device is {args.device}; leave one of them out")
+
+
+def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) -> list[Way]:
     """The ways that were asked for, minidiff's plain one first."""
     kept = {"each": None, "all": ((), tuple(fast.SWITCHES)), "none": ((),)}[args.switches]
     ways = list(ours(work)) if kept is None else [switched(work, names) for names in kept]
@@ -101,7 +114,7 @@ def chosen(args: argparse.Namespace, work: Work, device: torch.device, dtype: to
         ways.append(frozen("diffusers", theirs, work))
     if args.openvino:
         make = PARTS[args.part]
-        ways.append(openvino(work, dtype, device, lambda: make(FAMILIES[args.family], size, args.batch)))
+        ways.append(openvino(work, dtype, lambda: make(FAMILIES[args.family], size, args.batch)))
     return ways
 
 

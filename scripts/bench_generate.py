@@ -7,7 +7,7 @@
     python scripts/bench_generate.py --tables bundled [--model FILE]     # the small model that ships with minidiff
     python scripts/bench_generate.py --work FOLDER --tiny                # a tiny model: does all of it run?
 
-FOLDER gets a Stable Diffusion 1.5 with random weights (11 GB, made once by the `parity` extra's diffusers), as diffusers
+FOLDER gets a Stable Diffusion 1.5 with random weights (11 GB, made once; needs the `parity` extra), as diffusers
 writes it and as minidiff files. Both sides run in turn, after one short run of each that warms up: the disk's cache,
 byte code, and what minidiff finds out about the processor once. Medians count; the spread is the distance between the
 quartiles, `speed` the median of the quotients, round by round. Memory is the most that a process ever held.
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(name != "bundled" for name in tables):
         prepare(args.work, "tiny" if args.tiny else "full size")
     facts = machine()
-    show_machine(facts, hints(facts["cores"]))
+    show_machine(facts, hints())
     results = {}
     for name in tables:
         cases, show = TABLES[name]

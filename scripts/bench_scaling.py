@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(point(args, *args.point)))
         return 0
     facts = machine()
-    show_machine(facts, hints(facts["cores"]) if args.device == "cpu" else [])
+    show_machine(facts, hints() if args.device == "cpu" else [])
     along = {
         "batches": [(args.size, batch) for batch in args.batches],
         "sizes": [(size, args.batch) for size in args.sizes],
