@@ -8,7 +8,7 @@ can be held against each other. Time does not depend on what the weights are.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,11 +46,13 @@ FAMILIES = {
 
 
 class Work(NamedTuple):
-    """``ours(*inputs)`` is what is timed; ``theirs()`` makes the reference's module, for the same inputs."""
+    """``ours(*inputs)`` is what is timed; ``theirs()`` makes the reference's module for the same inputs, ``twin()``
+    another of ours, which no switch reaches. All hold the same tensors."""
 
     ours: nn.Module
     inputs: tuple[Tensor, ...]
     theirs: Callable[[], nn.Module]
+    twin: Callable[[], nn.Module]
 
 
 class OurUNet(nn.Module):
@@ -99,7 +101,12 @@ def unet_call(
             sizes.to(device, dtype),
         ]
     model = filled(lambda: UNet(c), device, dtype)
-    return Work(OurUNet(model), tuple(inputs), lambda: TheirUNet(reference(c, model)))
+    return Work(
+        OurUNet(model),
+        tuple(inputs),
+        lambda: TheirUNet(reference(c, model)),
+        lambda: OurUNet(holding(lambda: UNet(c), model.state_dict())),
+    )
 
 
 def decoding(
@@ -109,7 +116,12 @@ def decoding(
     c, side = family.vae, size // family.vae.factor
     model = filled(lambda: VAE(c), device, dtype)
     z = torch.randn(batch, c.latent_channels, side, side).to(device, dtype)
-    return Work(OurDecoder(model), (z,), lambda: TheirDecoder(reference(c, model)))
+    return Work(
+        OurDecoder(model),
+        (z,),
+        lambda: TheirDecoder(reference(c, model)),
+        lambda: OurDecoder(holding(lambda: VAE(c), model.state_dict())),
+    )
 
 
 PARTS = {"unet": unet_call, "vae": decoding}
@@ -119,14 +131,21 @@ def filled(make: Callable[[], nn.Module], device: torch.device | str, dtype: tor
     """A model with random weights (norms near 1, the others small). One stretch of noise is repeated: a billion draws
     would take minutes."""
     with torch.device("meta"):
-        model = make()
+        shapes = make().state_dict()
     noise = 0.02 * torch.randn(2**20, dtype=torch.float32)
     state = {}
-    for name, p in model.state_dict().items():
+    for name, p in shapes.items():
         copies = -(-p.numel() // len(noise))
-        values = noise.repeat(copies)[: p.numel()].view(p.shape)
+        values = noise.repeat(copies)[: p.numel()].clone().view(p.shape)  # a slice would keep all of it
         norm = p.ndim == 1 and name.endswith("weight")
         state[name] = (values + 1 if norm else values).to(device, dtype)
+    return holding(make, state)
+
+
+def holding(make: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
+    """A model that holds these very tensors."""
+    with torch.device("meta"):
+        model = make()
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -141,12 +160,9 @@ def reference(config: UNetConfig | VAEConfig, model: nn.Module) -> nn.Module:
     from weights_convert.engine import expand, restore
 
     found = config_json(config)
-    with torch.device("meta"):
-        theirs: nn.Module = getattr(diffusers, class_of(found)).from_config(found)
     mine = {name: lazy(p) for name, p in model.state_dict().items()}
     state = {name: t.load() for name, t in restore(expand(key_map(config, {}), model), mine).items()}
-    theirs.load_state_dict(state, assign=True)
-    return theirs.eval()
+    return holding(lambda: getattr(diffusers, class_of(found)).from_config(found), state)
 
 
 def counted(work: Work) -> tuple[Tensor, int]:

@@ -109,7 +109,7 @@ def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) 
     if theirs is not None:
         ways.append(eager(work, theirs))
     if args.compiled:
-        ways.append(frozen("minidiff", work.ours, work))
+        ways.append(frozen("minidiff", work.twin(), work))
     if args.compiled and theirs is not None:
         ways.append(frozen("diffusers", theirs, work))
     if args.openvino:

@@ -195,7 +195,7 @@ def test_children_go_as_far_as_they_should(
 @torch.no_grad()
 def test_attention_is_counted() -> None:
     batch, length, dim = 2, 64, 32
-    work = _works.Work(Attention(dim, 4), (torch.randn(batch, length, dim),), lambda: Attention(dim, 4))
+    work = _works.Work(Attention(dim, 4), (torch.randn(batch, length, dim),), torch.nn.Identity, torch.nn.Identity)
     _, flops = _works.counted(work)
     linear, products = 4 * 2 * batch * length * dim * dim, 2 * 2 * batch * length * length * dim
     assert flops == linear + products
@@ -226,6 +226,9 @@ def test_what_is_tried() -> None:
     each = [way.name for way in bench.chosen(bench.arguments([]), work, torch.float32, 64)]
     assert each[0] == "minidiff, plain"
     assert each[1:-1] == [f"minidiff, {name}" for name in fast.SWITCHES]
+    twin = work.twin()
+    assert {p.data_ptr() for p in twin.parameters()} == {p.data_ptr() for p in work.ours.parameters()}
+    assert not {id(m) for m in twin.modules()} & {id(m) for m in work.ours.modules()}
     none = bench.chosen(bench.arguments(["--switches", "none"]), work, torch.float32, 64)
     assert [way.name for way in none] == ["minidiff, plain"]
     with torch.no_grad():
@@ -240,7 +243,7 @@ def test_compiled_with_freezing(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     seen: list[bool] = []
-    work = _works.Work(torch.nn.Identity(), (torch.ones(1),), torch.nn.Identity)
+    work = _works.Work(torch.nn.Identity(), (torch.ones(1),), torch.nn.Identity, torch.nn.Identity)
     monkeypatch.setattr(torch, "compile", lambda module, **_: lambda x: (seen.append(config.freezing), module(x))[1])
     before = config.freezing
     way = _ways.frozen("minidiff", work.ours, work)
