@@ -1,24 +1,25 @@
-"""How fast: a step of the UNet and a decoding, plain, with each switch of `minidiff.fast`, and diffusers beside.
+"""How fast: a step of the UNet, or a decoding, in every way there is on this machine.
 
     python scripts/bench.py                               # Stable Diffusion 1.5 at 512 x 512 with guidance, float32
-    python scripts/bench.py --against diffusers           # the same weights' shapes in diffusers (the `parity` extra)
+    python scripts/bench.py --against diffusers           # diffusers beside it (the `parity` extra)
+    python scripts/bench.py --against diffusers --compiled --switches all   # both compiled with freezing, too
+    python scripts/bench.py --openvino                    # OpenVINO beside it (pip install openvino)
     python scripts/bench.py --part vae --batch 1          # the decoder instead
+    python scripts/bench.py --family sdxl --rounds 1      # SDXL at 1024 x 1024
+    python scripts/bench.py --device cuda --dtype float16
     python scripts/bench.py --size 256 --dtype bfloat16 --rounds 5 --json bench.json
 
-Random weights; time does not depend on them. All candidates run in turn, in every round once, so that whatever else the
-machine does falls on all of them; medians count, and the spread is the distance between the quartiles. The ceiling is
-what a 3 x 3 convolution of 320 channels, the kernel that comes nearest to a processor's limit, reaches in this process.
+Random weights; time does not depend on them, and diffusers' model holds the very same ones. All ways are tried once,
+and their results held against the plain model's; then they run in turn, in every round once, so that whatever else
+the machine does falls on all of them. Medians count, and the spread is the distance between the quartiles. The ceiling
+is what a 3 x 3 convolution, the kernel that comes nearest to a processor's limit, reaches in this process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import shutil
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,204 +27,113 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from _bench import Summary, hints, machine, need, show_machine, summarise, table, write_json  # noqa: E402
+from _ways import Found, Way, eager, frozen, measured, openvino, ours, switched, tried  # noqa: E402
+from _works import DTYPES, FAMILIES, PARTS, Work, ceiling, counted  # noqa: E402
 
 from minidiff import fast  # noqa: E402
-from minidiff.config import SD15, VAE_SD  # noqa: E402
-from minidiff.fast.switch import put_on  # noqa: E402
-from minidiff.models.unet import UNet  # noqa: E402
-from minidiff.models.vae import VAE  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTEXT = (77, 768)
-CHANNELS = 4
+COMPILERS = ("c++", "g++", "clang++", "cl")
+HEADER = ("", "seconds", "spread", "GFLOP/s", "of the ceiling", "speed", "difference")
 
 
-@dataclass
-class Candidate:
-    """One way to do the work. ``before`` and ``after`` put it in place and away again, and are not timed."""
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    check(args)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    device, dtype, family = torch.device(args.device), DTYPES[args.dtype], FAMILIES[args.family]
+    size = args.size or family.side
+    facts = machine() | surroundings(device)
+    show_machine(facts, hints() if device.type == "cpu" else [])
 
-    name: str
-    run: Callable[[], Tensor]
-    before: Callable[[], Any] = lambda: None
-    after: Callable[[], Any] = lambda: None
+    work = PARTS[args.part](family, size, args.batch, device, dtype)
+    ways = chosen(args, work, dtype, size)
+    plain, flops = counted(work)
+    found = tried(ways, plain, device)
+    top = ceiling(family, size, args.batch, device, dtype)
+    times = measured(ways, args.rounds, device)
+
+    against = "diffusers, eager" if args.against else ways[0].name
+    rows = summarise(times, against)
+    print(f"\n{args.family}, {args.part}, {size} x {size}, batch {args.batch}, {args.dtype}, {args.rounds} rounds")
+    print(f"{flops / 1e12:.3f} TFLOP a call; a 3 x 3 convolution reaches {top / 1e9:.0f} GFLOP/s")
+    print(f"speed: against {against}; difference: from the plain model's result\n")
+    print(table(HEADER, (figures(row, found[row.name], flops, top) for row in rows)))
+    for way in ways:
+        if "compiled" in way.name:
+            print(f"\n{way.name}: its first call took {found[way.name].first:.0f} s")
+    write_json(args.json, args, facts, flops=flops, ceiling=top, against=against, rows=rows, first=found)
+    return 0
 
 
-def main() -> int:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("unet", "vae"), default="unet")
-    parser.add_argument("--size", type=int, default=512, help="of the picture's side (default: 512)")
+    parser.add_argument("--part", choices=PARTS, default="unet")
+    parser.add_argument("--family", choices=FAMILIES, default="sd15", help="tiny is for trying this script out")
+    parser.add_argument("--size", type=int, help="of the picture's side (default: what the family was trained on)")
     parser.add_argument("--batch", type=int, default=2, help="2 is one picture with guidance (default)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--switches",
+        choices=("each", "all", "none"),
+        default="each",
+        help="ours: plain, each by itself and all together (default); plain and all together; or plain alone",
+    )
     parser.add_argument("--against", choices=("diffusers",))
+    parser.add_argument("--compiled", action="store_true", help="ours, and theirs with --against, compiled too")
+    parser.add_argument("--openvino", action="store_true", help="the same network in OpenVINO")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
-    args = parser.parse_args()
-    torch.set_grad_enabled(False)
-    device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    work = Unet(args, device, dtype) if args.part == "unet" else Decoder(args, device, dtype)
-    candidates = [*ours(work), *(theirs(work) if args.against else [])]
-    flops = counted(work)
-    ceiling = convolution(args, device, dtype)
-    times = measured(candidates, args.rounds, device)
-    rows = report(times, flops, ceiling)
-    if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args), "rows": rows}, default=str, indent=1))
-    return 0
+    return parser.parse_args(argv)
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
+def check(args: argparse.Namespace) -> None:
+    """End with one line if something that was asked for can't be had here."""
+    if args.against:
+        need("diffusers", "pip install '.[parity]', or leave out --against")
+    if args.compiled and not any(map(shutil.which, COMPILERS)):
+        raise SystemExit("torch.compile needs a C++ compiler, and none is found; install g++, or leave out --compiled")
+    if args.openvino:
+        need("openvino", "pip install openvino, or leave out --openvino")
+    if args.openvino and args.device != "cpu":
+        raise SystemExit(f"--openvino runs on the CPU, and --device is {args.device}; leave one of them out")
 
 
-class Unet:
-    """One call of Stable Diffusion 1.5's UNet."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-        side = args.size // VAE_SD.factor
-        self.device, self.dtype = device, dtype
-        self.x = torch.randn(args.batch, CHANNELS, side, side).to(device, dtype)
-        self.context = torch.randn(args.batch, *CONTEXT).to(device, dtype)
-        self.model = filled(lambda: UNet(SD15), device, dtype)
-
-    def ours(self) -> Tensor:
-        out: Tensor = self.model(self.x, 500, self.context)
-        return out
-
-    def reference(self) -> Callable[[], Tensor]:
-        from check_full_size import UNET
-        from diffusers import UNet2DConditionModel
-
-        model = filled(lambda: UNet2DConditionModel(**UNET), self.device, self.dtype)
-        return lambda: model(self.x, 500, self.context, return_dict=False)[0]
+def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) -> list[Way]:
+    """The ways that were asked for, minidiff's plain one first."""
+    kept = {"each": None, "all": ((), tuple(fast.SWITCHES)), "none": ((),)}[args.switches]
+    ways = list(ours(work)) if kept is None else [switched(work, names) for names in kept]
+    theirs = work.theirs() if args.against else None
+    if theirs is not None:
+        ways.append(eager(work, theirs))
+    if args.compiled:
+        ways.append(frozen("minidiff", work.twin(), work))
+    if args.compiled and theirs is not None:
+        ways.append(frozen("diffusers", theirs, work))
+    if args.openvino:
+        make = PARTS[args.part]
+        ways.append(openvino(work, dtype, lambda: make(FAMILIES[args.family], size, args.batch)))
+    return ways
 
 
-class Decoder:
-    """One decoding by Stable Diffusion's VAE."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-        side = args.size // VAE_SD.factor
-        self.device, self.dtype = device, dtype
-        self.x = torch.randn(args.batch, CHANNELS, side, side).to(device, dtype)
-        self.model = filled(lambda: VAE(VAE_SD), device, dtype)
-
-    def ours(self) -> Tensor:
-        out: Tensor = self.model.decode(self.x)
-        return out
-
-    def reference(self) -> Callable[[], Tensor]:
-        from check_full_size import VAE as CONFIG
-        from diffusers import AutoencoderKL
-
-        model = filled(lambda: AutoencoderKL(**CONFIG), self.device, self.dtype)
-        return lambda: model.decode(self.x, return_dict=False)[0]
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """What of torch's state the figures depend on."""
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    if device.type == "cuda":
+        facts["card"] = torch.cuda.get_device_name(device)
+        facts["matmul"] = torch.get_float32_matmul_precision()  # "highest" is without TF32
+        facts["TF32 in convolutions"] = torch.backends.cudnn.allow_tf32
+    return facts
 
 
-def filled(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model with small random weights. One stretch of noise is repeated: a billion draws would take minutes."""
-    with torch.device("meta"):
-        model = make()
-    noise = 0.02 * torch.randn(2**20, dtype=torch.float32)
-    state = {}
-    for name, p in model.state_dict().items():
-        copies = -(-p.numel() // len(noise))
-        state[name] = noise.repeat(copies)[: p.numel()].view(p.shape).to(device, dtype)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def ours(work: Unet | Decoder) -> list[Candidate]:
-    """The plain model, each switch by itself, and all together."""
-
-    def with_switches(names: tuple[str, ...]) -> Candidate:
-        on: list[tuple[str, list[nn.Module]]] = []
-
-        def before() -> None:
-            on.extend((name, put_on(fast.SWITCHES[name], [work.model])) for name in names)
-            if names:
-                work.ours()  # weights are packed, and the prompt is remembered, at the first call
-
-        def after() -> None:
-            while on:
-                name, layers = on.pop()
-                for layer in layers:
-                    fast.SWITCHES[name].take_off(layer)
-
-        return Candidate("minidiff, " + ("+".join(names) or "plain"), work.ours, before, after)
-
-    names = tuple(fast.SWITCHES)
-    return [with_switches(some) for some in ((), *((name,) for name in names), names)]
-
-
-def theirs(work: Unet | Decoder) -> list[Candidate]:
-    return [Candidate("diffusers, eager", work.reference())]
-
-
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
-def counted(work: Unet | Decoder) -> int:
-    """Floating-point operations of one call."""
-    with FlopCounterMode(display=False) as counter:
-        work.ours()
-    return counter.get_total_flops()
-
-
-def convolution(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a 3 x 3 convolution."""
-    side, channels = args.size // VAE_SD.factor, SD15.levels[0].channels
-    x = torch.randn(args.batch, channels, side, side).to(device, dtype)
-    weight = torch.randn(channels, channels, 3, 3).to(device, dtype)
-    times = measured([Candidate("", lambda: F.conv2d(x, weight, padding=1))], 20, device)[""]
-    return 2 * x.numel() * channels * 9 / min(times)
-
-
-def measured(candidates: list[Candidate], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, by candidate; every candidate runs once a round."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    times: dict[str, list[float]] = {c.name: [] for c in candidates}
-    for _ in range(rounds):
-        for c in candidates:
-            c.before()
-            wait()
-            begun = time.perf_counter()
-            c.run()
-            wait()
-            times[c.name].append(time.perf_counter() - begun)
-            c.after()
-            print(f"  {c.name}: {times[c.name][-1]:.3f} s" if c.name else "", end="\r", file=sys.stderr, flush=True)
-    return times
-
-
-def report(times: dict[str, list[float]], flops: int, ceiling: float) -> list[dict[str, Any]]:
-    """Print the table; its rows."""
-    rows = []
-    first = next(iter(times))
-    print(f"\n{flops / 1e12:.3f} TFLOP a call; a 3 x 3 convolution reaches {ceiling / 1e9:.0f} GFLOP/s\n")
-    print(f"| {'':32} | seconds | spread | GFLOP/s | of the ceiling | speed |")
-    print(f"|{'-' * 34}|---:|---:|---:|---:|---:|")
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 2 else [min(seconds), middle, max(seconds)]
-        ratio = statistics.median(a / b for a, b in zip(times[first], seconds, strict=True))
-        row = {
-            "name": name,
-            "seconds": middle,
-            "spread": quarters[2] - quarters[0],
-            "gflops": flops / middle / 1e9,
-            "share": flops / middle / ceiling,
-            "speed": ratio,
-        }
-        rows.append(row)
-        figures = f"{middle:.3f} | {row['spread']:.3f} | {row['gflops']:.0f} | {row['share']:.0%} | {ratio:.2f}x"
-        print(f"| {name:32} | {figures} |")
-    return rows
+def figures(row: Summary, found: Found, flops: int, top: float) -> tuple[str, ...]:
+    """A row of the table."""
+    rate = flops / row.seconds
+    difference = "0" if found.difference == 0 else f"{found.difference:.1e}"
+    shown = (f"{row.seconds:.3f}", f"{row.spread:.3f}", f"{rate / 1e9:.0f}", f"{rate / top:.0%}", f"{row.speed:.2f}x")
+    return (row.name, *shown, difference)
 
 
 if __name__ == "__main__":

@@ -54,14 +54,12 @@ PNDM = {
 }
 
 
-def write_source(work: Path) -> dict[str, Any]:
-    """The reference model on disk, in both layouts, every parameter random in float16."""
+def random_pipeline() -> Any:
+    """The reference model of the real shapes in float32, every parameter random."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from safetensors.torch import save_file
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tests.parity.ldm import original_sd1
     from tests.parity.twins import tokenizer_twin
 
     torch.manual_seed(0)
@@ -75,9 +73,7 @@ def write_source(work: Path) -> dict[str, Any]:
                 if p.ndim == 1:  # norms and biases start as constants, which any mix-up would survive
                     p.add_(torch.randn_like(p) * 0.02)
                 assert p.numel() == 1 or p.std() > 0, name
-            part.half()
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    pipe = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer_twin(),
         scheduler=PNDMScheduler(**PNDM),
@@ -85,12 +81,19 @@ def write_source(work: Path) -> dict[str, Any]:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def write_source(work: Path) -> dict[str, Any]:
+    """The reference model on disk, in both layouts, in float16."""
+    from safetensors.torch import save_file
+
+    from tests.parity.ldm import original_sd1
+
+    pipe = random_pipeline()
+    parts = {name: getattr(pipe, name).half() for name in ("unet", "vae", "text_encoder")}
     pipe.save_pretrained(work / "folder")
-    save_file(
-        original_sd1(*(parts[n].state_dict() for n in ("unet", "vae", "text_encoder"))),
-        work / "single.safetensors",
-    )
-    return counts
+    save_file(original_sd1(*(part.state_dict() for part in parts.values())), work / "single.safetensors")
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
 def judge_single_file(work: Path) -> dict[str, Any]:

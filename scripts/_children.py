@@ -1,0 +1,123 @@
+"""What `bench_generate.py` starts and measures from outside: each call does one thing and ends.
+
+    python scripts/_children.py picture FOLDER DTYPE STEPS OUT.png     # what somebody would write with diffusers
+    python scripts/_children.py ours MODEL.safetensors WHEN            # minidiff as far as WHEN: loaded, begun, stepped
+    python scripts/_children.py theirs FOLDER WHEN                     # diffusers as far
+    ...
+
+A process that is measured as far as some point ends right there, without taking down what it has built up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = "a photograph of an astronaut riding a horse"
+STEPS = 20
+
+
+def picture(folder: str, dtype: str, steps: str, out: str) -> None:
+    """A picture with diffusers; DTYPE "default" says nothing about it."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    options = {} if dtype == "default" else {"torch_dtype": getattr(torch, dtype)}
+    pipe = StableDiffusionPipeline.from_pretrained(folder, **options)
+    pipe(PROMPT, num_inference_steps=int(steps)).images[0].save(out)
+
+
+def ours(model: str, when: str) -> None:
+    """minidiff, as far as ``when``."""
+    import minidiff
+
+    sd: Any = minidiff.load(model, device="cpu")
+    if when == "loaded":
+        end(weights=size(sd.parts.values()))
+    end_at(sd.unet, when)
+    sd.generate(PROMPT, steps=STEPS, progress=False)
+
+
+def theirs(folder: str, when: str) -> None:
+    """diffusers, as far as ``when``."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    if when == "loaded":
+        end(weights=size((pipe.unet, pipe.vae, pipe.text_encoder)))
+    end_at(pipe.unet, when)
+    pipe(PROMPT, num_inference_steps=STEPS)
+
+
+def imports(which: str) -> None:
+    """Nothing but the imports that ``ours`` or ``theirs`` makes."""
+    if which == "ours":
+        from minidiff import load  # noqa: F401
+    else:
+        from diffusers import StableDiffusionPipeline  # noqa: F401
+    end()
+
+
+def pictures(model: str, count: str, steps: str) -> None:
+    """``count`` pictures in one batch, after a short one that warms up; an empty ``model`` is the bundled one."""
+    import minidiff
+
+    sd: Any = minidiff.load(model) if model else minidiff.bundled()
+    prompt, n = "a red star on a blue background", int(count)
+    sd.generate(prompt, steps=1, num_images=n, progress=False)
+    begun = time.perf_counter()
+    sd.generate(prompt, steps=int(steps), num_images=n, progress=False)
+    end(seconds=time.perf_counter() - begun, dtype=str(sd.dtype), device=str(sd.device))
+
+
+def recipe(path: str) -> None:
+    """What a picture says of itself."""
+    from minidiff import read_recipe
+
+    end(**read_recipe(path))
+
+
+def prepare(work: str, kind: str) -> None:
+    """A Stable Diffusion 1.5 with random weights: ``folder`` as diffusers writes it, and two minidiff files."""
+    from check_full_size import random_pipeline
+
+    import weights_convert
+    from tests.parity.twins import pipeline_twin
+
+    root = Path(work)
+    shutil.rmtree(root / "folder", ignore_errors=True)
+    (pipeline_twin("sd1") if kind == "tiny" else random_pipeline()).save_pretrained(root / "folder")
+    for dtype in ("float32", "float16"):
+        (root / f"{dtype}.safetensors").unlink(missing_ok=True)
+        weights_convert.convert(root / "folder", root / f"{dtype}.safetensors", dtype=dtype)
+
+
+def size(parts: Any) -> int:
+    """Bytes of all weights."""
+    return sum(p.numel() * p.element_size() for part in parts for p in part.state_dict().values())
+
+
+def end_at(unet: Any, when: str) -> None:
+    """Let the process end where the first call of ``unet`` begins, or where it is done."""
+    if when == "begun":
+        unet.register_forward_pre_hook(lambda *_: end())
+    else:
+        unet.register_forward_hook(lambda *_: end())
+
+
+def end(**facts: Any) -> None:
+    """Leave ``facts`` behind, and stop at once."""
+    print(json.dumps(facts), flush=True)
+    os._exit(0)
+
+
+CHILDREN = (picture, ours, theirs, imports, pictures, recipe, prepare)
+
+if __name__ == "__main__":
+    name, *arguments = sys.argv[1:]
+    {child.__name__: child for child in CHILDREN}[name](*arguments)

@@ -1,0 +1,129 @@
+"""The ways in which one piece of work can be done: plain, with each switch, in diffusers, compiled, by OpenVINO."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _bench import in_turn, progress
+from _works import Work, timed
+from torch import Tensor, nn
+
+from minidiff import fast
+from minidiff.fast.switch import put_on
+
+PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # in OpenVINO's words
+
+
+@dataclass
+class Way:
+    """One way to do the work. ``before`` and ``after`` put it in place and away again, and are not timed."""
+
+    name: str
+    run: Callable[[], Tensor]
+    before: Callable[[], Any] = lambda: None
+    after: Callable[[], Any] = lambda: None
+
+
+def ours(work: Work) -> Iterator[Way]:
+    """The plain model, each switch by itself, and all together."""
+    names = tuple(fast.SWITCHES)
+    for some in dict.fromkeys(((), *((name,) for name in names), names)):
+        yield switched(work, some)
+
+
+def switched(work: Work, names: tuple[str, ...]) -> Way:
+    """The model with these switches on."""
+    on: list[tuple[str, list[nn.Module]]] = []
+
+    def before() -> None:
+        on.extend((name, put_on(fast.SWITCHES[name], [work.ours])) for name in names)
+        if names:
+            work.ours(*work.inputs)  # weights are packed, and the prompt is remembered, at the first call
+
+    def after() -> None:
+        while on:
+            name, layers = on.pop()
+            for layer in layers:
+                fast.SWITCHES[name].take_off(layer)
+
+    return Way(f"minidiff, {'+'.join(names) or 'plain'}", lambda: work.ours(*work.inputs), before, after)
+
+
+def eager(work: Work, theirs: nn.Module) -> Way:
+    return Way("diffusers, eager", lambda: theirs(*work.inputs))
+
+
+def frozen(name: str, module: nn.Module, work: Work) -> Way:
+    """Compiled, its weights taken for constants that may be folded and packed."""
+    from torch._inductor import config
+
+    compiled = torch.compile(module, dynamic=False)
+
+    def run() -> Tensor:
+        with config.patch(freezing=True):  # read when the first call compiles
+            out: Tensor = compiled(*work.inputs)
+        return out
+
+    return Way(f"{name}, compiled with freezing", run)
+
+
+def openvino(work: Work, dtype: torch.dtype, again: Callable[[], Work]) -> Way:
+    """The same UNet in OpenVINO, converted in memory. It takes float32 weights (``again`` makes the work in float32)
+    and chooses its own precision inside, which it is only asked for."""
+    import openvino as ov
+
+    source = work if dtype == torch.float32 else again()
+    with warnings.catch_warnings():  # torch no longer recommends the tracing that OpenVINO does
+        warnings.simplefilter("ignore")
+        model = ov.convert_model(source.ours, example_input=source.inputs)
+    asked = {
+        "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.Core().compile_model(model, "CPU", asked)
+    inputs = [t.float().numpy() if t.is_floating_point() else t.numpy() for t in work.inputs]
+    got = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return Way(f"OpenVINO, {got}", lambda: torch.from_numpy(compiled(inputs)[0].copy()))
+
+
+@dataclass
+class Found:
+    """What a way's first call took, which may pack or compile, and how far its result is from the plain one: the norm
+    of the difference, of the plain one's norm."""
+
+    first: float
+    difference: float
+
+
+def tried(ways: list[Way], plain: Tensor, device: torch.device) -> dict[str, Found]:
+    """Every way once, outside the rounds."""
+    found = {}
+    for way in ways:
+        outs: list[Tensor] = []
+        way.before()
+        seconds = timed(lambda way=way, outs=outs: outs.append(way.run()), device)
+        way.after()
+        gap = (outs[0].cpu().double() - plain.cpu().double()).norm() / plain.cpu().double().norm()
+        found[way.name] = Found(seconds, gap.item())
+        progress(f"{way.name}: first call {seconds:.3f} s")
+    return found
+
+
+def measured(ways: list[Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, by way; every way runs once a round."""
+    named = {way.name: way for way in ways}
+
+    def run(name: str) -> float:
+        way = named[name]
+        way.before()
+        seconds = timed(way.run, device)
+        way.after()
+        progress(f"{name}: {seconds:.3f} s")
+        return seconds
+
+    return in_turn(list(named), rounds, run)
