@@ -40,16 +40,17 @@ class Compiled:
 
     def __init__(self, unet: UNet) -> None:
         self.plain = unet.forward
-        self.compiled = torch.compile(self.plain, fullgraph=True, dynamic=False)
+        self.compiled = torch.compile(self.plain, dynamic=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():  # frozen weights don't learn
-            return self.plain(*args, **kwargs)
+            return self.plain(x, t, *args, **kwargs)
         import torch._inductor.config as inductor
 
-        # Given as an option of torch.compile it comes too late: weights would be inputs of the graph by then.
+        t = torch.as_tensor(t, device=x.device)  # a number would be a constant of the graph, and each have its own
+        # Given as an option of torch.compile, freezing comes too late: weights would be inputs of the graph by then.
         with inductor.patch(freezing=True, fx_graph_cache=True):
-            out: Tensor = self.compiled(*args, **kwargs)
+            out: Tensor = self.compiled(x, t, *args, **kwargs)
         return out
 
 

@@ -7,25 +7,22 @@ another order.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from minidiff import fast
-from minidiff.config import Level, text
+from minidiff.config import Level, ModelConfig, text
 from minidiff.errors import ConfigError
 from minidiff.models.unet import UNet
-from minidiff.pipeline import StableDiffusion, from_parts
-from tests.tolerances import COMPILED, assert_close
-from tests.unit.tiny import SD, UNET, redraw, tiny_sd, tiny_xl
+from minidiff.pipeline import StableDiffusion, random_model
+from tests.tolerances import assert_close
+from tests.unit.tiny import SD, UNET, XL, redraw, tiny_sd
 
 SMALL = replace(UNET, levels=(Level(channels=16), Level(channels=16)), mid=text(16, 2))
-SMALLEST = replace(UNET, levels=(Level(channels=16),), mid=text(16, 2), layers=1)
 
 Compile = Callable[..., Callable[..., Tensor]]
 
@@ -66,12 +63,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("make", [tiny_sd, tiny_xl])
-def test_no_graph_is_made_anew_over_steps_scales_and_prompts(
-    make: Callable[[], StableDiffusion], graphs: list[int]
-) -> None:
+@pytest.mark.parametrize("config", [SD, XL], ids=["sd", "xl"])
+def test_no_graph_is_made_anew_over_steps_scales_and_prompts(config: ModelConfig, graphs: list[int]) -> None:
     """Of a pipeline as it runs: as many steps as one likes, by any guidance scale but 1, with any prompt."""
-    sd = make()
+    sd = random_model(replace(config, unet=replace(config.unet, levels=(Level(channels=16),), mid=text(16, 2))))
+    assert isinstance(sd, StableDiffusion)
     runs = [("a horse", 2, 7.5), ("a horse", 3, 3.0), ("two red foxes in the snow", 2, 1.5), ("a horse", 2, 0.0)]
 
     def drawn(prompt: str, steps: int, scale: float) -> Tensor:
@@ -120,7 +116,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     sd = tiny_sd()
-    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler, and none is found.*install g\\+\\+") as caught:
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler, and none is found.*install g\+\+") as caught:
         fast.optimize(sd, ("compile",))
     assert "\n" not in str(caught.value)
     assert "forward" not in sd.unet.__dict__
