@@ -146,7 +146,8 @@ def _add_generate(commands: Any) -> None:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="what to compute in (default: auto: float32 on the CPU, on a GPU as the checkpoint is stored)",
+        help="what to compute in (default: auto: on the CPU float32, or bfloat16 for a large model where it is faster; "
+        "on a GPU as the checkpoint is stored)",
     )
     g = p.add_argument_group("picture")
     g.add_argument("--negative", metavar="TEXT", help="what the picture should not show (default: nothing)")

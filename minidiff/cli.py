@@ -78,9 +78,9 @@ def generate(args: Namespace) -> None:
     sampler = _sampler(args.sampler, args.like)
     if args.seed is None:
         args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
-    pipe, converted = _open_model(
-        args.model, _device(args.device), _dtype(args.dtype), sampler=_name(args.sampler), **_parts(args)
-    )
+    device = _device(args.device)
+    dtype = _probed(args.model, device) if args.dtype == "auto" else _dtype(args.dtype)
+    pipe, converted = _open_model(args.model, device, dtype, sampler=_name(args.sampler), **_parts(args))
     _teach(pipe, args)
     run = _prepare(pipe, args, sampler)
     for made in run.recipes:
@@ -89,6 +89,8 @@ def generate(args: Namespace) -> None:
             for name in TAUGHT
             if getattr(args, name)
         }
+        if args.dtype == "auto" and dtype is not None:  # not what Python would have taken
+            made["dtype_chosen"] = "auto"
     _remark(pipe, args, recipe, converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(run, progress=not args.quiet)
     images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
@@ -172,7 +174,8 @@ def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict
     if converted and not args.quiet:
         say(f"converted in memory; `minidiff convert {args.model} FILE.safetensors` keeps it, and opens faster")
     if args.dtype == "auto" and not args.quiet:
-        say(f"computing in {precision} on {pipe.device} (--dtype auto)")
+        why = ": this processor is faster in it; --dtype float32 is more exact" if precision == "bfloat16" else ""
+        say(f"computing in {precision} on {pipe.device} (--dtype auto{why if pipe.device.type == 'cpu' else ''})")
     if precision == "float16" and pipe.device.type == "cpu":
         say("float16 on the CPU can be a thousand times slower; --dtype float32 is safe", "warning")
     for key, now in (("model_hash", pipe.hash), ("dtype", precision), ("device", pipe.device.type)):
@@ -223,6 +226,19 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     return dtypes.get(name or "auto")
+
+
+def _probed(path: str | None, device: torch.device | None) -> torch.dtype | None:
+    """What --dtype auto computes in, where it is not what the library takes by itself: bfloat16, for a large model on
+    a CPU that is faster in it."""
+    import torch
+
+    if path is None or (torch.cuda.is_available() if device is None else device.type != "cpu"):
+        return None
+    from minidiff.fast import probe
+
+    found = probe.choice(probe.size_on_disk(path))
+    return None if found == torch.float32 else found
 
 
 def _parts(args: Namespace) -> dict[str, Any]:

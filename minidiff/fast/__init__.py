@@ -9,8 +9,15 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
 :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again). All of it is exact: the same bits, or the same sums in another order, no farther from the true value. Nothing
-can be trained, moved or given adapters while it is on; restore it first, change it, and optimize again.
+again). All of it is exact: the same bits, or the same sums in another order, no farther from the true value.
+
+Some switches are on only if they are named (``OPTIONAL``): :mod:`attention` (the faster kernel of two, by trying),
+:mod:`compiled` (minutes at first; it goes alone), those that save memory for time (:mod:`smaller`), and those for CUDA
+cards (:mod:`channels_last`, :mod:`tf32`, :mod:`graphs`), which do nothing elsewhere. :func:`offload` is for cards that
+are smaller than the model. What changes the result (:mod:`approximations`, :mod:`tiles`) is never on by itself.
+:mod:`probe` finds out which dtype this processor is fast in.
+
+Nothing can be trained, moved or given adapters while any of it is on; restore it first, change it, and optimize again.
 """
 
 from __future__ import annotations
@@ -20,11 +27,23 @@ from collections.abc import Mapping
 from torch import nn
 
 from minidiff.config import check
+from minidiff.fast.approximations import approximate as approximate
+from minidiff.fast.approximations import exact
+from minidiff.fast.attention import BlockAttention
+from minidiff.fast.channels_last import ChannelsLast
+from minidiff.fast.compiled import CompiledUNet
 from minidiff.fast.feedforward import FeedForwardInBlocks
+from minidiff.fast.graphs import CudaGraphs
 from minidiff.fast.inplace import InPlaceBlocks
+from minidiff.fast.offload import bring_back
+from minidiff.fast.offload import offload as offload
 from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
+from minidiff.fast.smaller import GuidanceHalves, VaeSlices
 from minidiff.fast.switch import Switch, put_on
+from minidiff.fast.tf32 import TensorFloat32
+from minidiff.fast.tiles import tiled as tiled
+from minidiff.fast.tiles import whole
 from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.runner import Pipeline
 
@@ -36,28 +55,53 @@ SWITCHES: Mapping[str, Switch] = {
     "inplace": InPlaceBlocks(),
     "memory": PromptMemory(),
 }
+# On only where they are named. Which of those for cards pay has not been measured on one.
+OPTIONAL: Mapping[str, Switch] = {
+    "attention": BlockAttention(),
+    "compile": CompiledUNet(),
+    "channels_last": ChannelsLast(),
+    "graphs": CudaGraphs(),
+    "tf32": TensorFloat32(),
+    "halves": GuidanceHalves(),
+    "vae_slices": VaeSlices(),
+}
+ALL = {**SWITCHES, **OPTIONAL}
+ALONE = "compile"  # it reads the plain forwards
 PLACES = ("unet", "vae")  # the text encoder runs once a picture
 
 
 def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dict[str, int]:
     """Put ``switches`` on every layer that they apply to, in place; how many layers each is on now.
 
-    Those that ``pipe`` has on already stay. Raises :class:`ConfigError` for a name that is no switch.
+    Those that ``pipe`` has on already stay; those for another device than it is on do nothing. Raises
+    :class:`ConfigError` for a name that is no switch, for "compile" beside another one, and where that finds no C++
+    compiler.
     """
     for name in switches:
-        check(name in SWITCHES, f"{name!r} is no switch of fast.optimize; there are {', '.join(SWITCHES)}")
+        check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}")
     on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
     if not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)
-        restore(pipe)
+        others = ", ".join(name for name in ALL if name in wanted and name != ALONE)
+        check(ALONE not in wanted or not others, f"{ALONE!r} goes alone, not with {others}; fast.restore takes them off")
+        _take_off(pipe)
         parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
-        on = {name: put_on(switch, parts) for name, switch in SWITCHES.items() if name in wanted}
+        meant = {name: switch for name, switch in ALL.items() if switch.device in (None, pipe.device.type)}
+        on = {name: put_on(meant[name], parts) if name in meant else [] for name in ALL if name in wanted}
         pipe.__dict__["_fast"] = on
     return {name: len(layers) for name, layers in on.items()}
 
 
 def restore(pipe: Pipeline) -> None:
-    """Take every switch off again: ``pipe`` is as :func:`optimize` found it. Without one, nothing happens."""
+    """Take every switch off again, and every approximation, and what is offloaded or tiled back: ``pipe`` is as
+    :func:`optimize` found it. Without any of it, nothing happens."""
+    exact(pipe)
+    whole(pipe)
+    _take_off(pipe)
+    bring_back(pipe)
+
+
+def _take_off(pipe: Pipeline) -> None:
     for name, layers in reversed(pipe.__dict__.pop("_fast", {}).items()):
         for layer in layers:
-            SWITCHES[name].take_off(layer)
+            ALL[name].take_off(layer)

@@ -1,0 +1,67 @@
+"""The UNet as one compiled graph, its weights frozen into it.
+
+``torch.compile`` with its own compiler (inductor) fuses what lies between convolutions and matrix products, and frozen
+weights are laid out once as the kernels read them, like :mod:`packed` does. The first call takes minutes. What was
+compiled stays in torch's own cache on disk (TORCHINDUCTOR_CACHE_DIR), from where the next process reads it. The
+compiler lays out a copy of the weights, so they are in memory twice.
+
+Sums run in another order, so results differ by rounding. Every size of batch and picture is compiled for itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.errors import ConfigError
+from minidiff.fast.switch import Switch
+from minidiff.models.unet import UNet
+
+
+class CompiledUNet(Switch):
+    """The whole UNet, compiled. Goes alone: it does by itself what the other switches do."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet)
+
+    def put_on(self, layer: nn.Module) -> None:
+        assert isinstance(layer, UNet)
+        check_compiler()
+        layer.forward = Compiled(layer)  # type: ignore[method-assign,assignment]
+
+    def take_off(self, layer: nn.Module) -> None:
+        del layer.__dict__["forward"]
+
+
+class Compiled:
+    """What stands in for the ``forward`` of the UNet."""
+
+    def __init__(self, unet: UNet) -> None:
+        self.plain = unet.forward
+        self.compiled = torch.compile(self.plain, dynamic=False)
+
+    def __call__(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled():  # frozen weights don't learn
+            return self.plain(x, t, *args, **kwargs)
+        import torch._inductor.config as inductor
+
+        t = torch.as_tensor(t, device=x.device)  # a number would be a constant of the graph, and each have its own
+        # Given as an option of torch.compile, freezing comes too late: weights would be inputs of the graph by then.
+        with inductor.patch(freezing=True, fx_graph_cache=True):
+            out: Tensor = self.compiled(x, t, *args, **kwargs)
+        return out
+
+
+def check_compiler() -> None:
+    """Raise :class:`ConfigError` where torch finds no C++ compiler to work with."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as e:
+        why = type(e).__name__
+        raise ConfigError(
+            f"compiling needs a C++ compiler, and none is found ({why}); install g++, or name one in CXX"
+        ) from None

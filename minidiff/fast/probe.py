@@ -1,0 +1,135 @@
+"""bfloat16 or float32: which of them this processor is fast in, measured once and remembered for the next time.
+
+Some processors compute bfloat16 at twice the speed of float32, others at a tenth, and no name or number tells which. So
+a convolution and a matrix product of the sizes of a UNet's are tried in both. What came out lies in the user's cache
+folder, by processor, threads and version of torch; where that cannot be read or written, it is measured again.
+
+bfloat16 keeps 8 bits of 24, so it is taken only where it wins clearly, and only for models that one waits for: a small
+one is done in seconds, and spends them on calling many operations, which is no faster in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidiff.errors import MinidiffError
+from minidiff.files import atomic
+
+WORTH = 1.3  # times as fast; below it, 16 bits of precision are too much to give
+# Bytes on disk. Every Stable Diffusion has more, in float16 too. Unconditional models have less: they go hundreds of
+# steps, each smaller than what bfloat16 can tell apart.
+LARGE = 10**9
+CHANNELS, SIDE = 320, 8  # the first level of Stable Diffusion's UNet, and a corner of its picture
+ROUNDS = 6  # the first is to warm up
+HOPELESS = 3  # times as slow after two rounds: then the rest is spared
+
+
+def choice(bytes_on_disk: int) -> torch.dtype:
+    """What the command line computes in on a CPU unless told: bfloat16 where it pays for a model of that size."""
+    return torch.bfloat16 if bytes_on_disk >= LARGE and gain() >= WORTH else torch.float32
+
+
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    path = Path(path)
+    return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+
+
+def gain() -> float:
+    """How many times as fast as float32 bfloat16 is here, from the cache or measured now."""
+    key, known = machine(), remembered()
+    if key not in known:
+        known[key] = measured()
+        with suppress(OSError, RuntimeError, MinidiffError):  # a home that is nowhere, a disk that is full
+            path = cache_file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as file:
+                file.write(json.dumps(known, indent=1).encode())
+    return known[key]
+
+
+def remembered() -> dict[str, float]:
+    """What the cache file says; nothing where there is none, or none that makes sense."""
+    with suppress(OSError, RuntimeError, ValueError, TypeError, AttributeError):
+        known = {str(key): float(value) for key, value in json.loads(cache_file().read_bytes()).items()}
+        return {key: value for key, value in known.items() if math.isfinite(value) and value > 0}
+    return {}
+
+
+def cache_file() -> Path:
+    """Where it is kept: the system's folder for such things. Raises RuntimeError for a user without a home."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / (
+            "Library/Caches" if sys.platform == "darwin" else ".cache"
+        )
+    return Path(base) / "minidiff" / "bfloat16.json"
+
+
+def machine() -> str:
+    """What the measurement depends on, in words."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measured() -> float:
+    """The smaller gain of the two, since both must win. It takes about a tenth of a second."""
+    found = math.inf
+    for make in (convolution, product):
+        found = min(found, speedup(make(torch.float32), make(torch.bfloat16)))
+        if found < 1:
+            break
+    return found
+
+
+def convolution(dtype: torch.dtype) -> Callable[[], Any]:
+    """One of a ResBlock's, a small picture for each thread."""
+    x, weight = _ones(torch.get_num_threads(), CHANNELS, SIDE, SIDE), _ones(CHANNELS, CHANNELS, 3, 3)
+    return partial(F.conv2d, x.to(dtype), weight.to(dtype), padding=1)
+
+
+def product(dtype: torch.dtype) -> Callable[[], Any]:
+    """The one into a feed-forward network."""
+    x, weight = _ones(torch.get_num_threads() * SIDE * SIDE, CHANNELS), _ones(8 * CHANNELS, CHANNELS)
+    return partial(F.linear, x.to(dtype), weight.to(dtype))
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.float32, device="cpu")
+
+
+@torch.no_grad()
+def speedup(plain: Callable[[], Any], other: Callable[[], Any]) -> float:
+    """How many times as fast ``other`` is as ``plain``: they run in turn, and the best of each counts, since whatever
+    else the machine does can only make a run longer."""
+    best = [math.inf, math.inf]
+    for n in range(ROUNDS):
+        for i, work in enumerate((plain, other)):
+            begun = time.perf_counter()
+            work()
+            best[i] = min(best[i], max(time.perf_counter() - begun, 1e-9))
+        if n == 1 and best[1] > HOPELESS * best[0]:
+            break
+    return best[0] / best[1]

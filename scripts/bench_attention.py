@@ -1,0 +1,73 @@
+"""Attention by torch's kernel and in blocks (`minidiff/fast/attention.py`), for every shape of Stable Diffusion 1.5.
+
+    python scripts/bench_attention.py                            # 512 x 512 with guidance, float32
+    python scripts/bench_attention.py --dtype bfloat16 --size 256
+
+Of both GFLOP/s, and which one `fast.optimize(sd, ("attention",))` takes. They run in turn; the best of each counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from minidiff.config import SD15, VAE_SD  # noqa: E402
+from minidiff.fast import attention  # noqa: E402
+
+PROMPT = 77
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=512, help="of the picture's side (default: 512)")
+    parser.add_argument("--batch", type=int, default=2, help="2 is one picture with guidance (default)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{args.dtype}, {torch.get_num_threads()} threads")
+    print("| heads x width | queries | keys | torch, GFLOP/s | blocks, GFLOP/s | blocks are | taken |")
+    print("|---|---:|---:|---:|---:|---:|---|")
+    for heads, width, queries, keys in shapes(args.size // VAE_SD.factor):
+        row(heads, width, queries, keys, args)
+    return 0
+
+
+def shapes(side: int) -> list[tuple[int, int, int, int]]:
+    """Heads, the width of each, queries, keys: of the UNet's levels, then of the VAE's middle."""
+    found = []
+    for i, level in enumerate((*SD15.levels[:-1], SD15.mid)):
+        tokens = (side >> i) ** 2
+        found += [(level.heads, level.channels // level.heads, tokens, keys) for keys in (tokens, PROMPT)]
+    return [*found, (1, VAE_SD.channels[-1], side**2, side**2)]
+
+
+@torch.no_grad()
+def row(heads: int, width: int, queries: int, keys: int, args: argparse.Namespace) -> None:
+    """Measure one shape and print its line."""
+    dtype = getattr(torch, args.dtype)
+    q, k, v = (
+        torch.randn(args.batch, n, heads * width).to(dtype).unflatten(2, (heads, width)).transpose(1, 2)
+        for n in (queries, keys, keys)
+    )
+    best = [float("inf")] * 2
+    for _ in range(args.rounds):
+        for i, kernel in enumerate((attention.attention, attention.blockwise)):
+            begun = time.perf_counter()
+            kernel(q, k, v, False)
+            best[i] = min(best[i], time.perf_counter() - begun)
+    rates = [4 * args.batch * heads * queries * keys * width / seconds / 1e9 for seconds in best]
+    taken = "blocks" if attention.choose(q, k, v) is attention.blockwise else "torch's"
+    figures = f"{rates[0]:.0f} | {rates[1]:.0f} | {best[0] / best[1]:.2f}x as fast | {taken}"
+    print(f"| {heads} x {width} | {queries} | {keys} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
