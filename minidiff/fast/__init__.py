@@ -10,6 +10,7 @@
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`remember` (keys and values of the prompt),
 :mod:`inplace` (memory used again). All of it is exact: the same bits, or, for packed weights, the same sums in another
 order. Nothing can be trained, moved or given adapters while it is on; restore it first, change it, and optimize again.
+What changes the result (:mod:`approximations`) is never on by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from minidiff.config import check
+from minidiff.fast.approximations import approximate as approximate
+from minidiff.fast.approximations import exact
 from minidiff.fast.inplace import InPlaceBlocks
 from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
@@ -49,7 +52,9 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
 
 
 def restore(pipe: Pipeline) -> None:
-    """Take every switch off again: ``pipe`` is as :func:`optimize` found it. Without one, nothing happens."""
+    """Take every switch off again, and every approximation: ``pipe`` is as :func:`optimize` found it. Without any,
+    nothing happens."""
+    exact(pipe)
     for name, layers in pipe.__dict__.pop("_fast", {}).items():
         for layer in layers:
             SWITCHES[name].take_off(layer)
