@@ -181,6 +181,12 @@ def _add_generate(commands: Any) -> None:
         help="take back the glare of a high --scale, from 0 to 1 (default: 0; 0.7 is usual)",
     )
     g.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        metavar="LOW,HIGH",
+        help="guide between these parts of the way alone, 0 to 1; the rest takes half as long (default: 0,1)",
+    )
+    g.add_argument(
         "--clip-skip",
         type=_count,
         metavar="N",
@@ -453,6 +459,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} should be a number")
     return value
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, comma, high = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"{text!r} should be LOW,HIGH, such as 0.2,0.9")
+    return _finite(low), _finite(high)
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -30,7 +30,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Options of generate that mean nothing to a model without a text, beside those that are named with it.
 TEXT_ONLY = (
     *("denoising_start", "denoising_end", "clip_skip", "prompt_2", "negative_2", "guidance_rescale"),
-    *("original_size", "crop", "target_size", "score"),
+    *("guidance_interval", "original_size", "crop", "target_size", "score"),
 )
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -148,6 +148,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             prompt_2=args.prompt_2,
             negative_prompt_2=args.negative_2,
             guidance_rescale=args.guidance_rescale or 0.0,
+            guidance_interval=args.guidance_interval,
         )
     for option in ("prompt", "negative", "scale", "width", "height", "like", "image", *TEXT_ONLY):
         if getattr(args, option) not in (None, []):

@@ -6,7 +6,7 @@ recording, your own loop) may look at it, keep it, change ``step.x``, or stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -90,6 +90,14 @@ def cutoff(fraction: float, train_steps: int) -> int:
     return round(train_steps - fraction * train_steps)
 
 
+def rows_outside(plan: Any, rows: range, low: float, high: float, train_steps: int) -> list[int]:
+    """Those of ``rows`` that ``plan`` runs before ``low`` or from ``high`` on, fractions of the way from noise (0) to
+    picture (1), told by the timesteps as in :func:`choose_rows`. Of 0 to 1 nothing is outside."""
+    early, late = cutoff(low, train_steps), cutoff(high, train_steps)
+    t = plan.timesteps
+    return [i for i in rows if (low > 0 and t[i] >= early) or (high < 1 and t[i] < late)]
+
+
 @torch.no_grad()
 def denoise(
     predict: Predict,
@@ -100,9 +108,10 @@ def denoise(
     first: int = 0,
     stop: int | None = None,
     draw: Draw,
+    instead: Mapping[int, Predict] | None = None,
 ) -> Generator[Step, None, None]:
     """Run ``plan`` from row ``first`` up to ``stop`` on ``x`` (B, C, H, W), noise at the first row's level; yields each
-    :class:`Step`.
+    :class:`Step`. ``instead``: the rows that call another model than ``predict``, and which.
 
     Gradients are off inside and as the caller has them between two steps.
     """
@@ -110,7 +119,8 @@ def denoise(
     state = sampler.start()
     for i in range(first, len(plan.timesteps) if stop is None else stop):
         before, before_state = x, state
-        prediction = predict(sampler.scale_input(plan, i, x), plan.timesteps[i])
+        model = (instead or {}).get(i, predict)
+        prediction = model(sampler.scale_input(plan, i, x), plan.timesteps[i])
         x, state = sampler.step(plan, i, x, prediction.out, state, draw)
 
         def x0(

@@ -14,7 +14,7 @@ from minidiff.errors import CheckpointError, ConfigError
 from minidiff.picture import read_recipe
 from minidiff.prompts import Sizes
 
-PYTHON_ONLY = ("negative_sizes",)  # in recipes of generate()
+PYTHON_ONLY = ("negative_sizes", "approximate")  # in recipes of generate()
 TAUGHT = ("lora", "embedding")
 
 
@@ -31,7 +31,7 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
         kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
         kinds |= {"prompt_2": ("prompt_2", str), "negative_2": ("negative_prompt_2", str)}
         kinds |= {name: (name, number) for name in ("denoising_start", "denoising_end", "guidance_rescale")}
-        kinds["clip_skip"] = ("clip_skip", whole)
+        kinds |= {"clip_skip": ("clip_skip", whole), "guidance_interval": ("guidance_interval", list)}
         if recipe.get("place"):
             place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
             raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")

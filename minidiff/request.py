@@ -6,13 +6,14 @@ Everything is checked here, before a model is called.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from minidiff.config import ModelConfig, check
 from minidiff.conventions import Convention, starts
 from minidiff.conventions.starts import Start
-from minidiff.denoise import choose_rows
+from minidiff.denoise import choose_rows, rows_outside
 from minidiff.images import Pictures, read
 from minidiff.prompts import Sizes
 from minidiff.runner import finite
@@ -34,6 +35,7 @@ class Request:
     negative_sizes: Sizes | None = None
     clip_skip: int = 0
     guidance_rescale: float = 0.0
+    guidance_interval: Sequence[float] | None = None
 
     def begun(self, convention: Convention | None, sampler: Any, steps: int, total: int) -> Start | None:
         """Where another program would begin from a picture; None where there is none, or it goes on from another
@@ -72,6 +74,22 @@ class Request:
         strength = self.strength if given else None
         return choose_rows(plan, steps, sampler, config.schedule.steps, strength=strength, start=start, end=end)
 
+    def unguided(self, plan: Any, rows: range, sampler: Any, config: ModelConfig) -> list[int]:
+        """Those of ``rows`` at which the guidance interval leaves the prompt alone.
+
+        Raises :class:`ConfigError` for an interval that is none, and for a sampler without the model's timesteps.
+        """
+        given = self.guidance_interval
+        if given is None:
+            return []
+        fits = isinstance(given, (tuple, list)) and len(given) == 2
+        check(fits, f"guidance_interval={given!r} must be two numbers, such as (0.2, 0.9)")
+        low, high = (finite("guidance_interval", value) for value in given)
+        check(0 <= low < high <= 1, f"guidance_interval={given!r} must be (low, high) with 0 <= low < high <= 1")
+        name, foreign = type(sampler).__name__, getattr(sampler, "own_levels", False)
+        check(not foreign, f"guidance_interval is told by timesteps, and {name} has levels of its own; leave it out")
+        return rows_outside(plan, rows, low, high, config.schedule.steps)
+
     def pictures(self, config: ModelConfig, height: int | None, width: int | None) -> Pictures | None:
         """The image and the mask, read and resized; None without an image."""
         c = config.vae
@@ -101,6 +119,8 @@ class Request:
         for name in ("clip_skip", "guidance_rescale"):
             if getattr(self, name):
                 noted[name] = getattr(self, name)
+        if self.guidance_interval is not None:
+            noted["guidance_interval"] = [float(value) for value in self.guidance_interval]
         return noted
 
 

@@ -45,6 +45,7 @@ class Pipeline:
         self.config = config
         self.parts = dict(parts)
         self.hash = hash
+        self.approximations: dict[str, Any] = {}  # what changes the result, put on from outside: for the recipe
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
         apply_policy(config, parts)
@@ -119,8 +120,10 @@ class Pipeline:
         labels: Sequence[dict[str, Any]],
         origins: Sequence[Mapping[str, Any]],
         steps: int,
+        instead: Mapping[int, Predict] | None = None,
     ) -> Run:
-        """The run from ``start``; ``labels`` and ``origins``: what to note, by image, the latter of its noise."""
+        """The run from ``start``; ``labels`` and ``origins``: what to note, by image, the latter of its noise;
+        ``instead``: rows that call another model."""
         rows, draw = begin.rows, begin.later
         marks = [source.mark() for source in (begin.draw, draw)]
 
@@ -133,6 +136,7 @@ class Pipeline:
                 first=rows.start,
                 stop=rows.stop,
                 draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
+                instead=instead,
             )
 
         def again() -> Generator[Step, None, None]:
@@ -149,6 +153,7 @@ class Pipeline:
             "device": self.device.type,
             "minidiff": VERSION,
             "torch": str(torch.__version__),
+            **({"approximate": dict(self.approximations)} if self.approximations else {}),
         }
         recipes = [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)]
         return Run(trail(), begin.plan, recipes, rows, again)

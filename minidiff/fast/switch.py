@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Switch(Protocol):
-    """One exact speed-up. It keeps what it replaces, so that ``take_off`` gives a layer back as it was."""
+    """One speed-up. It keeps what it replaces, so that ``take_off`` gives a layer back as it was."""
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer``, not optimized yet, is one that this switch is for."""

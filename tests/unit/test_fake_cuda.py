@@ -32,6 +32,9 @@ from minidiff.config import (
     text,
 )
 from minidiff.denoise import Prediction, denoise
+from minidiff.fast.deep import DeepCache
+from minidiff.fast.merge import TokenMerging
+from minidiff.fast.switch import Switch, put_on
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
@@ -183,6 +186,19 @@ def test_text_encoder(card: AbstractContextManager[Any], config: CLIPTextConfig,
         check_result(out.last, (2, 77, 24), dtype)
         check_result(out.penultimate, (2, 77, 24), dtype)
         check_result(out.pooled, (2, config.projection or 24), dtype)
+
+
+@pytest.mark.parametrize("switch", [DeepCache(2), TokenMerging(0.5)], ids=lambda s: type(s).__name__)
+def test_approximations(card: AbstractContextManager[Any], switch: Switch) -> None:
+    """A whole call and one that reuses it, of an odd size: no value is waited for, nothing is copied."""
+    unet = build(card, UNet, UNETS["sd1"], torch.float16)
+    put_on(switch, [unet])
+    with on_card(card):
+        plan = torch.arange(4, 0, -1, device="cuda")
+        x, context = randn(2, 4, 7, 5, dtype=torch.float16), randn(2, 5, 24, dtype=torch.float16)
+        for t in plan:
+            check_result(unet(x, t, context), tuple(x.shape), torch.float16)
+    switch.take_off(unet)
 
 
 # --- samplers ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Speed that costs accuracy: off unless it is asked for by name, and noted in the recipe of every picture.
+
+    fast.approximate(sd, deep=3)       # deep features at every third step (:mod:`deep`)
+    fast.approximate(sd, merge=0.5)    # half of the tokens in the largest self-attention (:mod:`merge`)
+    fast.restore(sd)                   # all of it off again
+
+``scripts/approximations.py`` measures what each saves and how far the picture moves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from minidiff.config import check
+from minidiff.fast.deep import DeepCache
+from minidiff.fast.merge import MOST, TokenMerging
+from minidiff.fast.switch import Switch, put_on
+from minidiff.runner import Pipeline, finite
+
+
+def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None = None) -> dict[str, int]:
+    """Put approximations on the UNet of ``pipe``, in place; how many UNets each is on now.
+
+    ``deep``: the whole UNet runs at one step in so many, the others reuse its deep features (Ma et al. 2023); 1 is the
+    exact model. ``merge``: the share of tokens, 0 to 0.75, that self-attention at the highest resolution does without
+    (Bolya & Hoffman 2023); 0 is the exact model. What is on already stays, unless it is given another value here.
+    Raises :class:`ConfigError` for values outside these, and for ``merge`` on a UNet without transformers.
+    """
+    check(deep is not None or merge is not None, "nothing to approximate; give deep=3, merge=0.5 or both")
+    wanted: dict[str, tuple[Any, Switch]] = {}
+    if deep is not None:
+        whole = isinstance(deep, int) and not isinstance(deep, bool) and deep >= 1
+        check(whole, f"deep={deep!r} must be a whole number, 1 or more: the UNet runs whole at one step in so many")
+        wanted["deep"] = deep, DeepCache(deep)
+    if merge is not None:
+        check(0 <= finite("merge", merge) <= MOST, f"merge={merge!r} must lie in 0..{MOST}, the share of tokens merged")
+        wanted["merge"] = merge, TokenMerging(merge)
+    for name, (value, switch) in wanted.items():
+        fits = switch.applies(pipe.unet)
+        check(fits, f"{name}={value!r} needs a UNet with transformers, and the {pipe.config.family} UNet has none")
+    on: dict[str, tuple[Switch, list[nn.Module]]] = pipe.__dict__.setdefault("_approximate", {})
+    for name, (value, switch) in wanted.items():
+        if pipe.approximations.get(name) != value:
+            _take_off(on, name)
+            on[name] = switch, put_on(switch, [pipe.unet])
+            pipe.approximations[name] = value
+    return {name: len(layers) for name, (_, layers) in on.items()}
+
+
+def exact(pipe: Pipeline) -> None:
+    """Take every approximation off ``pipe`` again. Without one, nothing happens."""
+    on = pipe.__dict__.pop("_approximate", {})
+    for name in list(on):
+        _take_off(on, name)
+    pipe.approximations.clear()
+
+
+def _take_off(on: dict[str, tuple[Switch, list[nn.Module]]], name: str) -> None:
+    switch, layers = on.pop(name, (None, []))
+    for layer in layers:
+        assert switch is not None
+        switch.take_off(layer)

@@ -1,0 +1,136 @@
+"""Fewer tokens in self-attention: those that are alike become one (Bolya & Hoffman 2023, token merging for diffusion).
+
+At the UNet's highest resolution with attention there is a token for every latent pixel, and the cost goes with the
+square of their number. One of every 2 x 2 tokens is a target; of the others the ``ratio`` that look most like some
+target are averaged with it before the attention, and get its answer after it. The paper takes a random one of the four,
+here it is always the upper left: the same picture every time. (On a GPU the average is summed in any order, so there
+the last bits may differ.) An approximation, and one that pays for large pictures only: finding the pairs is work too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from minidiff.fast.switch import Switch
+from minidiff.models.attention import SpatialTransformer, TransformerBlock
+from minidiff.models.unet import UNet
+
+MOST = 0.75  # a quarter of the tokens is what the others are merged into
+
+
+class TokenMerging(Switch):
+    """Self-attention of a UNet's highest resolution on fewer tokens: ``ratio`` (0 to 0.75) of them are merged away."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.handles: dict[nn.Module, list[RemovableHandle]] = {}
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet) and len(finest(layer)) > 0
+
+    def put_on(self, layer: nn.Module) -> None:
+        assert isinstance(layer, UNet)
+        handles = self.handles[layer] = []
+        for transformer in finest(layer):
+            merging = Merging(self.ratio)
+            handles.append(transformer.register_forward_pre_hook(merging.look))
+            for block in transformer.blocks:
+                assert isinstance(block, TransformerBlock)
+                handles.append(block.attn1.register_forward_pre_hook(merging.before))
+                handles.append(block.attn1.register_forward_hook(merging.after))
+
+    def take_off(self, layer: nn.Module) -> None:
+        for handle in self.handles.pop(layer):
+            handle.remove()
+
+
+def finest(unet: UNet) -> list[SpatialTransformer]:
+    """The transformers of the highest resolution that has any."""
+    for down, up in zip(unet.down, reversed(unet.up), strict=True):
+        found = [m for m in (*down.attn, *up.attn) if isinstance(m, SpatialTransformer)]  # type: ignore[misc]
+        if found:
+            return found
+    return []
+
+
+class Merging:
+    """What surrounds the self-attention of one transformer."""
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.size = (0, 0)
+        self.group: Tensor | None = None
+
+    def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note the size of the picture, which its tokens don't tell."""
+        self.size = args[0].shape[-2:]
+
+    def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        """Merge; with nothing to merge the tokens go in as they are."""
+        (tokens,) = args
+        count = min(int(self.ratio * tokens.shape[1]), tokens.shape[1] - len(targets(*self.size, tokens.device)))
+        self.group = groups(tokens, *self.size, count) if count else None
+        return None if self.group is None else (merged(tokens, self.group, tokens.shape[1] - count),)
+
+    def after(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        """Give every token the answer of its group."""
+        group, self.group = self.group, None
+        return out if group is None else unmerged(out, group)
+
+
+def targets(height: int, width: int, device: torch.device) -> Tensor:
+    """The places of the tokens that are merged into: the upper left of every 2 x 2, also of those cut by an edge."""
+    return _every_other(height, width, 0, 0, device)
+
+
+def groups(tokens: Tensor, height: int, width: int, count: int) -> Tensor:
+    """Which group each of ``tokens`` (B, height * width, C) is in when ``count`` are merged away: (B, L).
+
+    First come the tokens that stay alone, each a group, then the targets with what is merged into them.
+    """
+    batch, length, _ = tokens.shape
+    device = tokens.device
+    target = targets(height, width, device)
+    source = torch.cat([_every_other(height, width, y, x, device) for y, x in ((0, 1), (1, 0), (1, 1))])
+    directions = F.normalize(tokens, dim=-1)
+    likeness = directions[:, source] @ directions[:, target].transpose(1, 2)
+    best, which = likeness.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    gone, alone = order[:, :count], order[:, count:]
+    first = alone.shape[1]  # the number of the first target's group
+    group = torch.empty(batch, length, dtype=torch.long, device=device)
+    group[:, target] = first + torch.arange(len(target), device=device)
+    group.scatter_(1, source[gone], first + which.gather(1, gone))
+    group.scatter_(1, source[alone], torch.arange(first, device=device).expand(batch, -1))
+    return group
+
+
+def merged(tokens: Tensor, group: Tensor, count: int) -> Tensor:
+    """The mean of each of ``count`` groups: (B, L, C) -> (B, count, C)."""
+    batch, _, channels = tokens.shape
+    index = _rows(group, count)[:, None].expand(-1, channels)
+    means = tokens.new_zeros(batch * count, channels)
+    means = means.scatter_reduce(0, index, tokens.flatten(0, 1), "mean", include_self=False)
+    return means.view(batch, count, channels)
+
+
+def unmerged(answers: Tensor, group: Tensor) -> Tensor:
+    """To every token what its group was answered: (B, count, C) -> (B, L, C)."""
+    rows = answers.flatten(0, 1).index_select(0, _rows(group, answers.shape[1]))
+    return rows.view(*group.shape, -1)
+
+
+def _rows(group: Tensor, count: int) -> Tensor:
+    """Groups as rows of all pictures' groups, one under another: (B, L) -> (B * L,)."""
+    return (group + count * torch.arange(len(group), device=group.device)[:, None]).flatten()
+
+
+def _every_other(height: int, width: int, y: int, x: int, device: torch.device) -> Tensor:
+    """The places, row by row, of every other token of every other row, from row ``y`` and column ``x`` on."""
+    rows = torch.arange(y, height, 2, device=device)[:, None] * width
+    return (rows + torch.arange(x, width, 2, device=device)).flatten()
