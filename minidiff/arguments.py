@@ -206,6 +206,16 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--score", type=_finite, metavar="X", help="tell the refiner how pleasing it is, 0 to 10 (default: 6)"
     )
+    g = p.add_argument_group("memory")
+    g.add_argument("--vae-slices", action="store_true", help="decode one picture of a batch after the other")
+    g.add_argument(
+        "--vae-tiles", action="store_true", help="decode large pictures in tiles; APPROXIMATE, colours shift"
+    )
+    g.add_argument(
+        "--split-guidance",
+        action="store_true",
+        help="predict without the prompt, then with it, not in one batch (on a GPU: once that did not fit)",
+    )
     g = p.add_argument_group("output")
     g.add_argument(
         "--out", metavar="PATH", help="a folder, or a file name (default: named by prompt and seed, in this folder)"

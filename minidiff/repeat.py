@@ -15,6 +15,7 @@ from minidiff.picture import read_recipe
 from minidiff.prompts import Sizes
 
 PYTHON_ONLY = ("negative_sizes",)  # in recipes of generate()
+TILES = "vae_tiles"  # the approximation that has an option
 TAUGHT = ("lora", "embedding")
 
 
@@ -49,6 +50,7 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
     if "strength" in recipe:
         kinds["strength"] = ("strength", number)
     _fill_sizes(args, recipe)
+    args.vae_tiles = args.vae_tiles or TILES in recipe.get("approximate", {})
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue

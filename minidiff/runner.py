@@ -29,6 +29,7 @@ from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.base import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.start import Beginning, Start
+from minidiff.turns import Turns
 from minidiff.version import VERSION
 
 Output = Literal["pil", "tensor", "latent"]
@@ -47,6 +48,8 @@ class Pipeline:
         self.hash = hash
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
+        self.approximations: dict[str, Any] = {}  # what changes the result, put on from outside: for the recipe
+        self.turns: Turns | None = None  # where the parts are not all in memory at once
         apply_policy(config, parts)
 
     @property
@@ -60,7 +63,13 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``)."""
+        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``).
+
+        Raises :class:`ConfigError` while parts take turns in memory.
+        """
+        check(
+            self.turns is None, f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final"
+        )
         for part in self.parts.values():
             part.to(device=device, dtype=dtype)
         apply_policy(self.config, self.parts)
@@ -149,6 +158,7 @@ class Pipeline:
             "device": self.device.type,
             "minidiff": VERSION,
             "torch": str(torch.__version__),
+            **({"approximate": dict(self.approximations)} if self.approximations else {}),
         }
         recipes = [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)]
         return Run(trail(), begin.plan, recipes, rows, again)

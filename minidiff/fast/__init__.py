@@ -9,7 +9,10 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`remember` (keys and values of the prompt),
 :mod:`inplace` (memory used again). All of it is exact: the same bits, or, for packed weights, the same sums in another
-order. Nothing can be trained, moved or given adapters while it is on; restore it first, change it, and optimize again.
+order. Some further switches are on only if they are named (``OPTIONAL``): those that save memory for time
+(:mod:`smaller`), and those for CUDA cards (:mod:`channels_last`, :mod:`tf32`, :mod:`graphs`), which do nothing
+elsewhere. :func:`offload` is for cards that are smaller than the model. Nothing can be trained, moved or given adapters
+while any of it is on; restore it first, change it, and optimize again.
 """
 
 from __future__ import annotations
@@ -19,10 +22,18 @@ from collections.abc import Mapping
 from torch import nn
 
 from minidiff.config import check
+from minidiff.fast.channels_last import ChannelsLast
+from minidiff.fast.graphs import CudaGraphs
 from minidiff.fast.inplace import InPlaceBlocks
+from minidiff.fast.offload import bring_back
+from minidiff.fast.offload import offload as offload
 from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
+from minidiff.fast.smaller import GuidanceHalves, VaeSlices
 from minidiff.fast.switch import Switch, put_on
+from minidiff.fast.tf32 import TensorFloat32
+from minidiff.fast.tiles import tiled as tiled
+from minidiff.fast.tiles import whole
 from minidiff.runner import Pipeline
 
 SWITCHES: Mapping[str, Switch] = {
@@ -30,26 +41,40 @@ SWITCHES: Mapping[str, Switch] = {
     "memory": PromptMemory(),
     "packed": PackedConvolutions(),
 }
+# On only where they are named. Which of them pay has not been measured on a card.
+OPTIONAL: Mapping[str, Switch] = {
+    "channels_last": ChannelsLast(),
+    "graphs": CudaGraphs(),
+    "halves": GuidanceHalves(),
+    "tf32": TensorFloat32(),
+    "vae_slices": VaeSlices(),
+}
+ALL = {**SWITCHES, **OPTIONAL}
 PLACES = ("unet", "vae")  # the text encoder runs once a picture
 
 
 def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dict[str, int]:
     """Put ``switches`` on every layer that they apply to, in place; how many layers each is on now.
 
-    Those that ``pipe`` has on already stay. Raises :class:`ConfigError` for a name that is no switch.
+    Those that ``pipe`` has on already stay; those for another device than it is on do nothing. Raises
+    :class:`ConfigError` for a name that is no switch.
     """
     for name in switches:
-        check(name in SWITCHES, f"{name!r} is no switch of fast.optimize; there are {', '.join(SWITCHES)}")
+        check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}")
     on: dict[str, list[nn.Module]] = pipe.__dict__.setdefault("_fast", {})
     parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
     for name in switches:
         if name not in on:
-            on[name] = put_on(SWITCHES[name], parts)
+            meant = ALL[name].device in (None, pipe.device.type)
+            on[name] = put_on(ALL[name], parts) if meant else []
     return {name: len(layers) for name, layers in on.items()}
 
 
 def restore(pipe: Pipeline) -> None:
-    """Take every switch off again: ``pipe`` is as :func:`optimize` found it. Without one, nothing happens."""
-    for name, layers in pipe.__dict__.pop("_fast", {}).items():
+    """Take every switch off again, and what is offloaded or tiled back: ``pipe`` is as :func:`optimize` found it.
+    Without any of it, nothing happens."""
+    whole(pipe)
+    for name, layers in reversed(pipe.__dict__.pop("_fast", {}).items()):
         for layer in layers:
-            SWITCHES[name].take_off(layer)
+            ALL[name].take_off(layer)
+    bring_back(pipe)

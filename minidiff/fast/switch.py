@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 
 class Switch(Protocol):
     """One exact speed-up. It keeps what it replaces, so that ``take_off`` gives a layer back as it was."""
+
+    device: ClassVar[str | None] = None  # the kind that it is for; None: every one
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer``, not optimized yet, is one that this switch is for."""
@@ -27,3 +29,24 @@ def put_on(switch: Switch, parts: Iterable[nn.Module]) -> list[nn.Module]:
     for layer in layers:
         switch.put_on(layer)
     return layers
+
+
+class Around:
+    """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
+    another switch's. The last to be put around is the first to be taken off."""
+
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        self.layer, self.name = layer, name
+        self.inner = getattr(layer, name)
+        self.before = layer.__dict__.get(name)
+        layer.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def take_off(self) -> None:
+        """Leave the layer as it was."""
+        if self.before is None:
+            del self.layer.__dict__[self.name]
+        else:
+            self.layer.__dict__[self.name] = self.before
