@@ -209,7 +209,10 @@ def _add_generate(commands: Any) -> None:
     g = p.add_argument_group("memory")
     g.add_argument("--vae-slices", action="store_true", help="decode one picture of a batch after the other")
     g.add_argument(
-        "--vae-tiles", action="store_true", help="decode large pictures in tiles; APPROXIMATE, colours shift"
+        "--vae-tiles",
+        action="store_const",
+        const=64,  # latents of a side
+        help="decode pictures beyond 512 pixels in tiles; APPROXIMATE, colours shift",
     )
     g.add_argument(
         "--split-guidance",

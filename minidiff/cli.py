@@ -127,13 +127,13 @@ def _save_memory(pipe: StableDiffusion | Unconditional, args: Namespace) -> None
     """Put on what takes less memory and more time."""
     options = {"vae_slices": args.vae_slices, "halves": args.split_guidance}
     switches = tuple(name for name, given in options.items() if given)
-    if not switches and not args.vae_tiles:
+    if not switches and args.vae_tiles is None:
         return
     from minidiff import fast
 
     fast.optimize(pipe, switches)
-    if args.vae_tiles:
-        fast.tiled(pipe)
+    if args.vae_tiles is not None:
+        fast.tiled(pipe, args.vae_tiles)
 
 
 def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: Any) -> Run:

@@ -67,7 +67,8 @@ class Turns:
             # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
             for entrance in (part, *part.children()):
                 self.hooks.append(entrance.register_forward_pre_hook(lambda *_, turn=turn: self.enter(turn)))
-            self.hooks.append(part.register_state_dict_pre_hook(lambda *_, turn=turn: self.enter(turn)))  # to be saved
+            saved = part.register_state_dict_pre_hook(lambda *_, turn=turn: self.enter(turn))  # type: ignore[no-untyped-call]
+            self.hooks.append(saved)
         for slot in self._all():
             slot.put(slot.rest)
 
@@ -85,6 +86,10 @@ class Turns:
         if self.now is not None:
             for slot in self.slots[self.now]:
                 slot.put(slot.rest)
+                # What stands in for a layer's forward (minidiff.fast) may have made something of its weight.
+                forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
+                if forget is not None:
+                    forget()
             self.now = None
 
     def end(self) -> None:

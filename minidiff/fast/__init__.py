@@ -36,17 +36,18 @@ from minidiff.fast.tiles import tiled as tiled
 from minidiff.fast.tiles import whole
 from minidiff.runner import Pipeline
 
+# In this order they are put on, and backwards taken off.
 SWITCHES: Mapping[str, Switch] = {
+    "packed": PackedConvolutions(),
     "inplace": InPlaceBlocks(),
     "memory": PromptMemory(),
-    "packed": PackedConvolutions(),
 }
-# On only where they are named. Which of them pay has not been measured on a card.
+# On only where they are named. Which of those for cards pay has not been measured on one.
 OPTIONAL: Mapping[str, Switch] = {
     "channels_last": ChannelsLast(),
     "graphs": CudaGraphs(),
-    "halves": GuidanceHalves(),
     "tf32": TensorFloat32(),
+    "halves": GuidanceHalves(),
     "vae_slices": VaeSlices(),
 }
 ALL = {**SWITCHES, **OPTIONAL}
@@ -61,12 +62,14 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     """
     for name in switches:
         check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}")
-    on: dict[str, list[nn.Module]] = pipe.__dict__.setdefault("_fast", {})
-    parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
-    for name in switches:
-        if name not in on:
-            meant = ALL[name].device in (None, pipe.device.type)
-            on[name] = put_on(ALL[name], parts) if meant else []
+    on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
+    if not on.keys() >= set(switches):
+        wanted = on.keys() | set(switches)
+        _take_off(pipe)
+        parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
+        meant = {name: switch for name, switch in ALL.items() if switch.device in (None, pipe.device.type)}
+        on = {name: put_on(meant[name], parts) if name in meant else [] for name in ALL if name in wanted}
+        pipe.__dict__["_fast"] = on
     return {name: len(layers) for name, layers in on.items()}
 
 
@@ -74,7 +77,11 @@ def restore(pipe: Pipeline) -> None:
     """Take every switch off again, and what is offloaded or tiled back: ``pipe`` is as :func:`optimize` found it.
     Without any of it, nothing happens."""
     whole(pipe)
+    _take_off(pipe)
+    bring_back(pipe)
+
+
+def _take_off(pipe: Pipeline) -> None:
     for name, layers in reversed(pipe.__dict__.pop("_fast", {}).items()):
         for layer in layers:
             ALL[name].take_off(layer)
-    bring_back(pipe)

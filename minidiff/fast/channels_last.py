@@ -28,8 +28,10 @@ class ChannelsLast(Switch):
         Innermost(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        layer.__dict__["forward"].take_off()
-        layer.weight.data = layer.weight.data.contiguous()  # type: ignore[operator, union-attr]
+        Innermost.take_off(layer)
+        weight = layer.get_parameter("weight")
+        if weight.is_contiguous(memory_format=torch.channels_last):  # it has worked
+            weight.data = weight.data.contiguous()
 
 
 class Innermost(Around):

@@ -28,7 +28,7 @@ class CudaGraphs(Switch):
         Recorded(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        layer.__dict__["forward"].take_off()
+        Recorded.take_off(layer)
 
 
 class Recorded(Around):
@@ -39,7 +39,7 @@ class Recorded(Around):
         self.compiled = torch.compile(self.inner, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        out: Tensor = self.compiled(*args, **kwargs)
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
         # The next launch writes its answer to the same place, and multistep samplers keep this one.
         return out.clone()

@@ -28,14 +28,14 @@ class VaeSlices(Switch):
         OneByOne(layer, "decode")
 
     def take_off(self, layer: nn.Module) -> None:
-        layer.__dict__["decode"].take_off()
+        OneByOne.take_off(layer, "decode")
 
 
 class OneByOne(Around):
     """The ``decode`` of a VAE."""
 
     def __call__(self, z: Tensor) -> Tensor:
-        return torch.cat([self.inner(one) for one in z.split(1)])
+        return torch.cat([self.inner(one) for one in z.chunk(len(z))])
 
 
 class GuidanceHalves(Switch):
@@ -48,7 +48,7 @@ class GuidanceHalves(Switch):
         Halves(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        layer.__dict__["forward"].take_off()
+        Halves.take_off(layer)
 
 
 class Halves(Around):

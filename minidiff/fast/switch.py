@@ -33,10 +33,10 @@ def put_on(switch: Switch, parts: Iterable[nn.Module]) -> list[nn.Module]:
 
 class Around:
     """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
-    another switch's. The last to be put around is the first to be taken off."""
+    another of this kind."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        self.layer, self.name = layer, name
+        self.layer = layer
         self.inner = getattr(layer, name)
         self.before = layer.__dict__.get(name)
         layer.__dict__[name] = self
@@ -44,9 +44,15 @@ class Around:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def take_off(self) -> None:
-        """Leave the layer as it was."""
-        if self.before is None:
-            del self.layer.__dict__[self.name]
+    @classmethod
+    def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
+        """Leave ``layer`` as it was without the one of this class, whatever was put around that since."""
+        above, this = None, layer.__dict__[name]
+        while not isinstance(this, cls):
+            above, this = this, this.before
+        if above is not None:
+            above.before, above.inner = this.before, this.inner
+        elif this.before is not None:
+            layer.__dict__[name] = this.before
         else:
-            self.layer.__dict__[self.name] = self.before
+            del layer.__dict__[name]

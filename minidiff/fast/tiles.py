@@ -18,24 +18,24 @@ from minidiff.runner import Pipeline
 NAME = "vae_tiles"  # in the recipe
 
 
-def tiled(pipe: Pipeline, side: int = 64, overlap: int = 16) -> None:
-    """Let ``pipe`` decode in tiles of ``side`` x ``side`` latents (64 are 512 pixels), of which neighbours share
-    ``overlap``; a picture of one tile or less is decoded whole, and exactly.
+def tiled(pipe: Pipeline, side: int = 64) -> None:
+    """Let ``pipe`` decode in tiles of ``side`` x ``side`` latents (64 are 512 pixels), of which neighbours share a
+    quarter; a picture of one tile or less is decoded whole, and exactly.
 
     Approximate, which the recipes of its pictures say. Another call changes the tiles, ``fast.restore`` ends it.
-    Raises :class:`ConfigError` for a model without a VAE, and for tiles that do not overlap or do nothing else.
+    Raises :class:`ConfigError` for a model without a VAE, and for a ``side`` that has no quarter.
     """
     check("vae" in pipe.parts, f"a {pipe.config.family} model has no VAE that could decode in tiles")
-    check(side >= 2 and 1 <= overlap <= side // 2, f"overlap={overlap} must lie in 1..{side // 2}, half of side={side}")
+    check(isinstance(side, int) and side >= 4, f"side={side!r} of a tile must be a whole number of latents, at least 4")
     whole(pipe)
-    Tiles(pipe.parts["vae"], side, overlap)
-    pipe.approximations[NAME] = [side, overlap]
+    Tiles(pipe.parts["vae"], side, side // 4)
+    pipe.approximations[NAME] = side
 
 
 def whole(pipe: Pipeline) -> None:
     """Let ``pipe`` decode whole pictures again."""
     if pipe.approximations.pop(NAME, None) is not None:
-        pipe.parts["vae"].__dict__["decode"].take_off()
+        Tiles.take_off(pipe.parts["vae"], "decode")
 
 
 class Tiles(Around):
@@ -50,34 +50,31 @@ class Tiles(Around):
         height, width = z.shape[-2:]
         if height <= self.side and width <= self.side:
             return self.inner(z)  # type: ignore[no-any-return]
-        total, weights = None, None
+        tile = self.inner(z[..., : self.side, : self.side])
+        factor = tile.shape[-1] // min(self.side, width)
+        total: Tensor = tile.new_zeros(*tile.shape[:2], height * factor, width * factor)
+        weights = tile.new_zeros(total.shape[2:])
         for top in self.starts(height):
             for left in self.starts(width):
-                tile = self.inner(z[..., top : top + self.side, left : left + self.side])
-                factor = tile.shape[-1] // min(self.side, width)
-                if total is None:
-                    total = tile.new_zeros(*tile.shape[:2], height * factor, width * factor)
-                    weights = tile.new_zeros(total.shape[2:])
-                rows = self.ramp(top, height, tile.shape[2], factor).to(tile)
-                columns = self.ramp(left, width, tile.shape[3], factor).to(tile)
-                counts = rows[:, None] * columns
-                place = (
-                    slice(top * factor, top * factor + len(rows)),
-                    slice(left * factor, left * factor + len(columns)),
-                )
-                total[..., place[0], place[1]] += tile * counts
-                weights[place] += counts
+                if (top, left) != (0, 0):
+                    tile = self.inner(z[..., top : top + self.side, left : left + self.side])
+                rows = self.ramp(top, height, tile.shape[2], factor, tile.device)
+                columns = self.ramp(left, width, tile.shape[3], factor, tile.device)
+                counts = (rows[:, None] * columns).to(tile.dtype)
+                y, x = (slice(at * factor, at * factor + len(ramp)) for at, ramp in ((top, rows), (left, columns)))
+                total[..., y, x] += tile * counts
+                weights[y, x] += counts
         return total / weights
 
     def starts(self, size: int) -> list[int]:
         """Where tiles begin along ``size`` latents. The last ends where the picture does, and shares more."""
         return [*range(0, max(size - self.side, 0), self.side - self.overlap), max(size - self.side, 0)]
 
-    def ramp(self, start: int, size: int, pixels: int, factor: int) -> Tensor:
+    def ramp(self, start: int, size: int, pixels: int, factor: int, device: torch.device) -> Tensor:
         """How much each of a tile's ``pixels`` counts: 1, and towards an edge inside the picture less and less."""
-        i = torch.arange(pixels, dtype=torch.float32)
+        i = torch.arange(pixels, dtype=torch.float32, device=device)
         shared = self.overlap * factor
-        counts = torch.ones(pixels)
+        counts = torch.ones_like(i)
         if start > 0:
             counts = counts.minimum((i + 0.5) / shared)
         if start + self.side < size:

@@ -19,6 +19,7 @@ from minidiff.samplers import SAMPLERS
 from tests.tolerances import FLOAT16_CUDA, assert_close
 from tests.unit.cuda_guard import ON_A_CARD
 from tests.unit.test_cuda import draw
+from tests.unit.test_fake_cuda_fast import FOR_CPUS
 from tests.unit.tiny import tiny_sd
 
 pytestmark = ON_A_CARD
@@ -58,7 +59,7 @@ def most(pipe: StableDiffusion) -> int:
 def test_equal_in_result_and_off_again(sd: StableDiffusion, switch: str) -> None:
     plain = made(sd)
     on = fast.optimize(sd, (switch,))
-    assert (on[switch] > 0) == (switch != "packed")
+    assert (on[switch] > 0) == (switch not in FOR_CPUS)
     check_equal_in_result(sd, plain)
     fast.restore(sd)
     check_equal_in_result(sd, plain)
@@ -125,7 +126,7 @@ def test_slices_and_tiles_take_less(sd: StableDiffusion) -> None:
     fast.optimize(sd, ("vae_slices",))
     sliced = peak()
     fast.restore(sd)
-    fast.tiled(sd, side=16, overlap=4)
+    fast.tiled(sd, side=16)
     assert sliced < whole / 2
     assert peak() < whole / 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff import fast
+from minidiff import cli, fast, read_recipe
 from minidiff.config import TAESDConfig, VAEConfig
 from minidiff.errors import ConfigError
 from minidiff.fast.graphs import CudaGraphs
@@ -177,10 +178,10 @@ def test_small_pictures_are_decoded_whole(sd: StableDiffusion) -> None:
 
 def test_tiles_are_in_the_recipe_and_come_off(sd: StableDiffusion) -> None:
     plain = drawn(sd)
-    fast.tiled(sd, side=4, overlap=2)
-    fast.tiled(sd, side=6, overlap=1)
+    fast.tiled(sd, side=4)
+    fast.tiled(sd, side=6)
     run = sd.steps("a horse", steps=1, seed=1)
-    assert run.recipes[0]["approximate"] == {"vae_tiles": [6, 1]}
+    assert run.recipes[0]["approximate"] == {"vae_tiles": 6}
     assert not torch.equal(drawn(sd), plain)
     fast.restore(sd)
     assert "approximate" not in sd.steps("a horse", steps=1, seed=1).recipes[0]
@@ -188,23 +189,46 @@ def test_tiles_are_in_the_recipe_and_come_off(sd: StableDiffusion) -> None:
     assert torch.equal(drawn(sd), plain)
 
 
-def test_tiles_and_slices_together(sd: StableDiffusion) -> None:
+@pytest.mark.parametrize("tiles_first", [True, False])
+@torch.no_grad()
+def test_tiles_and_slices_together(sd: StableDiffusion, tiles_first: bool) -> None:
+    """In either order, and either is taken off without the other."""
     z = torch.randn(2, 4, 8, 8)
-    with torch.no_grad():
-        fast.tiled(sd, side=6, overlap=2)
-        alone = torch.cat([sd.vae.decode(one) for one in z.split(1)])
+    plain = sd.vae.decode(z)
+    fast.tiled(sd, side=6)
+    wanted = torch.cat([sd.vae.decode(one) for one in z.split(1)])
+    if not tiles_first:
+        fast.restore(sd)
         fast.optimize(sd, ("vae_slices",))
-        assert torch.equal(sd.vae.decode(z), alone)
+        fast.tiled(sd, side=5)
+        fast.tiled(sd, side=6)
+    fast.optimize(sd, ("vae_slices",))
+    assert torch.equal(sd.vae.decode(z), wanted)
     fast.restore(sd)
     assert "decode" not in sd.vae.__dict__
+    assert torch.equal(sd.vae.decode(z), plain)
 
 
-@pytest.mark.parametrize(("side", "overlap"), [(64, 0), (64, 33), (1, 1)])
-def test_tiles_that_cannot_be(sd: StableDiffusion, side: int, overlap: int) -> None:
-    with pytest.raises(ConfigError, match=f"overlap={overlap} must lie in 1"):
-        fast.tiled(sd, side, overlap)
+@pytest.mark.parametrize("side", [3, 0, 64.0])
+def test_tiles_that_cannot_be(sd: StableDiffusion, side: Any) -> None:
+    with pytest.raises(ConfigError, match=f"side={side} of a tile must be a whole number"):
+        fast.tiled(sd, side)
     with pytest.raises(ConfigError, match="has no VAE"):
         fast.tiled(tiny_ddpm())
+
+
+def test_options_of_the_command_line(sd: StableDiffusion, tmp_path: Path) -> None:
+    """They reach the model, and a recipe repeats the one that changes the picture."""
+    sd.save(tmp_path / "model.safetensors")
+    how = ["--model", str(tmp_path / "model.safetensors"), "--device", "cpu", "--quiet"]
+    made = ["a horse", "a cow", "--seed", "1", "--steps", "1", "--size", "576x64"]
+    memory = ["--vae-slices", "--vae-tiles", "--split-guidance"]
+    assert cli.main(["generate", *how, *made, *memory, "--out", str(tmp_path)]) == 0
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [read_recipe(p)["approximate"] for p in pictures] == [{"vae_tiles": 64}] * 2
+    out = tmp_path / "again.png"
+    assert cli.main(["generate", *how, "--recipe", str(pictures[0]), "--vae-slices", "--out", str(out)]) == 0
+    assert read_recipe(out)["approximate"] == {"vae_tiles": 64}
 
 
 # --- switches for cards -----------------------------------------------------------------------------------------------

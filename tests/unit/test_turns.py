@@ -122,6 +122,26 @@ def test_with_switches_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(drawn(sd), drawn(plain))
 
 
+def test_what_was_made_of_weights_goes_with_them(path: Path) -> None:
+    class Laid:
+        def __init__(self, layer: torch.nn.Conv2d) -> None:
+            self.layer, self.kept = layer, 0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.kept += 1
+            return torch.nn.Conv2d.forward(self.layer, x)
+
+        def forget(self) -> None:
+            self.kept = 0
+
+    sd = opened(path)
+    sd.unet.conv_in.forward = laid = Laid(sd.unet.conv_in)  # type: ignore[method-assign,assignment]
+    step = sd.steps("a horse", steps=2, seed=0).last()
+    assert laid.kept > 0
+    sd.decode(step.x)
+    assert laid.kept == 0
+
+
 # --- what cannot be done ----------------------------------------------------------------------------------------------
 
 
