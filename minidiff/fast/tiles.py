@@ -50,10 +50,10 @@ class Tiles(Around):
         height, width = z.shape[-2:]
         if height <= self.side and width <= self.side:
             return self.inner(z)  # type: ignore[no-any-return]
-        tile = self.inner(z[..., : self.side, : self.side])
+        tile: Tensor = self.inner(z[..., : self.side, : self.side])
         factor = tile.shape[-1] // min(self.side, width)
         total: Tensor = tile.new_zeros(*tile.shape[:2], height * factor, width * factor)
-        weights = tile.new_zeros(total.shape[2:])
+        weights: Tensor = tile.new_zeros(total.shape[2:])
         for top in self.starts(height):
             for left in self.starts(width):
                 if (top, left) != (0, 0):
