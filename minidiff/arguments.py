@@ -149,6 +149,11 @@ def _add_generate(commands: Any) -> None:
         help="what to compute in (default: auto: on the CPU float32, or bfloat16 for a large model where it is faster; "
         "on a GPU as the checkpoint is stored)",
     )
+    g.add_argument(
+        "--plain",
+        action="store_true",
+        help="compute as diffusers does, to the last bit (default: the same sums in a faster order)",
+    )
     g = p.add_argument_group("picture")
     g.add_argument("--negative", metavar="TEXT", help="what the picture should not show (default: nothing)")
     g.add_argument("--seed", type=int, metavar="N", help="image k comes from seed N + k (default: a fresh one)")
@@ -212,6 +217,19 @@ def _add_generate(commands: Any) -> None:
     g.add_argument("--target-size", type=_size, metavar="WxH", help="... and wanted in this size (default: its own)")
     g.add_argument(
         "--score", type=_finite, metavar="X", help="tell the refiner how pleasing it is, 0 to 10 (default: 6)"
+    )
+    g = p.add_argument_group("memory")
+    g.add_argument("--vae-slices", action="store_true", help="decode one picture of a batch after the other")
+    g.add_argument(
+        "--vae-tiles",
+        action="store_const",
+        const=64,  # latents of a side
+        help="decode pictures beyond 512 pixels in tiles; APPROXIMATE, colours shift",
+    )
+    g.add_argument(
+        "--split-guidance",
+        action="store_true",
+        help="predict without the prompt, then with it, not in one batch (on a GPU: once that did not fit)",
     )
     g = p.add_argument_group("output")
     g.add_argument(

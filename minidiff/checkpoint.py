@@ -8,7 +8,7 @@ from the disk when the network first uses it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,35 @@ def fill(
         state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
         part.to(device=device)  # moves what follows from the config (buffers); every weight is there already
+
+
+def sketch(
+    parts: Mapping[str, nn.Module],
+    tensors: Mapping[str, Lazy],
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+) -> None:
+    """Give every parameter of ``parts`` the dtype that :func:`fill` would, and no more: they stay on the meta device.
+
+    Raises what :func:`fill` raises, without reading any tensor.
+    """
+    account(parts, tensors, source)
+    for name, part in parts.items():
+        shapes = {key: tensors[f"{name}.{key}"] for key in part.state_dict()}
+        state = {k: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for k, t in shapes.items()}
+        part.load_state_dict(state, assign=True)
+
+
+def fetching(
+    parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], device: torch.device
+) -> dict[str, Callable[[], Tensor]]:
+    """How to get each weight of ``parts`` from ``tensors``, on ``device``, in the dtype that it has in ``parts``."""
+
+    def fetch(tensor: Lazy, dtype: torch.dtype) -> Callable[[], Tensor]:
+        return lambda: _convert(tensor.load(), device, dtype)
+
+    weights = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
+    return {name: fetch(tensors[name], p.dtype) for name, p in weights.items()}
 
 
 def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source: str) -> None:

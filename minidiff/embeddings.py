@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minidiff.config import check
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
+from minidiff.turns import check_present
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -51,6 +52,7 @@ def add(sd: StableDiffusion, word: Word) -> None:
             )
         if part not in word.vectors:
             raise CheckpointError(f"{word.name}: has no vectors for the {part} of this {config.family} model")
+        check_present(getattr(sd, part).token.weight, word.name)
         vectors, known = word.vectors[part], getattr(sd, tokenizer)
         if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != text.width:
             shape = tuple(vectors.shape)

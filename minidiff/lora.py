@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minidiff.config import check
 from minidiff.errors import CheckpointError
+from minidiff.turns import check_present
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update
     layer = find(parts, name)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise CheckpointError(f"{adapter}: {name} is no layer that an adapter can bend ({type(layer).__name__})")
+    check_present(layer.weight, adapter)
     wanted, got = tuple(layer.weight.shape), update.shape
     same = got == wanted or (got[:2] == wanted[:2] and set(got[2:] + wanted[2:]) <= {1})
     if not same or update.down.shape[0] != update.up.shape[1]:

@@ -32,6 +32,7 @@ from minidiff.models.vae import VAE
 from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
 from minidiff.request import Request
 from minidiff.runner import Like, Output, Pipeline, SamplerChoice, Seed, check_count, check_output, finite, note
+from minidiff.turns import Turns
 
 if TYPE_CHECKING:
     from minidiff.images import Picture
@@ -456,18 +457,27 @@ def assemble(
     dtype: torch.dtype | None = None,
     source: str = "checkpoint",
     hash: str = "",
+    low_memory: bool = False,
 ) -> StableDiffusion | Unconditional:
     """A pipeline from a config and tensors by name ("unet.conv_in.weight", ...), from wherever they come.
 
     ``device`` None: CUDA if there is one, else the CPU. ``dtype`` None: float32 on the CPU, the tensors' own on CUDA.
+    ``low_memory``: parts take turns (:mod:`minidiff.turns`): each reads its tensors when it is called, and lets go of
+    them when another is. The same bits; who calls parts to and fro pays with reading.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype is None and torch.device(device).type == "cpu":
+    device = torch.device(device)
+    if dtype is None and device.type == "cpu":
         dtype = torch.float32
     parts = checkpoint.build(config)
-    checkpoint.fill(parts, tensors, device, dtype, source)
-    return from_parts(config, parts, hash)
+    if not low_memory:
+        checkpoint.fill(parts, tensors, device, dtype, source)
+        return from_parts(config, parts, hash)
+    checkpoint.sketch(parts, tensors, dtype, source)
+    pipe = from_parts(config, parts, hash)  # which decides what stays in float32
+    pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
+    return pipe
 
 
 def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> StableDiffusion | Unconditional:
@@ -491,27 +501,37 @@ def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = 
 
 
 def load(
-    path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    low_memory: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """Open a minidiff file; ``device`` and ``dtype`` as for :func:`assemble`. Raises :class:`CheckpointError`."""
+    """Open a minidiff file; the arguments are those of :func:`assemble`. With ``low_memory`` the file stays open.
+
+    Raises :class:`CheckpointError`.
+    """
     found = checkpoint.read(path)
     try:
-        return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash)
+        return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash, low_memory)
     finally:
-        found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
+        if not low_memory:
+            found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
 
 
-def bundled(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
+def bundled(
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, low_memory: bool = False
+) -> StableDiffusion:
     """The small model that ships with minidiff: 64 x 64 pictures of coloured shapes, "a red star on a blue background".
 
     What it was trained on, and how well it draws, stands in the README; ``scripts/train_shapes.py`` makes it from
-    nothing. ``device`` and ``dtype`` as for :func:`assemble`. Raises :class:`UnsupportedError` where it is missing.
+    nothing. The arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` where it is missing.
     """
     asset = files("minidiff") / BUNDLED
     if not asset.is_file():
         raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
     with as_file(asset) as path:
-        return cast(StableDiffusion, load(path, device, dtype))
+        return cast(StableDiffusion, load(path, device, dtype, low_memory=low_memory))
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:

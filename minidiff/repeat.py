@@ -14,7 +14,8 @@ from minidiff.errors import CheckpointError, ConfigError
 from minidiff.picture import read_recipe
 from minidiff.prompts import Sizes
 
-PYTHON_ONLY = ("negative_sizes", "approximate")  # in recipes of generate()
+PYTHON_ONLY = ("negative_sizes",)  # in recipes of generate()
+TILES = "vae_tiles"  # the approximation that has an option
 TAUGHT = ("lora", "embedding")
 
 
@@ -49,6 +50,8 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
     if "strength" in recipe:
         kinds["strength"] = ("strength", number)
     _fill_sizes(args, recipe)
+    _fill_approximations(args, recipe)
+    args.plain = args.plain or not recipe.get("fast")
     for option, (key, kind) in kinds.items():
         if getattr(args, option) not in (None, []):
             continue
@@ -59,6 +62,18 @@ def fill_from_recipe(args: Namespace) -> dict[str, Any]:
             raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
         setattr(args, option, [value] if option == "prompt" else value)
     return recipe
+
+
+def _fill_approximations(args: Namespace, recipe: Mapping[str, Any]) -> None:
+    """The approximations of the picture, of which the command line has the tiles alone."""
+    said = recipe.get("approximate", {})
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{args.recipe}: its recipe is damaged, approximate is {said!r}")
+    others = [name for name in said if name != TILES]
+    if others:
+        raise ConfigError(f"{args.recipe}: was made with {', '.join(others)}, which only Python has; repeat it there")
+    if args.vae_tiles is None:
+        args.vae_tiles = said.get(TILES)
 
 
 def _fill_sizes(args: Namespace, recipe: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.base import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.start import Beginning, Start
+from minidiff.turns import Turns
 from minidiff.version import VERSION
 
 Output = Literal["pil", "tensor", "latent"]
@@ -45,9 +46,11 @@ class Pipeline:
         self.config = config
         self.parts = dict(parts)
         self.hash = hash
-        self.approximations: dict[str, Any] = {}  # what changes the result, put on from outside: for the recipe
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
+        self.fast: tuple[str, ...] = ()  # what was put on from outside (minidiff.fast): for the recipe
+        self.approximations: dict[str, Any] = {}  # the same, of what changes the result
+        self.turns: Turns | None = None  # where the parts are not all in memory at once
         apply_policy(config, parts)
 
     @property
@@ -61,7 +64,13 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``)."""
+        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``).
+
+        Raises :class:`ConfigError` while parts take turns in memory.
+        """
+        check(
+            self.turns is None, f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final"
+        )
         for part in self.parts.values():
             part.to(device=device, dtype=dtype)
         apply_policy(self.config, self.parts)
@@ -153,6 +162,7 @@ class Pipeline:
             "device": self.device.type,
             "minidiff": VERSION,
             "torch": str(torch.__version__),
+            **({"fast": list(self.fast)} if self.fast else {}),
             **({"approximate": dict(self.approximations)} if self.approximations else {}),
         }
         recipes = [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)]

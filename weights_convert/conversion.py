@@ -160,15 +160,17 @@ def load(
     swap: Swaps | None = None,
     prediction: str | None = None,
     sampler: str | None = None,
+    low_memory: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """Any supported layout as a pipeline, converted in memory; ``device`` and ``dtype`` as for ``minidiff.load``.
+    """Any supported layout as a pipeline, converted in memory; ``device``, ``dtype`` and ``low_memory`` as for
+    ``minidiff.load``.
 
     Raises what :func:`open_source` raises.
     """
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
     )
-    return assemble(source.config, source.tensors, device, dtype, os.fspath(src))
+    return assemble(source.config, source.tensors, device, dtype, os.fspath(src), low_memory=low_memory)
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

@@ -83,12 +83,15 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     if not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)
         others = ", ".join(name for name in ALL if name in wanted and name != ALONE)
-        check(ALONE not in wanted or not others, f"{ALONE!r} goes alone, not with {others}; fast.restore takes them off")
+        check(
+            ALONE not in wanted or not others, f"{ALONE!r} goes alone, not with {others}; fast.restore takes them off"
+        )
         _take_off(pipe)
         parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
         meant = {name: switch for name, switch in ALL.items() if switch.device in (None, pipe.device.type)}
         on = {name: put_on(meant[name], parts) if name in meant else [] for name in ALL if name in wanted}
         pipe.__dict__["_fast"] = on
+        pipe.fast = tuple(name for name, layers in on.items() if layers)
     return {name: len(layers) for name, layers in on.items()}
 
 
@@ -102,6 +105,7 @@ def restore(pipe: Pipeline) -> None:
 
 
 def _take_off(pipe: Pipeline) -> None:
+    pipe.fast = ()
     for name, layers in reversed(pipe.__dict__.pop("_fast", {}).items()):
         for layer in layers:
             ALL[name].take_off(layer)

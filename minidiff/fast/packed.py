@@ -21,6 +21,8 @@ SMALLEST = 2**16  # weights: below it a rearrangement costs nothing worth saving
 class PackedConvolutions(Switch):
     """Every large convolution of a model gets its weight packed. CPU only; float32, and bfloat16 where torch can."""
 
+    device = "cpu"
+
     def applies(self, layer: nn.Module) -> bool:
         return (
             torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

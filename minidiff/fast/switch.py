@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 
 class Switch(Protocol):
     """One speed-up. It keeps what it replaces, so that ``take_off`` gives a layer back as it was."""
+
+    device: ClassVar[str | None] = None  # the kind that it is for; None: every one
 
     def applies(self, layer: nn.Module) -> bool:
         """Whether ``layer``, not optimized yet, is one that this switch is for."""
@@ -27,3 +29,30 @@ def put_on(switch: Switch, parts: Iterable[nn.Module]) -> list[nn.Module]:
     for layer in layers:
         switch.put_on(layer)
     return layers
+
+
+class Around:
+    """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
+    another of this kind."""
+
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        self.layer = layer
+        self.inner = getattr(layer, name)
+        self.before = layer.__dict__.get(name)
+        layer.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
+        """Leave ``layer`` as it was without the one of this class, whatever was put around that since."""
+        above, this = None, layer.__dict__[name]
+        while not isinstance(this, cls):
+            above, this = this, this.before
+        if above is not None:
+            above.before, above.inner = this.before, this.inner
+        elif this.before is not None:
+            layer.__dict__[name] = this.before
+        else:
+            del layer.__dict__[name]

@@ -17,12 +17,10 @@ picture do it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Switch
+from minidiff.fast.switch import Around, Switch
 
 NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
 SMALLEST = 256 * 128  # pairs of channels
@@ -32,6 +30,8 @@ TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the
 
 class WinogradConvolutions(Switch):
     """Every 3 x 3 convolution of many channels, where it is shown a large picture. CPU and float32 only."""
+
+    device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:
         return (
@@ -47,29 +47,29 @@ class WinogradConvolutions(Switch):
         )
 
     def put_on(self, layer: nn.Module) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        layer.forward = Winograd(layer)  # type: ignore[method-assign,assignment]
+        Winograd(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        winograd = layer.__dict__.pop("forward")
-        assert isinstance(winograd, Winograd)
-        if winograd.below is not None:
-            layer.forward = winograd.below
+        Winograd.take_off(layer)
 
 
-class Winograd:
-    """What stands in for the ``forward`` of one convolution; small pictures go to what stood there ``below``."""
+class Winograd(Around):
+    """The ``forward`` of one convolution; small pictures go to the one within."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
-        self.below: Any = layer.__dict__.get("forward")
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
         self.filters: Tensor | None = None
+
+    def forget(self) -> None:
+        """Let go of what was made of the weight, which is about to change."""
+        self.filters = None
 
     def __call__(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         if height * width < POSITIONS:
-            out: Tensor = self.below(x) if self.below is not None else nn.Conv2d.forward(self.layer, x)
+            out: Tensor = self.inner(x)
             return out
+        assert isinstance(self.layer, nn.Conv2d)
         if self.filters is None:
             weight = self.layer.weight.detach()
             self.filters = filters(weight.to_dense() if weight.is_mkldnn else weight)  # packed for a small picture

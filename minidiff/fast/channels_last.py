@@ -1,0 +1,44 @@
+"""Convolution weights with their channels innermost in memory, as the tensor cores of a CUDA card read them.
+
+In that layout (NHWC) cuDNN needs no transposing before and after a convolution in half precision. A convolution whose
+weight lies so answers in the same layout, and what follows passes it on; where a norm or an attention lays out its own
+answer anew, the next convolution brings the channels in again. The numbers are the same ones, and cuDNN may sum them in
+another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast.switch import Around, Switch
+
+
+class ChannelsLast(Switch):
+    """Every convolution gets its weight laid out so, at its first call. CUDA only."""
+
+    device = "cuda"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)  # of these both layouts are one
+
+    def put_on(self, layer: nn.Module) -> None:
+        Innermost(layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        Innermost.take_off(layer)
+        weight = layer.get_parameter("weight")
+        if weight.is_contiguous(memory_format=torch.channels_last):  # it has worked
+            weight.data = weight.data.contiguous()
+
+
+class Innermost(Around):
+    """The ``forward`` of one convolution. At the call, not before: a part that takes turns has no weight to lay out."""
+
+    def __call__(self, x: Tensor) -> Any:
+        weight = self.layer.get_parameter("weight")
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        return self.inner(x)

@@ -1,0 +1,45 @@
+"""The UNet compiled, and its kernels recorded as CUDA graphs: a step is then one launch, and costs Python nothing.
+
+A small batch on a fast card waits for the host, which launches some thousand kernels a step. A recorded graph is
+launched whole, on the memory that it was recorded with. Every size of batch and picture is compiled for itself, the
+first call of each takes minutes, and a part that takes turns would be recorded anew at each: not for offloaded models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast.switch import Around, Switch
+from minidiff.models.unet import UNet
+
+
+class CudaGraphs(Switch):
+    """The whole UNet. CUDA only. Goes alone: what the compiler cannot read (what remembers) is in its way."""
+
+    device = "cuda"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet)
+
+    def put_on(self, layer: nn.Module) -> None:
+        Recorded(layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        Recorded.take_off(layer)
+
+
+class Recorded(Around):
+    """The ``forward`` of the UNet."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.compiled = torch.compile(self.inner, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # The next launch writes its answer to the same place, and multistep samplers keep this one.
+        return out.clone()

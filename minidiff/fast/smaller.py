@@ -1,0 +1,82 @@
+"""The same work in smaller batches: less memory at once, for some time.
+
+Activations grow with the batch. Guidance runs the UNet on two predictions a picture, and the VAE's last levels take a
+gigabyte a picture of 512 x 512 in float32. Nothing is shared between the pictures of a batch, so it can be cut; the
+bits of a picture are then those that the smaller batch gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast.switch import Around, Switch
+from minidiff.models.taesd import TAESD
+from minidiff.models.unet import UNet
+from minidiff.models.vae import VAE
+
+
+class VaeSlices(Switch):
+    """The VAE decodes one picture at a time: the bits of each are those that it has alone."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, (VAE, TAESD))
+
+    def put_on(self, layer: nn.Module) -> None:
+        OneByOne(layer, "decode")
+
+    def take_off(self, layer: nn.Module) -> None:
+        OneByOne.take_off(layer, "decode")
+
+
+class OneByOne(Around):
+    """The ``decode`` of a VAE."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return torch.cat([self.inner(one) for one in z.chunk(len(z))])
+
+
+class GuidanceHalves(Switch):
+    """The UNet predicts without the prompt first, and then with it, instead of both in one batch."""
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet)
+
+    def put_on(self, layer: nn.Module) -> None:
+        Halves(layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        Halves.take_off(layer)
+
+
+class Halves(Around):
+    """The ``forward`` of a UNet: half of an even batch, then the other. On a card, only once the whole did not fit."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self.whole_fits = True
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) % 2 == 1:
+            return self.inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if x.is_cuda and self.whole_fits:
+            try:
+                return self.inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                self.whole_fits = False
+        half = len(x) // 2
+        each = [cut((x, args, kwargs), rows, len(x)) for rows in (slice(None, half), slice(half, None))]
+        return torch.cat([self.inner(part, *more, **named) for part, more, named in each])
+
+
+def cut(value: Any, rows: slice, batch: int) -> Any:
+    """``rows`` of every tensor in ``value`` that has a row for each of ``batch`` pictures; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim > 0 and len(value) == batch else value
+    if isinstance(value, dict):
+        return {key: cut(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(cut(item, rows, batch) for item in value)
+    return value

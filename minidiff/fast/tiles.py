@@ -1,0 +1,82 @@
+"""Decoding in overlapping tiles, blended where they meet. APPROXIMATE: for pictures that do not fit otherwise.
+
+The memory of a decoding grows with the picture; in tiles it is that of one tile, whatever the picture's size. But every
+group norm of the decoder takes mean and spread over the whole picture, and the attention in its middle looks at all of
+it. A tile sees itself alone, so colours and contrast shift a little from tile to tile. The blending hides the seams,
+not the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.config import check
+from minidiff.fast.switch import Around
+from minidiff.runner import Pipeline
+
+NAME = "vae_tiles"  # in the recipe
+
+
+def tiled(pipe: Pipeline, side: int = 64) -> None:
+    """Let ``pipe`` decode in tiles of ``side`` x ``side`` latents (64 are 512 pixels), of which neighbours share a
+    quarter; a picture of one tile or less is decoded whole, and exactly.
+
+    Approximate, which the recipes of its pictures say. Another call changes the tiles, ``fast.restore`` ends it.
+    Raises :class:`ConfigError` for a model without a VAE, and for a ``side`` that has no quarter.
+    """
+    check("vae" in pipe.parts, f"a {pipe.config.family} model has no VAE that could decode in tiles")
+    check(isinstance(side, int) and side >= 4, f"side={side!r} of a tile must be a whole number of latents, at least 4")
+    whole(pipe)
+    Tiles(pipe.parts["vae"], side, side // 4)
+    pipe.approximations[NAME] = side
+
+
+def whole(pipe: Pipeline) -> None:
+    """Let ``pipe`` decode whole pictures again."""
+    if pipe.approximations.pop(NAME, None) is not None:
+        Tiles.take_off(pipe.parts["vae"], "decode")
+
+
+class Tiles(Around):
+    """The ``decode`` of a VAE."""
+
+    def __init__(self, vae: nn.Module, side: int, overlap: int) -> None:
+        super().__init__(vae, "decode")
+        self.side, self.overlap = side, overlap
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W): the mean of all tiles that reach a pixel, each counting less near its edges."""
+        height, width = z.shape[-2:]
+        if height <= self.side and width <= self.side:
+            return self.inner(z)  # type: ignore[no-any-return]
+        tile: Tensor = self.inner(z[..., : self.side, : self.side])
+        factor = tile.shape[-1] // min(self.side, width)
+        total: Tensor = tile.new_zeros(*tile.shape[:2], height * factor, width * factor)
+        weights: Tensor = tile.new_zeros(total.shape[2:])
+        for top in self.starts(height):
+            for left in self.starts(width):
+                if (top, left) != (0, 0):
+                    tile = self.inner(z[..., top : top + self.side, left : left + self.side])
+                rows = self.ramp(top, height, tile.shape[2], factor, tile.device)
+                columns = self.ramp(left, width, tile.shape[3], factor, tile.device)
+                counts = (rows[:, None] * columns).to(tile.dtype)
+                y, x = (slice(at * factor, at * factor + len(ramp)) for at, ramp in ((top, rows), (left, columns)))
+                total[..., y, x] += tile * counts
+                weights[y, x] += counts
+        return total / weights
+
+    def starts(self, size: int) -> list[int]:
+        """Where tiles begin along ``size`` latents. The last ends where the picture does, and shares more."""
+        return [*range(0, max(size - self.side, 0), self.side - self.overlap), max(size - self.side, 0)]
+
+    def ramp(self, start: int, size: int, pixels: int, factor: int, device: torch.device) -> Tensor:
+        """How much each of a tile's ``pixels`` counts: 1, and towards an edge inside the picture less and less."""
+        i = torch.arange(pixels, dtype=torch.float32, device=device)
+        shared = self.overlap * factor
+        counts = torch.ones_like(i)
+        if start > 0:
+            counts = counts.minimum((i + 0.5) / shared)
+        if start + self.side < size:
+            counts = counts.minimum((pixels - i - 0.5) / shared)
+        return counts

@@ -1,0 +1,114 @@
+"""Parts that take turns in memory: each is there while it works, and gone while another does.
+
+A picture is made in three turns: text encoder, UNet, VAE. None of them needs the weights of another, so the most that
+has to be in memory is the largest of them. A part at rest keeps its modules; in the place of each weight stands one
+number, NaN, spread out to the weight's shape: it takes no memory, it says where the part works and in which dtype, and
+whatever is computed with it by mistake is seen.
+
+Where the weights come from when a part's turn comes is told from outside: read from the mapped file
+(``load(..., low_memory=True)``), or copied from the host to a small card (:mod:`minidiff.fast.offload`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.errors import ConfigError
+
+Weights = Mapping[str, Callable[[], Tensor]]
+
+
+class Slot:
+    """The place of one weight in its layer, and where to get it."""
+
+    def __init__(self, layer: nn.Module, name: str, fetch: Callable[[], Tensor], device: torch.device) -> None:
+        self.layer, self.name, self.fetch = layer, name, fetch
+        self.original = layer.get_parameter(name)
+        self.rest = torch.full((), float("nan"), dtype=self.original.dtype, device=device).expand(self.original.shape)
+        self.weight = nn.Parameter(self.rest, requires_grad=False)
+
+    def put(self, value: Tensor) -> None:
+        self.weight.data = value
+        setattr(self.layer, self.name, self.weight)  # a switch may have put another one there (packed)
+
+
+class Turns:
+    """The parts of a model, taking turns on ``device``: a part's weights come with its first call, the others' go.
+
+    ``weights`` gives each by its name, "part.parameter", ready on ``device``, as often as it is asked for; shapes and
+    dtypes are those that the parameters of ``parts`` have now. The text encoders of SDXL share a turn.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], weights: Weights, device: torch.device) -> None:
+        self.device = device
+        self.now: str | None = None
+        self.slots: dict[str, list[Slot]] = {}
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.hooks: list[Any] = []
+        for name, part in parts.items():
+            turn = name.removesuffix("_2")
+            self.slots.setdefault(turn, []).extend(
+                Slot(
+                    part.get_submodule(path.rpartition(".")[0]),
+                    path.rpartition(".")[2],
+                    weights[f"{name}.{path}"],
+                    device,
+                )
+                for path, _ in part.named_parameters()
+            )
+            for layer in part.modules():  # a table or two that follow from the config: they stay
+                for key, buffer in layer.named_buffers(recurse=False):
+                    self.buffers.append((layer, key, buffer))
+                    setattr(layer, key, buffer.to(device))
+            # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
+            for entrance in (part, *part.children()):
+                self.hooks.append(entrance.register_forward_pre_hook(lambda *_, turn=turn: self.enter(turn)))
+            saved = part.register_state_dict_pre_hook(lambda *_, turn=turn: self.enter(turn))  # type: ignore[no-untyped-call]
+            self.hooks.append(saved)
+        for slot in self._all():
+            slot.put(slot.rest)
+
+    def enter(self, turn: str) -> None:
+        """Bring the parts of ``turn`` in, and let those of another go."""
+        if turn == self.now:
+            return
+        self.leave()
+        for slot in self.slots[turn]:
+            slot.put(slot.fetch())
+        self.now = turn
+
+    def leave(self) -> None:
+        """Let go of the part that is in."""
+        if self.now is not None:
+            for slot in self.slots[self.now]:
+                slot.put(slot.rest)
+                # What stands in for a layer's forward (minidiff.fast) may have made something of its weight.
+                forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
+                if forget is not None:
+                    forget()
+            self.now = None
+
+    def end(self) -> None:
+        """Give every part the parameters that it had before."""
+        for hook in self.hooks:
+            hook.remove()
+        for slot in self._all():
+            setattr(slot.layer, slot.name, slot.original)
+        for layer, key, buffer in self.buffers:
+            setattr(layer, key, buffer)
+
+    def _all(self) -> list[Slot]:
+        return [slot for slots in self.slots.values() for slot in slots]
+
+
+def check_present(weight: Tensor, what: str) -> None:
+    """Raise :class:`ConfigError` if ``weight`` is that of a part at rest, which ``what`` cannot work with."""
+    if weight.layout == torch.strided and weight.numel() > 1 and not any(weight.stride()):
+        raise ConfigError(
+            f"{what} needs the whole model in memory, and its parts take turns there; load it without low_memory, or "
+            "call fast.restore first"
+        )
