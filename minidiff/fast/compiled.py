@@ -4,7 +4,7 @@
 weights are laid out once as the kernels read them, like :mod:`packed` does. The compiler keeps its copy of the weights,
 so they are in memory twice.
 
-The first call takes minutes, most of them in the C++ compiler. What that made stays in torch's own cache on disk
+The first call takes minutes, half of them in the C++ compiler. What that made stays in torch's own cache on disk
 (TORCHINDUCTOR_CACHE_DIR), and the next process finds it there. The graph around it is put together again in every
 process: packed weights are the one thing that torch's cache of whole graphs cannot hold.
 
