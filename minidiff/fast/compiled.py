@@ -32,7 +32,7 @@ class CompiledUNet(Switch):
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, UNet)
         check_compiler()
-        layer.forward = Compiled(layer)  # type: ignore[method-assign,assignment]
+        layer.forward = Compiled(layer)  # type: ignore[method-assign]
 
     def take_off(self, layer: nn.Module) -> None:
         del layer.__dict__["forward"]
