@@ -1,9 +1,12 @@
 """The UNet as one compiled graph, its weights frozen into it.
 
 ``torch.compile`` with its own compiler (inductor) fuses what lies between convolutions and matrix products, and frozen
-weights are laid out once as the kernels read them, like :mod:`packed` does. The first call takes minutes. What was
-compiled stays in torch's own cache on disk (TORCHINDUCTOR_CACHE_DIR), from where the next process reads it. The
-compiler lays out a copy of the weights, so they are in memory twice.
+weights are laid out once as the kernels read them, like :mod:`packed` does. The compiler keeps its copy of the weights,
+so they are in memory twice.
+
+The first call takes minutes, half of them in the C++ compiler. What that made stays in torch's own cache on disk
+(TORCHINDUCTOR_CACHE_DIR), and the next process finds it there. The graph around it is put together again in every
+process: packed weights are the one thing that torch's cache of whole graphs cannot hold.
 
 Sums run in another order, so results differ by rounding. Every size of batch and picture is compiled for itself.
 """
@@ -29,7 +32,7 @@ class CompiledUNet(Switch):
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, UNet)
         check_compiler()
-        layer.forward = Compiled(layer)  # type: ignore[method-assign,assignment]
+        layer.forward = Compiled(layer)  # type: ignore[method-assign]
 
     def take_off(self, layer: nn.Module) -> None:
         del layer.__dict__["forward"]
@@ -49,7 +52,7 @@ class Compiled:
 
         t = torch.as_tensor(t, device=x.device)  # a number would be a constant of the graph, and each have its own
         # Given as an option of torch.compile, freezing comes too late: weights would be inputs of the graph by then.
-        with inductor.patch(freezing=True, fx_graph_cache=True):
+        with inductor.patch(freezing=True):
             out: Tensor = self.compiled(x, t, *args, **kwargs)
         return out
 
