@@ -211,6 +211,7 @@ def test_one_call_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [len(row["runs"]) for row in found["rows"]] == [2, 2]
     assert found["against"] == plain
     assert found["first"].keys() == {plain, all_on}
+    assert found["first"][plain]["difference"] == 0
     assert found["flops"] > 0
     assert found["machine"]["threads"] == torch.get_num_threads()
     table = [line for line in printed.splitlines() if line.startswith("|")]
