@@ -66,7 +66,7 @@ OPTIONAL: Mapping[str, Switch] = {
     "vae_slices": VaeSlices(),
 }
 ALL = {**SWITCHES, **OPTIONAL}
-ALONE = "compile"  # it reads the plain forwards
+ALONE = ("compile", "graphs")  # they read the plain forwards
 PLACES = ("unet", "vae")  # the text encoder runs once a picture
 
 
@@ -74,8 +74,8 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     """Put ``switches`` on every layer that they apply to, in place; how many layers each is on now.
 
     Those that ``pipe`` has on already stay; those for another device than it is on do nothing. Raises
-    :class:`ConfigError` for a name that is no switch, for "compile" beside another one, and where that finds no C++
-    compiler.
+    :class:`ConfigError` for a name that is no switch, for "compile" or "graphs" beside another one, and where no C++
+    compiler is found for the former.
     """
     for name in switches:
         check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}")

@@ -54,7 +54,7 @@ def exact(pipe: Pipeline) -> None:
     on = pipe.__dict__.pop("_approximate", {})
     for name in list(on):
         _take_off(on, name)
-    pipe.approximations.clear()
+        del pipe.approximations[name]
 
 
 def _take_off(on: dict[str, tuple[Switch, list[nn.Module]]], name: str) -> None:

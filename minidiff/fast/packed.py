@@ -67,7 +67,8 @@ class Packed:
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             layer.weight.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
         )
-        layer.weight = nn.Parameter(packed, requires_grad=False)
+        plain, layer.weight = layer.weight, nn.Parameter(packed, requires_grad=False)
+        plain.data = plain.data.new_empty(0)  # where parts take turns, the place of the weight still holds it
 
     def unpack(self) -> None:
         self.hook.remove()

@@ -167,6 +167,17 @@ def test_switches_stand_in_their_order(sd: StableDiffusion) -> None:
     assert list(fast.optimize(sd, ())) == together == list(fast.SWITCHES)
 
 
+def test_the_recipe_says_what_was_on(sd: StableDiffusion) -> None:
+    def recipe() -> dict[str, object]:
+        return sd.steps("a horse", seed=1, steps=1).recipes[0]
+
+    assert "fast" not in recipe()
+    on = fast.optimize(sd)
+    assert recipe()["fast"] == [name for name, layers in on.items() if layers]
+    fast.restore(sd)
+    assert "fast" not in recipe()
+
+
 def test_all_switches_together(sd: StableDiffusion) -> None:
     plain = drawn(sd, output="latent", steps=1)
     fast.optimize(sd)
