@@ -76,10 +76,10 @@ Stage = Callable[[StableDiffusion, Path], StableDiffusion]  # a model and a fold
 def stages() -> dict[str, Stage]:
     """The trainings in their order, by the folder of each; every one begins with the averaged weights of the last.
 
-    What each was for, as it was found: 4, UNet and text encoder together, learned shapes and backgrounds, and none of the
-    words for the thing in front. 5 taught the words. 6 and 7 began to use them, for colours. 8, one thing at a time,
-    learned shapes by name: with two in every other picture there are too many ways to misunderstand. 9 has pairs again,
-    and a learning rate that falls. Where it stays, one can decide late how long to go on.
+    What each was for, as it was found: 4, UNet and text encoder together, learned shapes and backgrounds, and none of
+    the words for the thing in front. 5 taught the words. 6 and 7 began to use them, for colours. 8, one thing at a
+    time, learned shapes by name: with two in every other picture there are too many ways to misunderstand. 9 has pairs
+    again, and a learning rate that falls. Where it stays, one can decide late how long to go on.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
