@@ -1,9 +1,9 @@
 """minidiff: Stable Diffusion from scratch in pure PyTorch.
 
     import minidiff
-    sd = minidiff.load("model.safetensors")
-    image = sd.generate("a photo of an astronaut riding a horse", seed=0)[0]
-    minidiff.save_png(image, "astronaut.png")
+    sd = minidiff.bundled()  # a small model of coloured shapes; minidiff.load("sd15.safetensors") opens a large one
+    image = sd.generate("a large red star on a blue background", seed=0)[0]
+    minidiff.save_png(image, "star.png")
 
 A public name is imported when it is first used: whoever imports minidiff, or asks it for `--help`, does not wait for
 PyTorch.

@@ -22,6 +22,7 @@ PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
 GENERATE_EXAMPLES = """\
 examples:
+  minidiff generate "a large red star on a blue background" --scale 5 --out star.png
   minidiff generate "a lighthouse at dawn" --model sd15.safetensors --seed 7
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
@@ -121,7 +122,8 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--model",
         metavar="PATH",
-        help="a minidiff file, or a checkpoint of another layout (converted in memory)",
+        help="a minidiff file, or a checkpoint of another layout, converted in memory (default: the bundled model, which"
+        " draws one or two coloured shapes)",
     )
     _add_parts(g)
     g.add_argument(

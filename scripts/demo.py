@@ -1,26 +1,30 @@
-"""Set up everything, then write a first picture: `python3 scripts/demo.py "a prompt"` on a fresh clone.
+"""Set up everything, then write a first picture: `python3 scripts/demo.py "a large red star on a blue background"`.
 
-Needs nothing but Python 3.10 or newer; what it installs goes into .venv beside this checkout. The model is tiny and its
-weights are random: the picture shows that every part works together, not what a trained model can do.
+Needs nothing but Python 3.10 or newer; what it installs goes into .venv beside this checkout. The model is the one
+that comes with minidiff: it draws one or two coloured shapes on a coloured background. Beside the picture lies a strip
+of what the model expected to see in the end (x0) at eight steps on the way.
 """
 
 import argparse
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 import _setup
 
 if TYPE_CHECKING:
-    from minidiff.config import ModelConfig
+    from PIL.Image import Image
 
-PROMPT = "a photo of an astronaut riding a horse on mars"
+PROMPT = "a large red star on a blue background"
+VIEWS = 8  # of the denoising, from left to right
+ENLARGED = 2
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default=PROMPT, help=f"what to paint (default: {PROMPT!r})")
-    parser.add_argument("--steps", type=int, default=20, help="model calls, more or less (default: 20)")
+    parser.add_argument("--steps", type=int, default=25, help="model calls, more or less (default: 25)")
     parser.add_argument("--seed", type=int, default=0, help="which picture (default: 0)")
     parser.add_argument("--out", default=str(_setup.ROOT / "out" / "demo.png"), help="where to (default: out/demo.png)")
     options = parser.parse_args()
@@ -32,53 +36,44 @@ def main() -> int:
 
 
 def picture(prompt: str, steps: int, seed: int, out: str) -> int:
-    """Build the model, run it, write the PNG; 0, or 2 after one line on what the arguments have wrong."""
+    """Write the picture and the strip; 0, or 2 after one line on what the arguments have wrong."""
     import minidiff
-    from minidiff.pipeline import random_model
+    from minidiff.picture import label, to_pil
 
-    print(
-        "The model is a tiny one with RANDOM weights, never trained: expect coloured noise, whatever the prompt says."
-    )
-    print("For real pictures convert a Stable Diffusion 1.x checkpoint; the README says how.")
-    model = random_model(tiny(), seed=0)
+    warnings.showwarning = lambda message, *_: print(f"demo: {message}", file=sys.stderr)
     try:
-        image = model.generate(prompt, steps=steps, seed=seed)[0]
-        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        minidiff.save_png(image, out)
+        model = minidiff.bundled()
+        run = model.steps(prompt, steps=steps, seed=seed, guidance_scale=5.0)
+        views = [step.x0 for step in run]
+        image = to_pil(model.decode(run.last().x))[0]
+        pictures = [to_pil(model.decode(x0))[0] for x0 in some(views)]
+        path, ending = os.path.splitext(os.path.abspath(out))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        minidiff.save_png(label(image, run.recipes[0]), out)
+        minidiff.save_png(strip(pictures), f"{path}-steps{ending}")
     except (minidiff.MinidiffError, OSError) as e:
         print(f"demo: {e}", file=sys.stderr)
         return 2
-    width, height = image.size
-    print(
-        f"{os.path.abspath(out)}: {width} x {height} pixels, with its recipe inside (prompt, seed, sampler, versions)"
-    )
+    print(f"{path}{ending}: the picture, with its recipe inside (prompt, seed, sampler, versions)")
+    print(f"{path}-steps{ending}: what the model expected to see in the end, at {len(pictures)} of {len(run)} steps")
     return 0
 
 
-def tiny() -> "ModelConfig":
-    """Stable Diffusion 1 in all but size: the same parts, wired the same way, about a million weights."""
-    from minidiff.config import (
-        CLIPTextConfig,
-        Level,
-        ModelConfig,
-        ScheduleConfig,
-        TokenizerConfig,
-        UNetConfig,
-        VAEConfig,
-        text,
-    )
+def some(views: list) -> list:
+    """The last of ``views`` and others at equal distances before it, ``VIEWS`` in all where there are as many."""
+    count = min(VIEWS, len(views))
+    return [views[(k + 1) * len(views) // count - 1] for k in range(count)]
 
-    return ModelConfig(
-        family="tiny random model",
-        unet=UNetConfig(
-            levels=(text(32, 2), Level(channels=64)), mid=text(64, 2), context_dim=32, groups=8, sample_size=32
-        ),
-        vae=VAEConfig(channels=(16, 16, 32, 32), layers=1, groups=8, sample_size=256),
-        text_encoder=CLIPTextConfig(width=32, layers=2, heads=2, mlp=128),
-        tokenizer=TokenizerConfig(),
-        schedule=ScheduleConfig(),
-        sampler={"name": "pndm"},
-    )
+
+def strip(pictures: "list[Image]") -> "Image":
+    """Pictures side by side, enlarged."""
+    from PIL import Image
+
+    width, height = (ENLARGED * side for side in pictures[0].size)
+    whole = Image.new("RGB", (width * len(pictures), height))
+    for k, each in enumerate(pictures):
+        whole.paste(each.resize((width, height), Image.Resampling.NEAREST), (k * width, 0))
+    return whole
 
 
 if __name__ == "__main__":

@@ -15,10 +15,13 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from minidiff import read_recipe
 
@@ -155,18 +158,28 @@ def test_environment_whose_python_is_gone_is_made_again(checkout: Path) -> None:
     assert "removing" in done.stdout
 
 
-def test_demo_writes_a_picture_with_its_recipe(
+def test_demo_writes_a_picture_with_its_recipe_and_a_strip_of_its_making(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     demo = script("demo", monkeypatch)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     out = tmp_path / "new folder" / "picture.png"
-    assert demo.picture("a cat", 2, 5, str(out)) == 0
+    assert demo.picture("a red star on a blue background", 10, 5, str(out)) == 0
     recipe = read_recipe(out)
-    assert (recipe["prompt"], recipe["steps"], recipe["seed"]) == ("a cat", 2, 5)
-    printed = capsys.readouterr().out
-    assert "RANDOM weights" in printed
-    assert str(out) in printed
-    assert demo.picture("a cat", 0, 5, str(out)) == 2
+    assert (recipe["prompt"], recipe["steps"], recipe["seed"]) == ("a red star on a blue background", 10, 5)
+    with Image.open(out) as image, Image.open(out.with_name("picture-steps.png")) as strip:
+        assert image.size == (64, 64)
+        assert strip.size == (8 * 128, 128)
+        last = strip.crop((7 * 128, 0, 8 * 128, 128)).resize((64, 64), Image.Resampling.NEAREST)
+        assert np.abs(np.asarray(last, float) - np.asarray(image, float)).mean() < 8, "the strip ends at the picture"
+    ended = capsys.readouterr()
+    assert str(out) in ended.out
+    assert str(out.with_name("picture-steps.png")) in ended.out
+    assert ended.err == ""
+    assert demo.picture("a cat", 2, 5, str(out)) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'cat'" in line
+    assert demo.picture("a red star on a blue background", 0, 5, str(out)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
