@@ -122,8 +122,8 @@ def _add_generate(commands: Any) -> None:
     g.add_argument(
         "--model",
         metavar="PATH",
-        help="a minidiff file, or a checkpoint of another layout, converted in memory (default: the bundled model, which"
-        " draws one or two coloured shapes)",
+        help="a minidiff file, or a checkpoint of another layout, converted in memory (default: the bundled model, "
+        "which draws one or two coloured shapes)",
     )
     _add_parts(g)
     g.add_argument(

@@ -237,8 +237,17 @@ class TensorFile:
             tensor: Tensor = self._file.get_tensor(name)
             self._read += tensor.nbytes
         except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+            # Ctrl-C in the middle of a read comes out of torch as an error of its own: the next read succeeds.
+            if isinstance(e, RuntimeError) and self._readable(name):
+                raise KeyboardInterrupt from None
             raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
         return tensor
+
+    def _readable(self, name: str) -> bool:
+        with suppress(SafetensorError, OSError, ValueError, RuntimeError):
+            self._file.get_tensor(name)
+            return True
+        return False
 
     def close(self) -> None:
         """Let go of the file. Tensors that were read stay valid."""

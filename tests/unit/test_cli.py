@@ -158,7 +158,7 @@ def test_same_command_same_picture(run: Run, tmp_path: Path) -> None:
 
 def test_the_command_line_and_the_library_agree(run: Run, models: Path, tmp_path: Path) -> None:
     run("generate", "a fox", "--model", "text", "--negative", "rain", "--steps", 3, "--seed", 7, "--sampler", "euler",
-        "--scale", 3, "--size", "40x32", "--out", "fox.png", "--quiet")  # fmt: skip
+        "--scale", 3, "--size", "40x32", "--out", "fox.png", "--quiet", "--plain")  # fmt: skip
     sd = minidiff.load(models / "text.safetensors")
     (image,) = sd.generate("a fox", "rain", 3, 3.0, sampler="euler", seed=7, width=40, height=32, progress=False)
     assert np.array_equal(pixels(tmp_path / "fox.png"), np.asarray(image))
@@ -166,6 +166,16 @@ def test_the_command_line_and_the_library_agree(run: Run, models: Path, tmp_path
     assert recipe == minidiff.read_recipe(image)
     assert recipe["width"] == 40
     assert recipe["negative_prompt"] == "rain"
+    # Fast, as it is by default, small weights give the same bits; and --recipe does as the picture was made.
+    run("generate", "--recipe", "fox.png", "--model", "text", "--out", "again.png", "--quiet")
+    run("generate", "a fox", "--model", "text", "--seed", 7, "--steps", 3, "--out", "fast.png", "--quiet")
+    run("generate", "--recipe", "fast.png", "--model", "text", "--out", "fast-again.png", "--quiet")
+    plain, again, fast, fast_again = (
+        minidiff.read_recipe(tmp_path / f"{name}.png") for name in ("fox", "again", "fast", "fast-again")
+    )
+    assert again == plain
+    assert fast["fast"]
+    assert fast_again == fast
 
 
 def test_a_recipe_gives_the_same_picture(run: Run, tmp_path: Path) -> None:

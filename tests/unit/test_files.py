@@ -453,6 +453,31 @@ def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its memory from /proc")
+def test_ctrl_c_in_the_middle_of_a_read(tmp_path: Path) -> None:
+    """torch turns it into an error of its own (seen: "could not determine the shape of object type ...")."""
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(path, {"x": files.lazy(torch.ones(3))}, {})
+    opened = files.TensorFile(path)
+
+    class Interrupted:
+        def __init__(self, times: int) -> None:
+            self.times, self.file = times, opened._file
+
+        def get_tensor(self, name: str) -> Tensor:
+            self.times -= 1
+            if self.times >= 0:
+                raise RuntimeError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+            found: Tensor = self.file.get_tensor(name)
+            return found
+
+    real = opened._file
+    for times, error in ((1, KeyboardInterrupt), (9, CheckpointError)):
+        opened._file = real
+        opened._file = Interrupted(times)
+        with pytest.raises(error):
+            opened.lazy["x"].load()
+
+
 def test_loading_touches_no_data(tmp_path: Path) -> None:
     """64 MB are opened and every tensor is handed out, and the process grows by next to nothing."""
     path = tmp_path / "big"
