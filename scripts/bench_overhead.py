@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from _bench import in_turn, machine, show_machine, summarise, table, write_json  # noqa: E402
 from _works import wait  # noqa: E402
-from demo import tiny  # noqa: E402
 
+import minidiff  # noqa: E402
 from minidiff.config import SD15  # noqa: E402
 from minidiff.errors import ConfigError  # noqa: E402
 from minidiff.pipeline import random_model  # noqa: E402
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def without_unet(device: torch.device) -> Any:
     """A pipeline with Stable Diffusion 1.5's latents, whose UNet answers at once, for both halves of guidance."""
-    config = tiny()
+    config = minidiff.bundled().config
     pipe: Any = random_model(replace(config, unet=replace(config.unet, sample_size=SD15.sample_size))).to(device)
     ready = torch.randn(2, SD15.out_channels, SD15.sample_size, SD15.sample_size).to(device)
     pipe.unet.forward = lambda *_: ready
@@ -73,7 +73,7 @@ def without_unet(device: torch.device) -> Any:
 
 def seconds_a_call(pipe: Any, sampler: str, steps: int) -> float:
     """One run, prompt encoded and plan made beforehand."""
-    run = pipe.steps("a horse", steps=steps, sampler=sampler, seed=0)
+    run = pipe.steps("a red star", steps=steps, sampler=sampler, seed=0)
     wait(pipe.device)
     begun = time.perf_counter()
     for _ in run:

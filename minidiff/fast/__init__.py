@@ -82,10 +82,9 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
     if not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)
-        others = ", ".join(name for name in ALL if name in wanted and name != ALONE)
-        check(
-            ALONE not in wanted or not others, f"{ALONE!r} goes alone, not with {others}; fast.restore takes them off"
-        )
+        for name in sorted(wanted & set(ALONE)):
+            others = ", ".join(other for other in ALL if other in wanted and other != name)
+            check(not others, f"{name!r} goes alone, not with {others}; fast.restore takes switches off")
         _take_off(pipe)
         parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
         meant = {name: switch for name, switch in ALL.items() if switch.device in (None, pipe.device.type)}

@@ -419,7 +419,7 @@ def test_the_recipe_says_so(
     assert read_recipe("fast.png")["approximate"] == {"deep": 3, "merge": 0.5}
     assert cli.main(["generate", "--model", "sd.safetensors", "--recipe", "fast.png", "--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "approximate, which only Python has" in line
+    assert "was made with deep, merge, which only Python has" in line
     fast.restore(sd)
     save_png(sd.generate("a cat", **given)[0], "again.png")
     assert read_recipe("again.png") == read_recipe("plain.png")

@@ -466,7 +466,7 @@ def test_ctrl_c_in_the_middle_of_a_read(tmp_path: Path) -> None:
         def get_tensor(self, name: str) -> Tensor:
             self.times -= 1
             if self.times >= 0:
-                raise RuntimeError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+                raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
             found: Tensor = self.file.get_tensor(name)
             return found
 
