@@ -238,7 +238,7 @@ class TensorFile:
             self._read += tensor.nbytes
         except (SafetensorError, OSError, ValueError, RuntimeError) as e:
             # Ctrl-C in the middle of a read comes out of torch as an error of its own: the next read succeeds.
-            if self._readable(name):
+            if isinstance(e, (ValueError, RuntimeError)) and self._readable(name):
                 raise KeyboardInterrupt from None
             raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
         return tensor

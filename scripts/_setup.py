@@ -22,7 +22,17 @@ import shutil
 import subprocess
 import time
 import venv
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(__file__).resolve().parent.parent
 UNFINISHED = "unfinished"
@@ -37,7 +47,8 @@ def enter(extra: str = "", name: str = ".venv", pins: tuple[str, ...] = ()) -> N
     """
     home = ROOT / name
     try:
-        prepare(home, extra, pins)
+        with alone():
+            prepare(home, extra, pins)
     except KeyboardInterrupt:
         print("interrupted: the next start sets up again", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -48,6 +59,19 @@ def enter(extra: str = "", name: str = ".venv", pins: tuple[str, ...] = ()) -> N
         sys.stdout.flush()
         os.execv(command[0], command)
     sys.exit(run(command))
+
+
+@contextmanager
+def alone() -> "Iterator[None]":
+    """Wait while another start sets up: two at once would each clear away what the other has begun. POSIX only."""
+    with open(ROOT / "pyproject.toml", "rb") as held:
+        if fcntl is not None:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print("waiting for another start, which is setting up", flush=True)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def prepare(home: Path, extra: str, pins: tuple[str, ...]) -> None:

@@ -13,25 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Switch
-
-
-class ChannelsLast(Switch):
-    """Every convolution gets its weight laid out so, at its first call. CUDA only."""
-
-    device = "cuda"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)  # of these both layouts are one
-
-    def put_on(self, layer: nn.Module) -> None:
-        Innermost(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        Innermost.take_off(layer)
-        weight = layer.get_parameter("weight")
-        if weight.is_contiguous(memory_format=torch.channels_last):  # it has worked
-            weight.data = weight.data.contiguous()
+from minidiff.fast.switch import Around, Wrapping
 
 
 class Innermost(Around):
@@ -42,3 +24,19 @@ class Innermost(Around):
         if not weight.is_contiguous(memory_format=torch.channels_last):
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         return self.inner(x)
+
+
+class ChannelsLast(Wrapping):
+    """Every convolution gets its weight laid out so, at its first call. CUDA only."""
+
+    around = Innermost
+    device = "cuda"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)  # of these both layouts are one
+
+    def take_off(self, layer: nn.Module) -> None:
+        super().take_off(layer)
+        weight = layer.get_parameter("weight")
+        if weight.is_contiguous(memory_format=torch.channels_last):  # it has worked
+            weight.data = weight.data.contiguous()

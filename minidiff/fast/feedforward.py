@@ -19,7 +19,9 @@ ROWS = 1024  # tokens at a time
 
 
 class FeedForwardInBlocks(Switch):
-    """Every feed-forward, wherever it has more tokens than fit. Gradients can't flow through it."""
+    """Every feed-forward, wherever it has more tokens than fit. CPU only: a card would wait for Python."""
+
+    device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, FeedForward)
@@ -33,7 +35,7 @@ class FeedForwardInBlocks(Switch):
 
 def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
     """:meth:`FeedForward.forward`."""
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)  # in rows, however x lies in memory
     for tokens, made in zip(torch.split(x.flatten(0, 1), ROWS), torch.split(out.flatten(0, 1), ROWS), strict=True):
         value, gate = self.gate(tokens).chunk(2, dim=-1)
         made.copy_(self.out(F.gelu(gate).mul_(value)))

@@ -12,30 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Switch
+from minidiff.fast.switch import Around, Wrapping
 from minidiff.models.unet import UNet
-
-
-class CudaGraphs(Switch):
-    """The whole UNet. CUDA only. Goes alone: what the compiler cannot read (what remembers) is in its way."""
-
-    device = "cuda"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, UNet)
-
-    def put_on(self, layer: nn.Module) -> None:
-        Recorded(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        Recorded.take_off(layer)
 
 
 class Recorded(Around):
     """The ``forward`` of the UNet."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        super().__init__(layer, name)
         self.compiled = torch.compile(self.inner, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,3 +28,13 @@ class Recorded(Around):
         out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
         # The next launch writes its answer to the same place, and multistep samplers keep this one.
         return out.clone()
+
+
+class CudaGraphs(Wrapping):
+    """The whole UNet. CUDA only. Goes alone: what the compiler cannot read (what remembers) is in its way."""
+
+    around = Recorded
+    device = "cuda"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet)

@@ -12,23 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Switch
+from minidiff.fast.switch import Around, Wrapping
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
-
-
-class VaeSlices(Switch):
-    """The VAE decodes one picture at a time: the bits of each are those that it has alone."""
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, (VAE, TAESD))
-
-    def put_on(self, layer: nn.Module) -> None:
-        OneByOne(layer, "decode")
-
-    def take_off(self, layer: nn.Module) -> None:
-        OneByOne.take_off(layer, "decode")
 
 
 class OneByOne(Around):
@@ -38,24 +25,21 @@ class OneByOne(Around):
         return torch.cat([self.inner(one) for one in z.chunk(len(z))])
 
 
-class GuidanceHalves(Switch):
-    """The UNet predicts without the prompt first, and then with it, instead of both in one batch."""
+class VaeSlices(Wrapping):
+    """The VAE decodes one picture at a time: the bits of each are those that it has alone."""
+
+    around = OneByOne
+    method = "decode"
 
     def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, UNet)
-
-    def put_on(self, layer: nn.Module) -> None:
-        Halves(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        Halves.take_off(layer)
+        return isinstance(layer, (VAE, TAESD))
 
 
 class Halves(Around):
     """The ``forward`` of a UNet: half of an even batch, then the other. On a card, only once the whole did not fit."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        super().__init__(layer, name)
         self.whole_fits = True
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,6 +53,15 @@ class Halves(Around):
         half = len(x) // 2
         each = [cut((x, args, kwargs), rows, len(x)) for rows in (slice(None, half), slice(half, None))]
         return torch.cat([self.inner(part, *more, **named) for part, more, named in each])
+
+
+class GuidanceHalves(Wrapping):
+    """The UNet predicts without the prompt first, and then with it, instead of both in one batch."""
+
+    around = Halves
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, UNet)
 
 
 def cut(value: Any, rows: slice, batch: int) -> Any:

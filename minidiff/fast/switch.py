@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
@@ -31,7 +32,7 @@ def put_on(switch: Switch, parts: Iterable[nn.Module]) -> list[nn.Module]:
     return layers
 
 
-class Around:
+class Around(ABC):
     """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
     another of this kind."""
 
@@ -41,8 +42,9 @@ class Around:
         self.before = layer.__dict__.get(name)
         layer.__dict__[name] = self
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """What is done in place of the method."""
 
     @classmethod
     def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
@@ -56,3 +58,16 @@ class Around:
             layer.__dict__[name] = this.before
         else:
             del layer.__dict__[name]
+
+
+class Wrapping(Switch):
+    """A switch that puts one ``around`` each layer's ``method``, and takes it away again."""
+
+    around: ClassVar[type[Around]]
+    method: ClassVar[str] = "forward"
+
+    def put_on(self, layer: nn.Module) -> None:
+        self.around(layer, self.method)
+
+    def take_off(self, layer: nn.Module) -> None:
+        self.around.take_off(layer, self.method)

@@ -11,24 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.fast.switch import Around, Switch
+from minidiff.fast.switch import Around, Wrapping
 from minidiff.models.unet import UNet
 from minidiff.models.vae import Decoder, Encoder
-
-
-class TensorFloat32(Switch):
-    """The UNet and both halves of the VAE. CUDA only; changes nothing in half precision."""
-
-    device = "cuda"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, (UNet, Encoder, Decoder))
-
-    def put_on(self, layer: nn.Module) -> None:
-        Allowed(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        Allowed.take_off(layer)
 
 
 class Allowed(Around):
@@ -41,3 +26,13 @@ class Allowed(Around):
             return self.inner(*args, **kwargs)
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+class TensorFloat32(Wrapping):
+    """The UNet and both halves of the VAE. CUDA only; changes nothing in half precision."""
+
+    around = Allowed
+    device = "cuda"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, (UNet, Encoder, Decoder))

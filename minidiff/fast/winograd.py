@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Switch
+from minidiff.fast.switch import Around, Wrapping
 
 NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
 SMALLEST = 256 * 128  # pairs of channels
@@ -28,36 +28,11 @@ POSITIONS = 32 * 32  # of the picture: below, a packed convolution needs less me
 TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the cache
 
 
-class WinogradConvolutions(Switch):
-    """Every 3 x 3 convolution of many channels, where it is shown a large picture. CPU and float32 only."""
-
-    device = "cpu"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return (
-            isinstance(layer, nn.Conv2d)
-            and layer.kernel_size == (3, 3)
-            and layer.stride == layer.dilation == layer.padding == (1, 1)
-            and layer.padding_mode == "zeros"
-            and layer.groups == 1
-            and min(layer.in_channels, layer.out_channels) >= NARROWEST
-            and layer.in_channels * layer.out_channels >= SMALLEST
-            and layer.weight.device.type == "cpu"
-            and layer.weight.dtype == torch.float32
-        )
-
-    def put_on(self, layer: nn.Module) -> None:
-        Winograd(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        Winograd.take_off(layer)
-
-
 class Winograd(Around):
     """The ``forward`` of one convolution; small pictures go to the one within."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        super().__init__(layer, name)
         self.filters: Tensor | None = None
 
     def forget(self) -> None:
@@ -80,6 +55,26 @@ class Winograd(Around):
             for top in range(0, rows, at_once):
                 band(self.filters, self.layer.bias, picture, made, top, min(at_once, rows - top))
         return whole if whole.shape[2:] == x.shape[2:] else whole[:, :, :height, :width].contiguous()
+
+
+class WinogradConvolutions(Wrapping):
+    """Every 3 x 3 convolution of many channels, where it is shown a large picture. CPU and float32 only."""
+
+    around = Winograd
+    device = "cpu"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (3, 3)
+            and layer.stride == layer.dilation == layer.padding == (1, 1)
+            and layer.padding_mode == "zeros"
+            and layer.groups == 1
+            and min(layer.in_channels, layer.out_channels) >= NARROWEST
+            and layer.in_channels * layer.out_channels >= SMALLEST
+            and layer.weight.device.type == "cpu"
+            and layer.weight.dtype == torch.float32
+        )
 
 
 def filters(weight: Tensor) -> Tensor:

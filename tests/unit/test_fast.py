@@ -156,6 +156,8 @@ def test_feed_forwards_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     put_on(FeedForwardInBlocks(), [layer])
     assert_close(layer(x), plain, PACKED)
     assert torch.equal(x, kept)
+    lying = x.transpose(0, 1).contiguous().transpose(0, 1)  # the same tokens, in another order in memory
+    assert_close(layer(lying), plain, PACKED)
 
 
 def test_switches_stand_in_their_order(sd: StableDiffusion) -> None:

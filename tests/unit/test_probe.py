@@ -91,9 +91,9 @@ def test_nowhere_to_keep_it(tmp_path: Path, measured: Measured, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("platform", "environment", "folder"),
     [
-        ("linux", {}, "/home/me/.cache"),
+        ("linux", {}, "/me/.cache"),
         ("linux", {"XDG_CACHE_HOME": "/fast"}, "/fast"),
-        ("darwin", {}, "/home/me/Library/Caches"),
+        ("darwin", {}, "/me/Library/Caches"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local"),
     ],
 )
@@ -102,7 +102,7 @@ def test_where_it_is_kept(
 ) -> None:
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **environment}.items():
+    for name, value in {"HOME": "/me", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(probe.sys, "platform", platform)
     assert probe.cache_file() == Path(folder, "minidiff", "bfloat16.json")

@@ -128,6 +128,16 @@ def test_first_start_second_start_and_changes(checkout: Path) -> None:
     assert repaired.returncode == 7
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
+def test_two_first_starts_at_once(checkout: Path) -> None:
+    command = [sys.executable, str(checkout / "scripts" / "probe.py"), ""]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    assert [status for _, _, status in ended] == [7, 7], ended
+    assert sum("waiting for another start" in out for out, _, _ in ended) == 1
+    assert sum("pip install" in out for out, _, _ in ended) == 1
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to a process group")
 def test_ctrl_c_during_set_up_is_repaired(checkout: Path) -> None:
     (checkout / "slow").touch()
