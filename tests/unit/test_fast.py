@@ -98,10 +98,11 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
     assert torch.equal(conv(x), plain)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200), (70, 96)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_winograds_convolutions_at_every_kind_of_size(size: tuple[int, int], bias: bool) -> None:
+    """The last one is done in four bands, of which the last is smaller."""
     torch.manual_seed(0)
     conv = nn.Conv2d(128, 256, 3, padding=1, bias=bias)
     x = torch.randn(2, 128, *size)
