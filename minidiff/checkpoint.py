@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minidiff.config import CLIPTextConfig, ModelConfig, TAESDConfig, UNetConfig, VAEConfig, from_json, quote, to_json
 from minidiff.errors import CheckpointError, ConfigError
@@ -40,10 +41,26 @@ class Checkpoint:
 
 
 def build(config: ModelConfig) -> dict[str, nn.Module]:
-    """The parts of a checkpoint by name, on the meta device: every shape, no memory."""
-    with torch.device("meta"):
+    """The parts of a checkpoint by name, on the meta device: every shape, no memory, no first weights."""
+    with torch.device("meta"), _Undrawn():
         configs = ((name, getattr(config, name)) for name in PARTS)
         return {name: _make(MODELS[type(c)], c).eval() for name, c in configs if c is not None}
+
+
+class _Undrawn(TorchFunctionMode):
+    """Layers made inside draw no random weights.
+
+    Without memory there is nothing to draw into; all the same, torch would load its compiler (2 s) to go through the
+    motions: normal_ has no kernel of its own on the meta device.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _make(part: Any, config: Any) -> nn.Module:

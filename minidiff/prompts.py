@@ -86,7 +86,7 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
     kept = encoder.config.kept
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
-        known = sorted({tokenizer.decode([i]) for i in kept} - {START, END})
+        known = sorted(word for word in {tokenizer.decode([i]) for i in kept} - {START, END} if word.isalnum())
         words = f"this model does not know {', '.join(map(repr, strange))}"
         warnings.warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
 

@@ -182,6 +182,12 @@ def test_import_is_quiet() -> None:
     assert fresh(code) == ["True", "torch.float32"]
 
 
+def test_loading_draws_no_weights() -> None:
+    """Or torch would fetch its compiler, which takes longer than all the rest (see ``checkpoint._Undrawn``)."""
+    code = "import sys, minidiff; minidiff.bundled(); print('torch._dynamo' in sys.modules)"
+    assert fresh(code) == ["False"]
+
+
 def test_every_module_imports_alone() -> None:
     """Each is the first of its package to be imported: what it needs, it imports itself."""
     names = [name for name in FILES if not name.endswith("__main__")]
