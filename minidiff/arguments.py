@@ -175,7 +175,10 @@ def _add_generate(commands: Any) -> None:
     g = p.add_argument_group("sampling")
     g.add_argument("--steps", type=_positive, metavar="N", help="more take longer (default: 50; DDPM: all there are)")
     g.add_argument(
-        "--scale", type=_finite, metavar="X", help="how much the prompt counts; 1 is no guidance (default: 7.5)"
+        "--scale",
+        type=_finite,
+        metavar="X",
+        help="how much the prompt counts; 1 is no guidance (default: 7.5; without --model: 2)",
     )
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
     g.add_argument(

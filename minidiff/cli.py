@@ -147,7 +147,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             args.prompt,
             negative_prompt=args.negative,
             steps=50 if args.steps is None else args.steps,
-            guidance_scale=7.5 if args.scale is None else args.scale,
+            guidance_scale=_scale(args),
             sampler=sampler,
             num_images=args.num_images,
             seed=args.seed,
@@ -171,6 +171,15 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
     return pipe.steps(args.num_images, steps=args.steps, sampler=sampler, seed=args.seed)
+
+
+def _scale(args: Namespace) -> float:
+    """The guidance scale that was asked for, or the model's: the small one that is bundled wants less of it."""
+    from minidiff.pipeline import BUNDLED_SCALE
+
+    if args.scale is not None:
+        return float(args.scale)
+    return BUNDLED_SCALE if args.model is None else 7.5
 
 
 def _sizes(args: Namespace) -> Sizes | None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from minidiff.images import Picture
 
 BUNDLED = "assets/shapes.safetensors"
+BUNDLED_SCALE = 2.0  # the guidance scale that it is right most often with (README, "The bundled model")
 
 
 class StableDiffusion(Pipeline):

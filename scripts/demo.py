@@ -39,11 +39,12 @@ def picture(prompt: str, steps: int, seed: int, out: str) -> int:
     """Write the picture and the strip; 0, or 2 after one line on what the arguments have wrong."""
     import minidiff
     from minidiff.picture import label, to_pil
+    from minidiff.pipeline import BUNDLED_SCALE
 
     warnings.showwarning = lambda message, *_: print(f"demo: {message}", file=sys.stderr)
     try:
         model = minidiff.bundled()
-        run = model.steps(prompt, steps=steps, seed=seed, guidance_scale=5.0)
+        run = model.steps(prompt, steps=steps, seed=seed, guidance_scale=BUNDLED_SCALE)
         views = [step.x0 for step in run]
         image = to_pil(model.decode(run.last().x))[0]
         pictures = [to_pil(model.decode(x0))[0] for x0 in some(views)]

@@ -24,7 +24,7 @@ from minidiff.denoise import Prediction, denoise
 from minidiff.guidance import guide
 from minidiff.models.clip import SharedEmbedding
 from minidiff.picture import to_pil
-from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline import BUNDLED_SCALE, StableDiffusion
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.training import shapes
 from minidiff.training.captions import vocabulary
@@ -195,7 +195,9 @@ def test_a_picture_goes_back_to_its_noise_and_comes_again(sd: StableDiffusion, b
 
 
 def test_a_word_that_it_does_not_know_is_said_in_one_line(sd: StableDiffusion) -> None:
-    with pytest.warns(UserWarning, match=r"does not know 'astronaut', 'horse'; its words are: a above .*\bstar\b") as caught:
+    with pytest.warns(
+        UserWarning, match=r"does not know 'astronaut', 'horse'; its words are: a above .*\bstar\b"
+    ) as caught:
         sd.encode_prompt(["an astronaut on a red horse"])
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
@@ -213,6 +215,7 @@ def test_the_command_line_uses_it_when_no_model_is_named(
     (path,) = ended.out.splitlines()
     assert ended.err == ""
     assert _judge.judge(_judge.read(path), _judge.parse(PROMPTS[0])).right
+    assert minidiff.read_recipe(path)["guidance_scale"] == BUNDLED_SCALE
     assert cli.main(["generate", "a unicorn", "--steps", "1", "--seed", "0", "--quiet"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("minidiff: warning: ")
