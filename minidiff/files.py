@@ -55,7 +55,7 @@ EXPONENTS = {
 HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
 HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
 BLANK = "0" * 64  # what stands in a hash's place while it is computed
-FRESH_MAP = 1 << 27  # bytes read from a map before another takes its place
+FRESH_MAP = 12 << 20  # bytes read from a map before another takes its place
 PART = re.compile(r"\.\d+\.part")  # how the name of what is being written ends: with the number of the process
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
@@ -229,8 +229,9 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
         try:
             # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
-            # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it.
-            if self._read > FRESH_MAP:
+            # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it; large
+            # tensors have one of their own, since some of them are soon replaced (fast/packed.py). Maps cost 1 ms each.
+            if self._read and self._read + self.lazy[name].nbytes > FRESH_MAP:
                 self._open()
                 if _identity(self.path) != self._identity:
                     raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -431,6 +432,19 @@ def test_a_new_map_takes_the_place_of_one_that_was_read(tmp_path: Path, monkeypa
     kept = {name: entry.load() for name, entry in file.lazy.items()}
     assert file._file is not first
     assert all(torch.equal(kept[name], t) for name, t in tensors.items())
+
+
+def test_a_large_tensor_has_a_map_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a small one that is kept would keep the large one in memory as well."""
+    monkeypatch.setattr(files, "FRESH_MAP", 256)
+    sizes = {"a": 8, "b": 8, "large": 100, "c": 8, "d": 8}
+    write_tensors(tmp_path / "f", {name: lazy(torch.zeros(n)) for name, n in sizes.items()}, {})
+    file = TensorFile(tmp_path / "f")
+    kept = {name: file.lazy[name].load() for name in sizes}
+    maps = {name: t.data_ptr() // mmap.PAGESIZE for name, t in kept.items()}  # the file is one page
+    assert maps["a"] == maps["b"]
+    assert maps["c"] == maps["d"]
+    assert len(set(maps.values())) == 3
 
 
 def test_two_files_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ import json, sys
 import minidiff
 from minidiff import files
 
-files.FRESH_MAP = 1 << 22  # of a real checkpoint's file 128 MB stay mapped, which is all of this one
+files.FRESH_MAP = 1 << 22  # the file is small, and so are its tensors
 
 def most():  # ru_maxrss would begin with what the process took that started this one
     with open("/proc/self/status") as status:
