@@ -22,7 +22,7 @@ PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
 
 GENERATE_EXAMPLES = """\
 examples:
-  minidiff generate "a large red star on a blue background" --scale 5 --out star.png
+  minidiff generate "a large red star on a blue background" --out star.png
   minidiff generate "a lighthouse at dawn" --model sd15.safetensors --seed 7
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20

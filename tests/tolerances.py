@@ -86,6 +86,7 @@ PROGRAM_FLOAT32 = Tolerance(1e-6, 3e-6, "a program's float32, copied, against th
 PERFECT = Tolerance(1e-5, 1e-5, "a program's formula for a perfect model's step against ours, which divides elsewhere")
 ONCE = Tolerance(0.0, 6e-8, "float64 rounded once to float32: half of its last place, 2 ** -24")
 LOG_SIGMA = Tolerance(0.0, 3e-6, "log sigma interpolated and its exponential taken in float32, against float64")
+NOISE_TABLES = Tolerance(0.0, 3e-5, "sigma of an alpha_bar rounded to float32: near 1, little of 1 - alpha_bar is left")
 SIGMA_POWERS = Tolerance(0.0, 1e-5, "seventh powers and exponentials between ends that are rounded to float32")
 TOLD_TIMESTEP = Tolerance(
     2e-2, 0.0, "a timestep read back from a float32 sigma, where log sigma changes slowly with it"

@@ -20,7 +20,16 @@ from minidiff.conventions.table import markdown, plans, side_by_side
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.tolerances import LOG_SIGMA, ONCE, PERFECT, PROGRAM_FLOAT32, SIGMA_POWERS, TOLD_TIMESTEP, assert_close
+from tests.tolerances import (
+    LOG_SIGMA,
+    NOISE_TABLES,
+    ONCE,
+    PERFECT,
+    PROGRAM_FLOAT32,
+    SIGMA_POWERS,
+    TOLD_TIMESTEP,
+    assert_close,
+)
 from tests.unit import tiny
 
 SD = ScheduleConfig()
@@ -284,7 +293,7 @@ def test_tables_differ_in_their_last_bits() -> None:
     assert (kinds["float32"].schedule.alphas_cumprod != exact.float()).sum() > 900
     assert (kinds["rounded"].sigmas != kinds["float64"].sigmas).sum() > 100
     for other in kinds.values():
-        np.testing.assert_allclose(other.sigmas.numpy(), SIGMAS, rtol=3e-5)
+        np.testing.assert_allclose(other.sigmas.numpy(), SIGMAS, rtol=NOISE_TABLES.relative)
 
 
 def test_curved_and_zero_snr_schedules_keep_our_table() -> None:
@@ -478,7 +487,7 @@ def test_names_and_choices() -> None:
     for steps in (0, 1001, 2.5):
         with pytest.raises(ConfigError, match="steps="):
             planned("a1111", "euler", steps)
-    assert math.isclose(float(planned("comfyui", "euler", 1000).sigmas[-2]), SIGMAS[0], rel_tol=1e-6)
+    assert math.isclose(float(planned("comfyui", "euler", 1000).sigmas[-2]), SIGMAS[0], rel_tol=ONCE.relative)
 
 
 def test_the_readmes_table_is_made_from_the_data() -> None:
