@@ -9,9 +9,10 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
 :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again). All of it is exact: the same bits, or the same sums in another order, no farther from the true value.
+again), and in bfloat16 the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact: the same
+bits, or the same sums in another order, no farther from the true value.
 
-Some switches are on only if they are named (``OPTIONAL``): :mod:`attention` (the faster kernel of two, by trying),
+Some switches are on only if they are named (``OPTIONAL``): "attention" (the faster kernel of two, by trying),
 :mod:`compiled` (minutes at first; it goes alone), those that save memory for time (:mod:`smaller`), and those for CUDA
 cards (:mod:`channels_last`, :mod:`tf32`, :mod:`graphs`), which do nothing elsewhere. :func:`offload` is for cards that
 are smaller than the model. What changes the result (:mod:`approximations`, :mod:`tiles`) is never on by itself.
@@ -29,7 +30,7 @@ from torch import nn
 from minidiff.config import check
 from minidiff.fast.approximations import approximate as approximate
 from minidiff.fast.approximations import exact
-from minidiff.fast.attention import BlockAttention
+from minidiff.fast.attention import BFloat16Attention, BlockAttention
 from minidiff.fast.channels_last import ChannelsLast
 from minidiff.fast.compiled import CompiledUNet
 from minidiff.fast.feedforward import FeedForwardInBlocks
@@ -54,6 +55,7 @@ SWITCHES: Mapping[str, Switch] = {
     "blocks": FeedForwardInBlocks(),
     "inplace": InPlaceBlocks(),
     "memory": PromptMemory(),
+    "bf16_attention": BFloat16Attention(),
 }
 # On only where they are named. Which of those for cards pay has not been measured on one.
 OPTIONAL: Mapping[str, Switch] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import product
 
 import pytest
@@ -135,6 +136,61 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         assert torch.equal(blocks.fastest(q, k, v, True), attention(q, k, v, True))
     assert asked == []
+
+
+# --- bfloat16, by itself ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_factors_written_as_float32_lose_nothing() -> None:
+    """Scores of bfloat16's factors are as exact as float32 has room for, whichever kernel multiplies."""
+    torch.manual_seed(0)
+    q, k = torch.randn(96, 64).bfloat16(), torch.randn(64, 128).bfloat16()
+    with blocks.narrow_factors(torch.bfloat16):
+        found = q.float() @ k.float()
+    assert off(found, q.double() @ k.double()) <= BLOCKS.relative
+
+
+def test_the_setting_is_put_back() -> None:
+    """After an error, too; and float32 never falls under it."""
+    if blocks.SETTING is None:
+        pytest.skip("this torch has no such setting")
+    before = blocks.SETTING.fp32_precision
+    with blocks.narrow_factors(torch.bfloat16):
+        assert blocks.SETTING.fp32_precision == "bf16"
+    assert blocks.SETTING.fp32_precision == before
+    with suppress(ZeroDivisionError), blocks.narrow_factors(torch.bfloat16):
+        _ = 1 / 0
+    assert blocks.SETTING.fp32_precision == before
+    with blocks.narrow_factors(torch.float32):
+        assert blocks.SETTING.fp32_precision == before
+
+
+@pytest.mark.parametrize(("keys", "kernel"), [(64, blocks.blockwise), (63, attention)])
+@torch.no_grad()
+def test_many_keys_go_in_blocks(keys: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their number alone: the same picture has the same bits on another day."""
+    asked = answering(monkeypatch, 0.1)
+    q, k, v = (heads(2, 2, n, 8).bfloat16() for n in (5, keys, keys))
+    assert torch.equal(blocks.by_keys(q, k, v, False), kernel(q, k, v, False))
+    assert torch.equal(blocks.by_keys(q, k[:, :, :5], v[:, :, :5], True), attention(q, k[:, :, :5], v[:, :, :5], True))
+    assert asked == []
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_on_by_itself_in_bfloat16(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor can; in float32 never."""
+    monkeypatch.setattr(blocks, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(blocks, "SETTING", blocks.SETTING or object())
+    sd = tiny_sd()
+    assert fast.optimize(sd)["bf16_attention"] == 0
+    fast.restore(sd)
+    layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, Attention)]
+    sd.to(dtype=torch.bfloat16)
+    assert fast.optimize(sd)["bf16_attention"] == len(layers) * able
+    assert {m.kernel for m in layers} == {blocks.by_keys if able else attention}
+    fast.restore(sd)
+    assert {m.kernel for m in layers} == {attention}
 
 
 def test_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
