@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,22 +72,23 @@ def frozen(name: str, module: nn.Module, work: Work) -> Way:
     return Way(f"{name}, compiled with freezing", run)
 
 
-def openvino(work: Work, dtype: torch.dtype, again: Callable[[], Work]) -> Way:
-    """The same UNet in OpenVINO, converted in memory. It takes float32 weights (``again`` makes the work in float32)
-    and chooses its own precision inside, which it is only asked for."""
+def openvino(work: Work, dtype: torch.dtype) -> Way:
+    """The same UNet in OpenVINO, converted in memory. It takes float32 weights and chooses its own precision inside,
+    which it is only asked for."""
     import openvino as ov
 
-    source = work if dtype == torch.float32 else again()
+    source = work.ours if dtype == torch.float32 else copy.deepcopy(work.ours).float()
+    example = tuple(t.float() if t.is_floating_point() else t for t in work.inputs)
     with warnings.catch_warnings():  # torch no longer recommends the tracing that OpenVINO does
         warnings.simplefilter("ignore")
-        model = ov.convert_model(source.ours, example_input=source.inputs)
+        model = ov.convert_model(source, example_input=example)
     asked = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = ov.Core().compile_model(model, "CPU", asked)
-    inputs = [t.float().numpy() if t.is_floating_point() else t.numpy() for t in work.inputs]
+    inputs = [t.numpy() for t in example]
     got = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     return Way(f"OpenVINO, {got}", lambda: torch.from_numpy(compiled(inputs)[0].copy()))
 

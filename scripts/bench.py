@@ -113,8 +113,7 @@ def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) 
     if args.compiled and theirs is not None:
         ways.append(frozen("diffusers", theirs, work))
     if args.openvino:
-        make = PARTS[args.part]
-        ways.append(openvino(work, dtype, lambda: make(FAMILIES[args.family], size, args.batch)))
+        ways.append(openvino(work, dtype))
     return ways
 
 

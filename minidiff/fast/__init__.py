@@ -9,8 +9,9 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
 :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again), and in bfloat16 the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact: the same
-bits, or the same sums in another order, no farther from the true value.
+again), and where the processor gains by it :mod:`linear` (products by another library) and the attention kernel
+(:mod:`attention`, in blocks of queries). All of it is exact: the same bits, or the same sums in another order, no
+farther from the true value.
 
 Some switches are on only if they are named (``OPTIONAL``): "attention" (the faster kernel of two, by trying),
 :mod:`compiled` (minutes at first; it goes alone), those that save memory for time (:mod:`smaller`), and those for CUDA
@@ -30,12 +31,13 @@ from torch import nn
 from minidiff.config import check
 from minidiff.fast.approximations import approximate as approximate
 from minidiff.fast.approximations import exact
-from minidiff.fast.attention import BFloat16Attention, BlockAttention
+from minidiff.fast.attention import BlockAttention, ManyKeys
 from minidiff.fast.channels_last import ChannelsLast
 from minidiff.fast.compiled import CompiledUNet
 from minidiff.fast.feedforward import FeedForwardInBlocks
 from minidiff.fast.graphs import CudaGraphs
 from minidiff.fast.inplace import InPlaceBlocks
+from minidiff.fast.linear import LinearByOneDNN
 from minidiff.fast.offload import bring_back
 from minidiff.fast.offload import offload as offload
 from minidiff.fast.packed import PackedConvolutions
@@ -55,7 +57,8 @@ SWITCHES: Mapping[str, Switch] = {
     "blocks": FeedForwardInBlocks(),
     "inplace": InPlaceBlocks(),
     "memory": PromptMemory(),
-    "bf16_attention": BFloat16Attention(),
+    "linear": LinearByOneDNN(),
+    "many_keys": ManyKeys(),
 }
 # On only where they are named. Which of those for cards pay has not been measured on one.
 OPTIONAL: Mapping[str, Switch] = {

@@ -11,8 +11,9 @@ dtype of its factors, and scores of eight bits would put the result two to six t
 in bfloat16 are written as float32 and multiplied by a kernel that would round them to bfloat16 first
 (:func:`narrow_factors`): they lose nothing, and the products come back in 32 bits at twice the speed.
 
-In bfloat16, on a processor that has it, blocks of many keys win by so much that nothing has to be tried:
-:class:`BFloat16Attention` goes by the number of keys alone, and is on by itself.
+Where a processor has instructions for bfloat16, and in float32 with AVX512 (:mod:`minidiff.fast.onednn`), blocks of
+many keys win by so much that nothing has to be tried: :class:`ManyKeys` goes by the number of keys alone, and is on by
+itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from minidiff.fast import onednn
 from minidiff.fast.probe import speedup
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import Attention, Kernel, attention
@@ -31,7 +33,7 @@ from minidiff.models.attention import Attention, Kernel, attention
 ROWS = 512  # queries of a block
 SCORES = 2**21  # of a block, in float32 8 MB: what a core's share of the last cache holds
 WORTH = 1.1  # times as fast; below it, what torch ships stays
-MANY = 64  # keys; with fewer, in bfloat16, a block has too little to do
+MANY = 64  # keys; with fewer, a block has too little to do
 
 # Where torch keeps in how many digits a CPU multiplies float32; releases before 2.9 have no such place.
 SETTING = getattr(torch.backends.mkldnn, "matmul", None)
@@ -65,23 +67,22 @@ class BlockAttention(Switch):
         layer.kernel = attention
 
 
-class BFloat16Attention(BlockAttention):
-    """Attention to many keys in blocks, in bfloat16, on processors that multiply it themselves (AVX512_BF16, AMX)."""
+class ManyKeys(BlockAttention):
+    """Attention to many keys in blocks, where the processor is known to be faster at that."""
 
     def kernel(self) -> Kernel:
         return by_keys
 
     def applies(self, layer: nn.Module) -> bool:
-        return (
-            super().applies(layer)
-            and next(layer.parameters()).dtype == torch.bfloat16
-            and SETTING is not None
-            and multiplies_bfloat16()
-        )
+        if not super().applies(layer):
+            return False
+        if next(layer.parameters()).dtype == torch.float32:
+            return onednn.pays()
+        return SETTING is not None and multiplies_bfloat16()
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it; without them everything in bfloat16 is slow."""
+    """Whether this processor has instructions for it (AVX512_BF16, AMX); without them everything in it is slow."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
@@ -124,15 +125,30 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     some, rows = block_of(q, k)
     memory = torch.empty(some * rows * seen, dtype=torch.float32, device=q.device)
     out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+    one_block = by_onednn if q.dtype == torch.float32 and onednn.pays() else by_bmm
     for n in range(pictures):
-        keys, values = k[n].float().contiguous().transpose(1, 2), v[n].contiguous()
+        keys, values = k[n].float().contiguous(), v[n].contiguous()
         for h, i in product(range(0, heads, some), range(0, length, rows)):
             block = q[n, h : h + some, i : i + rows].float()
-            scores = memory[: block.shape[0] * block.shape[1] * seen].view(*block.shape[:2], seen)
-            with narrow_factors(q.dtype):
-                scores.baddbmm_(block, keys[h : h + some], beta=0, alpha=d**-0.5)
-            torch.softmax(scores, dim=-1, out=scores)
-            out[n, h : h + some, i : i + rows] = scores.to(q.dtype) @ values[h : h + some]
+            out[n, h : h + some, i : i + rows] = one_block(block, keys[h : h + some], values[h : h + some], memory)
+    return out
+
+
+def by_bmm(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+    """The attention of a block of queries (heads, rows, d), its scores in ``memory``."""
+    scores = memory[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], k.shape[1])
+    with narrow_factors(v.dtype):
+        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    torch.softmax(scores, dim=-1, out=scores)
+    return scores.to(v.dtype) @ v
+
+
+def by_onednn(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+    """The same, head by head, in memory that the products bring along."""
+    out = torch.empty_like(q)
+    for asked, keys, values, made in zip(q * q.shape[-1] ** -0.5, k, v, out, strict=True):
+        scores = onednn.product(asked, keys)
+        made.copy_(onednn.product(torch.softmax(scores, dim=-1, out=scores), values.t()))
     return out
 
 

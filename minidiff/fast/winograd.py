@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minidiff.fast.onednn import products
 from minidiff.fast.switch import Around, Wrapping
 
 NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
@@ -101,7 +102,7 @@ def band(u: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, top: int, count
     even, odd = along[:, 0], along[:, 1]
     combine(even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:], v.unbind(1))
 
-    m = torch.bmm(u, v.view(16, channels, -1)).view(4, 4, -1, count, columns)
+    m = products(u, v.view(16, channels, -1)).view(4, 4, -1, count, columns)
     if bias is not None:
         m[1, 1] += bias[:, None, None]  # m1 is in every output once
     squares = out[:, 2 * top : 2 * (top + count)].view(-1, count, 2, columns, 2)

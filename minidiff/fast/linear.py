@@ -1,0 +1,43 @@
+"""Linear layers by oneDNN instead of MKL, where that is the faster library (see :mod:`minidiff.fast.onednn`).
+
+The weight stays where and as it is. In bfloat16 torch asks oneDNN already.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast import onednn
+from minidiff.fast.switch import Around, Wrapping
+
+SMALLEST = 2**14  # weights
+ROWS = 32  # of the input: with fewer, the weight is read for so little work that memory decides
+
+
+class Product(Around):
+    """The ``forward`` of one linear layer; few rows go to the one within."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() < ROWS * x.shape[-1] or torch.is_grad_enabled():
+            out: Tensor = self.inner(x)
+            return out
+        layer = self.layer
+        assert isinstance(layer, nn.Linear)
+        return onednn.product(x, layer.weight, layer.bias)
+
+
+class LinearByOneDNN(Wrapping):
+    """Every large linear layer. CPU and float32 only, and only with AVX512."""
+
+    around = Product
+    device = "cpu"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return (
+            type(layer) is nn.Linear
+            and layer.weight.numel() >= SMALLEST
+            and layer.weight.device.type == "cpu"
+            and layer.weight.dtype == torch.float32
+            and onednn.pays()
+        )

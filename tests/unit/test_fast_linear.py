@@ -1,0 +1,68 @@
+"""Products by oneDNN: equal to MKL's but for the order of the sums, and taken only where they pay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff import fast
+from minidiff.fast import onednn
+from minidiff.fast.linear import ROWS, LinearByOneDNN, Product
+from minidiff.fast.switch import put_on
+from tests.tolerances import BLOCKS
+from tests.unit.tiny import tiny_sd
+
+
+@pytest.fixture
+def _paying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: True)
+
+
+@pytest.mark.usefixtures("_paying")
+@pytest.mark.parametrize(("into", "out", "bias"), [(320, 2560, True), (1280, 320, False), (768, 640, True)])
+@torch.no_grad()
+def test_layers_at_full_width(into: int, out: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(into, out, bias=bias), torch.randn(2, 77, into)
+    exact = copy.deepcopy(layer).double()(x.double())
+    plain, few = layer(x), layer(x[:1, : ROWS - 1])
+    assert put_on(LinearByOneDNN(), [layer]) == [layer]
+    found = layer(x)
+    assert found.shape == plain.shape
+    assert (found - exact).norm() <= BLOCKS.relative * exact.norm()
+    assert torch.equal(layer(x[:1, : ROWS - 1]), few), "few rows go the plain way"
+    assert (layer(x.transpose(0, 1)) - exact.transpose(0, 1)).norm() <= BLOCKS.relative * exact.norm()
+    LinearByOneDNN().take_off(layer)
+    assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.usefixtures("_paying")
+def test_a_gradient_takes_the_plain_way() -> None:
+    layer, x = nn.Linear(128, 128), torch.randn(64, 128)
+    put_on(LinearByOneDNN(), [layer])
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@torch.no_grad()
+def test_many_products(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    a, b = torch.randn(3, 33, 70), torch.randn(3, 70, 50)
+    exact = torch.bmm(a.double(), b.double())
+    assert (onednn.products(a, b) - exact).norm() <= BLOCKS.relative * exact.norm()
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_only_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    monkeypatch.setattr("minidiff.fast.linear.SMALLEST", 1)
+    sd = tiny_sd()
+    layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, nn.Linear)]
+    assert fast.optimize(sd)["linear"] == len(layers) * pays
+    assert all(isinstance(m.__dict__.get("forward"), Product) == pays for m in layers)
+    fast.restore(sd)
+    assert not any("forward" in m.__dict__ for m in layers)
