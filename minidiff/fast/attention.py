@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 
 import torch
@@ -123,19 +124,21 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     pictures, heads, length, d = q.shape
     seen = k.shape[2]
     some, rows = block_of(q, k)
-    memory = torch.empty(some * rows * seen, dtype=torch.float32, device=q.device)
     out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    one_block = by_onednn if q.dtype == torch.float32 and onednn.pays() else by_bmm
+    if q.dtype == torch.float32 and onednn.pays():
+        one_block = by_onednn
+    else:
+        one_block = partial(by_bmm, torch.empty(some * rows * seen, dtype=torch.float32, device=q.device))
     for n in range(pictures):
         keys, values = k[n].float().contiguous(), v[n].contiguous()
         for h, i in product(range(0, heads, some), range(0, length, rows)):
             block = q[n, h : h + some, i : i + rows].float()
-            out[n, h : h + some, i : i + rows] = one_block(block, keys[h : h + some], values[h : h + some], memory)
+            out[n, h : h + some, i : i + rows] = one_block(block, keys[h : h + some], values[h : h + some])
     return out
 
 
-def by_bmm(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
-    """The attention of a block of queries (heads, rows, d), its scores in ``memory``."""
+def by_bmm(memory: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of a block of queries (heads, rows, d), its scores in ``memory`` (float32, long enough)."""
     scores = memory[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], k.shape[1])
     with narrow_factors(v.dtype):
         scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
@@ -143,7 +146,7 @@ def by_bmm(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
     return scores.to(v.dtype) @ v
 
 
-def by_onednn(q: Tensor, k: Tensor, v: Tensor, memory: Tensor) -> Tensor:
+def by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same, head by head, in memory that the products bring along."""
     out = torch.empty_like(q)
     for asked, keys, values, made in zip(q * q.shape[-1] ** -0.5, k, v, out, strict=True):

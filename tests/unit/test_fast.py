@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import minidiff
 from minidiff import fast, lora
 from minidiff.errors import ConfigError
-from minidiff.fast import feedforward, winograd
+from minidiff.fast import feedforward, onednn, winograd
 from minidiff.fast.feedforward import FeedForwardInBlocks
 from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
@@ -22,7 +22,17 @@ from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.lora import Adapter, Update
 from minidiff.models.attention import FeedForward, TransformerBlock
 from minidiff.pipeline import StableDiffusion
-from tests.tolerances import PACKED, PACKED_TRUTH, WINOGRAD, WINOGRAD_TRUTH, assert_close
+from tests.tolerances import (
+    BLOCKS,
+    NO_FARTHER,
+    PACKED,
+    PACKED_TRUTH,
+    WINOGRAD,
+    WINOGRAD_ONEDNN_TRUTH,
+    WINOGRAD_TRUTH,
+    Tolerance,
+    assert_close,
+)
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 SAME_BITS = ("blocks", "inplace", "memory")
@@ -90,6 +100,8 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
         x.double(), weight.double(), None if conv.bias is None else conv.bias.double(), conv.stride, conv.padding
     )
     assert (packed - exact).norm() <= PACKED_TRUTH.relative * exact.norm()
+    near_plain = (packed - plain).norm() <= BLOCKS.relative * exact.norm()
+    assert near_plain or (packed - exact).norm() <= NO_FARTHER * (plain - exact).norm()
     # Another size than the one that it was packed for
     other = torch.randn(1, conv.in_channels, side + 4, side + 2)
     assert_close(conv(other), nn.functional.conv2d(other, weight, conv.bias, conv.stride, conv.padding), PACKED)
@@ -107,7 +119,7 @@ def test_packed_convolutions_in_bfloat16() -> None:
     exact = copy.deepcopy(conv).double()(x.double())
     plain = (conv(x) - exact).norm()
     assert put_on(PackedConvolutions(), [conv]) == [conv]
-    assert (conv(x) - exact).norm() <= 1.001 * plain
+    assert (conv(x) - exact).norm() <= NO_FARTHER * plain
     assert conv.weight.is_mkldnn
 
 
@@ -128,15 +140,19 @@ def test_winograds_convolutions_at_every_kind_of_size(size: tuple[int, int], bia
     assert torch.equal(conv(x), plain)
 
 
+@pytest.mark.parametrize(("pays", "bound"), [(False, WINOGRAD_TRUTH), (True, WINOGRAD_ONEDNN_TRUTH)])
 @pytest.mark.parametrize(("width", "out"), [(320, 320), (1280, 640)])
 @torch.no_grad()
-def test_winograds_convolutions_are_near_the_truth(width: int, out: int) -> None:
+def test_winograds_convolutions_are_near_the_truth(
+    width: int, out: int, pays: bool, bound: Tolerance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda: pays)
     torch.manual_seed(0)
     conv = nn.Conv2d(width, out, 3, padding=1)
     x = torch.randn(1, width, 32, 32)
     exact = copy.deepcopy(conv).double()(x.double())
     put_on(WinogradConvolutions(), [conv])
-    assert (conv(x) - exact).norm() <= WINOGRAD_TRUTH.relative * exact.norm()
+    assert (conv(x) - exact).norm() <= bound.relative * exact.norm()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from minidiff import fast
 from minidiff.fast import attention as blocks
 from minidiff.fast import onednn
 from minidiff.models.attention import Attention, Kernel, attention
-from tests.tolerances import BATCH, BLOCKS, assert_close
+from tests.tolerances import BATCH, BLOCKS, NO_FARTHER, assert_close
 from tests.unit.tiny import tiny_sd
 
 
@@ -85,9 +86,10 @@ def test_layers_at_full_width(
     found = layer(x, seen)
     if dtype == torch.float32:
         assert off(found, plain) <= BLOCKS.relative
+    if dtype == torch.float32 and pays:  # oneDNN adds up in one go, torch's kernel in tiles
         assert off(found, exact) <= BLOCKS.relative
     else:
-        assert off(found, exact) <= 1.05 * off(plain, exact), "no farther from the truth"
+        assert off(found, exact) <= NO_FARTHER * off(plain, exact), "no farther from the truth"
 
 
 @pytest.mark.parametrize(("rows", "scores"), list(product((1, 3, 100), (1, 20, 10_000))))
@@ -162,19 +164,18 @@ def test_factors_written_as_float32_lose_nothing() -> None:
     assert off(found, q.double() @ k.double()) <= BLOCKS.relative
 
 
-def test_the_setting_is_put_back() -> None:
+def test_the_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error, too; and float32 never falls under it."""
-    if blocks.SETTING is None:
-        pytest.skip("this torch has no such setting")
-    before = blocks.SETTING.fp32_precision
+    setting = SimpleNamespace(fp32_precision="ieee")  # torch's own place, which old releases lack
+    monkeypatch.setattr(blocks, "SETTING", setting)
     with blocks.narrow_factors(torch.bfloat16):
-        assert blocks.SETTING.fp32_precision == "bf16"
-    assert blocks.SETTING.fp32_precision == before
+        assert setting.fp32_precision == "bf16"
+    assert setting.fp32_precision == "ieee"
     with suppress(ZeroDivisionError), blocks.narrow_factors(torch.bfloat16):
         _ = 1 / 0
-    assert blocks.SETTING.fp32_precision == before
+    assert setting.fp32_precision == "ieee"
     with blocks.narrow_factors(torch.float32):
-        assert blocks.SETTING.fp32_precision == before
+        assert setting.fp32_precision == "ieee"
 
 
 @pytest.mark.parametrize(("keys", "kernel"), [(64, blocks.blockwise), (63, attention)])
