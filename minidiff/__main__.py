@@ -1,8 +1,6 @@
 """``python -m minidiff``: the same as the ``minidiff`` command."""
 
-import sys
-
-from minidiff.cli import main
+from minidiff.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -13,7 +13,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minidiff.arguments import PARTS, joined, parser
 from minidiff.console import guard, say
@@ -42,6 +42,19 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     return guard(lambda: _run(argv), debug="--debug" in argv)
+
+
+def command() -> NoReturn:
+    """What the ``minidiff`` command calls: :func:`main`, then the end of the process.
+
+    One of several processes goes at once, without taking the interpreter apart. torch's caches of a sliced model keep
+    gloo's threads alive beyond the process group, and one that lets go of its last tensor when there is no interpreter
+    any more aborts the process (https://github.com/pytorch/pytorch/pull/179291): a finished training would have failed.
+    """
+    status = main()
+    if "RANK" in os.environ:  # torchrun's; guard has flushed what was printed
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(argv: list[str]) -> int | None:
