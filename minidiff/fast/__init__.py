@@ -9,8 +9,8 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
 :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again), and where the processor gains by it :mod:`linear` (products by another library) and the attention kernel
-(:mod:`attention`, in blocks of queries). All of it is exact: the same bits, or the same sums in another order, no
+again), and where the processor gains by it :mod:`linear` (products by another library), :mod:`tokens` (pictures laid out
+as transformers read them) and the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact: the same bits, or the same sums in another order, no
 farther from the true value or, in float32, within a few roundings of the plain layer's result (tests/tolerances.py).
 
 Some switches are on only if they are named (``OPTIONAL``): "attention" (the faster kernel of two, by trying),
@@ -47,6 +47,7 @@ from minidiff.fast.switch import Switch, put_on
 from minidiff.fast.tf32 import TensorFloat32
 from minidiff.fast.tiles import tiled as tiled
 from minidiff.fast.tiles import whole
+from minidiff.fast.tokens import TokensInPlace
 from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.runner import Pipeline
 
@@ -58,6 +59,7 @@ SWITCHES: Mapping[str, Switch] = {
     "inplace": InPlaceBlocks(),
     "memory": PromptMemory(),
     "linear": LinearByOneDNN(),
+    "tokens": TokensInPlace(),
     "many_keys": ManyKeys(),
 }
 # On only where they are named. Which of those for cards pay has not been measured on one.

@@ -77,15 +77,8 @@ class ManyKeys(BlockAttention):
     def applies(self, layer: nn.Module) -> bool:
         if not super().applies(layer):
             return False
-        if next(layer.parameters()).dtype == torch.float32:
-            return onednn.pays()
-        return SETTING is not None and multiplies_bfloat16()
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for it (AVX512_BF16, AMX); without them everything in it is slow."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+        dtype = next(layer.parameters()).dtype
+        return onednn.pays(dtype) and (dtype == torch.float32 or SETTING is not None)
 
 
 def by_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

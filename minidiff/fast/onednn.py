@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 
-def pays() -> bool:
-    """Whether these products are the faster ones here."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(available) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def pays(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the processor is of the kind on which oneDNN's ways are the faster ones: for float32 one with AVX512, for
+    bfloat16 one that has instructions for it (AVX512_BF16, AMX), without which everything in it is slow."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -20,10 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.onednn import products
+from minidiff.fast import onednn
 from minidiff.fast.switch import Around, Wrapping
 
-NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
+# Channels: with fewer, what is saved is less than what the combining costs. With AVX512 plain convolutions come nearer
+# to the processor's limit, and win until later.
+NARROWEST = 128
+NARROWEST_AVX512 = 320
 SMALLEST = 256 * 128  # pairs of channels
 POSITIONS = 32 * 32  # of the picture: below, a packed convolution needs less memory and is nearly as fast
 TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the cache
@@ -71,7 +74,7 @@ class WinogradConvolutions(Wrapping):
             and layer.stride == layer.dilation == layer.padding == (1, 1)
             and layer.padding_mode == "zeros"
             and layer.groups == 1
-            and min(layer.in_channels, layer.out_channels) >= NARROWEST
+            and min(layer.in_channels, layer.out_channels) >= (NARROWEST_AVX512 if onednn.pays() else NARROWEST)
             and layer.in_channels * layer.out_channels >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32
@@ -102,7 +105,7 @@ def band(u: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, top: int, count
     even, odd = along[:, 0], along[:, 1]
     combine(even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:], v.unbind(1))
 
-    m = products(u, v.view(16, channels, -1)).view(4, 4, -1, count, columns)
+    m = onednn.products(u, v.view(16, channels, -1)).view(4, 4, -1, count, columns)
     if bias is not None:
         m[1, 1] += bias[:, None, None]  # m1 is in every output once
     squares = out[:, 2 * top : 2 * (top + count)].view(-1, count, 2, columns, 2)

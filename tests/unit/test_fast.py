@@ -126,8 +126,11 @@ def test_packed_convolutions_in_bfloat16() -> None:
 @pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200), (70, 96)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_winograds_convolutions_at_every_kind_of_size(size: tuple[int, int], bias: bool) -> None:
+def test_winograds_convolutions_at_every_kind_of_size(
+    size: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last one is done in four bands, of which the last is smaller."""
+    monkeypatch.setattr(winograd, "NARROWEST_AVX512", winograd.NARROWEST)
     torch.manual_seed(0)
     conv = nn.Conv2d(128, 256, 3, padding=1, bias=bias)
     x = torch.randn(2, 128, *size)
@@ -146,7 +149,7 @@ def test_winograds_convolutions_at_every_kind_of_size(size: tuple[int, int], bia
 def test_winograds_convolutions_are_near_the_truth(
     width: int, out: int, pays: bool, bound: Tolerance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     torch.manual_seed(0)
     conv = nn.Conv2d(width, out, 3, padding=1)
     x = torch.randn(1, width, 32, 32)
@@ -155,10 +158,17 @@ def test_winograds_convolutions_are_near_the_truth(
     assert (conv(x) - exact).norm() <= bound.relative * exact.norm()
 
 
+@pytest.mark.parametrize(("width", "avx512", "on"), [(320, True, 1), (256, True, 0), (256, False, 1), (64, False, 0)])
+def test_winograds_convolutions_are_wide(width: int, avx512: bool, on: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda *_: avx512)
+    conv = nn.Conv2d(width, 640, 3, padding=1)
+    assert put_on(WinogradConvolutions(), [conv]) == [conv] * on
+
+
 @torch.no_grad()
 def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = nn.Conv2d(256, 256, 3, padding=1)
-    small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
+    conv = nn.Conv2d(320, 320, 3, padding=1)
+    small, large = torch.randn(1, 320, 8, 8), torch.randn(1, 320, 32, 32)
     switches = PackedConvolutions(), WinogradConvolutions()
     put_on(switches[0], [conv])
     packed = conv(small)
@@ -168,7 +178,7 @@ def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyP
     put_on(switches[1], [conv])
     assert torch.equal(conv(small), packed)
     assert not calls
-    assert conv(large).shape == (1, 256, 32, 32)
+    assert conv(large).shape == (1, 320, 32, 32)
     assert calls
     for switch in reversed(switches):
         switch.take_off(conv)

@@ -71,7 +71,7 @@ def test_layers_at_full_width(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     torch.manual_seed(0)
     if dtype == torch.bfloat16:  # some processors take a second for each step of it
         tokens = min(tokens, 64)
@@ -193,8 +193,7 @@ def test_many_keys_go_in_blocks(keys: int, kernel: Kernel, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_on_by_itself(able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor gains by it in that dtype."""
-    monkeypatch.setattr(blocks, "multiplies_bfloat16", lambda: able and dtype == torch.bfloat16)
-    monkeypatch.setattr(onednn, "pays", lambda: able and dtype == torch.float32)
+    monkeypatch.setattr(onednn, "pays", lambda asked=torch.float32: able and asked == dtype)
     monkeypatch.setattr(blocks, "SETTING", blocks.SETTING or object())
     sd = tiny_sd()
     sd.to(dtype=dtype)

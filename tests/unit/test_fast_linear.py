@@ -18,7 +18,7 @@ from tests.unit.tiny import tiny_sd
 
 @pytest.fixture
 def _paying(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: True)
+    monkeypatch.setattr(onednn, "pays", lambda *_: True)
 
 
 @pytest.mark.usefixtures("_paying")
@@ -50,7 +50,7 @@ def test_a_gradient_takes_the_plain_way() -> None:
 @pytest.mark.parametrize("pays", [True, False])
 @torch.no_grad()
 def test_many_products(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     a, b = torch.randn(3, 33, 70), torch.randn(3, 70, 50)
     exact = torch.bmm(a.double(), b.double())
     assert (onednn.products(a, b) - exact).norm() <= BLOCKS.relative * exact.norm()
@@ -58,7 +58,7 @@ def test_many_products(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_only_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda: pays)
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     monkeypatch.setattr("minidiff.fast.linear.SMALLEST", 1)
     sd = tiny_sd()
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, nn.Linear)]

@@ -1,0 +1,55 @@
+"""Transformers that read pixels where they lie, and leave them there.
+
+A picture lies in memory channel by channel, and a transformer reads it pixel by pixel: the plain one copies it on the
+way in and on the way out. Here the picture is laid out pixel by pixel once, with its channels innermost, which a
+transformer's tokens are just another name for. Norms and convolutions pass that layout on, and the library behind the
+convolutions prefers it: it need not rearrange a picture before and after each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast import onednn
+from minidiff.fast.switch import Switch
+from minidiff.models.attention import SpatialTransformer
+
+
+class TokensInPlace(Switch):
+    """Every transformer in a picture, where the processor gains by it. CPU only."""
+
+    device = "cpu"
+
+    def applies(self, layer: nn.Module) -> bool:
+        if not isinstance(layer, SpatialTransformer):
+            return False
+        weight = layer.norm.weight
+        return weight.device.type == "cpu" and onednn.pays(weight.dtype)
+
+    def put_on(self, layer: nn.Module) -> None:
+        layer.forward = in_place.__get__(layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        del layer.__dict__["forward"]
+
+
+def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
+    """:meth:`SpatialTransformer.forward`; what it gives back has its channels innermost."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    h = self.norm(x)
+    h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+    for block in self.blocks:
+        h = block(h, context)
+    h = picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x))
+    return h + x
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C): of a picture with its channels innermost the same memory."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W), the same memory."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
