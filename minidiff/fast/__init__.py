@@ -9,9 +9,10 @@
 ``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
 single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
 :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again), and where the processor gains by it :mod:`linear` (products by another library), :mod:`tokens` (pictures laid out
-as transformers read them) and the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact: the same bits, or the same sums in another order, no
-farther from the true value or, in float32, within a few roundings of the plain layer's result (tests/tolerances.py).
+again), and where the processor gains by it :mod:`linear` (products by another library), :mod:`tokens` (pictures laid
+out as transformers read them) and the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact:
+the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few roundings
+of the plain layer's result (tests/tolerances.py).
 
 Some switches are on only if they are named (``OPTIONAL``): "attention" (the faster kernel of two, by trying),
 :mod:`compiled` (minutes at first; it goes alone), those that save memory for time (:mod:`smaller`), and those for CUDA

@@ -38,18 +38,18 @@ def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
     """:meth:`SpatialTransformer.forward`; what it gives back has its channels innermost."""
     x = x.contiguous(memory_format=torch.channels_last)
     h = self.norm(x)
-    h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+    h = self.proj_in(as_tokens(h)) if self.linear else as_tokens(self.proj_in(h))
     for block in self.blocks:
         h = block(h, context)
-    h = picture(self.proj_out(h), x) if self.linear else self.proj_out(picture(h, x))
+    h = as_picture(self.proj_out(h), x) if self.linear else self.proj_out(as_picture(h, x))
     return h + x
 
 
-def tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H*W, C): of a picture with its channels innermost the same memory."""
     return x.flatten(2).transpose(1, 2)
 
 
-def picture(tokens: Tensor, like: Tensor) -> Tensor:
+def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
     """(B, H*W, C) -> (B, C, H, W), the same memory."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+    return tokens.transpose(1, 2).reshape(like.shape)
