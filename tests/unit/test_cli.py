@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 import minidiff
 import weights_convert
-from minidiff import checkpoint, cli, console, destination, embeddings, files, info, lora
+from minidiff import checkpoint, cli, console, destination, embeddings, fast, files, info, lora
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -291,6 +291,7 @@ def test_what_sdxl_is_told(run: Run, tmp_path: Path) -> None:
     wanted = {"negative_prompt": "rain", "prompt_2": "an owl", "negative_prompt_2": "fog", "guidance_rescale": 0.7}
     sizes = minidiff.Sizes(original=(40, 48), crop=(5, 3), target=(32, 64))
     wanted |= {"clip_skip": 1, "denoising_end": 0.7, "sizes": sizes}
+    fast.optimize(sd)  # as the command does
     (want,) = sd.generate("a fox", steps=4, seed=7, progress=False, **wanted)
     assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(want))
     recipe = minidiff.read_recipe(tmp_path / "a.png")

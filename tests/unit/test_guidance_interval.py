@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff import cli
+from minidiff import cli, fast
 from minidiff.denoise import choose_rows, rows_outside
 from minidiff.errors import ConfigError
 from minidiff.guidance import guide
@@ -139,6 +139,7 @@ def test_the_command_and_the_recipe(
     sd.save("sd.safetensors")
     made = ["generate", "a fox", "--model", "sd.safetensors", "--steps", "4", "--seed", "7", "--quiet", "--out"]
     assert cli.main([*made, "a.png", "--guidance-interval", "0.3,0.8"]) == 0
+    fast.optimize(sd)  # as the command does
     (want,) = sd.generate("a fox", steps=4, seed=7, guidance_interval=(0.3, 0.8), progress=False)
     pixels = np.asarray(Image.open("a.png"))
     assert np.array_equal(pixels, np.asarray(want))
