@@ -61,10 +61,6 @@ WINOGRAD_TRUTH = Tolerance(
     "of the norm, from float64: 0.44e-6 was measured with MKL's products; plain convolutions were 1 to 2e-6 with AVX2 "
     "and 0.24e-6 with AVX512, whose kernel adds up in pieces",
 )
-WINOGRAD_ONEDNN_TRUTH = Tolerance(
-    0.0, 1.2e-6, "the same with oneDNN's products, which add up 1,280 in one go: 0.9e-6 was measured with AVX512"
-)
-
 PACKED = Tolerance(
     2e-5,
     0.0,

@@ -30,10 +30,3 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
-
-
-def products(a: Tensor, b: Tensor) -> Tensor:
-    """:func:`torch.bmm` of (N, i, j) and (N, j, k), by the library that is faster here."""
-    if not pays():
-        return torch.bmm(a, b)
-    return torch.stack([product(x, y.t()) for x, y in zip(a, b, strict=True)])

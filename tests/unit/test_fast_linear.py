@@ -48,15 +48,6 @@ def test_a_gradient_takes_the_plain_way() -> None:
 
 
 @pytest.mark.parametrize("pays", [True, False])
-@torch.no_grad()
-def test_many_products(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
-    a, b = torch.randn(3, 33, 70), torch.randn(3, 70, 50)
-    exact = torch.bmm(a.double(), b.double())
-    assert (onednn.products(a, b) - exact).norm() <= BLOCKS.relative * exact.norm()
-
-
-@pytest.mark.parametrize("pays", [True, False])
 def test_only_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     monkeypatch.setattr("minidiff.fast.linear.SMALLEST", 1)
