@@ -61,6 +61,7 @@ WINOGRAD_TRUTH = Tolerance(
     "of the norm, from float64: 0.44e-6 was measured with MKL's products; plain convolutions were 1 to 2e-6 with AVX2 "
     "and 0.24e-6 with AVX512, whose kernel adds up in pieces",
 )
+
 PACKED = Tolerance(
     2e-5,
     0.0,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidiff.fast import onednn
 from minidiff.fast.switch import Switch
-from minidiff.models.attention import SpatialTransformer
+from minidiff.models.attention import SpatialTransformer, to_tokens
 
 
 class TokensInPlace(Switch):
@@ -38,18 +38,13 @@ def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
     """:meth:`SpatialTransformer.forward`; what it gives back has its channels innermost."""
     x = x.contiguous(memory_format=torch.channels_last)
     h = self.norm(x)
-    h = self.proj_in(as_tokens(h)) if self.linear else as_tokens(self.proj_in(h))
+    h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
     for block in self.blocks:
         h = block(h, context)
     h = as_picture(self.proj_out(h), x) if self.linear else self.proj_out(as_picture(h, x))
     return h + x
 
 
-def as_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C): of a picture with its channels innermost the same memory."""
-    return x.flatten(2).transpose(1, 2)
-
-
 def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W), the same memory."""
+    """(B, H*W, C) -> (B, C, H, W), the same memory, where ``to_picture`` copies."""
     return tokens.transpose(1, 2).reshape(like.shape)

@@ -163,8 +163,8 @@ def test_where_winograds_convolutions_pay(width: int, avx512: bool, on: int, mon
 @torch.no_grad()
 def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "pays", lambda *_: False)
-    conv = nn.Conv2d(320, 320, 3, padding=1)
-    small, large = torch.randn(1, 320, 8, 8), torch.randn(1, 320, 32, 32)
+    conv = nn.Conv2d(256, 256, 3, padding=1)
+    small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
     switches = PackedConvolutions(), WinogradConvolutions()
     put_on(switches[0], [conv])
     packed = conv(small)
@@ -174,7 +174,7 @@ def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyP
     put_on(switches[1], [conv])
     assert torch.equal(conv(small), packed)
     assert not calls
-    assert conv(large).shape == (1, 320, 32, 32)
+    assert conv(large).shape == (1, 256, 32, 32)
     assert calls
     for switch in reversed(switches):
         switch.take_off(conv)
