@@ -91,6 +91,7 @@ def model_maker(args: argparse.Namespace) -> Make:
             height=_judge.SIDE,
             width=_judge.SIDE,
             progress=False,
+            guidance_interval=args.interval,
         )
         return images
 
@@ -147,6 +148,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="(default: 25)")
     parser.add_argument("--scale", type=float, default=5.0, help="guidance scale (default: 5)")
     parser.add_argument("--no-guidance", action="store_true", help="guidance scale 1: the plain prediction")
+    parser.add_argument(
+        "--interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="guidance on this part of the way only"
+    )
     parser.add_argument("--sampler", help="by name (default: the model's own)")
     parser.add_argument("--shuffle", action="store_true", help="judge each picture against another one's caption")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the noise (default: 0)")

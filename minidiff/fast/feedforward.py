@@ -12,25 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Switch
+from minidiff.fast.switch import Instead
 from minidiff.models.attention import FeedForward
 
 ROWS = 1024  # tokens at a time
-
-
-class FeedForwardInBlocks(Switch):
-    """Every feed-forward, wherever it has more tokens than fit. CPU only: a card would wait for Python."""
-
-    device = "cpu"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, FeedForward)
-
-    def put_on(self, layer: nn.Module) -> None:
-        layer.forward = in_blocks.__get__(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
 
 
 def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
@@ -40,3 +25,13 @@ def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
         value, gate = self.gate(tokens).chunk(2, dim=-1)
         made.copy_(self.out(F.gelu(gate).mul_(value)))
     return out
+
+
+class FeedForwardInBlocks(Instead):
+    """Every feed-forward, wherever it has more tokens than fit. CPU only: a card would wait for Python."""
+
+    device = "cpu"
+    forward = staticmethod(in_blocks)
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, FeedForward)

@@ -11,21 +11,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Switch
+from minidiff.fast.switch import Instead
 from minidiff.models.blocks import ResBlock
-
-
-class InPlaceBlocks(Switch):
-    """ResBlocks that reuse memory. The same bits."""
-
-    def applies(self, layer: nn.Module) -> bool:
-        return type(layer) is ResBlock
-
-    def put_on(self, layer: nn.Module) -> None:
-        layer.forward = res_block.__get__(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
 
 
 def res_block(self: ResBlock, x: Tensor, temb: Tensor | None = None) -> Tensor:
@@ -38,3 +25,12 @@ def res_block(self: ResBlock, x: Tensor, temb: Tensor | None = None) -> Tensor:
     # A sum lies in memory as its first operand does, and by that the next convolution picks its kernel, and its bits.
     out: Tensor = h.add_(carried) if h.stride() == carried.stride() else carried + h
     return out
+
+
+class InPlaceBlocks(Instead):
+    """ResBlocks that reuse memory. The same bits."""
+
+    forward = staticmethod(res_block)
+
+    def applies(self, layer: nn.Module) -> bool:
+        return type(layer) is ResBlock

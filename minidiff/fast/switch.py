@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Switch(Protocol):
@@ -58,6 +59,18 @@ class Around(ABC):
             layer.__dict__[name] = this.before
         else:
             del layer.__dict__[name]
+
+
+class Instead(Switch):
+    """A switch that gives each layer another ``forward``, which calls nothing of its own one."""
+
+    forward: ClassVar[Callable[..., Tensor]]  # a staticmethod: it is bound to the layer, not to the switch
+
+    def put_on(self, layer: nn.Module) -> None:
+        layer.forward = MethodType(self.forward, layer)
+
+    def take_off(self, layer: nn.Module) -> None:
+        del layer.__dict__["forward"]
 
 
 class Wrapping(Switch):

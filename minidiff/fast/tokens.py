@@ -12,26 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import Switch
+from minidiff.fast.switch import Instead
 from minidiff.models.attention import SpatialTransformer, to_tokens
-
-
-class TokensInPlace(Switch):
-    """Every transformer in a picture, where the processor gains by it. CPU only."""
-
-    device = "cpu"
-
-    def applies(self, layer: nn.Module) -> bool:
-        if not isinstance(layer, SpatialTransformer):
-            return False
-        weight = layer.norm.weight
-        return weight.device.type == "cpu" and onednn.pays(weight.dtype)
-
-    def put_on(self, layer: nn.Module) -> None:
-        layer.forward = in_place.__get__(layer)
-
-    def take_off(self, layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
 
 
 def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
@@ -48,3 +30,16 @@ def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
 def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
     """(B, H*W, C) -> (B, C, H, W), the same memory, where ``to_picture`` copies."""
     return tokens.transpose(1, 2).reshape(like.shape)
+
+
+class TokensInPlace(Instead):
+    """Every transformer in a picture, where the processor gains by it. CPU only."""
+
+    device = "cpu"
+    forward = staticmethod(in_place)
+
+    def applies(self, layer: nn.Module) -> bool:
+        if not isinstance(layer, SpatialTransformer):
+            return False
+        weight = layer.norm.weight
+        return weight.device.type == "cpu" and onednn.pays(weight.dtype)
