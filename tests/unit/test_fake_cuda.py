@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from minidiff import noise, runner
+from minidiff import images, noise, request, runner
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -266,14 +266,39 @@ def sd1(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusio
         text_encoder=CLIP_TINY,
         tokenizer=TokenizerConfig(),
     )
-    kinds = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
-    made = from_parts(config, {name: build(card, kind, getattr(config, name), dtype) for name, kind in kinds.items()})
+    return on_the_card(card, config, dtype)
+
+
+def sdxl(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusion:
+    """SDXL in small: two text encoders, pooled text and sizes beside the timestep."""
+    config = replace(
+        sd1(card, dtype).config,
+        family="sdxl",
+        unet=replace(UNETS["sdxl"], context_dim=24 + 8, added_dim=4 + 6 * 2, added_sinusoid=2, sample_size=4),
+        text_encoder_2=CLIPTextConfig(width=8, layers=2, heads=2, mlp=16, projection=4, activation="gelu"),
+        tokenizer_2=TokenizerConfig(pad=0),
+        text_layer="penultimate",
+        zero_empty=True,
+    )
+    return on_the_card(card, config, dtype)
+
+
+def lcm(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusion:
+    """A latent consistency model in small: the guidance scale goes into the UNet."""
+    config = sd1(card, dtype).config
+    return on_the_card(card, replace(config, unet=replace(config.unet, guidance_dim=16)), dtype)
+
+
+def on_the_card(card: AbstractContextManager[Any], config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
+    kinds = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
+    wanted = {name: kind for name, kind in kinds.items() if getattr(config, name) is not None}
+    made = from_parts(config, {name: build(card, kind, getattr(config, name), dtype) for name, kind in wanted.items()})
     assert isinstance(made, StableDiffusion)
     return made
 
 
 def outside(plan: Callable[..., Any]) -> Callable[..., Any]:
-    """A sampler's ``plan``, made of real host tensors: numpy has no part in a fake card."""
+    """A sampler's ``plan``, or what else comes before the loop, of real host tensors: a fake card has no values."""
 
     def made(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
@@ -328,6 +353,47 @@ def test_pipeline(
         assert guard.loop
         assert len(guard.copies) == 3, guard.copies
         check_result(pixels, (2, 3, 8, 8), dtype)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("family", "name"), [(sdxl, "euler"), (sdxl, "dpmpp_2m"), (lcm, "lcm")])
+def test_pipelines_of_other_families(
+    card: AbstractContextManager[Any], family: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes beside the latents, sizes or the guidance scale, is on the card before the loop."""
+    sd = family(card, dtype)
+    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS[name], guard)
+        pixels = sd.generate(["a cat", "a dog"], steps=2, sampler=name, seed=0, output="tensor", progress=False)
+        assert guard.loop
+        check_result(pixels, (2, 3, 8, 8), dtype)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_inpainting(card: AbstractContextManager[Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known part of the picture is put back after every step by what is on the card already."""
+    sd = sd1(card, torch.float16)
+    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    monkeypatch.setattr(request, "read", outside(images.read))  # pictures are looked at on the host, before the loop
+    picture, mask = torch.rand(1, 3, 8, 8), torch.ones(1, 1, 8, 8)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS[name], guard)
+        pixels = sd.generate(
+            "a cat",
+            image=picture,
+            mask=mask,
+            steps=4,
+            strength=0.8,
+            sampler=name,
+            seed=0,
+            output="tensor",
+            progress=False,
+        )
+        assert guard.loop
+        check_result(pixels, (1, 3, 8, 8), torch.float16)
 
 
 @pytest.mark.usefixtures("unread")
