@@ -87,6 +87,7 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
+    17 is that again, shorter and at a lower rate.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
@@ -110,6 +111,11 @@ def stages() -> dict[str, Stage]:
         "14-unet": partial(run, replace(short, steps=4000, curve="linear", ema=0.999, seed=10), ShapesStream(10)),
         "15-unet": partial(run, replace(short, steps=12000, curve="linear", ema=0.999, seed=11), MostlySingles(11)),
         "16-unet": partial(run, replace(even, steps=13000, curve="linear", ema=0.999, seed=32), HardSingles(32)),
+        "17-unet": partial(
+            run,
+            replace(even, noisy=1.5, steps=5500, rate=6e-4, curve="linear", ema=0.999, seed=33),
+            HardSingles(33),
+        ),
     }
 
 
