@@ -338,36 +338,32 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "check_finite", lambda *_: None)
 
 
+PIPELINES = [*((sd1, name, 3) for name in SAMPLERS), (sdxl, "euler", 5), (sdxl, "dpmpp_2m", 5), (lcm, "lcm", 4)]
+
+
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("family", "name", "copies"), PIPELINES, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_pipeline(
-    card: AbstractContextManager[Any], name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    card: AbstractContextManager[Any],
+    family: Any,
+    name: str,
+    copies: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prompt to pixels with guidance. Before the loop the ids of both prompts and the timesteps go over, no more."""
-    sd = sd1(card, dtype)
-    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
-    with on_card(card, loop=False) as guard:
-        watch_loop(monkeypatch, SAMPLERS[name], guard)
-        pixels = sd.generate(["a cat", "a dog"], steps=2, sampler=name, seed=0, output="tensor", progress=False)
-        assert guard.loop
-        assert len(guard.copies) == 3, guard.copies
-        check_result(pixels, (2, 3, 8, 8), dtype)
+    """Prompt to pixels with guidance. Before the loop the ids of both prompts and the timesteps go over, no more.
 
-
-@pytest.mark.usefixtures("unread")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("family", "name"), [(sdxl, "euler"), (sdxl, "dpmpp_2m"), (lcm, "lcm")])
-def test_pipelines_of_other_families(
-    card: AbstractContextManager[Any], family: Any, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What goes beside the latents, sizes or the guidance scale, is on the card before the loop."""
+    SDXL has two encoders, asks neither about an empty prompt, and sends the sizes of both halves; a latent consistency
+    model has one half, and its guidance scale goes over in two steps, device and dtype.
+    """
     sd = family(card, dtype)
     monkeypatch.setattr(noise, "source", NoiseOfTheCard)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, SAMPLERS[name], guard)
         pixels = sd.generate(["a cat", "a dog"], steps=2, sampler=name, seed=0, output="tensor", progress=False)
         assert guard.loop
+        assert len(guard.copies) == copies, guard.copies
         check_result(pixels, (2, 3, 8, 8), dtype)
 
 

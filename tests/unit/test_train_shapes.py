@@ -1,0 +1,59 @@
+"""What the recipe of the bundled model shows it: the streams of scripts/train_shapes.py, not the hours of training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidiff.training import shapes
+from minidiff.training.captions import COLOURS, SHAPES
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))  # at the end: see test_eval_shapes.py
+import train_shapes
+from _judge import Facts, parse
+
+
+def said(stream: train_shapes.Data, count: int) -> list[Facts]:
+    return [parse(caption) for caption in stream.batch(0, count)[1]]
+
+
+STREAMS = [train_shapes.Singles, train_shapes.MostlySingles, train_shapes.HardSingles]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_picture_does_not_depend_on_its_batch(kind: type) -> None:
+    """A resumed run, or one with another batch size, sees the same pictures."""
+    whole, captions = kind(7).batch(20, 12)
+    parts = [kind(7).batch(20, 5), kind(7).batch(25, 7)]
+    assert torch.equal(torch.cat([pixels for pixels, _ in parts]), whole)
+    assert [caption for _, words in parts for caption in words] == captions
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_nothing_held_out_is_shown(kind: type) -> None:
+    for facts in said(kind(7), 600):
+        for thing in facts.things:
+            assert (thing.shape, thing.colour, facts.background) not in shapes.HELD_OUT
+
+
+def test_three_pictures_of_four_are_of_one_thing() -> None:
+    for kind in (train_shapes.MostlySingles, train_shapes.HardSingles):
+        one = sum(len(facts.things) == 1 for facts in said(kind(7), 2000))
+        assert (
+            0.72 < one / 2000 < 0.78
+        )  # half of the even ones by chance: 3 / 4, and nearly four standard deviations either way
+
+
+def test_hard_captions_come_more_often_and_all_come() -> None:
+    hard = said(train_shapes.HardSingles(7), 2000)[1::2]
+    alone = said(train_shapes.Singles(7), 1000)
+    assert {facts.things[0].shape for facts in hard} == set(SHAPES)
+    assert {facts.things[0].colour for facts in hard} == set(COLOURS)
+
+    def share(of: list[Facts], colours: tuple[str, ...]) -> float:
+        return sum(facts.things[0].colour in colours for facts in of) / len(of)
+
+    assert share(hard, ("green", "purple")) > share(alone, ("green", "purple")) + 0.1
