@@ -26,6 +26,8 @@ MISTAKES = {
     for name in ("ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG", "EINVAL", "ELOOP")
 }
 
+LONGEST_LINE = 2000  # characters of one line
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line like all others, and that shows examples as they are written.
@@ -90,9 +92,15 @@ def say(message: object, kind: str = "") -> None:
         print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
 
 
-def one_line(message: object) -> str:
-    """``message`` on one line, with control characters written out: it may quote a file that nobody has checked."""
-    text = " ".join(str(message).split())
+def one_line(message: object, longest: int = LONGEST_LINE) -> str:
+    """``message`` on one line: everything that is printed and may quote a file that nobody has checked passes here.
+
+    Characters that steer a terminal or turn the direction of writing are written out as escapes; beyond ``longest``
+    characters the middle is left out.
+    """
+    text = " ".join(str(message)[: 8 * longest].split())
+    if len(str(message)) > 8 * longest or len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} ... {' '.join(str(message)[-longest // 8 :].split())}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

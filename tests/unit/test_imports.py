@@ -19,6 +19,7 @@ LAYERS: dict[str, int] = {
     "minidiff.config": 1,
     "minidiff.files": 1,
     "minidiff.console": 1,
+    "minidiff.reading": 1,
     "minidiff.picture": 2,
     "minidiff.destination": 3,
     "minidiff.schedule": 2,
