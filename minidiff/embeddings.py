@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from minidiff.config import check
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.turns import check_present
+from minidiff.undo import set_all
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion
@@ -37,9 +38,9 @@ class Word:
 def add(sd: StableDiffusion, word: Word) -> None:
     """Teach ``sd`` a word, in place; from then on it may stand in prompts, in any capitals.
 
-    Raises, before anything is changed, :class:`ConfigError` for a name that is not one word, or is known already,
-    :class:`CheckpointError` for vectors of another model's width or for an encoder that gets none, and
-    :class:`UnsupportedError` for a model that keeps vectors for some words only.
+    All of it is done or, should anything be raised on the way, none. Raises :class:`ConfigError` for a name that is not
+    one word, or is known already, :class:`CheckpointError` for vectors of another model's width or for an encoder that
+    gets none, and :class:`UnsupportedError` for a model that keeps vectors for some words only.
     """
     config = sd.config
     for part, tokenizer in TOKENIZERS.items():
@@ -67,17 +68,18 @@ def add(sd: StableDiffusion, word: Word) -> None:
         config = replace(config, **{part: room, tokenizer: new})
     if config is sd.config:
         raise UnsupportedError(f"{word.name}: a {config.family} model reads no text; no word can be added")
+    changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", "")]  # it is not that file any more
     for part, tokenizer in TOKENIZERS.items():
         if getattr(config, part) is not None:
-            grow(getattr(sd, part).token, word.vectors[part], getattr(sd, tokenizer).size)
-            getattr(sd, part).config = getattr(config, part)
-            setattr(sd, tokenizer, Tokenizer(getattr(config, tokenizer)))
-    sd.config, sd.hash = config, ""  # what the recipe calls the model is not that file any more
+            encoder = getattr(sd, part)
+            rows = grown(encoder.token.weight, word.vectors[part], getattr(sd, tokenizer).size)
+            changes += [(encoder.token, "weight", rows), (encoder.token, "num_embeddings", len(rows))]
+            changes += [(encoder, "config", getattr(config, part))]
+            changes += [(sd, tokenizer, Tokenizer(getattr(config, tokenizer)))]
+    set_all(changes)
 
 
-def grow(token: nn.Embedding, vectors: Tensor, first: int) -> None:
-    """Put ``vectors`` into a table from row ``first`` on; rows beyond its end are added."""
-    weight = token.weight
+def grown(weight: nn.Parameter, vectors: Tensor, first: int) -> nn.Parameter:
+    """A table with ``vectors`` in it from row ``first`` on; rows beyond its end are added."""
     rows = torch.cat([weight[:first], vectors.to(weight), weight[first + len(vectors) :]])
-    token.weight = nn.Parameter(rows, requires_grad=weight.requires_grad)
-    token.num_embeddings = len(rows)
+    return nn.Parameter(rows, requires_grad=weight.requires_grad)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.config import check
 from minidiff.errors import CheckpointError
 from minidiff.turns import check_present
+from minidiff.undo import forward_hook, surely
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,15 @@ class Adapter:
 class Applied:
     """Adapters at work in a model, until :meth:`remove`."""
 
-    def __init__(self, kept: Mapping[str, tuple[nn.Module, nn.Parameter]], hooks: Sequence[RemovableHandle]) -> None:
-        self.kept, self.hooks = dict(kept), list(hooks)
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+        self.hooks: list[RemovableHandle] = []
 
     def remove(self) -> None:
         """Give the model back as it was, bit for bit. Once is enough; twice does no harm."""
+        surely(self._remove)
+
+    def _remove(self) -> None:
         for layer, weight in self.kept.values():
             layer.weight = weight
         for hook in self.hooks:
@@ -115,13 +120,12 @@ class Applied:
         self.hooks.clear()
 
 
-@torch.no_grad()
 def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]], *, live: bool = False) -> Applied:
     """Put ``adapters``, each with its strength (1 is as trained, 0 nothing), to work in a model's ``parts``.
 
-    Several add up, in the order given. Whatever was applied last should be removed first. Raises :class:`ConfigError`
-    for a strength that is no finite number, and :class:`CheckpointError`, before anything is changed, for an update
-    that does not fit its layer or an adapter that has none.
+    Several add up, in the order given. Whatever was applied last should be removed first. All of it is done or, should
+    anything be raised on the way, none. Raises :class:`ConfigError` for a strength that is no finite number, and
+    :class:`CheckpointError` for an update that does not fit its layer or an adapter that has none.
     """
     for adapter, strength in adapters:
         check(math.isfinite(strength), f"{adapter.name}: a strength of {strength}; it must be a finite number")
@@ -129,19 +133,27 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
             raise CheckpointError(f"{adapter.name}: holds no update for any layer of this model")
         for name, update in adapter.updates.items():
             fits(parts, adapter.name, name, update)
-    kept: dict[str, tuple[nn.Module, nn.Parameter]] = {}
-    hooks: list[RemovableHandle] = []
-    for adapter, strength in adapters:
-        for name, update in adapter.updates.items():
-            layer = find(parts, name)
+    each = [(name, find(parts, name), update, at) for a, at in adapters for name, update in a.updates.items()]
+    applied = Applied()
+    try:
+        with torch.no_grad():
             if live:
-                hooks.append(layer.register_forward_hook(update.live(layer, strength)))
-                continue
-            weight = layer.get_parameter("weight")
-            assert isinstance(weight, nn.Parameter)
-            kept.setdefault(name, (layer, weight))
-            layer.weight = nn.Parameter(weight + update.delta(weight, strength), requires_grad=weight.requires_grad)
-    return Applied(kept, hooks)
+                for _, layer, update, strength in each:
+                    forward_hook(layer, update.live(layer, strength), applied.hooks)
+                return applied
+            layers = {name: layer for name, layer, _, _ in each}
+            plain = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
+            bent = dict(plain)
+            for name, _, update, strength in each:
+                weight = bent[name]
+                bent[name] = nn.Parameter(weight + update.delta(weight, strength), requires_grad=weight.requires_grad)
+            applied.kept.update((name, (layer, plain[name])) for name, layer in layers.items())
+            for name, weight in bent.items():
+                layers[name].weight = weight
+        return applied
+    except BaseException:
+        applied.remove()
+        raise
 
 
 def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update) -> None:

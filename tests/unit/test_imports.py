@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
     "minidiff.prompts": 3,
     "minidiff.start": 3,
     "minidiff.turns": 3,
+    "minidiff.undo": 3,
     "minidiff.wrapped": 3,
     "minidiff.checkpoint": 3,
     "minidiff.conventions": 3,

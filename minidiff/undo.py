@@ -1,0 +1,59 @@
+"""Changes to a model that are made whole or not at all, whatever interrupts them.
+
+Ctrl-C raises between any two steps of a program. So what is changed is noted before it changes, and an error on the
+way, of whatever kind, takes everything back before it goes on: there is never a change without a record of it. Every
+step back may be done twice, so that an interruption of the way back does no harm either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+def set_all(changes: Iterable[tuple[object, str, Any]]) -> None:
+    """Set every (object, attribute, value), or leave all as they are and raise."""
+    changes = list(changes)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        _set(changes)
+    except BaseException:
+        surely(lambda: _set(before))
+        raise
+
+
+def _set(changes: Iterable[tuple[object, str, Any]]) -> None:
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+
+
+def surely(back: Callable[[], object]) -> None:
+    """Call ``back`` until it has come to its end; an interruption is raised after that."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            back()
+            break
+        except KeyboardInterrupt as e:
+            interrupted = e
+    if interrupted is not None:
+        raise interrupted
+
+
+def forward_hook(layer: nn.Module, hook: Callable[..., Any], handles: list[RemovableHandle]) -> None:
+    """``layer.register_forward_hook(hook)``, its handle among ``handles`` before the hook is there."""
+    _register(layer._forward_hooks, hook, handles)
+
+
+def forward_pre_hook(layer: nn.Module, hook: Callable[..., Any], handles: list[RemovableHandle]) -> None:
+    """``layer.register_forward_pre_hook(hook)``, likewise."""
+    _register(layer._forward_pre_hooks, hook, handles)
+
+
+def _register(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any], handles: list[RemovableHandle]) -> None:
+    handle = RemovableHandle(hooks)
+    handles.append(handle)
+    hooks[handle.id] = hook
