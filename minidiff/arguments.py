@@ -9,16 +9,59 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 from typing import Any
 
+from minidiff.config import quote
 from minidiff.console import Parser
+from minidiff.errors import ConfigError
+from minidiff.spelling import near
 from minidiff.version import VERSION
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("minidiff", "diffusers", "original")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PARTS = ("vae", "unet", "text_encoder", "text_encoder_2")
+PARITY_COMMANDS = ("record", "compare")
+
+# Options of other programs, and what is typed here.
+GENERATE_ELSEWHERE = {
+    "prompt": 'the text itself, without an option: minidiff generate "a fox"',
+    **dict.fromkeys(("cfg", "cfg-scale", "guidance-scale"), "--scale"),
+    **dict.fromkeys(("num-inference-steps", "ddim-steps", "sampling-steps"), "--steps"),
+    **dict.fromkeys(("negative-prompt", "neg-prompt"), "--negative"),
+    **dict.fromkeys(("ckpt", "checkpoint", "model-path", "pretrained-model-name-or-path"), "--model"),
+    **dict.fromkeys(("init-img", "init-image", "img", "input-image"), "--image"),
+    "denoising-strength": "--strength",
+    **dict.fromkeys(("sampler-name", "sampling-method", "scheduler"), "--sampler"),
+    "plms": "--sampler pndm",
+    **dict.fromkeys(
+        ("n-samples", "n-iter", "batch-size", "batch-count", "num-images-per-prompt", "-n"), "--num-images"
+    ),
+    **dict.fromkeys(("outdir", "output", "output-dir", "-o"), "--out"),
+    "-W": "--width",
+    "-H": "--height",
+    "textual-inversion": "--embedding",
+    **dict.fromkeys(("half", "fp16"), "--dtype float16"),
+    "precision": "--dtype",
+    "cpu": "--device cpu",
+    "cuda": "--device cuda",
+    "overwrite": "--force",
+}
+TRAIN_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning-rate"), "--rate"),
+    **dict.fromkeys(("epochs", "num-train-epochs", "max-train-steps"), "--steps"),
+    **dict.fromkeys(("batch-size", "train-batch-size"), "--batch"),
+    **dict.fromkeys(("train-data-dir", "instance-data-dir", "dataset-name"), "--data"),
+    **dict.fromkeys(("output-dir", "outdir", "output", "-o"), "--out"),
+    "resolution": "--size",
+    "mixed-precision": "--precision",
+    "snr-gamma": "--min-snr",
+    "gradient-accumulation-steps": "--accumulate",
+    "resume-from-checkpoint": "--resume",
+    "pretrained-model-name-or-path": "--model",
+}
 
 GENERATE_EXAMPLES = """\
 examples:
@@ -108,6 +151,29 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def arranged(argv: list[str]) -> list[str]:
+    """``argv`` as the parser takes it: ``parity record`` and ``parity compare`` as one word, "help" behind its command.
+
+    Raises :class:`ConfigError` for a misspelt second word of ``parity``.
+    """
+    if argv[:1] and argv[0] in ("help", "--help", "-h"):
+        return [*_joined(argv[1:])[:1], "--help"]
+    if argv[:1] and " " in argv[0] and argv[0][0] != "-":
+        raise ConfigError(f"{quote(argv[0])} is no command; for a picture of it: minidiff generate {quote(argv[0])}")
+    return _joined(argv)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    if argv[:1] != ["parity"] or not argv[1:]:
+        return argv
+    if argv[1] in PARITY_COMMANDS:
+        return [" ".join(argv[:2]), *argv[2:]]
+    guess = near(argv[1], PARITY_COMMANDS)
+    if guess and not os.path.lexists(argv[1]):
+        raise ConfigError(f"parity {argv[1]}: there is no such command, and no such checkpoint{guess}")
+    return argv
+
+
 def _add_generate(commands: Any) -> None:
     about = "make pictures from a text, or from nothing with a model that knows no text"
     p = commands.add_parser(
@@ -116,7 +182,7 @@ def _add_generate(commands: Any) -> None:
         description=f"{about[0].upper()}{about[1:]}. Their paths are printed, one a line.",
         epilog=GENERATE_EXAMPLES,
     )
-    p.late = _samplers
+    p.late, p.elsewhere = _samplers, GENERATE_ELSEWHERE
     p.add_argument("prompt", nargs="*", metavar="PROMPT", help="what the picture shows; several make several pictures")
     g = p.add_argument_group("model")
     g.add_argument(
@@ -158,8 +224,13 @@ def _add_generate(commands: Any) -> None:
     )
     g = p.add_argument_group("picture")
     g.add_argument("--negative", metavar="TEXT", help="what the picture should not show (default: nothing)")
-    g.add_argument("--seed", type=int, metavar="N", help="image k comes from seed N + k (default: a fresh one)")
-    g.add_argument("--num-images", type=_positive, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    g.add_argument(
+        "--seed",
+        type=_seeds,
+        metavar="N",
+        help="image k comes from seed N + k; 3,8,9: one picture of each prompt from each (default: a fresh one)",
+    )
+    g.add_argument("--num-images", type=_positive, metavar="N", help="pictures of each prompt (default: 1)")
     g.add_argument("--size", type=_size, metavar="WxH", help="width and height in pixels, such as 768x512")
     g.add_argument("--width", type=_positive, metavar="N", help="divisible by 8 (default: what the model was made for)")
     g.add_argument("--height", type=_positive, metavar="N", help="the same")
@@ -181,6 +252,7 @@ def _add_generate(commands: Any) -> None:
         help="how much the prompt counts; 1 is no guidance (default: 7.5; without --model: 2)",
     )
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
+    _add_set(g)
     g.add_argument(
         "--like", metavar="PROGRAM", help="as it does it: diffusers, ldm, k-diffusion, a1111, comfyui, comfyui:karras"
     )
@@ -303,24 +375,30 @@ def _add_plan(commands: Any) -> None:
         metavar="PROGRAMS",
         help="as diffusers, ldm, k-diffusion, a1111 or comfyui plan it; several: a1111,ldm",
     )
-    p.add_argument(
-        "--set", action="append", default=[], type=_setting, metavar="OPTION=VALUE", help="an option of the sampler"
-    )
+    _add_set(p)
+
+
+def _add_set(p: Any) -> None:
+    what = "an option of the sampler; may be given several times"
+    p.add_argument("--set", action="append", default=[], type=_setting, metavar="OPTION=VALUE", help=what)
 
 
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} should be OPTION=VALUE, such as spacing=trailing")
+    if name == "name":
+        raise argparse.ArgumentTypeError(f"{text!r}: --sampler chooses another sampler")
     try:
         return name, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, value
 
 
 def _add_train(commands: Any) -> None:
     about = "train a model on your own pictures, from nothing or from a model that exists"
     p = commands.add_parser("train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=TRAIN_EXAMPLES)
+    p.elsewhere = TRAIN_ELSEWHERE
     g = p.add_argument_group("model and data")
     g.add_argument(
         "--data",
@@ -355,7 +433,7 @@ def _add_train(commands: Any) -> None:
     g.add_argument("--clip", type=_finite, metavar="X", help="the longest gradient; 0: any (default: 1)")
     g.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
     g.add_argument("--ema", type=_finite, metavar="X", help="decay of the weights' average; 0: none (default: 0.9999)")
-    g.add_argument("--seed", type=int, metavar="N", help="of the weights, the order and the noise (default: 0)")
+    g.add_argument("--seed", type=_seed, metavar="N", help="of the weights, the order and the noise (default: 0)")
     g = p.add_argument_group("objective")
     g.add_argument("--min-snr", type=_finite, metavar="X", help="weigh timesteps by min-SNR; 5 is usual (default: no)")
     g.add_argument("--noisy", type=_finite, metavar="X", help="above 1: practise much noise more (default: 1)")
@@ -369,12 +447,6 @@ def _add_train(commands: Any) -> None:
     g.add_argument("--sample-every", type=_count, metavar="N", help="steps from grid to grid; 0: none (default: 0)")
     g.add_argument("--samples", type=_positive, metavar="N", help="pictures in a grid (default: 16)")
     g.add_argument("--quiet", action="store_true", help="no progress bar")
-
-
-def joined(argv: list[str]) -> list[str]:
-    """``parity record`` and ``parity compare`` as the one word that the parser knows each by."""
-    second = argv[:1] == ["parity"] and argv[1:2] and argv[1] in ("record", "compare")
-    return [" ".join(argv[:2]), *argv[2:]] if second else argv
 
 
 def _add_parity(commands: Any) -> None:
@@ -432,7 +504,7 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     g.add_argument("--steps", type=_positive, default=4, metavar="N", help="(default: 4)")
     g.add_argument("--scale", type=_finite, metavar="X", help="of the guidance (default: 7.5)")
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
-    g.add_argument("--seed", type=int, default=0, metavar="N", help="of the first noise (default: 0)")
+    g.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the first noise (default: 0)")
     g.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
     g.add_argument("--image", metavar="FILE", help=f"begin from this picture, resized {MADE}")
     g.add_argument("--mask", metavar="FILE", help=f"paint only where this picture is white, resized {MADE}")
@@ -472,6 +544,18 @@ def _positive(text: str) -> int:
     if value is None or value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} should be a whole number, 1 or more")
     return value
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\+?[0-9]{1,20}", text) or int(text) >= 2**64:
+        # -1 is other programs' word for a seed of chance
+        fresh = "a whole number from 0 to 2**64 - 1; without --seed each run draws a fresh one"
+        raise argparse.ArgumentTypeError(f"{text!r} should be {fresh}")
+    return int(text)
+
+
+def _seeds(text: str) -> int | list[int]:
+    return [_seed(part.strip()) for part in text.split(",")] if "," in text else _seed(text)
 
 
 def _finite(text: str) -> float:

@@ -6,7 +6,6 @@ The only module that knows every other one; each is imported by the function tha
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -15,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minidiff.arguments import PARTS, joined, parser
-from minidiff.console import guard, say
+from minidiff.arguments import PARTS, arranged, parser
+from minidiff.console import LONGEST_LINE, guard, say, show, show_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
+from minidiff.reading import missing
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def command() -> NoReturn:
 
 
 def _run(argv: list[str]) -> int | None:
-    args = parser().parse_args(joined(argv))
+    args = parser().parse_args(arranged(argv))
     commands: dict[str, Callable[[Namespace], int | None]] = {
         "generate": generate,
         "info": info,
@@ -71,6 +71,10 @@ def _run(argv: list[str]) -> int | None:
     }
     if args.command is None:
         raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
+    for option in ("image", "mask", "recipe"):
+        path = getattr(args, option, None)
+        if path is not None and not os.path.exists(path):
+            raise CheckpointError(f"--{option} {missing(path)}")
     return commands[args.command](args)
 
 
@@ -87,10 +91,9 @@ def generate(args: Namespace) -> None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
     recipe = fill_from_recipe(args) if args.recipe is not None else {}
+    _count(args)
     destination = Destination(args.out, args.force)
-    sampler = _sampler(args.sampler, args.like)
-    if args.seed is None:
-        args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
+    sampler = _sampler(_changed(args.sampler, args.set), args.like)
     device = _device(args.device)
     dtype = _probed(args.model, device) if args.dtype == "auto" else _dtype(args.dtype)
     # One run, text encoder to UNet to VAE: none is needed twice. Adapters bend a model that is there.
@@ -98,6 +101,8 @@ def generate(args: Namespace) -> None:
     pipe, converted = _open_model(
         args.model, device, dtype, sampler=_name(args.sampler), low_memory=turns, **_parts(args)
     )
+    if args.set and args.sampler is None:  # of the checkpoint's own sampler, which is known only now
+        sampler = _sampler(_changed(pipe.config.sampler, args.set), args.like)
     _teach(pipe, args)
     _equip(pipe, args)
     run = _prepare(pipe, args, sampler)
@@ -113,7 +118,29 @@ def generate(args: Namespace) -> None:
     pixels = pipe.finish(run, progress=not args.quiet)
     images = (label(image, made) for image, made in zip(to_pil(pixels), run.recipes, strict=True))
     for path in [destination.save(image) for image in images]:
-        print(path)
+        show(path)
+
+
+def _count(args: Namespace) -> None:
+    """How many pictures, and from which seeds: a list of seeds is one picture of each prompt from each."""
+    if isinstance(args.seed, list):
+        if args.num_images not in (None, len(args.seed)):
+            raise ConfigError(f"--seed names {len(args.seed)} seeds, and --num-images {args.num_images}; leave one out")
+        args.num_images, args.seed = len(args.seed), args.seed * max(1, len(args.prompt))
+    elif args.seed is None:
+        args.seed = random.randrange(2**31)  # torch's own generator starts at the same place in every process
+    args.num_images = args.num_images or 1
+    words = [word for word in args.prompt if not any(c.isspace() for c in word)]
+    if len(words) == len(args.prompt) > 2 and not args.quiet:
+        together = " ".join(words)
+        say(f'{len(words)} prompts, a picture of each; for one picture quote them: minidiff generate "{together}"')
+
+
+def _changed(choice: str | dict[str, Any] | None, changes: list[tuple[str, Any]]) -> str | dict[str, Any] | None:
+    """A choice of sampler, with what --set changes of it."""
+    if not changes or choice is None:
+        return choice
+    return {**(choice if isinstance(choice, dict) else {"name": choice}), **dict(changes)}
 
 
 def _teach(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
@@ -326,7 +353,7 @@ def _is_minidiff(path: str) -> bool:
     from minidiff.files import TensorFile
 
     if not os.path.exists(path):
-        raise CheckpointError(f"{path}: no such file or folder")
+        raise CheckpointError(missing(path, "file or folder"))
     if os.path.isdir(path) or Path(path).suffix.lower() in PICKLES:
         return False
     file = TensorFile(path)
@@ -342,14 +369,14 @@ def info(args: Namespace) -> None:
     if os.path.isfile(path) and (path.lower().endswith(".png") or _starts_with(path, PNG)):
         from minidiff import read_recipe
 
-        print(json.dumps(read_recipe(path), indent=2, ensure_ascii=False))
+        show_json(read_recipe(path))
         return
     if _is_minidiff(path):
         from minidiff.info import check_tensors, describe
 
-        print(describe(path), flush=True)
+        show(describe(path), longest=LONGEST_LINE)
         if args.check:
-            print("\n" + check_tensors(path))
+            show("\n" + check_tensors(path))
         return
     _info_of_another_layout(path, args.check)
 
@@ -363,14 +390,15 @@ def _info_of_another_layout(path: str, check: bool) -> None:
     try:
         source = weights_convert.open_source(path)
     except (UnsupportedError, ConfigError):
-        print(found, flush=True)  # what is recognised is worth knowing, even where more is needed to use it
+        show(found, longest=LONGEST_LINE)  # what is recognised is worth knowing, even where more is needed to use it
         raise
-    print(source.report, table(describe_config(source.config)[1:]), size_table(source.tensors), sep="\n\n", flush=True)
+    pages = (source.report, table(describe_config(source.config)[1:]), size_table(source.tensors))
+    show("\n\n".join(map(str, pages)), longest=LONGEST_LINE)
     bad = first_not_finite(source.tensors) if check else None
     if bad is not None:
         raise CheckpointError(f"{path}: tensor {bad[0]!r} holds {bad[1]}; get the checkpoint again")
     if check:
-        print(f"\nchecked: all {len(source.tensors):,} tensors are finite (this layout carries no hash)")
+        show(f"\nchecked: all {len(source.tensors):,} tensors are finite (this layout carries no hash)")
 
 
 def _starts_with(path: str, magic: bytes) -> bool:
@@ -382,7 +410,7 @@ def convert(args: Namespace) -> None:
     """``minidiff convert``."""
     src, dst = Path(args.src), Path(args.dst)
     if not src.exists():
-        raise CheckpointError(f"{src}: no such file or folder")
+        raise CheckpointError(missing(src, "file or folder"))
     if os.path.lexists(dst) and not args.force and not dst.is_dir():  # a folder is never replaced: the writer says so
         raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
     import weights_convert
@@ -398,7 +426,7 @@ def convert(args: Namespace) -> None:
         sharded=args.sharded,
         **_parts(args),
     )
-    print(report)
+    show(report, longest=LONGEST_LINE)
 
 
 def plan(args: Namespace) -> None:
@@ -419,9 +447,9 @@ def plan(args: Namespace) -> None:
     if args.like is not None:
         from minidiff.conventions.table import plans
 
-        print(plans(args.like.split(","), schedule, {"name": config["name"], **dict(args.set)}, args.steps))
+        show(plans(args.like.split(","), schedule, {"name": config["name"], **dict(args.set)}, args.steps))
         return
-    print(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
+    show(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
 
 
 def train(args: Namespace) -> None:
@@ -436,7 +464,7 @@ def train(args: Namespace) -> None:
     assert device is not None
     path = run(args, lambda path: _open_model(path, device, torch.float32)[0], device)
     if path is not None:
-        print(path)
+        show(path)
 
 
 def parity(args: Namespace) -> int:

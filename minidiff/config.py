@@ -12,11 +12,12 @@ import itertools
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from minidiff.errors import ConfigError
+from minidiff.spelling import near
 
 T = TypeVar("T")
 
@@ -47,6 +48,13 @@ def within(low: float, high: float, **values: float | None) -> None:
     """Raise :class:`ConfigError` for a named value outside ``low``..``high``; NaN lies nowhere, None is let pass."""
     for name, value in values.items():
         check(value is None or low <= value <= high, f"{name}={quote(value)} must lie in {low}..{high}")
+
+
+def one_of(known: Collection[Any], **values: Any) -> None:
+    """Raise :class:`ConfigError` for a named value that is none of ``known``, with the one it may have meant."""
+    for name, value in values.items():
+        names = ", ".join(map(str, known))
+        check(value in known, f"{name}={quote(value)} is none of {names}{near(value, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,7 +414,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected an object, got {quote(value)}")
         hints, fields = get_type_hints(kind), dataclasses.fields(kind)
         unknown = sorted(map(str, set(value) - {f.name for f in fields}))
-        check(not unknown, f"{where}: unknown field {', '.join(map(quote, unknown[:3]))}")
+        guess = near(unknown[0], (f.name for f in fields)) if unknown else ""
+        check(not unknown, f"{where}: unknown field {', '.join(map(quote, unknown[:3]))}{guess}")
         required = {
             f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
@@ -420,7 +429,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         kinds = [a for a in args if a is not type(None)]
         return _read(next((k for k in kinds if _has_fields(k, value)), kinds[0]), value, where)
     if origin is Literal:
-        check(value in args, f"{where}={quote(value)} is none of {', '.join(map(str, args))}")
+        one_of(args, **{where: value})
         return value
     if origin is tuple:
         check(isinstance(value, (list, tuple)), f"{where}: expected a list, got {quote(value)}")

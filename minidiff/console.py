@@ -10,15 +10,18 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import json
 import os
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 from minidiff.errors import ConfigError, MinidiffError
+from minidiff.spelling import near
 
 # What the system says about names and permissions: the user's to mend. The rest (disk full, I/O error) is not.
 MISTAKES = {
@@ -32,10 +35,12 @@ LONGEST_LINE = 2000  # characters of one line
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line like all others, and that shows examples as they are written.
 
-    ``late`` gives the end of its help: what is too expensive to know before someone asks.
+    ``late`` gives the end of its help: what is too expensive to know before someone asks. ``elsewhere``: options of
+    other programs, and what is typed here instead.
     """
 
     late: Callable[[], str] | None = None
+    elsewhere: Mapping[str, str] = {}
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Formatter)
@@ -45,9 +50,38 @@ class Parser(argparse.ArgumentParser):
         """The text of ``--help``."""
         return super().format_help() + (self.late() if self.late is not None else "")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but an unknown option is named before a missing argument is."""
+        for word in args or ():
+            if word == "--" or (self._subparsers is not None and not word.startswith("-")):
+                break  # what follows is no option, or the command's own
+            option = re.sub("^[–—]+", "--", word.partition("=")[0])  # as word processors write two hyphens
+            number = re.fullmatch(r"-\d*\.?\d+", option)
+            known = option in self._option_string_actions and word[0] == "-"
+            if len(option) < 2 or option[0] != "-" or " " in word or number or known:
+                continue
+            if word[0] == "-" and word[1] != "-" and word[:2] in self._option_string_actions:
+                continue  # -hx
+            self.error(f"there is no option {option if word[0] == '-' else word}{self._meant(option)}")
+        return super().parse_known_args(args, namespace)
+
+    def _meant(self, option: str) -> str:
+        plain = option.lstrip("-").replace("_", "-")
+        there = self.elsewhere.get(plain if len(plain) > 1 else option)
+        return f"; here it is {there}" if there else near(option, self._option_string_actions)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            guess = near(value, action.choices)
+            names = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"{value!r} is none of {names}{guess}")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        show(message, end="")
+
     def error(self, message: str) -> NoReturn:
         """Raise :class:`ConfigError` with argparse's message and where to look further."""
-        raise ConfigError(f"{message}; `{self.prog} --help` says what there is")
+        raise ConfigError(f"{message}{'' if message.endswith('?') else ';'} `{self.prog} --help` says what there is")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -63,7 +97,8 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(ValueError):  # closed
+                stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -88,8 +123,35 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
 
 def say(message: object, kind: str = "") -> None:
     """Print one line on stderr, "minidiff: message"; ``kind`` may be "error" or "warning"."""
+    if sys.stderr is None:  # print would take stdout instead
+        return
     with suppress(OSError, ValueError):  # a closed stderr must not hide the exit status
         print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
+
+
+def show(result: object, end: str = "\n", longest: int | None = None) -> None:
+    """Print a result on stdout, line by line as it is laid out; what steers a terminal is written out as escapes.
+
+    ``longest``: characters of a line, the rest is left out. Without a stdout nobody wants it; OSError if it cannot be
+    written to any longer.
+    """
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):
+        return
+    lines = [
+        line if longest is None or len(line) <= longest else f"{line[:longest]} ..." for line in str(result).split("\n")
+    ]
+    print("\n".join(map(escaped, lines)), end=end, flush=True)
+
+
+def show_json(found: object) -> None:
+    """Print a result on stdout as JSON; what steers a terminal is written in JSON's own escapes."""
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    show("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+
+
+def escaped(text: str) -> str:
+    """``text`` with all that is not printable written out: control characters, directions, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(message: object, longest: int = LONGEST_LINE) -> str:
@@ -101,7 +163,7 @@ def one_line(message: object, longest: int = LONGEST_LINE) -> str:
     text = " ".join(str(message)[: 8 * longest].split())
     if len(str(message)) > 8 * longest or len(text) > longest:
         text = f"{text[: longest * 3 // 4]} ... {' '.join(str(message)[-longest // 8 :].split())}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped(text)
 
 
 def _end(e: BaseException) -> int:
@@ -136,7 +198,7 @@ def _is_out_of_memory(e: BaseException) -> bool:
 
 def _flush() -> None:
     """Write out what stdout still holds. If that fails, the interpreter must not try again at its end."""
-    if sys.stdout is None:
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):
         return
     try:
         sys.stdout.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from typing import Any, BinaryIO, Literal
 
@@ -62,11 +63,22 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         mode = os.stat(path).st_mode
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise CheckpointError(f"{os.fspath(path)}: no such file") from None
+            raise CheckpointError(missing(path)) from None
         raise
     except ValueError as e:  # a null character in the name
         raise CheckpointError(f"{os.fspath(path)!r}: no such file ({e})") from None
     _require_mode(path, mode)
+
+
+def missing(path: str | os.PathLike[str], what: str = "file") -> str:
+    """One line for a path that leads nowhere; an address and a name on a model hub are called that."""
+    name = os.fspath(path)
+    hint = ""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
+        hint = "; it is an address, and minidiff fetches nothing: download it, and name the file"
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) and not os.path.exists(name.partition("/")[0]):
+        hint = "; if it is a name on a model hub: minidiff fetches nothing, download it first"
+    return f"{name}: no such {what}{hint}"
 
 
 def _require_mode(path: str | os.PathLike[str], mode: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import checkpoint, noise
-from minidiff.config import ModelConfig, check
+from minidiff.config import ModelConfig, check, one_of
 from minidiff.conventions import Convention
 from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.streams import Streams
@@ -212,7 +212,7 @@ class Pipeline:
 
 
 def check_output(output: str) -> None:
-    check(output in ("pil", "tensor", "latent"), f"output={output!r} is none of 'pil', 'tensor', 'latent'")
+    one_of(("pil", "tensor", "latent"), output=output)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.config import Prediction, ScheduleConfig, check
+from minidiff.config import Prediction, ScheduleConfig, check, one_of
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -47,8 +47,7 @@ class NoiseSchedule:
         a = self.alphas_cumprod
         check(a.ndim == 1 and len(a) > 0, f"alphas_cumprod has shape {tuple(a.shape)}, expected (T,)")
         check(a.dtype == torch.float32, f"alphas_cumprod is {a.dtype}, expected torch.float32")
-        known = ("epsilon", "v_prediction", "sample")
-        check(self.prediction in known, f"prediction={self.prediction!r} is none of {', '.join(known)}")
+        one_of(("epsilon", "v_prediction", "sample"), prediction=self.prediction)
 
     @classmethod
     def from_config(cls, config: ScheduleConfig) -> NoiseSchedule:
@@ -183,7 +182,7 @@ def spaced(
         t = np.round(np.arange(train_steps, 0, -(train_steps / n))) - 1
         t = t if like_diffusers else t[:n]
     else:
-        check(spacing == "linspace", f"spacing={spacing!r} is none of leading, trailing, linspace")
+        one_of(("leading", "trailing", "linspace"), spacing=spacing)
         t = np.linspace(0, train_steps - 1, n)[::-1]
         if n == 1 and not like_diffusers:
             t = np.array([train_steps - 1.0])

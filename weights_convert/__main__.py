@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from minidiff.arguments import PARTS
-from minidiff.console import Parser, guard
+from minidiff.console import LONGEST_LINE, Parser, guard, show
 from weights_convert import convert
 from weights_convert.conversion import FLOATS, LAYOUTS
 
@@ -37,7 +37,7 @@ def _run(argv: Sequence[str]) -> None:
     swap = {part: getattr(args, part) for part in PARTS}
     options = {"ema": args.ema, "config": args.config, "variant": args.variant, "swap": swap, "sharded": args.sharded}
     options |= {"prediction": args.prediction, "sampler": args.sampler}
-    print(convert(args.src, args.dst, args.to, args.dtype, **options))
+    show(convert(args.src, args.dst, args.to, args.dtype, **options), longest=LONGEST_LINE)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minidiff import checkpoint
-from minidiff.config import ModelConfig, from_json
+from minidiff.config import ModelConfig, from_json, one_of
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
@@ -123,8 +123,7 @@ def convert(
     Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
     folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
     """
-    if to not in LAYOUTS:
-        raise ConfigError(f"to={to!r} is none of {', '.join(LAYOUTS)}")
+    one_of(LAYOUTS, to=to)
     if sharded is not None and to != "diffusers":
         raise ConfigError(f"sharded={sharded!r} is for to='diffusers'; {to!r} is one file")
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
@@ -176,7 +175,7 @@ def load(
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
     found = FLOATS.get(given) if isinstance(given, str) else given
     if given is not None and found not in FLOATS.values():
-        raise ConfigError(f"dtype={given!r} is none of {', '.join(FLOATS)}")
+        one_of(FLOATS, dtype=given)
     return found
 
 

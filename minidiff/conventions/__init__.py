@@ -21,6 +21,8 @@ from minidiff.conventions.streams import Streams, streams
 from minidiff.errors import ConfigError
 from minidiff.philox import A100, Card
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
+from minidiff.samplers.elsewhere import suggestion
+from minidiff.spelling import near
 
 DEVICES = ("cpu", "gpu", "nv")
 
@@ -65,7 +67,10 @@ class Convention:
         given = {key: value for key, value in choice.items() if key != "name"}
         name, methods = str(choice.get("name")), self.profile.methods
         if name not in methods:
-            raise ConfigError(f"{self.profile.name} has no sampler {name!r}; choose one of {', '.join(methods)}")
+            known = ", ".join(methods)
+            raise ConfigError(
+                f"{self.profile.name} has no sampler {name!r}; choose one of {known}{suggestion(name, methods)}"
+            )
         method = methods[name]
         strided = name in ("ddim", "pndm") and method.sampler == name
         if self.scheduler is not None and strided:
@@ -99,12 +104,13 @@ def read(like: str | Convention) -> Convention:
         return like
     check(isinstance(like, str), f"like={like!r} must be a name or a Convention")
     name, *choices = like.split(":")
-    check(name in PROFILES, f"no program is called {name!r}; known are {', '.join(PROFILES)}")
+    guess = near(name, PROFILES)
+    check(name in PROFILES, f"no program is called {name!r}; known are {', '.join(PROFILES)}{guess}")
     profile = PROFILES[name]
     scheduler = device = None
     for choice in choices:
-        known = ", ".join([*profile.schedulers, *DEVICES])
-        check(choice in profile.schedulers or choice in DEVICES, f"{name} has no {choice!r}; known are {known}")
+        known = [*profile.schedulers, *DEVICES]
+        check(choice in known, f"{name} has no {choice!r}; known are {', '.join(known)}{near(choice, known)}")
         if choice in DEVICES:
             device = choice
         else:

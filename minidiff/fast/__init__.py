@@ -51,6 +51,7 @@ from minidiff.fast.tiles import whole
 from minidiff.fast.tokens import TokensInPlace
 from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.runner import Pipeline
+from minidiff.spelling import near
 
 # In this order they are put on, and backwards taken off: Winograd's leaves small pictures to the packed convolution.
 SWITCHES: Mapping[str, Switch] = {
@@ -86,7 +87,7 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     compiler is found for the former.
     """
     for name in switches:
-        check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}")
+        check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}{near(name, ALL)}")
     on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
     if not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)

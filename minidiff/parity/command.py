@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minidiff import console
 from minidiff.config import ModelConfig, check
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
@@ -139,7 +140,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     if not args.quiet:
         size = out.stat().st_size / 1e6
         say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` holds another recording against it")
-    print(out)
+    console.show(out)
     return EQUAL
 
 
@@ -160,7 +161,7 @@ def show(report: Report, args: Namespace, destination: Path | None) -> int:
             file.write(page(report).encode())
         if not args.quiet:
             say(f"the report as a page: {destination}")
-    print(text(report, every=args.all))
+    console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
     return EQUAL if report.equal else PARTED
 
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.config import check
 from minidiff.errors import CheckpointError, MinidiffError, UnsupportedError
 from minidiff.parity.ours import Request
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
-from minidiff.samplers import SAMPLERS
+from minidiff.samplers import SAMPLERS, check_name
 from minidiff.samplers.readers import READERS
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
@@ -83,7 +82,7 @@ def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
 
     Raises :class:`ConfigError` for a name that is not known.
     """
-    check(name in SAMPLERS, f"no sampler is called {name!r}; known are {', '.join(SAMPLERS)}")
+    check_name(name)
     found = (cls for cls, reader in READERS.items() if reader.sampler is SAMPLERS[name])
     cls, options = VARIANTS.get(name) or (next(found), {})
     scheduler = getattr(import_diffusers(), cls)

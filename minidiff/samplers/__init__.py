@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
-from minidiff.config import check, from_json
+from minidiff.config import check, from_json, quote
 from minidiff.errors import ConfigError
 from minidiff.samplers.base import Draw, Options, Plan, Sampler
+from minidiff.samplers.elsewhere import suggestion
+from minidiff.spelling import near
 
 if TYPE_CHECKING:
     from minidiff.samplers.cm import CM
@@ -163,20 +165,27 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     return cast(Sampler[Any, Any], from_diffusers.sampler_from_diffusers(config))
 
 
+def check_name(name: object) -> str:
+    """``name``, if a sampler is called so; else ConfigError with what to ask for instead."""
+    if isinstance(name, str) and name in SAMPLERS:
+        return name
+    raise ConfigError(
+        f"no sampler is called {quote(name)}; known are {', '.join(SAMPLERS)}{suggestion(name, SAMPLERS)}"
+    )
+
+
 def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     """The sampler of ``{"name": "pndm", ...options}``; options that are left out have their defaults.
 
     Raises ConfigError for an unknown name or option, quoting the known ones.
     """
-    name = config.get("name")
-    known = ", ".join(SAMPLERS)
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise ConfigError(f"no sampler is called {name!r}; known are {known}")
+    name = check_name(config.get("name"))
     kind = SAMPLERS[name]
     options = {key: value for key, value in config.items() if key != "name"}
     fields = [f.name for f in dataclasses.fields(kind)]
     unknown = [key for key in options if key not in fields]
-    check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(fields)}")
+    guess = near(unknown[0], fields) if unknown else ""
+    check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(fields)}{guess}")
     return cast(Sampler[Any, Any], from_json(kind, options))
 
 

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.config import Prediction, check
+from minidiff.config import Prediction, check, one_of
 from minidiff.errors import ConfigError
 from minidiff.schedule import NoiseSchedule
 
@@ -150,7 +150,7 @@ def _check_option(name: str, value: Any, kind: Any) -> None:
     tuple of one of these."""
     if get_origin(kind) is Literal:
         known = get_args(kind)
-        return check(value in known, f"{name}={value!r} is none of {', '.join(map(repr, known))}")
+        return one_of(known, **{name: value})
     if get_origin(kind) is tuple:  # of any length, of one type
         check(isinstance(value, tuple), f"{name}={value!r} must be a tuple")
         for entry in value:

@@ -15,6 +15,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers.base import Options
 from minidiff.samplers.readers import READERS, SCHEDULE, Config, Reader, one_of
 from minidiff.schedule import MAX_BETA
+from minidiff.spelling import near
 
 # Fields of schedulers that are not (yet) in READERS, and of old versions: ignored, as diffusers ignores them.
 SIBLINGS = frozenset(
@@ -71,14 +72,17 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
     name = config.get("_class_name")
     check(name is not None, "the scheduler config has no _class_name: add it, for instance 'PNDMScheduler'")
     if name not in READERS:
-        raise UnsupportedError(f"scheduler class {name!r} is not supported; known are {', '.join(READERS)}")
+        guess = near(name, READERS)
+        raise UnsupportedError(f"scheduler class {name!r} is not supported; known are {', '.join(READERS)}{guess}")
     if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
         raise UnsupportedError(f"{name} with flow matching (use_flow_sigmas, flow_prediction) is not supported")
     reader = READERS[name]
     own = SCHEDULE | reader.fields
     known = SIBLINGS.union(own, *(r.fields for r in READERS.values()))
     unknown = [key for key in config if key not in known and not key.startswith("_")]
-    check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(own))}")
+    guess = near(unknown[0], own) if unknown else ""
+    said = f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(own))}"
+    check(not unknown, said + guess)
     # in a live scheduler's config, what its own class filled in does not count for another class
     filled_in = config.get("_use_default_values", ())
     filled = {key: default if key in filled_in else config.get(key, default) for key, default in own.items()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minidiff.config import check
+from minidiff.config import one_of as config_one_of
 from minidiff.samplers.base import Options
 from minidiff.samplers.cm import CM
 from minidiff.samplers.ddim import DDIM
@@ -95,9 +95,8 @@ class Reader:
 
 
 def one_of(config: Config, key: str, known: tuple[str, ...]) -> str:
-    value = config[key]
-    check(value in known, f"{key}={value!r} is none of {', '.join(known)}")
-    return str(value)
+    config_one_of(known, **{key: config[key]})
+    return str(config[key])
 
 
 def _sigma_spacing(c: Config) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from minidiff.config import check, within
+from minidiff.config import check, one_of, within
 
 Curve = Literal["constant", "cosine", "linear"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -67,7 +67,7 @@ class TrainConfig:
             ("curve", self.curve, ("constant", "cosine", "linear")),
             ("precision", self.precision, ("float32", "bfloat16", "float16")),
         ):
-            check(value in choice, f"{name}={value!r} is none of {', '.join(choice)}")
+            one_of(choice, **{name: value})
         above = (
             ("rate", self.rate),
             ("eps", self.eps),

@@ -812,3 +812,143 @@ def test_plan(run: Run) -> None:
     one_error(run("plan", "--set", "spacing"), "'spacing' should be OPTION=VALUE")
     one_error(run("plan", "--sampler", "ddim", "--steps", "5000"), "steps=5000")
     one_error(run("plan", "--model", "missing.safetensors"), "missing.safetensors", "no such file")
+
+
+# Habits
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["generat"], ["'generat'", "did you mean generate?"]),
+        (["Generate", "a"], ["did you mean generate?"]),
+        (["a red circle"], ["no command", "minidiff generate 'a red circle'"]),
+        (["--hlep"], ["--hlep", "did you mean --help?"]),
+        (["generate", "--hlep"], ["--hlep", "did you mean --help?"]),
+        (["convert", "--hlep"], ["did you mean --help?"]),
+        (["generate", "a", "--stepss", "3"], ["did you mean --steps?"]),
+        (["generate", "a", "—steps", "3"], ["—steps", "did you mean --steps?"]),
+        (["generate", "a", "–cfg-scale=3"], ["here it is --scale"]),
+        (["generate", "a", "--num_images", "3"], ["did you mean --num-images?"]),
+        (["generate", "--prompt", "a"], ["without an option"]),
+        (["generate", "a", "--guidance_scale", "3"], ["here it is --scale"]),
+        (["generate", "a", "-W", "512"], ["here it is --width"]),
+        (["generate", "a", "--dtype", "fp16"], ["float16"]),
+        (["train", "--lr", "1e-4"], ["here it is --rate"]),
+        (["plan", "--sampelr", "ddim"], ["did you mean --sampler?"]),
+        (["parity", "recrod", "a", "b"], ["parity recrod", "did you mean record?"]),
+        (["parity", "compare", "--tolerence", "1"], ["did you mean --tolerance?"]),
+        (["convert", "a", "b", "--to", "difusers"], ["did you mean diffusers?"]),
+        (["generate", "a", "--sampler", "DPM++ 2M Karras"], ["--sampler dpmpp_2m --set sigma_spacing=karras"]),
+        (["generate", "a", "--like", "comfy"], ["did you mean comfyui?"]),
+        (["generate", "a", "--seed", "-1"], ["'-1'", "without --seed each run draws a fresh one"]),
+        (["generate", "a", "--seed", "1,-1"], ["'-1'", "without --seed"]),
+        (["generate", "a", "--seed", "1,,2"], ["''", "--seed"]),
+        (["generate", "a", "--seed", str(2**64)], ["2**64 - 1"]),
+        (["generate", "a", "--seed", "1,2", "--num-images", "3"], ["2 seeds", "--num-images 3", "leave one out"]),
+        (["train", "--data", "x", "--out", "y", "--seed", "-1"], ["'-1'", "--seed"]),
+        (["generate", "a", "--image", "https://example.com/a.png"], ["an address", "download it"]),
+        (["generate", "a", "--mask", "s3://bucket/a.png", "--image", "x"], ["--image x: no such file"]),
+        (["generate", "a", "--model", "runwayml/stable-diffusion-v1-5"], ["no such file or folder", "model hub"]),
+        (["info", "http://example.com/model.safetensors"], ["an address", "download it"]),
+        (["convert", "https://example.com/model.ckpt", "b"], ["an address"]),
+        (["generate", "a", "--set", "name=euler", "--sampler", "ddim"], ["--sampler chooses another"]),
+        (["generate", "a", "--set", "eat=1", "--sampler", "ddim"], ["did you mean eta?"]),
+        (["generate", "a", "--set", "eta=1"], ["pndm has no option 'eta'"]),
+    ],
+)
+def test_what_was_meant(argv: list[str], words: list[str], run: Run) -> None:
+    own = argv[0] == "generate" and "--model" not in argv
+    one_error(run(*argv, *(["--model", "text", "--quiet"] if own else [])), *words)
+
+
+def test_help_where_it_is_looked_for(run: Run) -> None:
+    wanted = run("generate", "--help")
+    assert wanted.out[0].startswith("usage: minidiff generate")
+    for argv in (["--help", "generate"], ["help", "generate"], ["-h", "generate"], ["generate", "a", "--help"]):
+        assert run(*argv) == wanted
+    assert run("help").out == run("--help").out
+    assert run("help", "parity", "record").out[0].startswith("usage: minidiff parity record")
+    assert run("--help", "parity").out[0].startswith("usage: minidiff parity [")
+    one_error(run("help", "generat"), "did you mean generate?")
+
+
+def test_words_that_look_like_options_and_are_none(run: Run) -> None:
+    ended = run("generate", "-- a fox", "--negative", "--ugly thing", "--model", "text", "--steps", 1, "--quiet")
+    assert (ended.status, len(ended.out)) == (0, 1)
+    assert minidiff.read_recipe(ended.out[0])["negative_prompt"] == "--ugly thing"
+    assert run("generate", "--model", "text", "--steps", 1, "--quiet", "--", "--help").status == 0
+
+
+def test_options_of_the_sampler(run: Run, models: Path, tmp_path: Path) -> None:
+    """--set changes the named sampler, the checkpoint's own, or that of a recipe, as Python's options do."""
+    made = ("generate", "a fox", "--model", "text", "--steps", 3, "--seed", 7, "--quiet", "--plain")
+    karras = ("--set", "sigma_spacing=karras")
+    assert run(*made, "--sampler", "dpmpp_2m", *karras, "--set", "solver_order=1", "--out", "a").err == []
+    sd = minidiff.load(models / "text.safetensors")
+    chosen = {"name": "dpmpp_2m", "sigma_spacing": "karras", "solver_order": 1}
+    (want,) = sd.generate("a fox", steps=3, seed=7, sampler=chosen, progress=False)
+    assert np.array_equal(pixels("a.png"), np.asarray(want))
+    (other,) = sd.generate("a fox", steps=3, seed=7, sampler="dpmpp_2m", progress=False)
+    assert not np.array_equal(pixels("a.png"), np.asarray(other))
+    assert run(*made, "--set", "steps_offset=7", "--out", "b").err == []
+    assert minidiff.read_recipe("b.png")["sampler"]["name"] == "pndm"
+    assert minidiff.read_recipe("b.png")["sampler"]["steps_offset"] == 7
+    again = ("generate", "--model", "text", "--recipe", "a.png", "--quiet", "--out", "c", "--set", "solver_order=2")
+    assert run(*again).err == []
+    sampler = minidiff.read_recipe("c.png")["sampler"]
+    assert (sampler["name"], sampler["sigma_spacing"], sampler["solver_order"]) == ("dpmpp_2m", "karras", 2)
+
+
+def test_a_list_of_seeds(run: Run) -> None:
+    made = ("--model", "text", "--steps", 1, "--quiet")
+    assert run("generate", "fox", *made, "--seed", "5,3,9").out == ["fox-5.png", "fox-3.png", "fox-9.png"]
+    both = run("generate", "an owl", "a cat", *made, "--seed", "5, 3")
+    assert both.out == ["an-owl-5.png", "an-owl-3.png", "a-cat-5.png", "a-cat-3.png"]
+    run("generate", "fox", *made, "--seed", 3, "--out", "alone")
+    assert np.array_equal(pixels("alone.png"), pixels("fox-3.png"))
+    plain = run("generate", "--model", "plain", "--steps", 2, "--seed", "8,2", "--quiet")
+    assert plain.out == ["ddpm-8.png", "ddpm-2.png"]
+
+
+def test_words_without_quotes_are_pointed_out(run: Run) -> None:
+    made = ("--model", "text", "--steps", 1, "--seed", 1)
+    ended = run("generate", "a", "red", "fox", *made)
+    assert ended.err[0] == (
+        'minidiff: 3 prompts, a picture of each; for one picture quote them: minidiff generate "a red fox"'
+    )
+    assert len(ended.out) == 3
+    assert not any("prompts" in line for line in run("generate", "a fox", "an owl", "a cat", *made).err)
+    assert run("generate", "a", "red", "fox", *made, "--quiet").err == []
+
+
+def test_nothing_that_is_printed_steers_a_terminal(run: Run, models: Path, tmp_path: Path) -> None:
+    """Paths, recipes and reports: what comes from outside is written out, and JSON stays JSON."""
+    evil = "a\x1b]0;x\x07b\x9b31m\u202egnp\u2028z"
+    folder = tmp_path / evil
+    folder.mkdir()
+    (folder / "m.safetensors").write_bytes((models / "text.safetensors").read_bytes())
+    made = ("--model", folder / "m.safetensors", "--steps", 1, "--seed", 1)
+    calls = [
+        run("generate", "fox", *made, "--out", str(folder / "x.png")),
+        run("generate", "fox", *made, "--out", str(folder / "none" / "x.png")),
+        run("info", folder / "m.safetensors", "--check"),
+        run("info", folder / "none"),
+        run("convert", folder / "m.safetensors", folder / "n.safetensors"),
+        run("generate", evil, "--model", "text", "--steps", 1, "--out", "y.png", "--quiet"),
+        run("info", "y.png"),
+        run("generate", "fox", f"--{evil}"),
+        run("plan", "--set", f"{evil}=1"),
+        run(evil),
+    ]
+    for ended in calls:
+        assert all(line.isprintable() for line in (*ended.out, *ended.err)), ended
+    assert calls[0].out == [str(folder / "x.png").replace(evil, console.escaped(evil))]
+    assert json.loads("\n".join(calls[6].out))["prompt"] == evil
+
+
+def test_a_page_of_one_endless_line_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show("a\n" + "b" * 300_000 + "\nc", longest=console.LONGEST_LINE)
+    out = capsys.readouterr().out.splitlines()
+    assert (out[0], out[2], len(out[1])) == ("a", "c", console.LONGEST_LINE + 4)

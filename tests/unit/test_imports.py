@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, int] = {
     "minidiff.errors": 0,
     "minidiff.version": 0,
+    "minidiff.spelling": 0,
     "minidiff.config": 1,
     "minidiff.files": 1,
     "minidiff.console": 1,

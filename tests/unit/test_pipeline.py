@@ -369,7 +369,7 @@ WIDTH = 16
         ({"negative_prompt_embeds": torch.zeros(3, 77, WIDTH)}, "differ in shape"),
         ({"negative_prompt_embeds": torch.zeros(1, 5, WIDTH)}, "differ in shape"),
         ({"negative_prompt_embeds": torch.zeros(1, 77, 3)}, "negative_prompt_embeds has shape (1, 77, 3)"),
-        ({"output": "jpeg"}, "output='jpeg' is none of 'pil', 'tensor', 'latent'"),
+        ({"output": "jpeg"}, "output='jpeg' is none of pil, tensor, latent"),
         ({"output": None}, "output=None"),
     ],
 )

@@ -126,7 +126,7 @@ def test_unknown_names_and_options_quote_the_known_ones():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (DDIM, {"spacing": "middle"}, "DDIM.spacing='middle' is none of 'leading'"),
+        (DDIM, {"spacing": "middle"}, "DDIM.spacing='middle' is none of leading"),
         (DDIM, {"eta": -0.5}, "eta=-0.5 must not be negative"),
         (DDIM, {"eta": "1"}, "DDIM.eta='1' must be of type float"),
         (DDIM, {"steps_offset": 1.5}, "steps_offset=1.5 must be of type int"),
@@ -134,7 +134,7 @@ def test_unknown_names_and_options_quote_the_known_ones():
         (DDIM, {"set_alpha_to_one": 1}, "set_alpha_to_one=1 must be of type bool"),
         (DDPM, {"clip": 0.0}, "clip=0.0 must be positive"),
         (DDPM, {"threshold": 99.5}, "threshold=99.5 is a fraction"),
-        (DDPM, {"variance": "large"}, "variance='large' is none of 'fixed_small'"),
+        (DDPM, {"variance": "large"}, "variance='large' is none of fixed_small"),
         (Euler, {"s_churn": -1.0}, "s_churn=-1.0 must not be negative"),
         (Euler, {"sigma_min": 0.0}, "sigma_min=0.0 must be positive"),
         (Euler, {"last_alpha_bar": 0.0}, "last_alpha_bar=0.0 must lie"),
