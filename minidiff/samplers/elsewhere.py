@@ -52,7 +52,7 @@ METHODS: Mapping[str, Method] = {
 }
 LEVELS = {"karras": "karras", "ka": "karras", "exponential": "exponential", "beta": "beta"}
 # Ours that have no such levels, or choose among others.
-OTHER_LEVELS = ("ddpm", "ddim", "pndm", "euler_ancestral", "lcm", "tcd", "cm", "ipndm", "ddim_inverse")
+OTHER_LEVELS: tuple[str, ...] = ("ddpm", "ddim", "pndm", "euler_ancestral", "lcm", "tcd", "cm", "ipndm", "ddim_inverse")
 OTHER_LEVELS += ("edm_euler", "edm_dpmpp_2m")
 # Methods that are not here at all, and which of ours is the nearest.
 ABSENT: Mapping[str, str] = {
