@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.config import check, quote
-from minidiff.errors import CheckpointError, ConfigError
+from minidiff.errors import ConfigError
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
+from minidiff.pixels import complaint, open_picture, to_eight_bits
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,8 +57,9 @@ def read(
     ``factor``.
 
     Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]; an image with
-    ``latent_channels`` is taken as latents. Raises :class:`ConfigError` for a size or values that do not fit, and
-    :class:`CheckpointError` for a file that is missing or no picture.
+    ``latent_channels`` is taken as latents. Pictures may be of any mode, see :mod:`minidiff.pixels`; files are turned
+    as their cameras say, while a PIL image stays as it is held. Raises :class:`ConfigError` for a size or values that
+    do not fit, and :class:`CheckpointError` for a file that is missing or no picture.
     """
     if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == latent_channels != image_channels:
         check(image.numel() > 0, f"image is a tensor of shape {tuple(image.shape)}, which holds nothing")
@@ -86,9 +88,7 @@ def _mask(mask: Any, size: tuple[int, int], image: tuple[int, int]) -> Tensor:
 
 
 def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
-    """Tensors as they are; paths and PIL images as a list of PIL images."""
-    from PIL import Image
-
+    """Tensors as they are; paths and PIL images as a list of PIL images, 8-bit RGB or L."""
     if isinstance(given, Tensor):
         shape = tuple(given.shape)
         fits = given.ndim == 4 and given.numel() > 0
@@ -96,26 +96,26 @@ def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
         return given
     many = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     check(len(many) > 0, f"{name} is an empty list; give at least one")
-    found = [one if isinstance(one, Image.Image) else open_picture(one, name) for one in many]
+    found = [_picture(one, name) for one in many]
     for one in found:
         check(one.size == found[0].size, f"{name}s of one run must be of one size, got {found[0].size} and {one.size}")
     return found
 
 
-def open_picture(path: Any, name: str = "image") -> Image.Image:
-    """A picture file, RGB, turned as its camera says. Raises :class:`CheckpointError` for anything else."""
-    from PIL import Image, ImageOps
+def _picture(given: Any, name: str) -> Image.Image:
+    """One picture, a path or a PIL image, as 8-bit RGB or L."""
+    from PIL import Image
 
-    if not isinstance(path, (str, os.PathLike)):
-        kinds = "a path, a PIL image, a list of them, or a tensor (B, C, H, W)"
-        raise ConfigError(f"{name} must be {kinds}, got {type(path).__name__}")
+    if isinstance(given, (str, os.PathLike)):
+        return open_picture(given, name)
+    kinds = "a path, a PIL image, a list of them, or a tensor (B, C, H, W)"
+    check(isinstance(given, Image.Image), f"{name} must be {kinds}, got {type(given).__name__}")
     try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError:
-        raise CheckpointError(f"{os.fspath(path)}: no such file; {name} names a picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise CheckpointError(f"{os.fspath(path)}: no readable picture ({' '.join(str(e).split())})") from None
+        return to_eight_bits(given)
+    except MemoryError:
+        raise
+    except Exception as e:  # of a file that was opened and is read only now, or of a mode that the library half knows
+        raise ConfigError(f"{name} cannot be read ({complaint(e)})") from None
 
 
 def size_of(found: list[Image.Image] | Tensor) -> tuple[int, int]:
@@ -141,8 +141,6 @@ def _numbers(found: list[Image.Image] | Tensor, size: tuple[int, int], mode: Mod
 
     arrays = []
     for picture in found:
-        if picture.mode not in ("RGB", "L"):  # palettes and transparency would be resized as if they were colours
-            picture = picture.convert("RGB")
         resized = picture.resize(size[::-1], resample=Image.Resampling.LANCZOS).convert(mode)
         arrays.append(np.asarray(resized).astype(np.float32) / 255.0)
     stacked = np.stack(arrays)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minidiff.config import check
-from minidiff.images import open_picture
 from minidiff.pipeline import StableDiffusion
+from minidiff.pixels import open_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +38,7 @@ def picture(path: str | None, width: int, height: int) -> Image.Image:
     from PIL import Image
 
     if path is not None:
-        return open_picture(path, "--image").resize((width, height), Image.Resampling.LANCZOS)
+        return open_picture(path, "--image").convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     x, y = np.arange(width), np.arange(height)[:, None]
     slopes = 255 * x // width + 0 * y, 255 * y // height + 0 * x
     checks = (x * 8 // width + y * 8 // height) % 2 * 150

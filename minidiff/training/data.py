@@ -18,6 +18,7 @@ from minidiff.config import check, quote
 from minidiff.errors import ConfigError
 from minidiff.models.vae import DiagonalGaussian
 from minidiff.training.batch import Batch, Data
+from minidiff.training.changes import marks_of
 from minidiff.training.images import to_pixels
 from minidiff.training.settings import MOST_STEPS
 
@@ -41,6 +42,7 @@ class Shuffled:
         check(n != 0, "there is no picture to train on")
         check(n != 1, "there is only one picture to train on; a model needs at least two, and rather thousands")
         self.pictures, self.seed = pictures, seed
+        self.marks = marks_of(pictures)
         self._epoch, self._order = -1, [0]
 
     def batch(self, start: int, count: int) -> Batch:

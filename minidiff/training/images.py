@@ -2,17 +2,20 @@
 
 Every picture is read once, at the beginning: so a broken one is found before the training and not in its third hour,
 and what is left has numbers that do not change. Scaled down, a set usually fits into memory, and is kept there.
+Nothing is left out without a word but hidden files and folders, and what programs leave behind for themselves.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import struct
+import unicodedata
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from posixpath import normpath
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -20,24 +23,48 @@ from torch import Tensor
 
 from minidiff.config import check, quote, within
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pixels import formats, open_picture, suffixes, to_eight_bits
+from minidiff.reading import open_regular, read_text
 from minidiff.training.batch import Batch
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MEMORY = 2**31  # bytes of pixels that are kept; a larger folder is read again, picture by picture
-NAMED = 5  # how many broken pictures a message names
+NAMED = 5  # how many pictures a message names
 CAPTIONS = "metadata.jsonl"
+LONGEST_LIST, LONGEST_CAPTION = 1 << 30, 1 << 20  # bytes
+# Folders that programs make for themselves, beside the hidden ones.
+JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+# Pictures of formats that are not read.
+UNREAD = {
+    *(".heic", ".heif", ".jxl", ".psd", ".svg", ".ico", ".eps", ".ai", ".exr", ".hdr", ".dds", ".xcf", ".kra", ".pcx"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".wmf", ".emf", ".djvu"),
+}
+# How files of pictures begin: for those whose names do not say it.
+BEGINNINGS = (
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",
+    b"MM\0*",
+    b"qoif",
+    b"\0\0\0\x0cjP  ",
+)
 
 
 class ImageFolder:
     """The pictures in ``path`` and in its folders, cut to squares of ``size`` pixels; ``take`` gives a batch of them.
 
-    ``captions``: each picture has one, in a text file beside it (``cat.png``, ``cat.txt``) or as a line of
-    ``metadata.jsonl``: ``{"file_name": "cat.png", "text": "a cat"}``. Pictures that cannot be read are named in a
-    warning, counted (``broken``), and left out. Raises :class:`ConfigError` for a folder that does not exist or has no
-    picture that can be read, and for captions that are missing.
+    A picture is what has a name like one (``cat.png``) or begins like one; of animations it is the first frame. Hidden
+    files and folders are left out. ``captions``: each picture has one, in a text file beside it (``cat.png``,
+    ``cat.txt``) or as a line of ``metadata.jsonl``: ``{"file_name": "cat.png", "text": "a cat"}``.
+
+    Pictures that cannot be read are named in a warning, counted (``broken``), and left out; so are those of the list
+    that are not there (``absent``). ``marks``: by name in the folder, a number that changes with the picture's pixels
+    and with its caption. Raises :class:`ConfigError` for a folder that does not exist or has no picture that can be
+    read, and for captions that are missing.
     """
 
     def __init__(
@@ -54,33 +81,60 @@ class ImageFolder:
         within(1, 65536, size=size)
         self.path, self.size = Path(path), size
         check(self.path.is_dir(), f"{path}: there is no such folder of pictures")
-        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        check(bool(found), f"{path}: no pictures in this folder ({', '.join(sorted(SUFFIXES))})")
-        texts = read_captions(self.path, found) if captions else {}
+        found, unread = self._search()
+        check(bool(found), f"{path}: no pictures in this folder ({', '.join(formats())}){_and(unread, self.path)}")
+        texts = self._read_captions(found) if captions else {}
         self.files: list[Path] = []
-        self.broken: list[Path] = []
+        self.broken: list[Path] = list(unread)
+        self.marks: dict[str, int] = {}
         keep = len(found) * 3 * size**2 <= memory
         rows: list[Tensor] = []
-        for file in tqdm(found, desc="reading pictures", unit="picture", disable=not progress, leave=False):
-            try:
-                row = read(file, size)
-            except DAMAGE:
-                self.broken.append(file)
-                continue
-            self.files.append(file)
-            if keep:
-                rows.append(row)
-        self._complain(len(found))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's remarks on odd metadata
+            for file in tqdm(found, desc="reading pictures", unit="picture", disable=not progress, leave=False):
+                try:
+                    row = read(file, size)
+                except (CheckpointError, OSError):
+                    self.broken.append(file)
+                    continue
+                self.files.append(file)
+                self.marks[_name(file, self.path)] = zlib.crc32(
+                    row.numpy().tobytes() + texts.get(file, "").encode(errors="surrogatepass")
+                )
+                if keep:
+                    rows.append(row)
+        self._complain(len(found) + len(unread))
         self.pixels = torch.stack(rows) if keep else None
         self.texts = [texts[file] for file in self.files] if captions else None
 
+    def _search(self) -> tuple[list[Path], list[Path]]:
+        """The pictures, in order, and what seems to be pictures of formats that are not read."""
+        known, found, unread = suffixes(), list[Path](), list[Path]()
+        for place, folders, names in os.walk(self.path, onerror=_refuse):
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in JUNK]
+            for file in (Path(place, name) for name in names if not name.startswith(".")):
+                suffix = file.suffix.lower()
+                if suffix in known or (suffix not in (".txt", ".json", ".jsonl", *UNREAD) and _begins_like_one(file)):
+                    found.append(file)
+                elif suffix in UNREAD:
+                    unread.append(file)
+        return sorted(found), sorted(unread)
+
+    def _read_captions(self, files: Sequence[Path]) -> dict[Path, str]:
+        """The caption of each file; a warning tells which pictures of the list are not there."""
+        listed = read_list(self.path / CAPTIONS) if (self.path / CAPTIONS).is_file() else {}
+        self.absent = sorted(listed.keys() - {_name(file, self.path) for file in files})
+        if self.absent:
+            count = f"{len(self.absent)} of {len(listed)} names are of no picture that is there"
+            warnings.warn(f"{self.path / CAPTIONS}: {count}: {_first(self.absent)}", stacklevel=3)
+        return read_captions(self.path, files, listed)
+
     def _complain(self, found: int) -> None:
-        names = ", ".join(str(f.relative_to(self.path)) for f in self.broken[:NAMED])
-        more = f" and {len(self.broken) - NAMED} more" if len(self.broken) > NAMED else ""
+        names = _first(_name(f, self.path) for f in self.broken)
         count = f"{len(self.broken)} of {found} pictures cannot be read"
-        check(bool(self.files), f"{self.path}: {count}: {names}{more}; nothing is left to train on")
+        check(bool(self.files), f"{self.path}: {count}: {names}; nothing is left to train on")
         if self.broken:
-            warnings.warn(f"{self.path}: {count} and are left out: {names}{more}", stacklevel=4)
+            warnings.warn(f"{self.path}: {count} and are left out: {names}", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -97,25 +151,48 @@ class ImageFolder:
     def _read_again(self, file: Path) -> Tensor:
         try:
             return read(file, self.size)
-        except DAMAGE as e:
+        except (CheckpointError, OSError) as e:
             raise CheckpointError(f"{file}: could be read when the run began, and now it cannot ({e})") from None
 
 
+def _refuse(e: OSError) -> NoReturn:
+    """A folder that cannot be opened ends the search, which would pass it over."""
+    raise e
+
+
+def _name(file: Path, folder: Path) -> str:
+    """What a file of a set is called: its path in the folder, with slashes, letters composed as most systems do."""
+    return unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _and(unread: Sequence[Path], folder: Path) -> str:
+    return f", but {len(unread)} of formats that are not read: {_first(_name(f, folder) for f in unread)}" * bool(
+        unread
+    )
+
+
+def _begins_like_one(file: Path) -> bool:
+    """Whether a file begins like a picture, whatever it is called."""
+    if not file.is_file():
+        return False
+    try:
+        with open_regular(file) as opened:
+            head = opened.read(16)
+    except (OSError, CheckpointError):
+        return False
+    boxed = head[4:8] == b"ftyp" and head[8:11] in (b"avi", b"mif", b"hei")
+    return head.startswith(BEGINNINGS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed
+
+
 def read(path: Path, size: int) -> Tensor:
-    """One picture file as uint8 (3, size, size). Raises one of ``DAMAGE`` if it is none."""
-    from PIL import Image, ImageOps
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the library's remarks on odd metadata
-        try:
-            with Image.open(path) as image:
-                return to_pixels(ImageOps.exif_transpose(image), size)
-        except Image.DecompressionBombError as e:
-            raise ValueError(str(e)) from None
-
-
-# What the library raises for files that are damaged.
-DAMAGE = (OSError, ValueError, TypeError, SyntaxError, IndexError, struct.error)
+    """One picture file as uint8 (3, size, size). Raises :class:`CheckpointError` if it is none, or damaged."""
+    return to_pixels(open_picture(path), size)
 
 
 def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:
@@ -128,12 +205,7 @@ def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         image = Image.fromarray(array if array.ndim == 2 else array.transpose(1, 2, 0))
-    if image.mode.startswith("I"):  # 16 bits of grey, which the library would cut off at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = to_eight_bits(image).convert("RGB")
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -141,20 +213,22 @@ def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def read_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """The caption of each file. Raises :class:`ConfigError` if any has none, saying how many, or one is unreadable."""
-    listed = read_list(folder / CAPTIONS) if (folder / CAPTIONS).is_file() else {}
+def read_captions(folder: Path, files: Sequence[Path], listed: Mapping[str, str]) -> dict[Path, str]:
+    """The caption of each file, from the list or beside it. Raises :class:`ConfigError` if any has none, saying how
+    many, or one is unreadable."""
     texts: dict[Path, str] = {}
     for file in files:
         beside = file.with_suffix(".txt")
-        name = file.relative_to(folder).as_posix()
+        name = _name(file, folder)
         if name in listed:
             texts[file] = listed[name]
         elif beside.is_file():
             try:
-                texts[file] = beside.read_text(encoding="utf-8-sig").strip()
-            except UnicodeDecodeError:
-                raise ConfigError(f"{beside}: a caption should be text in UTF-8, and this is not") from None
+                texts[file] = read_text(beside, LONGEST_CAPTION).strip()
+            except CheckpointError:
+                raise ConfigError(
+                    f"{beside}: a caption should be text in UTF-8, a few words of it, and this is not"
+                ) from None
     missing = [f for f in files if f not in texts]
     if missing:
         where = f"a .txt file beside it or a line of {CAPTIONS}"
@@ -165,13 +239,14 @@ def read_captions(folder: Path, files: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_list(path: Path) -> dict[str, str]:
-    """metadata.jsonl as a dict from file name to text. Raises :class:`ConfigError`, naming the line, if it is wrong."""
+    """metadata.jsonl as a dict from file name to text; a warning tells of names that stand there twice.
+
+    Raises :class:`ConfigError`, naming the line, if it is wrong, and :class:`CheckpointError` if it is no text.
+    """
     found: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: should be text in UTF-8, and is not") from None
-    for number, line in enumerate(lines, 1):
+    twice: dict[str, None] = {}
+    # A line ends at a line feed alone: JSON's strings may hold U+2028 and other ends of lines as they are.
+    for number, line in enumerate(read_text(path, LONGEST_LIST).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -182,5 +257,10 @@ def read_list(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or not isinstance(text, str):
             example = '{"file_name": "cat.png", "text": "a cat"}'
             raise ConfigError(f"{path}, line {number}: {quote(line)} should be an object like {example}")
+        name = unicodedata.normalize("NFC", normpath(name))
+        if found.get(name, text) != text:
+            twice[name] = None
         found[name] = text
+    if twice:
+        warnings.warn(f"{path}: {len(twice)} names have two texts, the last one counts: {_first(twice)}", stacklevel=4)
     return found

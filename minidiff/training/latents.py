@@ -17,6 +17,7 @@ from minidiff.config import to_json
 from minidiff.files import TensorFile, lazy, write_tensors
 from minidiff.models.vae import VAE, DiagonalGaussian
 from minidiff.training.batch import Batch
+from minidiff.training.changes import marks_of
 from minidiff.training.data import PictureSet
 
 KEY = "minidiff.latents"
@@ -30,6 +31,7 @@ class CachedLatents:
     """
 
     def __init__(self, pictures: PictureSet, vae: VAE, path: str | os.PathLike[str] | None = None) -> None:
+        self.marks = marks_of(pictures)
         mark = fingerprint(pictures, vae)
         latents = None if path is None else load(Path(path), mark)
         self.latents = encode(pictures, vae) if latents is None else latents

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from minidiff.config import ModelConfig, from_json, quote
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import Lazy, TensorFile, lazy, write_tensors
+from minidiff.training import changes
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
 
@@ -90,6 +92,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         "settings": dataclasses.asdict(trainer.config),
         "model": dataclasses.asdict(trainer.pipe.config),
         "scaler": trainer.scaler.state_dict(),
+        "pictures": changes.marks_of(trainer.data),
     }
 
 
@@ -124,6 +127,7 @@ def parse_facts(text: str, path: Path) -> dict[str, Any]:
         from_json(TrainConfig, found["settings"])
         from_json(ModelConfig, found["model"])
         known = isinstance(found["done"], int) and isinstance(found["scaler"], dict)
+        known = known and isinstance(found.get("pictures", {}), dict)  # states of before this was kept have none
     except (ValueError, KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: its record of the run cannot be used ({e})") from None
     if not known:
@@ -132,7 +136,8 @@ def parse_facts(text: str, path: Path) -> dict[str, Any]:
 
 
 def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Raise :class:`CheckpointError` for the first field in which the run on disk differs from this one."""
+    """Raise :class:`CheckpointError` for the first field in which the run on disk differs from this one; a warning
+    tells of other pictures."""
     for what, now in (("model", trainer.pipe.config), ("settings", trainer.config)):
         here = json.loads(json.dumps(dataclasses.asdict(now)))
         for name, value in here.items():
@@ -142,6 +147,9 @@ def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str
                 raise CheckpointError(
                     f"{path}: was trained with {was}, now it is {wanted}; use that, or another folder"
                 )
+    other = changes.said(found["pictures"], changes.marks_of(trainer.data)) if "pictures" in found else None
+    if other is not None:
+        warnings.warn(f"{path}: goes on with other pictures or captions than before: {other}", stacklevel=2)
 
 
 def _first_difference(name: str, then: Any, now: Any) -> tuple[str, str]:

@@ -22,6 +22,7 @@ LAYERS: dict[str, int] = {
     "minidiff.console": 1,
     "minidiff.reading": 1,
     "minidiff.picture": 2,
+    "minidiff.pixels": 2,
     "minidiff.destination": 3,
     "minidiff.schedule": 2,
     "minidiff.philox": 2,

@@ -19,6 +19,7 @@ from minidiff.images import read
 from minidiff.models.attention import Attention, attention
 from minidiff.picture import read_recipe
 from minidiff.pipeline import from_parts, load, random_model
+from minidiff.pixels import to_eight_bits
 from minidiff.precision import attention_in_float32
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
@@ -226,7 +227,10 @@ def test_pictures_in_other_modes_are_made_rgb(sd: StableDiffusion) -> None:
     want = sd.generate("a", image=picture().quantize(16).convert("RGB"), output="latent", **QUIET)
     assert_close(sd.generate("a", image=picture().quantize(16), output="latent", **QUIET), want)
     clear = picture()
-    clear.putalpha(200)
+    clear.putalpha(200)  # what shines through is white
+    want = sd.generate("a", image=to_eight_bits(clear), output="latent", **QUIET)
+    assert_close(sd.generate("a", image=clear, output="latent", **QUIET), want)
+    clear.putalpha(255)
     want = sd.generate("a", image=picture(), output="latent", **QUIET)
     assert_close(sd.generate("a", image=clear, output="latent", **QUIET), want)
 

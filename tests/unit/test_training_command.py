@@ -13,7 +13,8 @@ from PIL import Image
 
 import minidiff
 from minidiff.cli import main
-from minidiff.files import TensorFile
+from minidiff.files import TensorFile, write_tensors
+from minidiff.training.state import KEY
 from tests.tolerances import assert_close
 from tests.unit.tiny import DDPM, SD, tiny_sd
 
@@ -73,6 +74,37 @@ def test_going_on_needs_no_repeated_options_and_ends_at_the_same_weights(
     assert len(whole) > 300
     for name, tensor in whole.items():
         assert_close(half[name].load(), tensor.load(), where=name)
+
+
+def test_going_on_with_other_pictures_is_said(photos: Path, tmp_path: Path, capfd: Any) -> None:
+    """With counts; captions and cached latents included. A state of before there were marks says nothing."""
+    tiny_sd().save(tmp_path / "sd.safetensors")
+    out = tmp_path / "run"
+    begin = ["train", "--data", str(photos), "--size", "16", "--out", str(out), "--cache-latents"]
+    assert main([*begin, "--model", str(tmp_path / "sd.safetensors"), *TINY]) == 0
+    capfd.readouterr()
+    go_on = [*begin, "--resume", "--quiet", "--device", "cpu", "--steps"]
+    assert main([*go_on, "5"]) == 0
+    assert capfd.readouterr().err == ""
+    (photos / "03.png").unlink()
+    (photos / "04.png").rename(photos / "4.png")
+    (photos / "04.txt").rename(photos / "4.txt")
+    (photos / "05.txt").write_text("another text")
+    Image.new("RGB", (20, 20), "red").save(photos / "06.png")
+    assert main([*go_on, "6"]) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("minidiff: warning: ")
+    assert "other pictures or captions than before: 1 added (4.png), 2 gone (03.png, 04.png), 2 changed (05.png" in line
+    assert line.endswith("12 then, 11 now")
+    assert main([*go_on, "7"]) == 0
+    assert capfd.readouterr().err == ""
+    old = TensorFile(out / "state.safetensors")
+    facts = json.loads(old.metadata[KEY])
+    del facts["pictures"]
+    write_tensors(out / "state.safetensors", old.lazy, {"format": "pt", KEY: json.dumps(facts)})
+    (photos / "4.png").unlink()
+    assert main([*go_on, "8"]) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_text_model_is_tuned_on_cached_latents(photos: Path, tmp_path: Path, capfd: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.training import changes
 from minidiff.training.batch import Batch
 from minidiff.training.data import FirstOf, ShapesStream, Shuffled, TorchvisionSet, normalised
 from minidiff.training.images import ImageFolder, to_pixels
@@ -206,3 +208,133 @@ def test_reading_is_quiet(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ImageFolder(folder, 8)
+
+
+def test_hidden_files_and_folders_are_no_data(folder: Path) -> None:
+    """What Jupyter, file managers and archives leave beside the pictures."""
+    names = [".ipynb_checkpoints/red-checkpoint.png", ".thumbnails/1.png", "__MACOSX/._a.jpg", "__MACOSX/a.jpg"]
+    names += [
+        "inner/.git/a.png",
+        "inner/.DS_Store",
+        "@eaDir/red.png",
+        "._red.png",
+        ".red.png",
+        "Thumbs.db",
+        "desktop.ini",
+    ]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name, "PNG")
+    (folder / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0 and so on")
+    (folder / "desktop.ini").write_text("[.ShellClassInfo]")
+    write_captions(folder)
+    (folder / "inner" / "black.txt").write_text("black")
+    for captions in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = ImageFolder(folder, 8, captions=captions)
+        assert [f.name for f in found.files] == ["blue.webp", "black.gif", "lime.jpg", "red.png", "white.bmp"]
+
+
+def test_pictures_of_every_name_are_taken_or_said(folder: Path) -> None:
+    """By their suffix, of which there are more than the usual ones, or by how they begin."""
+    image = Image.new("RGB", (16, 16), "red")
+    taken = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.ppm": "PPM", "d.pgm": "PPM", "e.tga": "TGA", "f.avif": "AVIF"}
+    taken |= {"g.jp2": "JPEG2000", "h.qoi": "QOI", "i": "PNG", "j.jpg_large": "JPEG", "k.PNG": "WEBP", "l.tmp": "WEBP"}
+    for name, kind in taken.items():
+        image.save(folder / name, kind)
+    (folder / "notes").write_text("no picture")
+    (folder / "photo.heic").write_bytes(b"\0\0\0\x24ftypheic" + bytes(40))
+    (folder / "drawing.svg").write_text("<svg/>")
+    (folder / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n%%EndComments\n")
+    os.mkfifo(folder / "pipe.png")
+    with pytest.warns(
+        UserWarning, match=r"4 of 21 pictures cannot be read and are left out: drawing\.svg, page\.eps, ph"
+    ):
+        found = ImageFolder(folder, 8)
+    assert {file.name for file in found.files} >= taken.keys()
+    assert len(found) == 17
+    (folder / "only").mkdir()
+    (folder / "photo.heic").rename(folder / "only" / "photo.heic")
+    with pytest.raises(ConfigError, match=r"no pictures in this folder .*, but 1 of formats that are not read: photo"):
+        ImageFolder(folder / "only", 8)
+
+
+def test_a_folder_that_cannot_be_opened_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        ImageFolder(folder, 8)
+
+
+def write_list(folder: Path, rows: list[tuple[str, str]], between: str = "\n") -> None:
+    lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in rows]
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + between.join(lines).encode())
+
+
+NAMES = ["blue.webp", "inner/black.gif", "lime.jpg", "red.png", "white.bmp"]
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_a_line_of_the_list(folder: Path, between: str) -> None:
+    texts = ["a\u2028fox", "two\u0085lines", "three\u2029", "\u2028", "five\u2028\u2028"]
+    write_list(folder, list(zip(NAMES, texts, strict=True)), between)
+    assert ImageFolder(folder, 8, captions=True).texts == texts
+
+
+def test_captions_keep_odd_ends_of_lines_too(folder: Path) -> None:
+    write_captions(folder)
+    (folder / "inner" / "black.txt").write_bytes(b"\xef\xbb\xbf all \xe2\x80\xa8 black\r\n")
+    assert ImageFolder(folder, 8, captions=True).take([1]).captions == ["all \u2028 black"]
+
+
+def test_a_list_that_names_absent_pictures(folder: Path) -> None:
+    rows = [(name, name) for name in [*NAMES, "gone.png", "other/b.jpeg", ".hidden/c.png"]]
+    write_list(folder, rows)
+    with pytest.warns(
+        UserWarning, match=r"metadata\.jsonl: 3 of 8 names are of no picture that is there: \.hidden/c\.png, gon"
+    ):
+        found = ImageFolder(folder, 8, captions=True)
+    assert found.absent == [".hidden/c.png", "gone.png", "other/b.jpeg"]
+    assert found.texts == NAMES
+
+
+def test_names_in_the_list_are_paths(folder: Path) -> None:
+    """A dot in front, letters with their accents apart as macOS writes them, and names that stand there twice."""
+    (folder / "red.png").rename(folder / "re\u0301d.png")
+    rows = [
+        ("./blue.webp", "1"),
+        ("inner//black.gif", "2"),
+        ("lime.jpg", "3"),
+        ("r\u00e9d.png", "4"),
+        ("white.bmp", "5"),
+    ]
+    write_list(folder, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ImageFolder(folder, 8, captions=True).texts == ["1", "2", "3", "4", "5"]
+    write_list(folder, [*rows, ("lime.jpg", "3"), ("blue.webp", "6")])
+    with pytest.warns(UserWarning, match=r"1 names have two texts, the last one counts: blue\.webp"):
+        assert ImageFolder(folder, 8, captions=True).texts == ["6", "2", "3", "4", "5"]
+
+
+def test_marks_tell_pictures_and_captions_apart(folder: Path) -> None:
+    write_list(folder, [(name, name) for name in NAMES])
+    before = ImageFolder(folder, 8, captions=True)
+    assert list(before.marks) == NAMES
+    assert changes.said(before.marks, ImageFolder(folder, 8, captions=True, memory=0).marks) is None
+    (folder / "red.png").unlink()
+    Image.new("RGB", (50, 30), "blue").save(folder / "lime.jpg")
+    Image.new("RGB", (8, 8), "blue").save(folder / "new.png")
+    write_list(folder, [("new.png", "new"), ("blue.webp", "another"), *((name, name) for name in NAMES[1:])])
+    with pytest.warns(UserWarning, match="1 of 6 names"):
+        after = ImageFolder(folder, 8, captions=True)
+    told = "1 added (new.png), 1 gone (red.png), 2 changed (blue.webp, lime.jpg); 5 then, 5 now"
+    assert changes.said(before.marks, after.marks) == told
+    assert changes.marks_of(Shuffled(after)) == after.marks

@@ -1,0 +1,173 @@
+"""Pictures from outside: the one reader of their files, and 8-bit RGB or grey out of every kind that Pillow knows.
+
+Pillow opens far more than pictures are kept in, and for some of it starts another program (Ghostscript for PostScript,
+whatever the file is called): only ``FORMATS`` are tried. What a file is, its content says and not its name.
+
+Deep pictures are scaled to 8 bits, not cut off at 255 as Pillow's own ``convert`` does. How bright the brightest value
+is, a file says (16 bits reach to 65535); of a picture in memory, and of floats, it is the narrowest of the usual ranges
+that holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for floats.
+Colour profiles are not applied.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minidiff.console import one_line
+from minidiff.errors import CheckpointError
+from minidiff.reading import HEAD, content_of, open_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What is read, by Pillow's names; TGA, which no first bytes announce, comes last. HEIF only where a program that uses
+# minidiff has registered a reader for it.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "QOI", "HEIF", "TGA")
+NO_PICTURES = {
+    "lfs pointer": "a Git LFS pointer, not the picture itself; run `git lfs pull` where it was cloned",
+    "web page": "a web page, not a picture; the download went wrong",
+    "safetensors": "a safetensors file, not a picture",
+    "empty": "empty",
+}
+ORIENTATION = 0x0112  # Exif's word for how the camera was held, and which of Pillow's transpositions rights it
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+BITS, PHOTOMETRIC, SIGNED = 258, 262, 339  # TIFF's tags
+DEEP = 65535  # white in 16 bits
+
+
+def open_picture(path: Any, name: str = "picture") -> Image.Image:
+    """A picture file as 8-bit RGB or L, turned as its camera says; see :func:`to_eight_bits`.
+
+    Of an animation it is the first frame, of a file with several pages the first. ``name``: what the path is called in
+    messages. Raises :class:`CheckpointError` for a file that is missing or damaged, or none of ``FORMATS``.
+    """
+    from PIL import Image
+
+    if not os.path.exists(path):
+        raise CheckpointError(f"{os.fspath(path)}: no such file; {name} names a picture")
+    with open_regular(path) as file:
+        mistaken = NO_PICTURES.get(content_of(file.read(HEAD)))
+        if mistaken is not None:
+            raise CheckpointError(f"{os.fspath(path)}: no readable picture (is {mistaken})")
+        try:
+            with Image.open(file, formats=formats()) as opened:
+                opened.load()
+                turn = UPRIGHT.get(_orientation(opened))
+                image = to_eight_bits(opened)
+            return image if turn is None else image.transpose(Image.Transpose[turn])
+        except MemoryError:
+            raise
+        except Exception as e:  # Pillow's readers run into whatever a damaged file leads them to
+            raise CheckpointError(f"{os.fspath(path)}: no readable picture ({complaint(e)})") from None
+
+
+def formats() -> list[str]:
+    """Those of ``FORMATS`` that the installed Pillow reads."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def suffixes() -> set[str]:
+    """The endings of file names, ".png" and so on, that belong to :func:`formats`."""
+    from PIL import Image
+
+    known = {*formats(), "MPO"}  # a JPEG with more pictures behind the first
+    return {end for end, name in Image.registered_extensions().items() if name in known}
+
+
+def complaint(e: BaseException) -> str:
+    """What a reader of pictures says of a file, in a few words."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(e, UnidentifiedImageError):
+        return f"is none of {', '.join(formats())}"
+    return one_line(e or type(e).__name__, 200)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # of notes that are damaged nothing can be known; the picture is sound
+        return None
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, or L where it is grey and opaque: deep ones scaled (see above), transparent
+    ones laid over white.
+
+    One that is RGB or L already comes back as it is. Raises ValueError for one without pixels, for floats that are not
+    finite or of an unusual range, and what Pillow raises if it is damaged.
+    """
+    from PIL import Image
+
+    if 0 in image.size:
+        raise ValueError(f"{image.width} x {image.height} pixels")
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep(image)
+    if image.mode == "La":  # grey that was multiplied with its alpha: Pillow converts it to nothing
+        grey, alpha = (np.asarray(image)[..., k].astype(np.int32) for k in (0, 1))
+        return Image.fromarray(np.minimum(grey + 255 - alpha, 255).astype(np.uint8))
+    if is_transparent(image):
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a picture has an alpha channel, a transparent colour, or a palette with one."""
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info or palette.endswith("A")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """A picture of 16 or 32 bits, or of floats, as L."""
+    from PIL import Image
+
+    values, white, inverted = _range(image)
+    clear = image.info.get("transparency")
+    grey = np.rint(np.clip(values.astype(np.float32) * (255 / white), 0, 255)).astype(np.uint8)
+    if inverted:
+        grey = 255 - grey
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def _range(image: Image.Image) -> tuple[Any, float, bool]:
+    """The values of a deep picture, which of them is white, and whether 0 is white and that one black."""
+    values = np.asarray(image)
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    inverted = tags.get(PHOTOMETRIC) == 0
+    if image.mode == "F":
+        least, most = float(values.min()), float(values.max())
+        if not np.isfinite([least, most]).all():  # NaN anywhere makes both NaN
+            raise ValueError("it holds NaN or infinite values")
+        for bound, white in ((2, 1), (256, 255), (DEEP + 1, DEEP)):  # a little beyond 1 is still meant as 1
+            if most < bound:
+                return values, white, inverted
+        raise ValueError(f"it has float values up to {most:g}; 0..1, 0..255 and 0..65535 are read")
+    if tags:
+        bits, signed = tags.get(BITS, (16,))[0], tags.get(SIGNED, (1,))[0] == 2
+        unsigned = bits == 32 and not signed  # which Pillow reads as if they were signed
+        return values.view(np.uint32) if unsigned else values, float(2 ** (bits - signed) - 1), inverted
+    if image.format is not None:
+        return values, DEEP, False
+    return values, next(white for white in (255, DEEP, 2**31 - 1) if int(values.max()) <= white), False
