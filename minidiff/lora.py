@@ -23,10 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minidiff.config import check
+from minidiff.config import check, quote
 from minidiff.errors import CheckpointError
 from minidiff.turns import check_present
 from minidiff.undo import forward_hook, surely
+
+LARGEST = torch.finfo(torch.float32).max  # a factor beyond it is infinite in float32
+KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of an update's halves
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,27 @@ class Update:
 
     ``alpha``: None stands for the divisor, which is the rank, or its root (``rank_stabilised``; Kalajdzievski 2023).
     For a linear layer ``down`` is (rank, in) and ``up`` (out, rank); for a convolution (rank, in, k, k) and
-    (out, rank, 1, 1): first the layer's own kernel to few channels, then a 1x1 convolution to all.
+    (out, rank, 1, 1): first the layer's own kernel to few channels, then a 1x1 convolution to all. Kernels of one
+    pixel may be left out or added, here and in the layer.
     """
 
     down: Tensor
     up: Tensor
     alpha: float | None = None
     rank_stabilised: bool = False
+
+    def problem(self) -> str | None:
+        """Say why this is no product that could be added to a weight, or None if it is one; values are not read."""
+        down, up = self.down, self.up
+        shapes = f"up {list(up.shape)} {up.dtype}, down {list(down.shape)} {down.dtype}"
+        if up.ndim == 4 and up.shape[2:] != (1, 1):
+            return f"its second half is a kernel of {up.shape[2]}x{up.shape[3]}, not of 1x1 ({shapes})"
+        halves = (down.ndim in (2, 4), up.ndim in (2, 4), down.numel() > 0, up.numel() > 0)
+        if not all(halves) or up.shape[1] != len(down) or not {down.dtype, up.dtype}.issubset(KINDS):
+            return f"it is no product of two matrices ({shapes})"
+        if self.alpha is not None and not abs(self.alpha) <= LARGEST:
+            return f"its alpha is {quote(self.alpha)}, and must be a finite number"
+        return None
 
     def factor(self, strength: float) -> float:
         """What ``up @ down`` is multiplied by. In this order: the quotient alone would round differently."""
@@ -56,27 +73,29 @@ class Update:
 
     def delta(self, weight: Tensor, strength: float) -> Tensor:
         """What is added to ``weight``, of its shape, device and dtype."""
-        down, up = self.down.to(weight), self.up.to(weight)
-        if down.ndim == 2:
-            change = up @ down
-        elif down.shape[2:] == (1, 1):
-            change = (up[:, :, 0, 0] @ down[:, :, 0, 0])[:, :, None, None]
+        down, up = self.down.to(weight), self.up.to(weight).flatten(1)
+        if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()  # as peft does it; the CPU's own products of such matrices can be slow
+        if down.shape[2:] in ((), (1, 1)):
+            change = up @ down.flatten(1)
         else:
-            change = F.conv2d(down.transpose(0, 1), up).transpose(0, 1)
-        return (change * self.factor(strength)).reshape(weight.shape)
+            change = F.conv2d(down.transpose(0, 1), up[:, :, None, None]).transpose(0, 1)
+        return (change * self.factor(strength)).to(weight.dtype).reshape(weight.shape)
 
     def live(self, layer: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         """A forward hook of ``layer`` that adds the update to its output."""
         weight = layer.get_parameter("weight")
-        down, up, factor = self.down.to(weight), self.up.to(weight), self.factor(strength)
+        down, up, factor = self.down.to(weight), self.up.to(weight).flatten(1), self.factor(strength)
 
         def hook(layer: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+            x = inputs[0]
             if isinstance(layer, nn.Conv2d):
-                few = F.conv2d(
-                    inputs[0], down.reshape(len(down), -1, *layer.kernel_size), None, layer.stride, layer.padding
-                )
-                return out + F.conv2d(few, up.reshape(*up.shape[:2], 1, 1)) * factor
-            return out + F.linear(F.linear(inputs[0], down.flatten(1)), up.flatten(1)) * factor
+                few = F.conv2d(x, down.reshape(len(down), -1, *layer.kernel_size), None, layer.stride, layer.padding)
+                return out + F.conv2d(few, up[:, :, None, None]) * factor
+            # One product of all rows, as torch itself does where the second matrix is trained, and so in the
+            # reference. Where neither is, it may do one product a picture, if the rows lie apart: other bits.
+            few = F.linear(x.reshape(-1, x.shape[-1]), down.flatten(1))
+            return out + F.linear(few, up).reshape(out.shape) * factor
 
         return hook
 
@@ -96,7 +115,7 @@ class Adapter:
     def __str__(self) -> str:
         """One line: how much of the file found its place."""
         total = max(self.found, len(self.updates))
-        lost = f"; {len(self.unmatched)} keys were left out, {self.unmatched[0]!r} first" if self.unmatched else ""
+        lost = f"; {len(self.unmatched)} keys were left out, {quote(self.unmatched[0])} first" if self.unmatched else ""
         return f"{self.name}: {len(self.updates)} of {total} modules{lost}"
 
 
@@ -125,28 +144,30 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
 
     Several add up, in the order given. Whatever was applied last should be removed first. All of it is done or, should
     anything be raised on the way, none. Raises :class:`ConfigError` for a strength that is no finite number, and
-    :class:`CheckpointError` for an update that does not fit its layer or an adapter that has none.
+    :class:`CheckpointError` for an update that does not fit its layer or drives its weights beyond what their dtype
+    holds, or an adapter that has none.
     """
     for adapter, strength in adapters:
-        check(math.isfinite(strength), f"{adapter.name}: a strength of {strength}; it must be a finite number")
+        check(abs(strength) <= LARGEST, f"{adapter.name}: a strength of {strength}; it must be a finite number")
         if not adapter.updates:
             raise CheckpointError(f"{adapter.name}: holds no update for any layer of this model")
         for name, update in adapter.updates.items():
-            fits(parts, adapter.name, name, update)
-    each = [(name, find(parts, name), update, at) for a, at in adapters for name, update in a.updates.items()]
+            fits(parts, adapter.name, name, update, strength)
+    each = [(a.name, name, find(parts, name), u, at) for a, at in adapters for name, u in a.updates.items()]
     applied = Applied()
     try:
         with torch.no_grad():
             if live:
-                for _, layer, update, strength in each:
+                for _, _, layer, update, strength in each:
                     forward_hook(layer, update.live(layer, strength), applied.hooks)
                 return applied
-            layers = {name: layer for name, layer, _, _ in each}
+            layers = {name: layer for _, name, layer, _, _ in each}
             plain = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
             bent = dict(plain)
-            for name, _, update, strength in each:
+            for adapter_name, name, _, update, strength in each:
                 weight = bent[name]
                 bent[name] = nn.Parameter(weight + update.delta(weight, strength), requires_grad=weight.requires_grad)
+                require_finite(bent[name], f"{adapter_name}: {name}")
             applied.kept.update((name, (layer, plain[name])) for name, layer in layers.items())
             for name, weight in bent.items():
                 layers[name].weight = weight
@@ -156,17 +177,32 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
         raise
 
 
-def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update) -> None:
-    """Raise :class:`CheckpointError` unless layer ``name`` is linear or a convolution of the update's shape."""
+def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update, strength: float) -> None:
+    """Raise :class:`CheckpointError` unless layer ``name`` is linear or a convolution that ``update`` fits."""
     layer = find(parts, name)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise CheckpointError(f"{adapter}: {name} is no layer that an adapter can bend ({type(layer).__name__})")
     check_present(layer.weight, adapter)
+    problem = update.problem()
+    if problem is not None:
+        raise CheckpointError(f"{adapter}: the update of {name} cannot be used: {problem}")
     wanted, got = tuple(layer.weight.shape), update.shape
-    same = got == wanted or (got[:2] == wanted[:2] and set(got[2:] + wanted[2:]) <= {1})
-    if not same or update.down.shape[0] != update.up.shape[1]:
+    if got != wanted and not (got[:2] == wanted[:2] and set(got[2:] + wanted[2:]) <= {1}):
         shapes = f"up {tuple(update.up.shape)} and down {tuple(update.down.shape)}"
         raise CheckpointError(f"{adapter}: {shapes} do not fit {name}, whose weight is {wanted}")
+    if not abs(update.factor(strength)) <= LARGEST:
+        raise CheckpointError(f"{adapter}: {name} is multiplied by {update.factor(strength):g}; its alpha is too large")
+    for half in (update.down, update.up):
+        require_finite(half.to(layer.weight), f"{adapter}: {name}")
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise :class:`CheckpointError` if an adapter makes ``tensor`` exceed the range of its dtype."""
+    # One entry that is not finite makes the sum so, which is far faster to look at; a sum may also overflow by itself.
+    if not (tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all()):
+        raise CheckpointError(
+            f"{what}: is not finite in {tensor.dtype}; the adapter's values, its alpha or its strength are too large"
+        )
 
 
 def find(parts: Mapping[str, nn.Module], name: str) -> nn.Module:

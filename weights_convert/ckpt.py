@@ -28,7 +28,8 @@ from minidiff.files import NAMES, Lazy, lazy
 HARMLESS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\.[\w.]+"
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|dtypes\.\w+)"
-    r"|builtins\.(bool|dict|float|int|list|object|str|tuple)|typing\.Any|collections\.defaultdict"
+    r"|builtins\.(bool|dict|float|int|list|object|set|str|tuple)|typing\.Any|collections\.defaultdict"
+    r"|torch\.nn\.modules\.container\.ParameterDict"
     r"|pathlib\.\w*Path|argparse\.Namespace"
 )
 LEGACY_PICKLES = 5  # torch before 1.6 wrote five in a row: magic number, version, system, the object, storage keys
@@ -52,7 +53,18 @@ def inert_dict(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-STAND_INS: dict[str, Any] = {"collections.defaultdict": inert_dict, "builtins.dict": inert_dict}
+class Parameters(dict[str, Tensor]):
+    """Stands in for a ParameterDict, which the first learned words came in: keeps its tensors and nothing else."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state["_parameters"])
+
+
+STAND_INS: dict[str, Any] = {
+    "collections.defaultdict": inert_dict,
+    "builtins.dict": inert_dict,
+    "torch.nn.modules.container.ParameterDict": Parameters,
+}
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:

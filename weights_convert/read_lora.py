@@ -1,9 +1,13 @@
 """Adapter files: which layer of minidiff's a key of a LoRA file means, in each of the dialects that are about.
 
     lora_unet_down_blocks_0_attentions_0_..._attn1_to_q.lora_down.weight      kohya, and LDM's block names for SDXL
+    lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight             its text encoders: te, te1, te2
     unet.down_blocks.0.attentions.0....attn1.to_q.lora_A.weight               diffusers, as peft writes since 2023
     unet.down_blocks.0.attentions.0....attn1.processor.to_q_lora.down.weight  diffusers, before
+    text_encoder.text_model.encoder....self_attn.to_q_lora.down.weight        its text encoder, early in 2023
     base_model.model.down_blocks.0....attn1.to_q.lora_A.weight                peft
+    unet.input_blocks.1.1....to_q.lora_down.weight, clip_l.text_model....     OneTrainer
+    diffusion_model.input_blocks.1.1....to_q.lora_up.weight                   ComfyUI
 
 A dialect is a prefix that names the part, a spelling of the layer, and an ending that names the matrix. Spelled with
 underscores instead of dots, every layer's name is looked up in one table, made from the key maps of conversion.
@@ -12,194 +16,233 @@ underscores instead of dots, every layer's name is looked up in one table, made 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from minidiff.config import ModelConfig, quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.files import TensorFile
-from minidiff.lora import Adapter, Update
+from minidiff.files import Lazy
+from minidiff.lora import KINDS, LARGEST, Adapter, Update
+from minidiff.reading import read_object
 from weights_convert import keys_diffusers, keys_original
-from weights_convert.ckpt import read_pickle
+from weights_convert.adapter_file import open_tensors
 from weights_convert.engine import Module
+from weights_convert.peft_settings import Settings, settings_of
 
 # What a key ends with, by what it holds. Of peft's, "lora_A.default.weight" names the adapter in between.
 ENDINGS = {
     "down": r"[._]lora[._](down|A(\.[\w-]+)?)\.weight|\.lora_linear_layer\.down\.weight",
     "up": r"[._]lora[._](up|B(\.[\w-]+)?)\.weight|\.lora_linear_layer\.up\.weight",
-    "alpha": r"\.alpha",
+    "alpha": r"([._]lora|\.lora_linear_layer)?\.alpha",
 }
-ENDING = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in ENDINGS.items()))
-PREFIXES = {  # of the flattened name, the longest first
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-    "unet_": "unet",
-    "text_encoder_2_": "text_encoder_2",
-    "text_encoder_": "text_encoder",
+ENDING = re.compile("|".join(f"(?P<{kind}>{pattern})$" for kind, pattern in ENDINGS.items()))
+# What programs put around a layer's name without a meaning of their own.
+WRAPPER = re.compile(r"(?<![^.])(base_model\.model|_orig_mod|module|processor|transformer(?=\.text_model))\.")
+PREFIXES = {  # of the flattened name
+    **dict.fromkeys(("lora_unet_", "lycoris_", "unet_", "diffusion_model_", "model_diffusion_model_"), "unet"),
+    **dict.fromkeys(("lora_te_", "lora_te1_", "text_encoder_", "clip_l_", "text_encoders_clip_l_"), "text_encoder"),
+    **dict.fromkeys(("lora_te2_", "text_encoder_2_", "clip_g_", "text_encoders_clip_g_"), "text_encoder_2"),
 }
-OTHERS = {  # endings of methods that are no plain product of two matrices
-    r"\.hada_w[12]_[ab]": "LoHa",
-    r"\.lokr_w[12](_[ab])?": "LoKr",
-    r"\.(dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)": "DoRA",
-    r"\.oft_(blocks|diag)": "OFT",
-    r"\.lora_mid\.weight": "LoCon in Tucker form",
-    r"\.diff(_b)?": "whole differences of weights",
+LONGEST_FIRST = sorted(PREFIXES, key=len, reverse=True)
+OTHERS = {  # of methods that are no plain product of two matrices
+    r"\.hada_[wt]\d(_[ab])?$": "LoHa",
+    r"\.lokr_[wt]\d(_[ab])?$": "LoKr",
+    r"\.(dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)$": "DoRA",
+    r"\.(oft|boft)_\w+(\.[\w-]+)?(\.weight)?$": "OFT",
+    r"\.lora_mid\.weight$": "LoCon in Tucker form",
+    r"\.diff(_b)?$": "whole differences of weights",
+    r"\.lora_(embedding_[AB]|E|ranknum)(\.[\w-]+)?$": "an update of a table, or AdaLoRA",
+    r"[._]lora[._](up|B|down|A)(\.[\w-]+)?\.bias$": "LoRA with a bias",
+    r"_custom_diffusion\.weight$": "Custom Diffusion",
+    r"\.(ia3_l|on_input)(\.[\w-]+)?$": "IA3",
+    r"\.(w|b)_norm$": "differences of norms",
+    r"^bundle_emb\.": "a word that is bundled with an adapter",
+    r"^(unet|text_encoder):\d+:(up|down)$": "the first trainer's numbered layers",
 }
+OTHER = {re.compile(pattern): method for pattern, method in OTHERS.items()}
 METADATA = "lora_adapter_metadata"  # of diffusers' files: peft's settings as JSON
-PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+PEFT, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+NAMES = ("pytorch_lora_weights", PEFT)  # of what diffusers and peft write into a folder
+LONGEST_KEY = 1000
+
+
+class Table(NamedTuple):
+    """What an adapter may bend: flattened name of any layout -> full name here; full name -> path in the reference."""
+
+    layers: Mapping[str, str]
+    paths: Mapping[str, str]
 
 
 def read_lora(path: str | os.PathLike[str], config: ModelConfig, *, allow_unmatched: bool = False) -> Adapter:
-    """The adapter in ``path`` (a file, or a folder that peft wrote) for a model of ``config``.
+    """Read the adapter in ``path`` (a file, or a folder that diffusers or peft wrote) for a model of ``config``.
 
     Raises :class:`CheckpointError` for a file that is damaged, an update of which one half is missing or that holds a
     value that is not finite, and a key that belongs to no layer of the model, unless ``allow_unmatched``;
-    :class:`UnsupportedError` for methods that are not LoRA.
+    :class:`UnsupportedError` for methods that are not LoRA, and for settings of peft's that change the result.
     """
     path = Path(path)
-    tensors, settings = read_file(path)
+    file = file_of(path)
     table = layers(config)
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Lazy]] = {}
     spelled: dict[str, str] = {}
-    unmatched: list[str] = []
-    for key, tensor in tensors.items():
-        name, kind = split(key, path)
-        layer = table.get(flat(name))
-        if layer is None or kind is None:
-            unmatched.append(key)
-            continue
-        spelled[layer] = name
-        if kind in found.setdefault(layer, {}):
-            raise CheckpointError(f"{path}: {quote(key)} is the second {kind} of {layer}; the file mixes two adapters")
-        found[layer][kind] = tensor
-    if unmatched and not allow_unmatched:
-        more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
-        raise CheckpointError(
-            f"{path}: {quote(unmatched[0])}{more} belong to no layer of this {config.family} model; "
-            "--allow-unmatched applies the rest"
-        )
-    updates = {layer: update(path, layer, found[layer], of_part(settings, layer), spelled[layer]) for layer in found}
-    strangers = {split(key, path)[0] for key in unmatched}
-    return Adapter(path.name, updates, len(found) + len(strangers), tuple(unmatched))
+    unmatched: dict[str, str] = {}  # key -> layer
+    with open_tensors(file) as (tensors, metadata):
+        for key, tensor in tensors.items():
+            name, kind = split(key, file)
+            layer = table.layers.get(flat(name, config))
+            if layer is None or kind is None:
+                require_unknown(key, config, table, file)
+                unmatched[key] = name
+                continue
+            spelled[layer] = name
+            if kind in found.setdefault(layer, {}):
+                raise CheckpointError(
+                    f"{file}: {quote(key)} is the second {kind} of {layer}; the file mixes two adapters"
+                )
+            found[layer][kind] = tensor
+        if not found and not unmatched:
+            raise CheckpointError(f"{file}: holds no tensors, and so no adapter")
+        if unmatched and not allow_unmatched:
+            more = f" and {len(unmatched) - 1} more" if len(unmatched) > 1 else ""
+            raise CheckpointError(
+                f"{file}: {quote(next(iter(unmatched)))}{more} belong to no layer of this {config.family} model; "
+                "--allow-unmatched applies the rest"
+            )
+        told, where = read_settings(file, metadata)
+        settings = {part: settings_of(told, part, where) for part in {name.partition(".")[0] for name in found}}
+        updates = {
+            layer: update(file, layer, halves, settings[layer.partition(".")[0]], names(layer, spelled[layer], table))
+            for layer, halves in found.items()
+        }
+    return Adapter(path.name, updates, len(found) + len(set(unmatched.values())), tuple(unmatched))
 
 
-def update(path: Path, layer: str, halves: Mapping[str, Tensor], settings: Mapping[str, Any], name: str) -> Update:
+def update(path: Path, layer: str, halves: Mapping[str, Lazy], settings: Settings, names: tuple[str, ...]) -> Update:
     """The two halves of one update, checked, and its alpha where the file or peft's settings tell one."""
     for half in ("down", "up"):
         if half not in halves:
             raise CheckpointError(f"{path}: the update of {layer} has no {half!r} half; the file is incomplete")
-    down, up = halves["down"], halves["up"]
-    rank = down.shape[0] if down.ndim else 0
-    same = down.ndim == up.ndim and down.ndim in (2, 4) and rank > 0 and up.shape[1] == rank
-    if not same or not (down.is_floating_point() and up.is_floating_point()):
-        shapes = f"up {list(up.shape)} {up.dtype}, down {list(down.shape)} {down.dtype}"
-        raise CheckpointError(f"{path}: the update of {layer} is no product of two matrices ({shapes})")
-    if not (down.isfinite().all() and up.isfinite().all()):
-        raise CheckpointError(f"{path}: the update of {layer} holds NaN or infinite values")
-    alpha = alpha_of(settings, name)
+        if halves[half].dtype not in KINDS:
+            raise CheckpointError(
+                f"{path}: the {half!r} half of {layer} is {halves[half].dtype}; it must be floating point of 16 bits "
+                "or more"
+            )
+    told = settings.alpha_of(names)
+    alpha = settings.default if told is None else told
     if "alpha" in halves:
-        if halves["alpha"].numel() != 1:
-            raise CheckpointError(f"{path}: alpha of {layer} has shape {list(halves['alpha'].shape)}; it is one number")
-        alpha = float(halves["alpha"])
-    if settings.get("use_dora"):
-        raise UnsupportedError(f"{path}: is DoRA, which minidiff does not apply; only plain LoRA is")
-    return Update(down, up, alpha, bool(settings.get("use_rslora")))
+        alpha = alpha_of(path, layer, halves["alpha"])
+        if told not in (None, alpha):
+            raise CheckpointError(f"{path}: alpha of {layer} is {alpha:g}, and {told:g} by the settings")
+    # Copies: an adapter is small, and its file need not stay open.
+    made = Update(halves["down"].load().clone(), halves["up"].load().clone(), alpha, settings.rank_stabilised)
+    problem = made.problem()
+    if problem is not None:
+        raise CheckpointError(f"{path}: the update of {layer} cannot be used: {problem}")
+    if not (made.down.isfinite().all() and made.up.isfinite().all()):
+        raise CheckpointError(f"{path}: the update of {layer} holds NaN or infinite values")
+    settings.check(names, len(made.down))
+    return made
 
 
-def of_part(settings: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """peft's settings for the part that ``layer`` is in: diffusers writes them as "unet.lora_alpha", peft plainly."""
-    part = layer.partition(".")[0]
-    return {
-        key.removeprefix(f"{part}."): value
-        for key, value in settings.items()
-        if key.startswith(f"{part}.") or "." not in key
-    }
+def alpha_of(path: Path, layer: str, entry: Lazy) -> float:
+    """The alpha that stands beside an update: one finite number, in whatever shape and dtype."""
+    if math.prod(entry.shape) != 1:
+        raise CheckpointError(f"{path}: alpha of {layer} has shape {list(entry.shape)}; it is one number")
+    value: Tensor = entry.load()
+    if value.dtype.is_complex or not abs(float(value)) <= LARGEST:
+        raise CheckpointError(f"{path}: alpha of {layer} is {value.item()}; it must be a finite number")
+    return float(value)
 
 
-def alpha_of(settings: Mapping[str, Any], name: str) -> float | None:
-    """peft's alpha for layer ``name``: that of the first pattern that ends the name, else the common one."""
-    for pattern, alpha in dict(settings.get("alpha_pattern") or {}).items():
-        if name == pattern or name.endswith(f".{pattern}"):
-            return float(alpha)
-    return float(settings["lora_alpha"]) if "lora_alpha" in settings else None
+def file_of(path: Path) -> Path:
+    """The file of an adapter: ``path`` itself, or the one in that folder; :class:`CheckpointError` for several."""
+    if not path.is_dir():
+        return path
+    inside = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin") and not p.name.startswith("."))
+    known = [p for p in inside if p.stem in NAMES] or [p for p in inside if p.suffix == ".safetensors"]
+    stems = {p.stem for p in known}
+    if len(stems) == 1:
+        return known[-1]  # of a .bin and a .safetensors of one name, which have the same content, the latter
+    if not known:
+        raise CheckpointError(f"{path}: a folder without {NAMES[0]}.safetensors or {PEFT}.safetensors; name a file")
+    several = ", ".join(quote(p.name) for p in known[:3])
+    raise CheckpointError(
+        f"{path}: a folder of several adapters ({several}{', ...' if known[3:] else ''}); name a file"
+    )
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of an adapter's file or folder, and peft's settings where they are told."""
-    settings: dict[str, Any] = {}
-    if path.is_dir():
-        config = path / "adapter_config.json"
-        if config.is_file():
-            settings = parse(config, config.read_text(encoding="utf-8", errors="replace"))
-        inside = [path / name for name in PEFT if (path / name).is_file()]
-        if not inside:
-            raise CheckpointError(f"{path}: a folder without {PEFT[0]}; name the adapter's file")
-        path = inside[0]
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        return {key: tensor.load() for key, tensor in read_pickle(path)[0].items()}, settings
-    file = TensorFile(path)
+def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """peft's settings, from the header of a file or from beside it, and where they stood. Empty if there are none."""
+    beside = file.with_name(PEFT_CONFIG)
+    if file.stem == PEFT and os.path.lexists(beside):
+        return read_object(beside), str(beside)
+    if METADATA not in metadata:
+        return {}, str(file)
     try:
-        if METADATA in file.metadata:
-            settings = parse(path, file.metadata[METADATA])
-        # Copies: an adapter is small, and its file need not stay open.
-        return {key: tensor.load().clone() for key, tensor in file.lazy.items()}, settings
-    finally:
-        file.close()
-
-
-def parse(path: Path, text: str) -> dict[str, Any]:
-    """JSON settings. Raises :class:`CheckpointError` for text that is none."""
-    try:
-        found = json.loads(text)
+        found = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: its settings are no JSON ({e})") from None
+        raise CheckpointError(f"{file}: its settings are no JSON ({e or type(e).__name__})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: its settings are no JSON object")
-    return found
+        raise CheckpointError(f"{file}: its settings are no JSON object")
+    return found, str(file)
 
 
 def split(key: str, path: Path) -> tuple[str, str | None]:
     """A key as (layer as the file spells it, "down", "up", "alpha" or None for none of these)."""
-    for pattern, method in OTHERS.items():
-        if re.search(f"({pattern})$", key):
+    if len(key) > LONGEST_KEY:
+        return key, None
+    for pattern, method in OTHER.items():
+        if pattern.search(key):
             raise UnsupportedError(f"{path}: {quote(key)} is of {method}, which minidiff does not apply; only LoRA is")
-    for found in ENDING.finditer(key):
-        if found.end() == len(key):
-            return key[: found.start()], found.lastgroup
-    return key, None
+    found = ENDING.search(key)
+    return (key[: found.start()], found.lastgroup) if found is not None else (key, None)
 
 
-def flat(name: str) -> str:
+def require_unknown(key: str, config: ModelConfig, table: Table, path: Path) -> None:
+    """Raise :class:`UnsupportedError` if a key that was not understood is about a layer that the model has."""
+    parts = key[:LONGEST_KEY].split(".")
+    for n in range(max(1, len(parts) - 4), len(parts)):
+        if flat(".".join(parts[:n]), config) in table.layers:
+            raise UnsupportedError(f"{path}: {quote(key)} changes a layer in a way that minidiff does not apply")
+
+
+def flat(name: str, config: ModelConfig) -> str:
     """A layer's name as the table spells it: the part, then the path with underscores."""
-    name = name.removeprefix("base_model.model.").replace(".processor.", ".").replace(".", "_")
-    name = re.sub(r"_to_out$", "_to_out_0", name)  # as it is called inside an attention processor
-    part, path = "unet", name
-    for prefix, meant in PREFIXES.items():
+    name = WRAPPER.sub("", name).replace(".", "_")
+    for prefix in LONGEST_FIRST:
         if name.startswith(prefix):
-            part, path = meant, name.removeprefix(prefix)
+            part, path = PREFIXES[prefix], name.removeprefix(prefix)
             break
     else:
+        part, path = "unet", name
         if re.match(r"(text_model_)?encoder_layers_", name):
-            part = "text_encoder"
-    if part != "unet":
-        path = path.removeprefix("text_model_")
-    return f"{part}.{path}"
+            part = "text_encoder" if config.text_encoder is not None else "text_encoder_2"
+    return f"{part}.{path if part == 'unet' else path.removeprefix('text_model_')}"
 
 
-def layers(config: ModelConfig) -> dict[str, str]:
-    """Flattened name in diffusers or in LDM -> full name of the layer here, for all that an adapter may bend."""
+def names(layer: str, spelled: str, table: Table) -> tuple[str, ...]:
+    """The names by which peft's settings may mean a layer: its path over there, now and before, and as spelled."""
+    path = table.paths[layer]
+    return (path, f"text_model.{path}", WRAPPER.sub("", spelled))
+
+
+def layers(config: ModelConfig) -> Table:
+    """Find every layer that an adapter may bend."""
     table: dict[str, str] = {}
+    paths: dict[str, str] = {}
 
     def enter(part: str, modules: Iterator[Module], prefix: str = "") -> None:
         for theirs, ours, _ in modules:
-            table[f"{part}.{theirs.removeprefix(prefix).replace('.', '_')}"] = f"{part}.{ours}"
+            path = theirs.removeprefix(prefix)
+            paths[f"{part}.{ours}"] = path
+            for spelled in (path, *aliases(path)):
+                table[f"{part}.{spelled.replace('.', '_')}"] = f"{part}.{ours}"
 
     enter("unet", keys_original.unet(config.unet), f"{keys_original.UNET}.")
     enter("unet", keys_diffusers.unet(config.unet))
@@ -207,4 +250,13 @@ def layers(config: ModelConfig) -> dict[str, str]:
         text = getattr(config, part)
         if text is not None:
             enter(part, keys_diffusers.clip(text, prefix=""))
-    return table
+    return Table(table, paths)
+
+
+def aliases(path: str) -> Iterator[str]:
+    """Other names of a layer: those that it has inside the attention processors of early 2023."""
+    if path.endswith(".to_out.0"):
+        yield path.removesuffix(".0")
+    stem, dot, last = path.rpartition(".self_attn.")
+    if dot:
+        yield f"{stem}.self_attn.to_{last.removesuffix('_proj')}"

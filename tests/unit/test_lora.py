@@ -217,7 +217,7 @@ def bad_files(sd: StableDiffusion) -> dict[str, tuple[dict[str, Tensor], type[Mi
         "half": ({PEFT.replace("{AB}", "A"): down}, CheckpointError, "no 'up' half"),
         "ranks": (keys(PEFT, down[:1], up), CheckpointError, "no product of two matrices"),
         "nan": (keys(PEFT, down * torch.nan, up), CheckpointError, "NaN"),
-        "whole numbers": (keys(PEFT, down.int(), up.int()), CheckpointError, "no product of two matrices"),
+        "whole numbers": (keys(PEFT, down.int(), up.int()), CheckpointError, "int32; it must be floating point"),
         "lokr": (lokr, UnsupportedError, "LoKr"),
         "dora": (dora, UnsupportedError, "DoRA"),
         "alpha": (keys(PEFT, down, up) | {f"{name}.alpha": torch.ones(3)}, CheckpointError, "alpha"),
