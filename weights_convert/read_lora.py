@@ -208,8 +208,12 @@ def require_unknown(key: str, config: ModelConfig, table: Table, path: Path) -> 
     """Raise :class:`UnsupportedError` if a key that was not understood is about a layer that the model has."""
     parts = key[:LONGEST_KEY].split(".")
     for n in range(max(1, len(parts) - 4), len(parts)):
-        if flat(".".join(parts[:n]), config) in table.layers:
-            raise UnsupportedError(f"{path}: {quote(key)} changes a layer in a way that minidiff does not apply")
+        layer = table.layers.get(flat(".".join(parts[:n]), config))
+        if layer is not None:
+            rest = quote(".".join(parts[n:]))
+            raise UnsupportedError(
+                f"{path}: changes {layer} by its {rest}, which minidiff does not apply; only LoRA is"
+            )
 
 
 def flat(name: str, config: ModelConfig) -> str:

@@ -56,6 +56,18 @@ SPELLINGS = [
     ("unet.down_blocks.0.resnets.0.conv1.lora_{AB}.weight", CONV),
     ("lora_unet_up_blocks_1_attentions_1_proj_in.lora_{}.weight", PROJ),
     ("lora_unet_output_blocks_3_1_proj_in.lora_{}.weight", PROJ),
+    ("unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{}.weight", Q),
+    ("diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.lora_{}.weight", Q),
+    ("model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_out.0.lora_{}.weight", OUT),
+    ("unet.base_model.model.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.lora_{AB}.default.weight", OUT),
+    ("unet._orig_mod.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB}.weight", Q),
+    ("lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_{}.weight", Q),
+    ("clip_l.text_model.encoder.layers.1.self_attn.v_proj.lora_{}.weight", TEXT),
+    ("text_encoders.clip_l.transformer.text_model.encoder.layers.1.self_attn.v_proj.lora_{}.weight", TEXT),
+    ("text_encoder.text_model.encoder.layers.1.self_attn.to_v_lora.{}.weight", TEXT),
+    ("text_encoder.text_model.encoder.layers.1.self_attn.processor.to_v_lora.{}.weight", TEXT),
+    ("text_encoder.text_model.encoder.layers.1.self_attn.to_out_lora.{}.weight", "text_encoder.layers.1.attn.out"),
+    ("text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_linear_layer.{}.weight", "text_encoder.layers.1.fc1"),
 ]
 
 
@@ -174,6 +186,11 @@ PEFT = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_{AB
         ({"text_encoder.lora_alpha": 1}, 1.0),
         ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_q": 2, "attn1.to_k": 32}}, 0.5),
         ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 4.0),
+        ({"unet.r": 4}, 2.0),  # peft's default is 8
+        ({"r": 9, "lora_alpha": 8, "rank_pattern": {"^down_blocks.*.to_q$": 4}}, 2.0),
+        ({"lora_alpha": 8, "alpha_pattern": {"^attn1.to_q": 1, "mid.*": 1, "o_q": 1, "to_q$|x": 6.0}}, 1.5),
+        ({"lora_alpha": 8, "init_lora_weights": "gaussian", "target_modules": ["to_k", "to_q"], "bias": "none"}, 2.0),
+        ({"lora_alpha": 8, "target_modules": "(a+)+b", "a_new_one": None, "lora_dropout": 0.1}, 2.0),
     ],
     ids=str,
 )
@@ -181,6 +198,187 @@ def test_alpha_from_pefts_settings(sd: StableDiffusion, tmp_path: Path, settings
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     adapter = read_lora(write(tmp_path / "a.safetensors", keys(PEFT, *drawn(sd, Q, 4)), metadata), sd.config)
     assert adapter.updates[Q].factor(1.0) == scale
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"alpha_pattern": {"(a+)+b": 2}}, UnsupportedError, "alpha_pattern: '\\(a\\+\\)\\+b' is an expression"),
+        ({"rank_pattern": {"to_[qk]": 2}}, UnsupportedError, "rank_pattern: .* is an expression"),
+        ({"alpha_pattern": {"a" * 2000: 2}}, UnsupportedError, "2000 characters"),
+        ({"alpha_pattern": {"to_q": "8"}}, CheckpointError, "alpha_pattern.'to_q'.='8'; it must be a finite number"),
+        ({"alpha_pattern": [1]}, CheckpointError, "alpha_pattern=.1.; it must be an object"),
+        ({"lora_alpha": None, "r": {"a": 1}}, CheckpointError, "r={'a': 1}; it must be a whole number"),
+        ({"lora_alpha": [8]}, CheckpointError, "lora_alpha=.8.; it must be a finite number"),
+        ({"lora_alpha": True}, CheckpointError, "lora_alpha=True"),
+        ({"lora_alpha": 10**400}, CheckpointError, "lora_alpha=1000.*; it must be a finite number"),
+        ({"lora_alpha": float("nan")}, CheckpointError, "lora_alpha=nan"),
+        ({"use_rslora": "no"}, CheckpointError, "use_rslora='no'; it is true or false"),
+        ({"r": 8}, CheckpointError, "says that down_blocks.*to_q has rank 8, and its matrices have 4"),
+        ({"target_modules": ["to_k"]}, CheckpointError, "target_modules leaves out down_blocks"),
+        ({"target_modules": 7}, CheckpointError, "target_modules=7; it must be a list of names"),
+        ({"exclude_modules": ["attn1.to_q"]}, CheckpointError, "exclude_modules names down_blocks"),
+        ({"exclude_modules": ".*attn1.to_."}, CheckpointError, "exclude_modules names down_blocks"),
+        ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, UnsupportedError, "init_lora_weights='olora'"),
+        ({"use_dora": True}, UnsupportedError, "use_dora=True"),
+        ({"lora_bias": True}, UnsupportedError, "lora_bias=True"),
+        ({"bias": "all"}, UnsupportedError, "bias='all'"),
+        ({"peft_type": "LOHA"}, UnsupportedError, "peft_type='LOHA'"),
+        ({"modules_to_save": ["conv_in"]}, UnsupportedError, "modules_to_save"),
+        ({"layers_to_transform": [0]}, UnsupportedError, "layers_to_transform"),
+        ({"a_new_one": 3}, UnsupportedError, "has 'a_new_one'=3, a setting that minidiff does not know"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(
+    sd: StableDiffusion, tmp_path: Path, settings: dict[str, Any], error: type[MinidiffError], words: str
+) -> None:
+    path = write(
+        tmp_path / "a.safetensors", keys(PEFT, *drawn(sd, Q, 4)), {"lora_adapter_metadata": json.dumps(settings)}
+    )
+    with pytest.raises(error, match=words) as caught:
+        read_lora(path, sd.config)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_pattern_of_many_stars_takes_no_time(sd: StableDiffusion, tmp_path: Path) -> None:
+    """Python's own engine would be busy with it for years."""
+    settings = {"lora_alpha": 8, "alpha_pattern": {".*_" * 200 + "x": 1, ".*b.*.*s.*q": 2}}
+    path = write(
+        tmp_path / "a.safetensors", keys(PEFT, *drawn(sd, Q, 4)), {"lora_adapter_metadata": json.dumps(settings)}
+    )
+    assert read_lora(path, sd.config).updates[Q].factor(1.0) == 0.5
+
+
+def test_a_folder_of_diffusers_and_folders_that_hold_none_or_several(sd: StableDiffusion, tmp_path: Path) -> None:
+    tensors = keys(PEFT, *drawn(sd, Q, 4))
+    with pytest.raises(CheckpointError, match=r"a folder without pytorch_lora_weights\.safetensors"):
+        read_lora(tmp_path, sd.config)
+    write(tmp_path / "ink.safetensors", tensors)
+    assert read_lora(tmp_path, sd.config).name == tmp_path.name
+    write(tmp_path / "other.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"several adapters \('ink.safetensors', 'other.safetensors'\)"):
+        read_lora(tmp_path, sd.config)
+    torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
+    assert list(read_lora(tmp_path, sd.config).updates) == [Q]
+    write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    assert list(read_lora(tmp_path, sd.config).updates) == [Q]
+    write(tmp_path / "adapter_model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match="several adapters"):
+        read_lora(tmp_path, sd.config)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "r": 4}))
+    assert read_lora(tmp_path / "adapter_model.safetensors", sd.config).updates[Q].factor(1.0) == 3
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        read_lora(tmp_path / "adapter_model.safetensors", sd.config)
+
+
+def test_what_a_file_holds_is_told_by_its_content(sd: StableDiffusion, tmp_path: Path) -> None:
+    tensors = keys(PEFT, *drawn(sd, Q))
+    write(tmp_path / "a.pt", tensors)
+    assert list(read_lora(tmp_path / "a.pt", sd.config).updates) == [Q]
+    for name, data, words in (
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
+        ("b.safetensors", b"<!DOCTYPE html><html></html>", "is a web page"),
+        ("c.pt", b"", "is empty"),
+        ("d.bin", bytes(range(255, 0, -1)), "neither a safetensors file nor a pickle"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=words):
+            read_lora(tmp_path / name, sd.config)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "factor"),
+    [
+        (torch.tensor(0.0), 0.0),
+        (torch.tensor(-2.0), -0.5),
+        (torch.tensor([[4.0]], dtype=torch.float16), 1.0),
+        (torch.tensor(4), 1.0),
+        (torch.tensor(float("nan")), None),
+        (torch.tensor(float("-inf")), None),
+        (torch.tensor(1e300, dtype=torch.float64), None),
+        (torch.zeros(0), None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("end", [".alpha", ".lora.alpha", "_lora.alpha"])
+def test_odd_alphas(sd: StableDiffusion, tmp_path: Path, alpha: Tensor, factor: float | None, end: str) -> None:
+    tensors = keys(PEFT, *drawn(sd, Q, 4)) | {PEFT.replace(".lora_{AB}.weight", end): alpha}
+    path = write(tmp_path / "a.safetensors", tensors)
+    if factor is None:
+        with pytest.raises(CheckpointError, match=r"alpha of unet\.down\.0\.attn\.0\.blocks\.0\.attn1\.q"):
+            read_lora(path, sd.config)
+        return
+    update = read_lora(path, sd.config).updates[Q]
+    assert update.factor(1.0) == factor
+    weight = lora.find(sd.parts, Q).get_parameter("weight").detach()
+    assert_close(update.delta(weight, 1.0), factor * (update.up @ update.down), SPLIT)
+
+
+def test_kernels_of_either_half(sd: StableDiffusion, tmp_path: Path) -> None:
+    """A kernel in the second half is refused by name; kernels of one pixel may come or be left out."""
+    down, up = drawn(sd, CONV)
+    spelling = "unet.down_blocks.0.resnets.0.conv1.lora_{AB}.weight"
+    path = write(tmp_path / "a.safetensors", keys(spelling, down, up.expand(-1, -1, 3, 3)))
+    with pytest.raises(CheckpointError, match=r"unet.down.0.res.0.conv1 .*its second half is a kernel of 3x3"):
+        read_lora(path, sd.config)
+    with pytest.raises(CheckpointError, match="its second half is a kernel of 3x3"):
+        lora.apply(sd.parts, [(Adapter("a", {CONV: Update(down, up.expand(-1, -1, 3, 3))}), 1.0)])
+    for layer in (Q, PROJ, CONV):
+        module: Any = lora.find(sd.parts, layer)
+        down, up = drawn(sd, layer)
+        x = torch.randn(2, module.weight.shape[1], *([5, 7] if module.weight.ndim == 4 else []))
+        down = down if layer == CONV else down.flatten(1)
+        deltas = []
+        for d, u in ((down, up.flatten(1)), (down, up.flatten(1)[..., None, None]), (down[..., None, None], up)):
+            if d.ndim in (2, 4):
+                update = Update(d, u)
+                assert update.problem() is None
+                applied = lora.apply(sd.parts, [(Adapter("a", {layer: update}), 0.5)], live=True)
+                lived = module(x)
+                applied.remove()
+                applied = lora.apply(sd.parts, [(Adapter("a", {layer: update}), 0.5)])
+                assert_close(module(x), lived, SPLIT)
+                applied.remove()
+                deltas.append(update.delta(module.weight, 0.5))
+        assert all(torch.equal(deltas[0], d) for d in deltas)
+    with pytest.raises(CheckpointError, match="do not fit"):  # a kernel of one pixel is not one of nine
+        lora.apply(sd.parts, [(Adapter("a", {CONV: Update(torch.ones(2, 16), torch.ones(16, 2))}), 1.0)])
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_exceeds_the_dtype_is_refused_by_the_layers_name(live: bool) -> None:
+    sd = tiny.tiny_sd()
+    before = weights(sd)
+    down, up = drawn(sd, Q)
+    for update, strength in (
+        (Update(down, up, 3e38), 3e3),
+        (Update(down, up, 10**400), 1.0),
+        (Update(down.double() * 1e200, up), 1.0),
+    ):
+        with pytest.raises(CheckpointError, match=r"a: .*unet\.down\.0\.attn\.0\.blocks\.0\.attn1\.q"):
+            lora.apply(sd.parts, [(Adapter("a", {TEXT: Update(*drawn(sd, TEXT)), Q: update}), strength)], live=live)
+        assert all(torch.equal(t, before[name]) for name, t in weights(sd).items())
+    sd.unet.half()
+    with pytest.raises(CheckpointError, match=rf"a: {Q}: is not finite in torch.float16"):
+        lora.apply(sd.parts, [(Adapter("a", {Q: Update(down * 1e5, up * 1e5)}), 1.0)], live=live)
+
+
+def test_keys_of_a_layer_that_is_known_are_never_left_out(sd: StableDiffusion, tmp_path: Path) -> None:
+    """Whatever else a file does to a layer of this model is refused, also where unmatched layers are let pass."""
+    name = PEFT.replace(".lora_{AB}.weight", "")
+    for end, words in (
+        ("scalar", f"changes {Q} by its 'scalar'"),
+        ("base_layer.weight", f"changes {Q} by its 'base_layer.weight'"),
+        ("lora_B.bias", "LoRA with a bias"),
+        ("lora_mid.weight", "LoCon in Tucker form"),
+    ):
+        path = write(tmp_path / "a.safetensors", keys(PEFT, *drawn(sd, Q)) | {f"{name}.{end}": torch.ones(2)})
+        with pytest.raises(UnsupportedError, match=words):
+            read_lora(path, sd.config, allow_unmatched=True)
 
 
 def test_a_folder_that_peft_wrote(sd: StableDiffusion, tmp_path: Path) -> None:
@@ -253,8 +451,9 @@ def test_nothing_is_changed_by_an_adapter_that_does_not_fit(sd: StableDiffusion)
     for updates, words in (({Q: good, TEXT: wrong}, "do not fit"), ({Q: good, "unet.no.such": good}, "no layer")):
         with pytest.raises(CheckpointError, match=words):
             lora.apply(sd.parts, [(Adapter("a", updates), 1.0)])
-    with pytest.raises(ConfigError, match="finite"):
-        lora.apply(sd.parts, [(Adapter("a", {Q: good}), float("nan"))])
+    for strength in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(ConfigError, match="finite"):
+            lora.apply(sd.parts, [(Adapter("a", {Q: good}), strength)])
     norm = {"unet.norm_out": Update(torch.ones(1, 16), torch.ones(16, 1))}
     with pytest.raises(CheckpointError, match="no layer that an adapter can bend"):
         lora.apply(sd.parts, [(Adapter("a", norm), 1.0)])
