@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minidiff.arguments import PARTS, arranged, parser
-from minidiff.console import LONGEST_LINE, guard, say, show, show_json
+from minidiff.console import LONGEST_LINE, guard, open_standard_streams, say, show, show_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.reading import missing
 
@@ -51,6 +51,7 @@ def command() -> NoReturn:
     gloo's threads alive beyond the process group, and one that lets go of its last tensor when there is no interpreter
     any more aborts the process (https://github.com/pytorch/pytorch/pull/179291): a finished training would have failed.
     """
+    open_standard_streams()
     status = main()
     if "RANK" in os.environ:  # torchrun's; guard has flushed what was printed
         os._exit(status)

@@ -89,6 +89,16 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, **{"max_help_position": 26, **kwargs})
 
 
+def open_standard_streams() -> None:
+    """Lead those of the process's first three files that are closed nowhere: else the next file to be opened takes the
+    place of stdout or stderr, and what libraries print goes into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+
+
 def guard(work: Callable[[], object], *, debug: bool = False) -> int:
     """Run ``work`` and turn every way in which it can end into an exit status and, on failure, one line on stderr.
 
@@ -127,6 +137,12 @@ def say(message: object, kind: str = "") -> None:
         return
     with suppress(OSError, ValueError):  # a closed stderr must not hide the exit status
         print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """``warnings.warn``, which fails where stderr is closed: a warning that nobody can read ends no run."""
+    with suppress(OSError, ValueError):
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def show(result: object, end: str = "\n", longest: int | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import ConfigError
+from minidiff.progress import Counter, check_progress
 from minidiff.samplers.base import Draw, Sampler
 
 
@@ -49,6 +50,9 @@ class Step:
         """The denoised estimate of this step, computed when read; None where the method has none."""
         with torch.no_grad():
             return self._x0()
+
+
+Progress = bool | None | Callable[[Step], object]
 
 
 def choose_rows(
@@ -167,16 +171,19 @@ class Run(Iterator[Step]):
         """Stop where it is."""
         self.trail.close()
 
-    def last(self, progress: bool = False) -> Step:
-        """Run what is left, under a bar that shows the time of a step if ``progress``; gives the last step.
+    def last(self, progress: Progress = False) -> Step:
+        """Run what is left; gives the last step. ``progress``: None for a bar on a terminal or in a notebook and
+        nothing elsewhere, True for a line now and then there, False for nothing, or a function of each step.
 
         Raises :class:`ConfigError` for a run that was closed before its first step.
         """
-        from tqdm import tqdm
-
-        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}]"
-        for _ in tqdm(self, total=len(self), disable=not progress, unit="step", bar_format=bar):
-            pass
+        check_progress(progress)
+        told = progress if callable(progress) else None
+        with Counter(len(self), "step", show=False if callable(progress) else progress) as counter:
+            for step in self:
+                if told is not None:
+                    told(step)
+                counter.count()
         if self._latest is None:
             raise ConfigError("the run was closed before its first step; there is no last one")
         return self._latest

@@ -22,13 +22,14 @@ from minidiff.conditions import Conditions, predictor
 from minidiff.config import ModelConfig, check
 from minidiff.conventions import read, starts
 from minidiff.conventions.program import ProgramSampler
-from minidiff.denoise import Prediction, Run
+from minidiff.denoise import Prediction, Progress, Run
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy
 from minidiff.images import Pictures
 from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
+from minidiff.progress import check_progress
 from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
 from minidiff.request import Request
 from minidiff.runner import Like, Output, Pipeline, SamplerChoice, Seed, check_count, check_output, finite, note
@@ -92,7 +93,7 @@ class StableDiffusion(Pipeline):
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output: Output = "pil",
-        progress: bool = True,
+        progress: Progress = None,
         *,
         image: Picture | None = None,
         strength: float = 0.8,
@@ -122,7 +123,8 @@ class StableDiffusion(Pipeline):
         ``height``, ``width``: pixels, divisible by 8; the training size by default, or that of ``image``.
         ``latents``: the first noise from outside, unit variance, (B, C, height / 8, width / 8).
         ``output``: "pil" for a list of PIL images that carry their recipe, "tensor" for float (B, 3, H, W) in [0, 1],
-        "latent" for (B, C, h, w).
+        "latent" for (B, C, h, w). ``progress``: None for a bar on a terminal or in a notebook and nothing elsewhere,
+        True for a line now and then there, False for nothing, or a function that is given each :class:`Step`.
 
         ``image``: begin from a picture: a path, a PIL image, a list of them, a tensor (N, 3, H, W) in [0, 1], or
         latents (N, C, h, w). PIL images are resized by Lanczos, tensors by nearest neighbour. ``strength`` in 0..1: the
@@ -146,6 +148,7 @@ class StableDiffusion(Pipeline):
         :class:`MinidiffError` where a number overflows on the way, naming the module.
         """
         check_output(output)
+        check_progress(progress)
         run = self.steps(
             prompt,
             negative_prompt,
@@ -407,7 +410,7 @@ class Unconditional(Pipeline):
         generator: noise.Generators | None = None,
         latents: Tensor | None = None,
         output: Output = "pil",
-        progress: bool = True,
+        progress: Progress = None,
         **others: Any,
     ) -> Any:
         """``batch_size`` pictures; the arguments are those of :meth:`StableDiffusion.generate`.
@@ -417,6 +420,7 @@ class Unconditional(Pipeline):
         """
         self._refuse(others)
         check_output(output)
+        check_progress(progress)
         return self._deliver(self.steps(batch_size, steps, sampler, seed, generator, latents), output, progress)
 
     def steps(

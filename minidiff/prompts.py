@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import ModelConfig, check
+from minidiff.console import warn
 from minidiff.models.clip import CLIPText, TextOutput
 from minidiff.models.tokenizer import END, START, Tokenizer
 
@@ -27,6 +27,7 @@ Encoder = tuple[Tokenizer, CLIPText]
 
 # What the reference tells the refiner where nothing else is said: with the prompt, and with the negative prompt.
 SCORE, NEGATIVE_SCORE = 6.0, 2.5
+MOST_WORDS = 10  # that a warning names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +88,9 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
         known = sorted(word for word in {tokenizer.decode([i]) for i in kept} - {START, END} if word.isalnum())
-        words = f"this model does not know {', '.join(map(repr, strange))}"
-        warnings.warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
+        more = f" and {len(strange) - MOST_WORDS:,} words more" if len(strange) > MOST_WORDS else ""
+        words = f"this model does not know {', '.join(map(repr, strange[:MOST_WORDS]))}{more}"
+        warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
 
 
 def size_ids(config: ModelConfig, sizes: Sizes, height: int, width: int, score: float) -> list[float]:

@@ -19,7 +19,7 @@ from minidiff.config import ModelConfig, check, one_of
 from minidiff.conventions import Convention
 from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.streams import Streams
-from minidiff.denoise import Predict, Run, Step, denoise
+from minidiff.denoise import Predict, Progress, Run, Step, denoise
 from minidiff.errors import ConfigError
 from minidiff.files import lazy
 from minidiff.models.unet import UNet
@@ -103,8 +103,8 @@ class Pipeline:
         """The finished sample of a run -> pixels (B, 3, H, W) in [0, 1]. Without a VAE they are the same thing."""
         return to_unit(self._raw_pixels(latents))
 
-    def finish(self, run: Run, progress: bool = True) -> Tensor:
-        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1].
+    def finish(self, run: Run, progress: Progress = None) -> Tensor:
+        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1]. ``progress``: see :meth:`Run.last`.
 
         Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value.
         """
@@ -115,7 +115,7 @@ class Pipeline:
     def _raw_pixels(self, latents: Tensor) -> Tensor:
         return latents
 
-    def _last(self, run: Run, progress: bool) -> Tensor:
+    def _last(self, run: Run, progress: Progress) -> Tensor:
         """The finished sample of a run, which is finite."""
         x = run.last(progress).x
         check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
@@ -201,7 +201,7 @@ class Pipeline:
         says_all = list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
         return begin, [{"seed": s} for s in says_all]
 
-    def _deliver(self, run: Run, output: Output, progress: bool) -> Any:
+    def _deliver(self, run: Run, output: Output, progress: Progress) -> Any:
         """Run to the end and hand over what was asked for."""
         if output == "latent":
             return self._last(run, progress)

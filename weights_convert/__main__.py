@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from minidiff.arguments import PARTS
-from minidiff.console import LONGEST_LINE, Parser, guard, show
+from minidiff.console import LONGEST_LINE, Parser, guard, open_standard_streams, show
 from weights_convert import convert
 from weights_convert.conversion import FLOATS, LAYOUTS
 
@@ -41,4 +41,5 @@ def _run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    open_standard_streams()
     sys.exit(main())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache
 from heapq import heappop, heappush
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import TokenizerConfig
+from minidiff.console import one_line, warn
 from minidiff.errors import ConfigError
 from minidiff.models.unicode_tables import mend, normalize, words
 
@@ -119,9 +119,9 @@ class Tokenizer:
         for text in texts:
             ids = self.encode(text)
             if len(ids) > room:
-                lost = self.decode(ids[room:])
+                lost = one_line(self.decode(ids[room:]), 400)
                 message = f"a prompt of {len(ids)} tokens was cut to {room}; this part of it was lost: {lost}"
-                warnings.warn(message, stacklevel=2)
+                warn(message, stacklevel=2)
             row = [self.start, *ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)

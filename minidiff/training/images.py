@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check, quote, within
+from minidiff.console import warn
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pixels import formats, open_picture, suffixes, to_eight_bits
+from minidiff.progress import counted
 from minidiff.reading import open_regular, read_text
 from minidiff.training.batch import Batch
 
@@ -73,11 +75,9 @@ class ImageFolder:
         size: int,
         *,
         captions: bool = False,
-        progress: bool = False,
+        progress: bool | None = False,
         memory: int = MEMORY,
     ) -> None:
-        from tqdm import tqdm
-
         within(1, 65536, size=size)
         self.path, self.size = Path(path), size
         check(self.path.is_dir(), f"{path}: there is no such folder of pictures")
@@ -91,7 +91,7 @@ class ImageFolder:
         rows: list[Tensor] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library's remarks on odd metadata
-            for file in tqdm(found, desc="reading pictures", unit="picture", disable=not progress, leave=False):
+            for file in counted(found, "picture", show=progress, what="reading"):
                 try:
                     row = read(file, size)
                 except (CheckpointError, OSError):
@@ -126,7 +126,7 @@ class ImageFolder:
         self.absent = sorted(listed.keys() - {_name(file, self.path) for file in files})
         if self.absent:
             count = f"{len(self.absent)} of {len(listed)} names are of no picture that is there"
-            warnings.warn(f"{self.path / CAPTIONS}: {count}: {_first(self.absent)}", stacklevel=3)
+            warn(f"{self.path / CAPTIONS}: {count}: {_first(self.absent)}", stacklevel=3)
         return read_captions(self.path, files, listed)
 
     def _complain(self, found: int) -> None:
@@ -134,7 +134,7 @@ class ImageFolder:
         count = f"{len(self.broken)} of {found} pictures cannot be read"
         check(bool(self.files), f"{self.path}: {count}: {names}; nothing is left to train on")
         if self.broken:
-            warnings.warn(f"{self.path}: {count} and are left out: {names}", stacklevel=3)
+            warn(f"{self.path}: {count} and are left out: {names}", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -262,5 +262,5 @@ def read_list(path: Path) -> dict[str, str]:
             twice[name] = None
         found[name] = text
     if twice:
-        warnings.warn(f"{path}: {len(twice)} names have two texts, the last one counts: {_first(twice)}", stacklevel=4)
+        warn(f"{path}: {len(twice)} names have two texts, the last one counts: {_first(twice)}", stacklevel=4)
     return found

@@ -9,6 +9,7 @@ folder/samples/             a grid of pictures every so many steps
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from minidiff.errors import ConfigError
 from minidiff.files import lazy
 from minidiff.picture import save_png, to_pil, to_unit
 from minidiff.pipeline import StableDiffusion
+from minidiff.progress import Counter, check_progress
 from minidiff.training.batch import Batch, Data
 from minidiff.training.journal import Journal
 from minidiff.training.loop import Report, Trainer
@@ -39,16 +41,18 @@ def train(
     *,
     resume: bool = False,
     held_out: Data | None = None,
-    progress: bool = True,
+    progress: bool | Callable[[Report], object] | None = None,
     keeper: Keeper | None = None,
 ) -> Report | None:
     """Train to the end of the run, writing to ``folder``; the last step's report, None if there was none to do.
 
     ``resume``: go on from the state in ``folder``. ``held_out``: data to measure the loss on whenever samples are made.
+    ``progress``: None for a bar on a terminal or in a notebook, True for a line now and then elsewhere, too, False for
+    nothing, or a function that is given each report.
+
     Whatever stops a run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint stands.
     """
-    from tqdm import tqdm
-
+    check_progress(progress)
     keeper = Keeper() if keeper is None else keeper
     folder, c, main = Path(folder), trainer.config, trainer.ranks.main
     check_folder(folder, resume, keeper)
@@ -60,11 +64,13 @@ def train(
         keeper.resume(trainer, folder)
     report = None
     journal = Journal(folder, trainer.done) if main else None
-    bar = tqdm(total=c.steps, initial=trainer.done, disable=not (progress and main), unit="step")
+    told = progress if callable(progress) else None
+    counter = Counter(c.steps, "step", show=False if callable(progress) or not main else progress, done=trainer.done)
     try:
         for report in trainer.steps():
-            bar.set_postfix(loss=f"{report.loss:.4f}", rate=f"{report.rate:.2g}", refresh=False)
-            bar.update()
+            counter.count(f"loss {report.loss:.4f}, rate {report.rate:.2g}")
+            if told is not None:
+                told(report)
             if journal is not None:
                 journal.step(report)
             last = report.step == c.steps
@@ -74,7 +80,7 @@ def train(
             if c.sample_every and (last or report.step % c.sample_every == 0):
                 look(trainer, folder, held_out, journal)
     finally:
-        bar.close()
+        counter.__exit__()
         if journal is not None:
             journal.close()
     return report

@@ -227,7 +227,7 @@ def test_last_runs_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.last() is seen[-1]
     assert capsys.readouterr().err == ""
     start(Model()).last(progress=True)
-    assert "5/5" in capsys.readouterr().err
+    assert "step 5 of 5" in capsys.readouterr().err
 
 
 def test_last_of_a_run_that_was_stopped() -> None:

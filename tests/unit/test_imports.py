@@ -21,6 +21,7 @@ LAYERS: dict[str, int] = {
     "minidiff.files": 1,
     "minidiff.console": 1,
     "minidiff.reading": 1,
+    "minidiff.progress": 1,
     "minidiff.picture": 2,
     "minidiff.pixels": 2,
     "minidiff.destination": 3,

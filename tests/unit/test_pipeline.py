@@ -130,10 +130,20 @@ def test_steps_is_the_loop_of_generate(sd: StableDiffusion) -> None:
 
 
 def test_progress(sd: StableDiffusion, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing where there is no terminal, unless it is asked for; see test_progress.py for terminals."""
     sd.generate("a", steps=2, seed=0)
-    assert "3/3" in capsys.readouterr().err
     sd.generate("a", steps=2, seed=0, progress=False)
     assert capsys.readouterr() == ("", "")
+    sd.generate("a", steps=2, seed=0, progress=True)
+    assert "step 3 of 3" in capsys.readouterr().err
+    seen: list[minidiff.Step] = []
+    want = sd.generate("a", steps=2, seed=0, progress=seen.append, output="latent")
+    assert [step.i for step in seen] == [0, 1, 2]
+    assert seen[-1].x is want
+    assert capsys.readouterr() == ("", "")
+    for wrong in ("yes", 1, 0):
+        with pytest.raises(ConfigError, match=f"progress={wrong!r} must be True, False, None"):
+            sd.generate("a", steps=2, progress=wrong)
 
 
 def test_an_edited_step_changes_the_picture(sd: StableDiffusion) -> None:
