@@ -218,13 +218,31 @@ def root(x: Tensor, sampler: Options, what: str) -> Tensor:
     return x.clamp(min=0) ** 0.5
 
 
-def check_no_pure_noise(sampler: Options, plan_alpha_bars: Tensor, prediction: Prediction, safe: bool = False) -> None:
+def check_finite(sampler: Options, rows: Tensor) -> None:
+    """Raise ConfigError where ``rows`` (n, ...) of coefficients are not finite: 0 / 0, at two equal sigmas. The
+    reference gives NaN there."""
+    finite = rows.reshape(len(rows), -1).isfinite().all(dim=1)
+    bad = (~finite).nonzero().flatten().tolist()[:4]
+    where = f"{type(sampler).__name__}: no finite coefficients at rows {bad} of {len(rows)}, where two sigmas are equal"
+    check(not bad, f"{where}; use fewer steps or steps_offset=0")
+
+
+PURE_NOISE = (
+    "for alpha_bar is 0 there, and prediction='epsilon' says nothing of the picture (zero_snr); use a v_prediction "
+    "model, or leading spacing"
+)
+
+
+def check_no_pure_noise(
+    sampler: Options, timesteps: Tensor, alpha_bars: Tensor, prediction: Prediction, bounded: bool = False
+) -> None:
     """Raise ConfigError where an epsilon model is asked for the picture in pure noise (alpha_bar 0: zero terminal
-    SNR), which divides by 0. ``safe``: the method survives that, because it clamps x0."""
-    pure = bool((plan_alpha_bars == 0).any())
-    name = type(sampler).__name__
-    check(
-        not pure or safe or prediction != "epsilon",
-        f"{name}: alpha_bar is 0 at the first row, where prediction='epsilon' says nothing of the picture (zero_snr); "
-        "use a v_prediction model, or leading spacing",
-    )
+    SNR), which divides by 0. ``bounded``: x0 is clamped, so that the first row may: there x is fresh noise, and x0
+    infinite. Later (trailing spacing may end with a row at timestep -1) x is a picture that the model's answer meets,
+    and 0 / 0 can't be clamped."""
+    pure = (alpha_bars == 0).nonzero().flatten().tolist()
+    rows = [row for row in pure if row > 0 or not bounded]
+    if prediction == "epsilon" and rows:
+        t, name = timesteps[rows[0]].item(), type(sampler).__name__
+        other = "" if rows[0] == 0 else ", or another number of steps"
+        raise ConfigError(f"{name}: x0 is not finite at row {rows[0]}, timestep {t:g}, {PURE_NOISE}{other}")

@@ -82,16 +82,26 @@ class CM(LimitedOptions):
         check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
         s = self._visited(steps, timesteps)
         levels = torch.from_numpy(np.concatenate([s, [self.sigma_min]]).astype(np.float32))
+        starts_lower = timesteps is not None and not self.like_diffusers
+        return self._plan_of(s, levels, levels[0].item() if starts_lower else self.sigma_max)
+
+    def every_level(self) -> CMPlan:
+        """A row for every sigma of training, in float64 as the reference has them before it is told a number of steps;
+        the last step lands on the last sigma."""
+        s = self._karras(np.linspace(0, 1, self.train_steps))
+        levels = torch.from_numpy(s)
+        return self._plan_of(s, torch.cat([levels, levels[-1:]]), self.sigma_max)
+
+    def _plan_of(self, s: Floats, levels: Tensor, highest: float) -> CMPlan:
+        """The plan for sigmas ``s`` (n,) in float64; ``levels`` (n + 1,), those that are reckoned with and where the
+        last step lands; the first noise is times ``highest``."""
         sigma, above = levels[:-1], levels[:-1] - self.sigma_min
         variance = sigma**2 + self.sigma_data**2
-        starts_lower = timesteps is not None and not self.like_diffusers
         next_sigma = levels[1:].clamp(min=self.sigma_min, max=self.sigma_max)
         return CMPlan(
             timesteps=torch.from_numpy(1000 * 0.25 * np.log(s + 1e-44)),
             alpha_bars=1 / (sigma**2 + 1),
-            init_noise_sigma=(
-                sigma[0] if starts_lower else torch.tensor(self.sigma_max, dtype=torch.float32, device="cpu")
-            ),
+            init_noise_sigma=torch.tensor(highest, dtype=torch.float32, device="cpu"),
             prediction="epsilon",
             sigmas=levels,
             in_scale=variance**0.5,
@@ -109,8 +119,12 @@ class CM(LimitedOptions):
         else:
             check_timesteps(self, timesteps, total)
             rows = whole(self, timesteps, lowest=0)[::-1]
+        return self._karras(rows / (total - 1))
+
+    def _karras(self, places: Floats) -> Floats:
+        """(n,) float64: the sigmas at ``places`` between sigma_max (0) and sigma_min (1)."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        sigmas: Floats = (high + rows / (total - 1) * (low - high)) ** self.rho
+        sigmas: Floats = (high + places * (low - high)) ** self.rho
         return sigmas
 
     def start(self) -> tuple[()]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.samplers.base import (
     Draw,
-    Plan,
     check_chosen,
     check_no_pure_noise,
     check_timesteps,
@@ -33,19 +32,16 @@ from minidiff.samplers.base import (
     unit,
     whole,
 )
-from minidiff.samplers.limits import LimitedOptions
-from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_x0, spaced, to_epsilon, to_x0
+from minidiff.samplers.limits import LimitedOptions, LimitedPlan, from_noise
+from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_x0, spaced, to_epsilon
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DDIMPlan(Plan):
-    """Rows: ``prev`` the timestep at which each step lands (negative: past the end); ``signal`` and ``noise`` the
-    roots of alpha_bar and 1 - alpha_bar; the step is ``signal_prev`` * x0 + ``direction`` * epsilon + ``std`` * fresh
-    noise."""
+class DDIMPlan(LimitedPlan):
+    """Rows: ``prev`` the timestep at which each step lands (negative: past the end); the step is
+    ``signal_prev`` * x0 + ``direction`` * epsilon + ``std`` * fresh noise."""
 
     prev: Tensor
-    signal: Tensor
-    noise: Tensor
     signal_prev: Tensor
     direction: Tensor
     std: Tensor
@@ -96,7 +92,7 @@ class DDIM(LimitedOptions):
         prev_t = t - ratio if self.like_diffusers else torch.cat([t[1:], (t[-1:] - ratio).clamp(max=-1)])
 
         alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)
+        check_no_pure_noise(self, t, alpha_bar, schedule.prediction, self.bounds_infinity)
         prev = alpha_bar_at(schedule, prev_t, self.set_alpha_to_one)
         beta_bar = 1 - alpha_bar
         variance = ((1 - prev) / beta_bar) * (1 - alpha_bar / prev)
@@ -109,6 +105,7 @@ class DDIM(LimitedOptions):
             prev=prev_t,
             signal=alpha_bar**0.5,
             noise=beta_bar**0.5,
+            from_noise=from_noise(alpha_bar, schedule.prediction),
             signal_prev=prev**0.5,
             direction=root(1 - prev - std**2, self, f"with eta={self.eta}, 1 - alpha_bar_prev - std**2"),
             std=std,
@@ -121,7 +118,7 @@ class DDIM(LimitedOptions):
         return x
 
     def denoised(self, plan: DDIMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        return self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+        return self.x0(plan, i, x, out)
 
     def step(
         self, plan: DDIMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw

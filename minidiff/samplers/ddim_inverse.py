@@ -82,7 +82,7 @@ class DDIMInverse(Options):
         t = torch.from_numpy(falling[::-1].copy())
         before = t - total // n if self.like_diffusers else torch.cat([torch.full_like(t[:1], -1), t[:-1]])
         alpha_bar = alpha_bar_at(schedule, before, self.set_alpha_to_one)
-        check_no_pure_noise(self, alpha_bar, schedule.prediction, self.clip is not None)
+        check_no_pure_noise(self, before, alpha_bar, schedule.prediction)
         divides = schedule.prediction == "sample" and bool((alpha_bar == 1).any())
         check(
             not divides, "DDIMInverse: a picture without noise has no epsilon: set_alpha_to_one=False, or epsilon or v"

@@ -21,7 +21,6 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.samplers.base import (
     Draw,
-    Plan,
     check_chosen,
     check_no_pure_noise,
     check_timesteps,
@@ -29,8 +28,8 @@ from minidiff.samplers.base import (
     unit,
     whole,
 )
-from minidiff.samplers.limits import LimitedOptions
-from minidiff.schedule import NoiseSchedule, Spacing, spaced, to_x0
+from minidiff.samplers.limits import LimitedOptions, LimitedPlan, from_noise
+from minidiff.schedule import NoiseSchedule, Spacing, spaced
 
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
@@ -38,13 +37,10 @@ MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is w
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DDPMPlan(Plan):
-    """Rows: the roots ``signal`` and ``noise`` of alpha_bar and 1 - alpha_bar; the mean is ``x0_coef`` * x0 +
-    ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and ``log_small``, ``log_large`` bound a
-    learned one. ``noisy`` says whether noise is drawn: at every timestep but 0."""
+class DDPMPlan(LimitedPlan):
+    """Rows: the mean is ``x0_coef`` * x0 + ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and
+    ``log_small``, ``log_large`` bound a learned one. ``noisy`` says whether noise is drawn: at every timestep but 0."""
 
-    signal: Tensor
-    noise: Tensor
     x0_coef: Tensor
     x_coef: Tensor
     std: Tensor
@@ -89,7 +85,7 @@ class DDPM(LimitedOptions):
 
         prev_t = torch.cat([t[1:], torch.full_like(t[:1], -1)])
         alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)
+        check_no_pure_noise(self, t, alpha_bar, schedule.prediction, self.bounds_infinity)
         prev = torch.where(prev_t >= 0, schedule.alphas_cumprod[prev_t.clamp(min=0)], 1.0)
         beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - prev
         alpha = alpha_bar / prev
@@ -102,6 +98,7 @@ class DDPM(LimitedOptions):
             prediction=schedule.prediction,
             signal=alpha_bar**0.5,
             noise=beta_bar**0.5,
+            from_noise=from_noise(alpha_bar, schedule.prediction),
             x0_coef=(prev**0.5 * beta) / beta_bar,
             x_coef=alpha**0.5 * beta_bar_prev / beta_bar,
             std=self._std(small, beta),
@@ -124,7 +121,7 @@ class DDPM(LimitedOptions):
 
     def denoised(self, plan: DDPMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
         mean, _ = self._split(x, out)
-        return self.limit(to_x0(plan.prediction, x, mean, plan.signal[i], plan.noise[i]))
+        return self.x0(plan, i, x, mean)
 
     def step(
         self, plan: DDPMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw

@@ -20,7 +20,7 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.errors import ConfigError
 from minidiff.samplers import sigmas as spacings
-from minidiff.samplers.base import Draw, check_chosen, check_timesteps, need_schedule
+from minidiff.samplers.base import Draw, check_chosen, check_finite, check_timesteps, need_schedule
 from minidiff.samplers.brownian import BrownianTree, Increment, draw_increment
 from minidiff.samplers.sigma_plan import SigmaPlan, SpacedSigmas, sample_x0, sigma_rows
 from minidiff.samplers.sigmas import Floats
@@ -98,8 +98,15 @@ class DPMSDE(SpacedSigmas):
         sigmas: Sequence[float] | None = None,
     ) -> DPMSDEPlan:
         """2n - 1 rows for n ``steps``, or for n + 1 falling ``sigmas`` (which the reference can't take)."""
-        schedule = need_schedule(schedule, self)
         check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        plan = self.unchecked(need_schedule(schedule, self), steps, sigmas)
+        check_finite(self, plan.first_part)
+        return plan
+
+    def unchecked(
+        self, schedule: NoiseSchedule, steps: int | None, sigmas: Sequence[float] | None = None
+    ) -> DPMSDEPlan:
+        """The plan, whether its coefficients are finite or not."""
         t, s = self._rows(schedule, steps, sigmas)
         n = len(t)
         sigma, sigma_next = s[0:n:2].repeat_interleave(2)[:n], s[1::2].repeat_interleave(2)[:n]

@@ -175,6 +175,10 @@ class EDMEuler(EDMOptions):
             fits = spaced.ndim == 1 and len(spaced) > 0 and bool(((spaced > 0) & spaced.isfinite()).all())
             check(fits, f"EDMEuler: sigmas are places between sigma_max (0) and sigma_min (1) here, got {sigmas}")
             s = self.landing(spaced, spaced[-1])
+        return self.plan_of(s, schedule, highest)
+
+    def plan_of(self, s: Tensor, schedule: NoiseSchedule | None, highest: float) -> EDMEulerPlan:
+        """The plan for float32 sigmas ``s`` (n + 1,); the first noise is that of sigma ``highest``."""
         rows, sigma = self.rows(s, schedule, highest), s[:-1]
         gamma = min(self.s_churn / (len(s) - 1), MAX_GAMMA)
         churned = (sigma >= self.s_tmin) & (gamma > 0)

@@ -19,22 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff.samplers.base import Draw, Plan, check_chosen, check_no_pure_noise, need_schedule, unit
+from minidiff.samplers.base import Draw, check_chosen, check_no_pure_noise, need_schedule, unit
 from minidiff.samplers.distilled import check_distilled, visited
-from minidiff.samplers.limits import LimitedOptions
-from minidiff.schedule import NoiseSchedule, to_x0
+from minidiff.samplers.limits import LimitedOptions, LimitedPlan, from_noise
+from minidiff.schedule import NoiseSchedule
 
 SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class LCMPlan(Plan):
-    """Rows: the roots ``signal`` and ``noise`` of alpha_bar and 1 - alpha_bar; ``c_out`` and ``c_skip`` of the
-    consistency function; ``signal_next`` and ``noise_next``, with which it is made noisy again where ``noisy`` says so:
-    not after the last row, where they are 1 and 0."""
+class LCMPlan(LimitedPlan):
+    """Rows: ``c_out`` and ``c_skip`` of the consistency function; ``signal_next`` and ``noise_next``, with which it is
+    made noisy again where ``noisy`` says so: not after the last row, where they are 1 and 0."""
 
-    signal: Tensor
-    noise: Tensor
     c_out: Tensor
     c_skip: Tensor
     signal_next: Tensor
@@ -78,7 +75,7 @@ class LCM(LimitedOptions):
         check_chosen(self, "steps timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
         t, goes_on = visited(self, len(schedule), steps, timesteps, self.original_steps, self.strength)
         alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, alpha_bar, schedule.prediction, self.survives_pure_noise)
+        check_no_pure_noise(self, t, alpha_bar, schedule.prediction, self.bounds_infinity)
         following = torch.cat([alpha_bar[1:], alpha_bar[-1:] if goes_on else unit()[None]])
         scaled = t * self.timestep_scaling
         return LCMPlan(
@@ -88,6 +85,7 @@ class LCM(LimitedOptions):
             prediction=schedule.prediction,
             signal=alpha_bar.sqrt(),
             noise=(1 - alpha_bar).sqrt(),
+            from_noise=from_noise(alpha_bar, schedule.prediction),
             c_out=scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
             c_skip=SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
             signal_next=following.sqrt(),
@@ -103,7 +101,7 @@ class LCM(LimitedOptions):
 
     def denoised(self, plan: LCMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
         """The consistency function: the model's x0, limited, and mixed with ``x``."""
-        x0 = self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+        x0 = self.x0(plan, i, x, out)
         return plan.c_out[i] * x0 + plan.c_skip[i] * x
 
     def step(

@@ -12,8 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidiff.config import check
-from minidiff.samplers.base import Options
+from minidiff.config import Prediction, check
+from minidiff.samplers.base import PURE_NOISE, Options, Plan
+from minidiff.schedule import to_x0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class LimitedPlan(Plan):
+    """Rows: the roots ``signal`` and ``noise`` of alpha_bar and 1 - alpha_bar. ``from_noise``: signal is 0 in the first
+    row, where the model says what the noise is (epsilon), so that its x0 is infinite until it is limited."""
+
+    signal: Tensor
+    noise: Tensor
+    from_noise: bool
+
+
+def from_noise(alpha_bars: Tensor, prediction: Prediction) -> bool:
+    """Whether :class:`LimitedPlan` divides by 0 in its first row."""
+    return prediction == "epsilon" and bool(alpha_bars[0] == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +51,18 @@ class LimitedOptions(Options):
         check(fits, f"threshold={self.threshold} is a fraction: it must lie in 0..1")
 
     @property
-    def survives_pure_noise(self) -> bool:
+    def bounds_infinity(self) -> bool:
         """Whether an x0 of plus or minus infinity comes out finite."""
         return self.clip is not None and self.threshold is None
+
+    def x0(self, plan: LimitedPlan, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """The picture in ``x`` at row ``i``, within the limits. ConfigError where it is 0 / 0, which no clamp bounds:
+        in the first row of a zero-SNR schedule, where an epsilon model answers the very noise that it sees."""
+        x0 = self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+        if plan.from_noise and i == 0:
+            known = not bool(x0.isnan().any())
+            check(known, f"{type(self).__name__}: x0 is 0 / 0 where the model's answer equals x, {PURE_NOISE}")
+        return x0
 
     def limit(self, x0: Tensor) -> Tensor:
         """``x0`` (B, ...) within the chosen limits."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check
-from minidiff.samplers.base import Draw, check_chosen, need_schedule
+from minidiff.samplers.base import Draw, check_chosen, check_finite, need_schedule
 from minidiff.samplers.sigma_plan import SigmaPlan, SpacedSigmas, sample_x0, sigma_rows
 from minidiff.schedule import NoiseSchedule
 
@@ -85,8 +85,13 @@ class LMS(SpacedSigmas):
         sigmas: Sequence[float] | None = None,
     ) -> LMSPlan:
         """``steps`` in 1..T, or falling ``sigmas``, one more than steps (which the reference can't take)."""
-        schedule = need_schedule(schedule, self)
         check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
+        plan = self.unchecked(need_schedule(schedule, self), steps, sigmas)
+        check_finite(self, plan.coefs)
+        return plan
+
+    def unchecked(self, schedule: NoiseSchedule, steps: int | None, sigmas: Sequence[float] | None = None) -> LMSPlan:
+        """The plan, whether its coefficients are finite or not."""
         times, levels, _ = self.levels(schedule, steps, None, sigmas)
         t, s = torch.from_numpy(times).to(torch.float32), torch.from_numpy(levels)
         rows = sigma_rows(t, s, self.spacing, schedule.prediction)

@@ -129,7 +129,7 @@ class PNDM(Options):
             prev = half = torch.cat([t[1:], (t[-1:] - ratio).clamp(max=-1)])
             up = torch.cat([t[:1], t[:-1]])
         alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, alpha_bar, "epsilon")
+        check_no_pure_noise(self, t, alpha_bar, "epsilon")
         return PNDMPlan(
             timesteps=t,
             alpha_bars=alpha_bar,

@@ -82,7 +82,7 @@ class TCD(Options):
         prev = torch.cat([t[1:], torch.zeros_like(t[:1])])
         middle = torch.floor((1 - self.eta) * prev).to(torch.int64)
         alpha_bar, at_prev, at_middle = (schedule.alphas_cumprod[rows] for rows in (t, prev, middle))
-        check_no_pure_noise(self, alpha_bar, schedule.prediction)
+        check_no_pure_noise(self, t, alpha_bar, schedule.prediction)
         return TCDPlan(
             timesteps=t,
             alpha_bars=alpha_bar,

@@ -136,6 +136,38 @@ def test_epsilon_at_zero_terminal_snr_is_not_finite_in_the_reference_and_refused
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+def test_pure_noise_in_the_last_row_is_refused_before_the_first_call(name):
+    """61 steps of trailing spacing end with a row too many, at timestep -1, which reads the table's last alpha_bar: 0.
+    x is a picture by then, clamped to whole values, and where the model answers the same, x0 is 0 / 0."""
+    c = config(name, **ZERO_SNR)
+    ref = reference(c)
+    ref.set_timesteps(61)
+    x = torch.ones(SHAPE, dtype=torch.bfloat16)
+    assert ref.timesteps[-1] == -1
+    assert ref.step(x, ref.timesteps[-1], x).prev_sample.isnan().all()
+    with pytest.raises(ConfigError, match=r"x0 is not finite at row 61, timestep -1, .*or another number of steps"):
+        Scheduler.from_diffusers(c).set_timesteps(61)
+    compare(c, 60)
+    compare({**c, "prediction_type": "v_prediction"}, 61)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "LCMScheduler"])
+def test_an_answer_that_equals_pure_noise_is_an_error_and_not_nan(name):
+    c = config(name, **ZERO_SNR, clip_sample=True)
+    ref, ours = reference(c), Scheduler.from_diffusers(c)
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    out = -x
+    out[0, 0, 0, 0] = x[0, 0, 0, 0]
+    for s in (ref, ours):
+        s.set_timesteps(5)
+    t = ref.timesteps[0]
+    assert ref.step(out, t, x).prev_sample.isnan().sum() == 1
+    with pytest.raises(ConfigError, match=r"x0 is 0 / 0 where the model's answer equals x, .*use a v_prediction model"):
+        ours.step(out, t, x)
+    assert ours.step(-x, t, x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
 def test_1000_steps_with_offset_1(name):
     """DF #10003: index 1000 does not exist."""
     ref = reference(config(name, steps_offset=1))

@@ -88,3 +88,19 @@ def test_order_is_checked():
         LMS(solver_order=9)
     with pytest.raises(ConfigError, match="solver_order=0 must lie"):
         Scheduler.from_diffusers(lms(order=0))
+
+
+def test_two_equal_sigmas_are_not_finite_in_the_reference_and_refused():
+    """1000 steps with offset 1 visit timesteps 1000 and 999, whose sigmas are the same: its weights divide by 0."""
+    c = lms(timestep_spacing="leading", steps_offset=1)
+    ref = reference(c)
+    ref.set_timesteps(1000)
+    x = torch.ones(1, 1, 2, 2)
+    for t in ref.timesteps[:2]:
+        x = ref.step(x, t, ref.scale_model_input(x, t)).prev_sample
+    assert not x.isfinite().any()
+    with pytest.raises(
+        ConfigError, match=r"LMS: no finite coefficients at rows \[1.*use fewer steps or steps_offset=0"
+    ):
+        Scheduler.from_diffusers(c).set_timesteps(1000)
+    Scheduler.from_diffusers(c).set_timesteps(999)

@@ -99,3 +99,14 @@ def test_what_the_reference_can_not_do():
         Scheduler.from_diffusers(sde(prediction_type="sample"))
     with pytest.raises(ConfigError, match="noise_seed=-1 must not be negative"):
         DPMSDE(noise_seed=-1)
+
+
+def test_two_equal_sigmas_are_nan_in_the_reference_and_refused():
+    """1000 steps with offset 1 visit timesteps 1000 and 999, whose sigmas are the same: no noise over no way."""
+    c = config("DPMSolverSDEScheduler", timestep_spacing="leading", steps_offset=1, noise_sampler_seed=3)
+    ref = reference(c)
+    ref.set_timesteps(1000)
+    x = torch.ones(1, 1, 2, 2)
+    assert ref.step(x, ref.timesteps[0], x).prev_sample.isnan().all()
+    with pytest.raises(ConfigError, match=r"DPMSDE: no finite coefficients at rows \[0, 1\] of 1999"):
+        Scheduler.from_diffusers(c).set_timesteps(1000)

@@ -1,0 +1,102 @@
+"""What people write who know diffusers' schedulers, and what to write here instead: hints of one line.
+
+``Scheduler`` has the methods of the familiar loop, and not the rest: no config that is an attribute, no objects for
+results. Whoever writes those from habit is told the words for it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+from minidiff.config import quote
+from minidiff.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ATTRIBUTES = {
+    "config": "the options are scheduler.sampler, the noise of training is scheduler.schedule, and the config is the "
+    "dict that from_diffusers was given",
+    "alphas_cumprod": "write scheduler.schedule.alphas_cumprod",
+    "num_train_timesteps": "write len(scheduler.schedule)",
+    "num_inference_steps": "write len(scheduler.timesteps)",
+    "get_velocity": "write scheduler.schedule.velocity(x0, noise, t)",
+    "set_begin_index": "step and add_noise find the row of the t they are given; leave it out",
+    "begin_index": "step and add_noise find the row of the t they are given; leave it out",
+    "step_index": "step and add_noise find the row of the t they are given; leave it out",
+    "save_pretrained": "minidiff.samplers.sampler_to_config(scheduler.sampler) is the sampler as JSON",
+}
+MAKE = "write Scheduler.from_diffusers({'_class_name': 'DDIMScheduler', ...}), or Scheduler(sampler, schedule)"
+MADE_BY_CONFIG = {
+    "num_train_timesteps": MAKE,
+    "beta_start": MAKE,
+    "beta_end": MAKE,
+    "beta_schedule": MAKE,
+    "trained_betas": MAKE,
+    "prediction_type": MAKE,
+    "timestep_spacing": MAKE,
+    "steps_offset": MAKE,
+    "clip_sample": MAKE,
+    "config": MAKE,
+}
+FROM_CONFIG = "write Scheduler.from_diffusers(config), whose '_class_name' says which sampler"
+FROM_PRETRAINED = "write Scheduler.from_diffusers(json.load(open('scheduler_config.json')))"
+STEP = {
+    "return_dict": "step returns the sample itself (diffusers: .prev_sample): write x = scheduler.step(out, t, x)",
+    "timestep": "write scheduler.step(out, t, x)",
+    "sample": "write scheduler.step(out, t, x)",
+    "variance_noise": "write noise=",
+}
+STEP |= dict.fromkeys(
+    ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "order"),
+    "it is an option of the sampler: put it into the config of from_diffusers",
+)
+ADD_NOISE = dict.fromkeys(("original_samples", "timesteps"), "write scheduler.add_noise(x0, noise, t)")
+SCALE = dict.fromkeys(("sample", "timestep"), "write scheduler.scale_model_input(x, t)")
+PLAN = {
+    "strength": "put it into the config of from_diffusers",
+    "original_inference_steps": "put it into the config of from_diffusers",
+    "mu": "it belongs to flow matching, which is not supported",
+}
+
+
+class AttributeHint(ConfigError, AttributeError):
+    """A ConfigError that ``hasattr`` takes for what it is."""
+
+
+def missing(kind: type, name: str) -> AttributeHint:
+    """The error for attribute ``name`` of an object of ``kind``: what to write instead, or the nearest name."""
+    near = _near(name, [n for n in dir(kind) if not n.startswith("_")])
+    hint = ATTRIBUTES.get(name) or f"did you mean {near}?"
+    if name not in ATTRIBUTES and not near:
+        return AttributeHint(f"{kind.__name__} has no {name}")
+    return AttributeHint(f"{kind.__name__} has no {name}: {hint}")
+
+
+def hinting(instead: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function answer a keyword that it does not know by ConfigError, with the words of ``instead`` or the
+    nearest keyword."""
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in known:
+                    near = _near(name, known)
+                    hint = instead.get(name) or (f"did you mean {near}?" if near else f"it takes {', '.join(known)}")
+                    raise ConfigError(f"{function.__qualname__} has no argument {quote(name)}: {hint}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return wrap
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), "")
