@@ -198,7 +198,8 @@ def _add_generate(commands: Any) -> None:
         default=[],
         type=_weighted,
         metavar="FILE[=X]",
-        help="bend the model by an adapter, X strong (default: 1); may be given several times",
+        help="bend the model by an adapter (a file, or a folder with one), X strong (default: 1); may be given several "
+        "times",
     )
     g.add_argument(
         "--embedding",
@@ -576,13 +577,31 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    path, equals, strength = text.rpartition("=")
-    return (path, _finite(strength)) if equals else (text, 1.0)
+    path, strength = _file_and(text)
+    if strength is None:
+        return path, 1.0
+    try:
+        return path, _finite(strength)
+    except argparse.ArgumentTypeError:
+        if os.path.lexists(path):
+            raise
+        return text, 1.0  # a path that does not exist, which is said when it is read
 
 
 def _named(text: str) -> tuple[str, str | None]:
-    path, equals, word = text.rpartition("=")
-    return (path, word) if equals else (text, None)
+    return _file_and(text)
+
+
+def _file_and(text: str) -> tuple[str, str | None]:
+    """What stands before and behind an "=" of ``FILE=VALUE``: names of files may have some, too.
+
+    A path that exists as it stands is one, then the longest that does; if there is none, the last "=" counts.
+    """
+    if os.path.lexists(text) or "=" not in text:
+        return text, None
+    places = [i for i in reversed(range(len(text))) if text[i] == "="]
+    at = next((i for i in places if os.path.lexists(text[:i])), places[0])
+    return text[:at], text[at + 1 :]
 
 
 def _place(text: str) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import check
+from minidiff.config import ModelConfig, check, quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
+from minidiff.models.unicode_tables import normalize
 from minidiff.turns import check_present
 from minidiff.undo import set_all
 
@@ -28,10 +29,14 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 @dataclass(frozen=True)
 class Word:
-    """``vectors`` by the text encoder that they are for, each float (n, width)."""
+    """``vectors`` by the text encoder that they are for, each float (n, width).
+
+    ``others``: words that came in the same file, and are added together with this one.
+    """
 
     name: str
     vectors: Mapping[str, Tensor]
+    others: tuple[Word, ...] = ()
 
 
 @torch.no_grad()
@@ -42,41 +47,59 @@ def add(sd: StableDiffusion, word: Word) -> None:
     one word, or is known already, :class:`CheckpointError` for vectors of another model's width or for an encoder that
     gets none, and :class:`UnsupportedError` for a model that keeps vectors for some words only.
     """
+    words = (word, *word.others)
     config = sd.config
-    for part, tokenizer in TOKENIZERS.items():
-        text, table = getattr(config, part), getattr(config, tokenizer)
-        if text is None:
-            continue
-        if text.kept is not None:
-            raise UnsupportedError(
-                f"{word.name}: this {config.family} model has a fixed vocabulary; no word can be added"
-            )
-        if part not in word.vectors:
-            raise CheckpointError(f"{word.name}: has no vectors for the {part} of this {config.family} model")
-        check_present(getattr(sd, part).token.weight, word.name)
-        vectors, known = word.vectors[part], getattr(sd, tokenizer)
-        if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != text.width:
-            shape = tuple(vectors.shape)
-            raise CheckpointError(
-                f"{word.name}: vectors of shape {shape}; the {part} of this model has {text.width} wide ones"
-            )
-        if not vectors.isfinite().all():
-            raise CheckpointError(f"{word.name}: its vectors hold NaN or infinite values")
-        new = replace(table, added=(*table.added, (word.name, len(vectors))))
-        check(word.name.lower() not in known.added, f"{word.name}: this word is known already; give it another name")
-        room = replace(text, vocab=max(text.vocab, Tokenizer(new).size))
-        config = replace(config, **{part: room, tokenizer: new})
-    if config is sd.config:
-        raise UnsupportedError(f"{word.name}: a {config.family} model reads no text; no word can be added")
+    for each in words:
+        config = _taught(sd, config, each)
     changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", "")]  # it is not that file any more
     for part, tokenizer in TOKENIZERS.items():
         if getattr(config, part) is not None:
             encoder = getattr(sd, part)
-            rows = grown(encoder.token.weight, word.vectors[part], getattr(sd, tokenizer).size)
+            vectors = torch.cat([each.vectors[part].to(encoder.token.weight) for each in words])
+            rows = grown(encoder.token.weight, vectors, getattr(sd, tokenizer).size)
             changes += [(encoder.token, "weight", rows), (encoder.token, "num_embeddings", len(rows))]
             changes += [(encoder, "config", getattr(config, part))]
             changes += [(sd, tokenizer, Tokenizer(getattr(config, tokenizer)))]
     set_all(changes)
+
+
+def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig:
+    """``config`` with ``word`` in it, which is checked."""
+    name, parts = word.name, [part for part in TOKENIZERS if getattr(config, part) is not None]
+    if not parts:
+        raise UnsupportedError(f"{name}: a {config.family} model reads no text; no word can be added")
+    # A refiner has the second of SDXL's encoders only, and takes the words of both.
+    beyond = [part for part in word.vectors if part not in parts and part != "text_encoder"]
+    if beyond:
+        raise CheckpointError(f"{name}: has vectors for a {beyond[0]}, which this {config.family} model does not have")
+    for part in parts:
+        text, tokenizer = getattr(config, part), TOKENIZERS[part]
+        if text.kept is not None:
+            raise UnsupportedError(f"{name}: this {config.family} model has a fixed vocabulary; no word can be added")
+        if part not in word.vectors:
+            raise CheckpointError(f"{name}: has no vectors for the {part} of this {config.family} model")
+        table = getattr(sd, part).token.weight
+        check_present(table, name)
+        vectors = word.vectors[part]
+        if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != text.width:
+            shape = tuple(vectors.shape)
+            raise CheckpointError(
+                f"{name}: vectors of shape {shape}; the {part} of this model has {text.width} wide ones"
+            )
+        if not vectors.to(table).isfinite().all():
+            raise CheckpointError(f"{name}: its vectors hold NaN or infinite values")
+        one = name != "" and not any(c.isspace() for c in name)
+        check(one, f"{quote(name)} must be one word; give it another name, as in --embedding FILE=WORD")
+        before = getattr(config, tokenizer)
+        check(
+            normalize(name) not in Tokenizer(before).added, f"{name}: this word is known already; give it another name"
+        )
+        after = replace(before, added=(*before.added, (name, len(vectors))))
+        spoken = Tokenizer(after)
+        ids = list(range(spoken.size - len(vectors), spoken.size))
+        check(spoken.encode(name) == ids, f"{quote(name)}: no prompt can mean this word; give it another name")
+        config = replace(config, **{part: replace(text, vocab=max(text.vocab, spoken.size)), tokenizer: after})
+    return config
 
 
 def grown(weight: nn.Parameter, vectors: Tensor, first: int) -> nn.Parameter:

@@ -6,10 +6,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from minidiff.config import quote
 from minidiff.errors import CheckpointError
 from minidiff.files import Lazy, TensorFile
 from minidiff.reading import PICKLES, content, mistaken
 from weights_convert.ckpt import read_pickle
+
+
+def file_of(path: Path, names: tuple[str, ...]) -> Path:
+    """``path``, or the file in that folder: one that goes by one of ``names``, or else the only safetensors file.
+
+    Raises :class:`CheckpointError` for a folder of none, or of several.
+    """
+    if not path.is_dir():
+        return path
+    inside = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin") and not p.name.startswith("."))
+    known = [p for p in inside if p.stem in names] or [p for p in inside if p.suffix == ".safetensors"]
+    stems = {p.stem for p in known}
+    if len(stems) == 1:
+        return known[-1]  # of a .bin and a .safetensors of one name, which have the same content, the latter
+    if not known:
+        raise CheckpointError(f"{path}: a folder without {' or '.join(f'{n}.safetensors' for n in names)}; name a file")
+    several = ", ".join(quote(p.name) for p in known[:3])
+    raise CheckpointError(f"{path}: a folder of several ({several}{', ...' if known[3:] else ''}); name the file")
 
 
 def is_pickle(path: Path) -> bool:

@@ -1,71 +1,114 @@
-"""Textual inversion files: a learned word and its vectors, in each of the forms that are about.
+"""Textual inversion files: learned words and their vectors, in each of the forms that are about.
 
-{"<cat-toy>": (768,) or (n, 768)}                         diffusers (learned_embeds.bin, .safetensors)
-{"string_to_param": {"*": (n, 768)}, "name": "cat-toy"}   the first ones, and A1111 (.pt)
+{"<cat-toy>": (768,) or (n, 768)}                         diffusers (learned_embeds.bin, .safetensors), also several
+{"string_to_param": {"*": (n, 768)}, "name": "cat-toy"}   the first ones, in a ParameterDict, and A1111 (.pt)
 {"emb_params": (n, 768)}                                  A1111 (.safetensors); the word is the file's name
 {"clip_l": (n, 768), "clip_g": (n, 1280)}                 for SDXL's two encoders; the word is the file's name
+{"text_encoders_0": (n, 768), "text_encoders_1": ...}     the same by diffusers' trainers of SDXL (.pti)
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from minidiff.config import ModelConfig, quote
 from minidiff.embeddings import Word
-from minidiff.errors import CheckpointError
-from minidiff.files import TensorFile
+from minidiff.errors import CheckpointError, UnsupportedError
+from minidiff.files import Lazy, TensorFile, lazy
+from minidiff.lora import KINDS
+from minidiff.reading import content
+from weights_convert.adapter_file import file_of, is_pickle
 from weights_convert.ckpt import read_object
 
-SDXL = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+ENCODERS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",
+    "text_encoders_1": "text_encoder_2",
+}
+NAMELESS = ("emb_params", "*")
+WEIGHTS = (".weight", ".bias", ".alpha")  # what keys of networks and of adapters end with
+MOST_WORDS = 256  # of one file
+NAMES = ("learned_embeds",)  # of what diffusers writes into a folder
 
 
 def read_embedding(path: str | os.PathLike[str], config: ModelConfig, name: str | None = None) -> Word:
-    """The word in ``path`` for a model of ``config``, called ``name``, or as the file or its name says.
+    """Read the word in ``path`` for a model of ``config``, called ``name``, or as the file or its name says.
 
-    Raises :class:`CheckpointError` for a file that is damaged or holds no vectors of a text encoder.
+    Of a file with several words the first is returned, with the rest in :attr:`Word.others`; they keep their names.
+    Raises :class:`CheckpointError` for a file that is damaged or holds no vectors of a text encoder, and
+    :class:`UnsupportedError` for the pictures that A1111 hides words in.
     """
     path = Path(path)
-    found, told = read_file(path)
-    only = next((part for part in SDXL.values() if getattr(config, part) is not None), "text_encoder")
-    if found.keys() == SDXL.keys():
-        vectors = {SDXL[key]: rows(path, tensor) for key, tensor in found.items()}
-    elif len(found) == 1:
-        (key, tensor), *_ = found.items()
-        vectors = {only: rows(path, tensor)}
-        told = told or (key if key not in ("emb_params", "*") else None)
-    else:
-        raise CheckpointError(
-            f"{path}: {len(found)} tensors, {', '.join(map(quote, list(found)[:3]))}; no learned word"
-        )
-    return Word(name or told or path.stem, vectors)
+    file = file_of(path, NAMES)
+    if content(file) == "png":
+        raise UnsupportedError(f"{file}: is a picture; words that are hidden in one are not read, get the .safetensors")
+    with ExitStack() as stack:
+        found, told = read_file(file, stack)
+        by_encoder = {key: ENCODERS[key] for key in found if key in ENCODERS}
+        if by_encoder:
+            if len(by_encoder) < len(found) or len(set(by_encoder.values())) < len(found):
+                raise CheckpointError(f"{file}: {listed(found)} do not belong together in one learned word")
+            vectors = {part: rows(file, key, found[key]) for key, part in by_encoder.items()}
+            return Word(name or told or path.stem, vectors)
+        if not 1 <= len(found) <= MOST_WORDS or any(key.endswith(WEIGHTS) for key in found):
+            raise CheckpointError(
+                f"{file}: {listed(found) or 'no tensors'}; no learned words (an adapter is for --lora, a model for "
+                "--model)"
+            )
+        if len(found) > 1 and name is not None:
+            raise CheckpointError(
+                f"{file}: has several words, {listed(found)}; they keep their names, leave {name!r} out"
+            )
+        only = "text_encoder" if config.text_encoder is not None or config.text_encoder_2 is None else "text_encoder_2"
+        words = [
+            Word(path.stem if key in NAMELESS else key, {only: rows(file, key, entry)}) for key, entry in found.items()
+        ]
+    if len(words) == 1:
+        return Word(name or told or words[0].name, words[0].vectors)
+    return Word(words[0].name, words[0].vectors, tuple(words[1:]))
 
 
-def rows(path: Path, tensor: Tensor) -> Tensor:
+def listed(found: Mapping[str, Lazy]) -> str:
+    """The first few of a file's tensors, as a message names them."""
+    return ", ".join(map(quote, list(found)[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def rows(path: Path, key: str, entry: Lazy) -> Tensor:
     """Vectors as (n, width): a single one may come without the first dimension."""
-    tensor = tensor[None] if tensor.ndim == 1 else tensor
-    if tensor.ndim != 2 or tensor.numel() == 0 or not tensor.is_floating_point():
+    if len(entry.shape) not in (1, 2) or 0 in entry.shape or entry.dtype not in KINDS:
         raise CheckpointError(
-            f"{path}: a tensor of shape {list(tensor.shape)} and {tensor.dtype}; no vectors of a word"
+            f"{path}: {quote(key)} has shape {list(entry.shape)} and {entry.dtype}; no vectors of a word"
         )
-    return tensor
+    tensor = entry.load().clone()
+    return tensor[None] if tensor.ndim == 1 else tensor
 
 
-def read_file(path: Path) -> tuple[Mapping[str, Tensor], str | None]:
-    """The tensors of a file, and the word's name where it is told."""
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        found = read_object(path)
-        inner = found.get("string_to_param", found)
-        told = found.get("name") if "string_to_param" in found else None
-        inner = inner if isinstance(inner, dict) else {}
-        return {str(k): t.detach() for k, t in inner.items() if isinstance(t, Tensor)}, told if isinstance(
-            told, str
-        ) else None
-    file = TensorFile(path)
-    try:
-        return {key: tensor.load().clone() for key, tensor in file.lazy.items()}, None
-    finally:
-        file.close()
+def read_file(path: Path, stack: ExitStack) -> tuple[dict[str, Lazy], str | None]:
+    """The tensors of a file, open until ``stack`` is closed, and the word's name where it is told."""
+    if not is_pickle(path):
+        file = TensorFile(path)
+        stack.callback(file.close)
+        return {key.removeprefix("string_to_param."): entry for key, entry in file.lazy.items()}, None
+    found = read_object(path)
+    inner, name = found, None
+    if "string_to_param" in found:
+        inner, name = found["string_to_param"], found.get("name")
+        if not isinstance(inner, dict):
+            raise CheckpointError(f"{path}: its string_to_param is a {type(inner).__name__}; no learned word")
+    tensors = {str(key): tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
+    return {key: plain(path, key, t) for key, t in tensors.items()}, name if isinstance(name, str) and name else None
+
+
+def plain(path: Path, key: str, tensor: Any) -> Lazy:
+    """A tensor of a pickle, whose every entry is stored. A few bytes can say that they are a million rows."""
+    if tensor.layout != torch.strided or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise CheckpointError(f"{path}: {quote(key)} is {tensor.layout} with entries that are not stored; no vectors")
+    return lazy(tensor.detach())

@@ -31,7 +31,7 @@ from minidiff.files import Lazy
 from minidiff.lora import KINDS, LARGEST, Adapter, Update
 from minidiff.reading import read_object
 from weights_convert import keys_diffusers, keys_original
-from weights_convert.adapter_file import open_tensors
+from weights_convert.adapter_file import file_of, open_tensors
 from weights_convert.engine import Module
 from weights_convert.peft_settings import Settings, settings_of
 
@@ -87,7 +87,7 @@ def read_lora(path: str | os.PathLike[str], config: ModelConfig, *, allow_unmatc
     :class:`UnsupportedError` for methods that are not LoRA, and for settings of peft's that change the result.
     """
     path = Path(path)
-    file = file_of(path)
+    file = file_of(path, NAMES)
     table = layers(config)
     found: dict[str, dict[str, Lazy]] = {}
     spelled: dict[str, str] = {}
@@ -158,23 +158,6 @@ def alpha_of(path: Path, layer: str, entry: Lazy) -> float:
     if value.dtype.is_complex or not abs(float(value)) <= LARGEST:
         raise CheckpointError(f"{path}: alpha of {layer} is {value.item()}; it must be a finite number")
     return float(value)
-
-
-def file_of(path: Path) -> Path:
-    """The file of an adapter: ``path`` itself, or the one in that folder; :class:`CheckpointError` for several."""
-    if not path.is_dir():
-        return path
-    inside = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin") and not p.name.startswith("."))
-    known = [p for p in inside if p.stem in NAMES] or [p for p in inside if p.suffix == ".safetensors"]
-    stems = {p.stem for p in known}
-    if len(stems) == 1:
-        return known[-1]  # of a .bin and a .safetensors of one name, which have the same content, the latter
-    if not known:
-        raise CheckpointError(f"{path}: a folder without {NAMES[0]}.safetensors or {PEFT}.safetensors; name a file")
-    several = ", ".join(quote(p.name) for p in known[:3])
-    raise CheckpointError(
-        f"{path}: a folder of several adapters ({several}{', ...' if known[3:] else ''}); name a file"
-    )
 
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:

@@ -263,6 +263,31 @@ def test_adapters_and_learned_words(run: Run, models: Path, tmp_path: Path) -> N
     assert "1 of 2 modules" in run(*given, "--allow-unmatched").err[0]
     one_error(run("generate", "--model", "plain", "--lora", "odd.safetensors", "--quiet"), "knows no text", "--lora")
     one_error(run(*given[:-1], "ink.safetensors=strong"), "--lora", "'strong'")
+    one_error(run(*given[:-1], "none.safetensors=strong"), "none.safetensors=strong: no such file")
+
+
+def test_files_with_an_equals_sign_and_folders_of_adapters(run: Run, models: Path, tmp_path: Path) -> None:
+    """A path that exists as it stands wins; else the longest that does, and what follows it is the value."""
+    sd = minidiff.load(models / "text.safetensors")
+    channels = sd.unet.config.levels[0].channels
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    halves = {f"{name}.lora_down.weight": torch.ones(2, channels), f"{name}.lora_up.weight": torch.ones(channels, 2)}
+    (tmp_path / "a=1").mkdir()
+    for file in ("ink=v2.safetensors", "ink=0.5", "a=1/pytorch_lora_weights.safetensors"):
+        save_file(halves, tmp_path / file)
+    for file in ("w=d.pt", "w=d.pt=x"):
+        torch.save({"<cat>": torch.ones(2, sd.config.text_encoder.width)}, tmp_path / file)
+    made = ("generate", "a", "--model", "text", "--steps", 1, "--quiet", "--out", "a", "--force")
+    for given, lora_, word in (
+        (("--lora", "ink=v2.safetensors", "--embedding", "w=d.pt"), ["ink=v2.safetensors", 1.0], ["w=d.pt", None]),
+        (("--lora", "ink=v2.safetensors=0.5", "--embedding", "w=d.pt=y"), ["ink=v2.safetensors", 0.5], ["w=d.pt", "y"]),
+        (("--lora", "ink=0.5=2", "--embedding", "w=d.pt=x"), ["ink=0.5", 2.0], ["w=d.pt=x", None]),
+        (("--lora", "ink=0.5", "--embedding", "w=d.pt=y=z"), ["ink=0.5", 1.0], ["w=d.pt", "y=z"]),
+        (("--lora", "a=1", "--embedding", "w=d.pt"), ["a=1", 1.0], ["w=d.pt", None]),
+    ):
+        assert run(*made, *given).status == 0
+        recipe = minidiff.read_recipe(tmp_path / "a.png")
+        assert (recipe["lora"], recipe["embedding"]) == ([lora_], [word])
 
 
 def test_pictures_that_cannot_be_begun_from(run: Run, models: Path, tmp_path: Path) -> None:

@@ -95,7 +95,19 @@ def test_rows_that_a_table_has_to_spare_are_used(sd: StableDiffusion) -> None:
     [
         (Word("<cat>", {"text_encoder": CAT[:, :8]}), CheckpointError, "16 wide"),
         (Word("<cat>", {"text_encoder": CAT[:0]}), CheckpointError, "shape"),
-        (Word("<cat>", {"text_encoder_2": CAT}), CheckpointError, "no vectors for the text_encoder"),
+        (Word("<cat>", {}), CheckpointError, "no vectors for the text_encoder"),
+        (
+            Word("<cat>", {"text_encoder": CAT, "text_encoder_2": CAT}),
+            CheckpointError,
+            "vectors for a text_encoder_2, which this tiny sd model does not have",
+        ),
+        (Word("<|endoftext|>", {"text_encoder": CAT}), ConfigError, "no prompt can mean this word"),
+        (Word("<cat>", {"text_encoder": CAT.double() * 1e300}), CheckpointError, "infinite"),
+        (
+            Word("<cat>", {"text_encoder": CAT}, (Word("<CAT>", {"text_encoder": CAT}),)),
+            ConfigError,
+            "<CAT>: this word is known already",
+        ),
         (Word("<cat>", {"text_encoder": CAT * torch.inf}), CheckpointError, "infinite"),
         (Word("a cat", {"text_encoder": CAT}), ConfigError, "one word"),
     ],
@@ -122,7 +134,7 @@ def test_a_word_twice_and_a_model_with_few_words(sd: StableDiffusion) -> None:
 
 
 def saved(path: Path, content: Any) -> Path:
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".pti"):
         safetensors.torch.save_file(content, path)
     else:
         torch.save(content, path)
@@ -146,6 +158,21 @@ def saved(path: Path, content: Any) -> Path:
         ),
         ("bad-hands.safetensors", {"emb_params": CAT}, "bad-hands"),
         ("nameless.pt", {"string_to_param": {"*": CAT}}, "nameless"),
+        (
+            "ldm.pt",
+            {
+                "string_to_token": {"*": torch.tensor(265)},
+                "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(CAT)}),
+            },
+            "ldm",
+        ),
+        (
+            "placeholder.pt",
+            {"string_to_param": torch.nn.ParameterDict({"<fox>": torch.nn.Parameter(CAT)})},
+            "<fox>",
+        ),
+        ("embeddings.pti", {"text_encoders_0": CAT}, "embeddings"),
+        ("for-l.safetensors", {"clip_l": CAT[0]}, "for-l"),
     ],
 )
 def test_forms_of_files(tmp_path: Path, file: str, content: Any, name: str) -> None:
@@ -156,20 +183,75 @@ def test_forms_of_files(tmp_path: Path, file: str, content: Any, name: str) -> N
     assert read_embedding(tmp_path / file, tiny.SD, "<mine>").name == "<mine>"
 
 
-def test_a_pair_for_two_encoders(tmp_path: Path) -> None:
-    path = saved(tmp_path / "both.safetensors", {"clip_l": CAT, "clip_g": torch.ones(2, 24)})
+@pytest.mark.parametrize("first", ["clip_l", "clip_g", "text_encoders_0", "text_encoders_1"])
+def test_a_pair_for_two_encoders(tmp_path: Path, first: str) -> None:
+    """In either order, and of either name."""
+    names = {"clip_l": 0, "clip_g": 1} if first.startswith("clip") else {"text_encoders_0": 0, "text_encoders_1": 1}
+    both = (CAT, torch.randn(2, 8, generator=torch.Generator().manual_seed(1)))
+    order = sorted(names, key=lambda name: name != first)
+    torch.save({name: both[names[name]] for name in order}, tmp_path / "both.pt")
+    word = read_embedding(tmp_path / "both.pt", tiny.XL)
+    assert word.name == "both"
+    assert word.vectors.keys() == {"text_encoder", "text_encoder_2"}
+    assert_close(word.vectors["text_encoder"], both[0], EXACT)
+    assert_close(word.vectors["text_encoder_2"], both[1], EXACT)
+    sd = tiny.tiny_xl()
+    embeddings.add(sd, word)
+    assert sd.tokenizer.encode("both") == sd.tokenizer_2.encode("both") == [49408, 49409]
+    assert_close(sd.text_encoder_2.token.weight[49408:].detach(), both[1], EXACT)
+
+
+def test_several_words_of_a_file_are_taught_together(sd: StableDiffusion, tmp_path: Path) -> None:
+    path = saved(tmp_path / "two.safetensors", {"<s0>": CAT[0].clone(), "<s1>": CAT[:2].clone()})
     word = read_embedding(path, tiny.SD)
-    assert {part: tuple(v.shape) for part, v in word.vectors.items()} == {
-        "text_encoder": (2, 16),
-        "text_encoder_2": (2, 24),
-    }
+    assert [w.name for w in (word, *word.others)] == ["<s0>", "<s1>"]
+    embeddings.add(sd, word)
+    assert sd.tokenizer.encode("<s0><s1>") == [49408, 49409, 49410]
+    assert_close(sd.text_encoder.token.weight[49408:].detach(), torch.cat([CAT[:1], CAT]), EXACT)
+    with pytest.raises(CheckpointError, match="has several words, '<s0>', '<s1>'; they keep their names"):
+        read_embedding(path, tiny.SD, "fox")
+    before = sd.text_encoder.token.weight
+    clash = Word("<new>", {"text_encoder": CAT}, (Word("<s1>", {"text_encoder": CAT}),))
+    with pytest.raises(ConfigError, match="<s1>: this word is known already"):
+        embeddings.add(sd, clash)
+    assert sd.text_encoder.token.weight is before
+
+
+def test_content_decides_and_rows_that_are_not_stored_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"<cat>": CAT}, tmp_path / "a.pt")
+    assert read_embedding(tmp_path / "a.pt", tiny.SD).name == "<cat>"
+    torch.save({"<cat>": torch.ones(1).expand(10**6, 16)}, tmp_path / "few bytes.pt")
+    torch.save({"<cat>": torch.eye(16).to_sparse()}, tmp_path / "sparse.pt")
+    torch.save({"string_to_param": 7}, tmp_path / "number.pt")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    (tmp_path / "b.pt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "c.bin").write_bytes(b"<!doctype html>")
+    for name, error, words in (
+        ("few bytes.pt", CheckpointError, "not stored"),
+        ("sparse.pt", CheckpointError, "sparse|unsafe"),
+        ("number.pt", CheckpointError, "string_to_param is a int"),
+        ("a.png", UnsupportedError, "is a picture; words that are hidden in one are not read"),
+        ("b.pt", CheckpointError, "is a Git LFS pointer"),
+        ("c.bin", CheckpointError, "is a web page"),
+    ):
+        with pytest.raises(error, match=words):
+            read_embedding(tmp_path / name, tiny.SD)
+
+
+def test_a_folder_of_diffusers(tmp_path: Path) -> None:
+    (tmp_path / "readme.md").write_text("a toy")
+    torch.save({"<cat-toy>": CAT}, tmp_path / "learned_embeds.bin")
+    assert read_embedding(tmp_path, tiny.SD).name == "<cat-toy>"
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"a": CAT, "b": CAT + 1, "c": CAT + 2}, "3 tensors"),
-        ({}, "0 tensors"),
+        ({"a.weight": CAT, "b.weight": CAT + 1}, "'a.weight', 'b.weight'; no learned words .an adapter is for --lora"),
+        ({f"<{i}>": CAT + i for i in range(300)}, "'<0>', .* and 297 more; no learned words"),
+        ({"clip_l": CAT, "t5xxl": CAT + 1}, "'clip_l', 't5xxl' do not belong together"),
+        ({"clip_l": CAT, "text_encoders_0": CAT + 1}, "do not belong together"),
+        ({}, "no tensors; no learned words"),
         ({"a": CAT.int()}, "int32"),
         ({"a": CAT[None]}, "shape"),
     ],

@@ -259,14 +259,14 @@ def test_a_folder_of_diffusers_and_folders_that_hold_none_or_several(sd: StableD
     write(tmp_path / "ink.safetensors", tensors)
     assert read_lora(tmp_path, sd.config).name == tmp_path.name
     write(tmp_path / "other.safetensors", tensors)
-    with pytest.raises(CheckpointError, match=r"several adapters \('ink.safetensors', 'other.safetensors'\)"):
+    with pytest.raises(CheckpointError, match=r"a folder of several \('ink.safetensors', 'other.safetensors'\)"):
         read_lora(tmp_path, sd.config)
     torch.save(tensors, tmp_path / "pytorch_lora_weights.bin")
     assert list(read_lora(tmp_path, sd.config).updates) == [Q]
     write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
     assert list(read_lora(tmp_path, sd.config).updates) == [Q]
     write(tmp_path / "adapter_model.safetensors", tensors)
-    with pytest.raises(CheckpointError, match="several adapters"):
+    with pytest.raises(CheckpointError, match="a folder of several"):
         read_lora(tmp_path, sd.config)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 12, "r": 4}))
     assert read_lora(tmp_path / "adapter_model.safetensors", sd.config).updates[Q].factor(1.0) == 3
