@@ -18,7 +18,7 @@ from minidiff.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from minidiff.denoise import Prediction, Run, Step
-    from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
+    from minidiff.errors import Cancelled, CheckpointError, ConfigError, MinidiffError, UnsupportedError
     from minidiff.picture import read_recipe, save_png
     from minidiff.pipeline import StableDiffusion, Unconditional, bundled, load
     from minidiff.prompts import Sizes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "denoise": ("Prediction", "Run", "Step"),
-    "errors": ("CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
+    "errors": ("Cancelled", "CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
     "picture": ("read_recipe", "save_png"),
     "pipeline": ("StableDiffusion", "Unconditional", "bundled", "load"),
     "prompts": ("Sizes",),
@@ -34,6 +34,7 @@ HOMES = {
 }
 
 __all__ = [
+    "Cancelled",
     "CheckpointError",
     "ConfigError",
     "MinidiffError",

@@ -6,14 +6,17 @@ recording, your own loop) may look at it, keep it, change ``step.x``, or stop.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import ConfigError
+from minidiff.errors import Cancelled, ConfigError
 from minidiff.progress import Counter, check_progress
 from minidiff.samplers.base import Draw, Sampler
 
@@ -27,6 +30,48 @@ class Prediction(NamedTuple):
 
 
 Predict = Callable[[Tensor, Tensor], Prediction]
+
+
+class Work:
+    """What one run is to those that work for it: whether it was cancelled, and what they keep between two calls."""
+
+    def __init__(self) -> None:
+        self.kept: dict[object, Any] = {}  # by who keeps it: what approximations know of the latest step
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """End the run before its next call of the model. From any thread."""
+        self._cancelled.set()
+
+    def check(self) -> None:
+        """Raise :class:`Cancelled` if it was."""
+        if self._cancelled.is_set():
+            raise Cancelled("the run was cancelled")
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Inside, :func:`work` is this one, in the calling thread."""
+        before = _now.get()
+        try:
+            _now.set(self)
+            yield
+        finally:
+            _now.set(before)
+
+
+_now: ContextVar[Work | None] = ContextVar("minidiff_work", default=None)  # of each thread its own
+
+
+def work() -> Work | None:
+    """The run that the calling thread works for."""
+    return _now.get()
+
+
+def check_cancelled() -> None:
+    """Raise :class:`Cancelled` if the run that the calling thread works for was cancelled."""
+    now = _now.get()
+    if now is not None:
+        now.check()
 
 
 @dataclass
@@ -44,6 +89,11 @@ class Step:
     conditional: Tensor | None = None
     unconditional: Tensor | None = None
     _x0: Callable[[], Tensor | None] = field(default=lambda: None, repr=False)
+    _work: Work = field(default_factory=Work, repr=False, compare=False)
+
+    def cancel(self) -> None:
+        """End the run that this step belongs to, as :meth:`Run.cancel` does."""
+        self._work.cancel()
 
     @property
     def x0(self) -> Tensor | None:
@@ -113,18 +163,23 @@ def denoise(
     stop: int | None = None,
     draw: Draw,
     instead: Mapping[int, Predict] | None = None,
+    work: Work | None = None,
 ) -> Generator[Step, None, None]:
     """Run ``plan`` from row ``first`` up to ``stop`` on ``x`` (B, C, H, W), noise at the first row's level; yields each
-    :class:`Step`. ``instead``: the rows that call another model than ``predict``, and which.
+    :class:`Step`. ``instead``: the rows that call another model than ``predict``, and which. ``work``: by which it may
+    be cancelled.
 
-    Gradients are off inside and as the caller has them between two steps.
+    Gradients are off inside and as the caller has them between two steps. Raises :class:`Cancelled`.
     """
+    work = work or Work()
     plan = plan.to(x.device)  # once: a host timestep would be copied, and waited for, at every step
     state = sampler.start()
     for i in range(first, len(plan.timesteps) if stop is None else stop):
         before, before_state = x, state
         model = (instead or {}).get(i, predict)
-        prediction = model(sampler.scale_input(plan, i, x), plan.timesteps[i])
+        work.check()
+        with work.going_on():
+            prediction = model(sampler.scale_input(plan, i, x), plan.timesteps[i])
         x, state = sampler.step(plan, i, x, prediction.out, state, draw)
 
         def x0(
@@ -132,7 +187,7 @@ def denoise(
         ) -> Tensor | None:
             return sampler.denoised(plan, i, x, out, state)
 
-        step = Step(i, plan.timesteps[i], x, *prediction, x0)
+        step = Step(i, plan.timesteps[i], x, *prediction, x0, work)
         yield step
         x = step.x
 
@@ -141,7 +196,10 @@ class Run(Iterator[Step]):
     """A denoising that is ready to go: iterate over its steps, or let it run to the end.
 
     ``plan`` is what it will do (print it), or the ``rows`` of it if not all; ``recipes`` say, image by image, how to
-    get the same again. ``again`` makes the same denoising anew, noise and all.
+    get the same again. ``again`` makes the same denoising anew, noise and all. ``work`` is what its model calls know of
+    it.
+
+    Whoever iterates and stops early calls :meth:`close`, or lets go of the run: its memory goes with it.
     """
 
     def __init__(
@@ -151,12 +209,14 @@ class Run(Iterator[Step]):
         recipes: list[dict[str, Any]],
         rows: range | None = None,
         again: Callable[[], Iterator[Step]] | None = None,
+        work: Work | None = None,
     ) -> None:
         self.trail = trail
         self.plan = plan
         self.recipes = recipes
         self.rows = range(len(plan.timesteps)) if rows is None else rows
         self.again = again
+        self.work = work or Work()
         self._latest: Step | None = None
 
     def __len__(self) -> int:
@@ -164,12 +224,28 @@ class Run(Iterator[Step]):
         return len(self.rows)
 
     def __next__(self) -> Step:
-        self._latest = next(self.trail)
+        try:
+            self.work.check()
+            self._latest = next(self.trail)
+        except StopIteration:
+            self.work.kept.clear()
+            raise
+        except Cancelled:
+            self.close()
+            self._latest = None
+            raise
         return self._latest
 
+    def cancel(self) -> None:
+        """End the run, from any thread: whoever iterates over it, or waits for its pictures, gets :class:`Cancelled`
+        raised as soon as the model call that is under way is done; in a decoding, the tile or the slice."""
+        self.work.cancel()
+
     def close(self) -> None:
-        """Stop where it is."""
+        """Stop where it is, and let go of what the run holds. From the thread that iterates."""
         self.trail.close()
+        self.again = None
+        self.work.kept.clear()
 
     def last(self, progress: Progress = False) -> Step:
         """Run what is left; gives the last step. ``progress``: None for a bar on a terminal or in a notebook and

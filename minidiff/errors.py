@@ -16,5 +16,9 @@ class CheckpointError(MinidiffError):
     """A file that is missing, damaged, or does not hold what it should."""
 
 
+class Cancelled(MinidiffError):
+    """A run that was cancelled, by :meth:`Run.cancel` or :meth:`Step.cancel`."""
+
+
 class UnsupportedError(MinidiffError):
     """Something real that minidiff does not do, such as flow-matching models."""

@@ -482,6 +482,7 @@ def assemble(
     checkpoint.sketch(parts, tensors, dtype, source)
     pipe = from_parts(config, parts, hash)  # which decides what stays in float32
     pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
+    pipe.turns.begin()
     return pipe
 
 

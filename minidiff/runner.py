@@ -19,7 +19,7 @@ from minidiff.config import ModelConfig, check, one_of
 from minidiff.conventions import Convention
 from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.streams import Streams
-from minidiff.denoise import Predict, Progress, Run, Step, denoise
+from minidiff.denoise import Predict, Progress, Run, Step, Work, denoise
 from minidiff.errors import ConfigError
 from minidiff.files import lazy
 from minidiff.models.unet import UNet
@@ -106,10 +106,14 @@ class Pipeline:
     def finish(self, run: Run, progress: Progress = None) -> Tensor:
         """Run to the end and decode: pixels (B, 3, H, W) in [0, 1]. ``progress``: see :meth:`Run.last`.
 
-        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value.
+        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value, and
+        :class:`Cancelled` if ``run`` was cancelled, from another thread too.
         """
-        raw = self._raw_pixels(latents := self._last(run, progress))
-        check_finite(raw, self.parts, lambda: self._raw_pixels(latents))
+        latents = self._last(run, progress)
+        with run.work.going_on():
+            run.work.check()
+            raw = self._raw_pixels(latents)
+            check_finite(raw, self.parts, lambda: self._raw_pixels(latents))
         return to_unit(raw)
 
     def _raw_pixels(self, latents: Tensor) -> Tensor:
@@ -134,6 +138,7 @@ class Pipeline:
         """The run from ``start``; ``labels`` and ``origins``: what to note, by image, the latter of its noise;
         ``instead``: rows that call another model."""
         rows, draw = begin.rows, begin.later
+        work = Work()
         marks = [source.mark() for source in (begin.draw, draw)]
 
         def trail() -> Generator[Step, None, None]:
@@ -146,6 +151,7 @@ class Pipeline:
                 stop=rows.stop,
                 draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
                 instead=instead,
+                work=work,
             )
 
         def again() -> Generator[Step, None, None]:
@@ -166,7 +172,7 @@ class Pipeline:
             **({"approximate": dict(self.approximations)} if self.approximations else {}),
         }
         recipes = [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)]
-        return Run(trail(), begin.plan, recipes, rows, again)
+        return Run(trail(), begin.plan, recipes, rows, again, work)
 
     def _begin(
         self,

@@ -11,12 +11,14 @@ Where the weights come from when a part's turn comes is told from outside: read 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import Around
 from minidiff.errors import ConfigError
 
 Weights = Mapping[str, Callable[[], Tensor]]
@@ -30,25 +32,45 @@ class Slot:
         self.original = layer.get_parameter(name)
         self.rest = torch.full((), float("nan"), dtype=self.original.dtype, device=device).expand(self.original.shape)
         self.weight = nn.Parameter(self.rest, requires_grad=False)
+        self.here = False
 
     def put(self, value: Tensor) -> None:
+        self.here = True
         self.weight.data = value
         setattr(self.layer, self.name, self.weight)  # a switch may have put another one there (packed)
+        self.here = value is not self.rest
+
+
+class Turn(Around):
+    """A method of a part (``forward``, ``state_dict``): the part's weights come before it, and stay until its end."""
+
+    outermost = True
+
+    def __init__(self, layer: nn.Module, name: str, turns: Turns, turn: str) -> None:
+        self.turns, self.turn = turns, turn
+        super().__init__(layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.turns.working:
+            self.turns.enter(self.turn)
+            return self.inner(*args, **kwargs)
 
 
 class Turns:
     """The parts of a model, taking turns on ``device``: a part's weights come with its first call, the others' go.
 
     ``weights`` gives each by its name, "part.parameter", ready on ``device``, as often as it is asked for; shapes and
-    dtypes are those that the parameters of ``parts`` have now. The text encoders of SDXL share a turn.
+    dtypes are those that the parameters of ``parts`` have now. The text encoders of SDXL share a turn. Of several
+    threads one works at a time: there is memory for one part.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], weights: Weights, device: torch.device) -> None:
         self.device = device
         self.now: str | None = None
+        self.working = threading.RLock()
         self.slots: dict[str, list[Slot]] = {}
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
-        self.hooks: list[Any] = []
+        self.methods: list[tuple[nn.Module, str, str]] = []
         for name, part in parts.items():
             turn = name.removesuffix("_2")
             self.slots.setdefault(turn, []).extend(
@@ -61,14 +83,17 @@ class Turns:
                 for path, _ in part.named_parameters()
             )
             for layer in part.modules():  # a table or two that follow from the config: they stay
-                for key, buffer in layer.named_buffers(recurse=False):
-                    self.buffers.append((layer, key, buffer))
-                    setattr(layer, key, buffer.to(device))
+                self.buffers += [(layer, key, buffer) for key, buffer in layer.named_buffers(recurse=False)]
             # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
-            for entrance in (part, *part.children()):
-                self.hooks.append(entrance.register_forward_pre_hook(lambda *_, turn=turn: self.enter(turn)))
-            saved = part.register_state_dict_pre_hook(lambda *_, turn=turn: self.enter(turn))  # type: ignore[no-untyped-call]
-            self.hooks.append(saved)
+            self.methods += [(entrance, "forward", turn) for entrance in (part, *part.children())]
+            self.methods.append((part, "state_dict", turn))
+
+    def begin(self) -> None:
+        """Put every part to rest. Raises whatever comes between, and then :meth:`end` takes it back."""
+        for layer, key, buffer in self.buffers:
+            setattr(layer, key, buffer.to(self.device))
+        for layer, method, turn in self.methods:
+            Turn(layer, method, self, turn)
         for slot in self._all():
             slot.put(slot.rest)
 
@@ -82,20 +107,20 @@ class Turns:
         self.now = turn
 
     def leave(self) -> None:
-        """Let go of the part that is in."""
-        if self.now is not None:
-            for slot in self.slots[self.now]:
+        """Let go of what is in."""
+        self.now = None
+        for slot in self._all():
+            if slot.here:
                 slot.put(slot.rest)
                 # What stands in for a layer's forward (minidiff.fast) may have made something of its weight.
                 forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
                 if forget is not None:
                     forget()
-            self.now = None
 
     def end(self) -> None:
-        """Give every part the parameters that it had before."""
-        for hook in self.hooks:
-            hook.remove()
+        """Give every part the parameters that it had before. Twice does no harm."""
+        for layer, method, _ in self.methods:
+            Turn.take_off(layer, method)
         for slot in self._all():
             setattr(slot.layer, slot.name, slot.original)
         for layer, key, buffer in self.buffers:

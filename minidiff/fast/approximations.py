@@ -18,6 +18,7 @@ from minidiff.fast.deep import DeepCache
 from minidiff.fast.merge import MOST, TokenMerging
 from minidiff.fast.switch import Switch, put_on
 from minidiff.runner import Pipeline, finite
+from minidiff.undo import surely
 
 
 def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None = None) -> dict[str, int]:
@@ -25,7 +26,8 @@ def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None 
 
     ``deep``: the whole UNet runs at one step in so many, the others reuse its deep features (Ma et al. 2023); 1 is the
     exact model. ``merge``: the share of tokens, 0 to 0.75, that self-attention at the highest resolution does without
-    (Bolya & Hoffman 2023); 0 is the exact model. What is on already stays, unless it is given another value here.
+    (Bolya & Hoffman 2023); 0 is the exact model. What is on already stays, unless it is given another value here. Each
+    is put on whole, or, interrupted, not at all.
     Raises :class:`ConfigError` for values outside these, and for ``merge`` on a UNet without transformers.
     """
     check(deep is not None or merge is not None, "nothing to approximate; give deep=3, merge=0.5 or both")
@@ -42,23 +44,31 @@ def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None 
         check(fits, f"{name}={value!r} needs a UNet with transformers, and the {pipe.config.family} UNet has none")
     on: dict[str, tuple[Switch, list[nn.Module]]] = pipe.__dict__.setdefault("_approximate", {})
     for name, (value, switch) in wanted.items():
-        if pipe.approximations.get(name) != value:
-            _take_off(on, name)
-            on[name] = switch, put_on(switch, [pipe.unet])
+        if pipe.approximations.get(name) == value:
+            continue
+        _take_off(pipe, name)
+        try:
+            layers: list[nn.Module] = []
+            on[name] = switch, layers
+            put_on(switch, [pipe.unet], layers)
             pipe.approximations[name] = value
+        except BaseException:
+            surely(lambda name=name: _take_off(pipe, name))  # type: ignore[misc]
+            raise
     return {name: len(layers) for name, (_, layers) in on.items()}
 
 
 def exact(pipe: Pipeline) -> None:
     """Take every approximation off ``pipe`` again. Without one, nothing happens."""
-    on = pipe.__dict__.pop("_approximate", {})
-    for name in list(on):
-        _take_off(on, name)
-        del pipe.approximations[name]
+    for name in list(pipe.__dict__.get("_approximate", {})):
+        _take_off(pipe, name)
 
 
-def _take_off(on: dict[str, tuple[Switch, list[nn.Module]]], name: str) -> None:
-    switch, layers = on.pop(name, (None, []))
-    for layer in layers:
-        assert switch is not None
-        switch.take_off(layer)
+def _take_off(pipe: Pipeline, name: str) -> None:
+    on: dict[str, tuple[Switch, list[nn.Module]]] = pipe.__dict__["_approximate"]
+    if name in on:
+        switch, layers = on[name]
+        for layer in layers:
+            switch.take_off(layer)
+        pipe.approximations.pop(name, None)
+        del on[name]

@@ -6,20 +6,19 @@ scores of a block of queries are as many as the cache holds. Which way is taken 
 shape comes for the first time in a process; so the same picture may come out with other last bits on another day, and
 the switch is on only if asked for.
 
-Scores are float32 whatever the dtype is, as they are in torch's kernel: ``torch.bmm`` rounds what it gives back to the
-dtype of its factors, and scores of eight bits would put the result two to six times as far from the truth. So factors
-in bfloat16 are written as float32 and multiplied by a kernel that would round them to bfloat16 first
-(:func:`narrow_factors`): they lose nothing, and the products come back in 32 bits at twice the speed.
+Scores are float32 whatever the dtype is, as in torch's kernel: a product rounds what it gives back to the dtype of its
+factors, and scores of eight bits would put the result two to six times as far from the truth. So queries and keys in
+bfloat16 are written as float32 before they are multiplied, and lose nothing; only the second product, of the softmax
+and the values, is one of bfloat16. (torch can be told to multiply float32 as bfloat16. That is a setting of the whole
+process, other threads fall under it, and without AMX the kernel that runs is the same one of float32.)
 
-Where a processor has instructions for bfloat16, and in float32 with AVX512 (:mod:`minidiff.fast.onednn`), blocks of
-many keys win by so much that nothing has to be tried: :class:`ManyKeys` goes by the number of keys alone, and is on by
-itself.
+Where a processor has AVX512, blocks of many keys win so often that nothing is tried (:mod:`minidiff.fast.onednn`):
+:class:`ManyKeys` goes by the number of keys alone, and is on by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from functools import partial
 from itertools import product
 
@@ -35,12 +34,11 @@ ROWS = 512  # queries of a block
 SCORES = 2**21  # of a block, in float32 8 MB: what a core's share of the last cache holds
 WORTH = 1.1  # times as fast; below it, what torch ships stays
 MANY = 64  # keys; with fewer, a block has too little to do
-
-# Where torch keeps in how many digits a CPU multiplies float32; releases before 2.9 have no such place.
-SETTING = getattr(torch.backends.mkldnn, "matmul", None)
+SMALL = 2**22  # multiplications of a head's block: fewer are over before a library has been asked head by head
 
 Shape = tuple[torch.dtype, tuple[int, ...], int, int]  # of queries; keys, threads
 chosen: dict[Shape, Kernel] = {}
+choosing = threading.Lock()
 
 
 class BlockAttention(Switch):
@@ -78,7 +76,7 @@ class ManyKeys(BlockAttention):
         if not super().applies(layer):
             return False
         dtype = next(layer.parameters()).dtype
-        return onednn.pays(dtype) and (dtype == torch.float32 or SETTING is not None)
+        return onednn.pays(dtype) and not (dtype == torch.bfloat16 and onednn.has_amx())
 
 
 def by_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -93,7 +91,9 @@ def fastest(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return attention(q, k, v, causal)
     shape = (q.dtype, tuple(q.shape), k.shape[2], torch.get_num_threads())
     if shape not in chosen:
-        chosen[shape] = choose(q, k, v)
+        with choosing:  # all threads take the same
+            if shape not in chosen:
+                chosen[shape] = choose(q, k, v)
     return chosen[shape](q, k, v, causal)
 
 
@@ -118,8 +118,11 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     seen = k.shape[2]
     some, rows = block_of(q, k)
     out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    if q.dtype == torch.float32 and onednn.pays():
+    small = rows * seen * d < SMALL
+    if onednn.pays() and q.dtype == torch.float32:
         one_block = by_onednn
+    elif onednn.pays() and not small:
+        one_block = by_onednn_narrow
     else:
         one_block = partial(by_bmm, torch.empty(some * rows * seen, dtype=torch.float32, device=q.device))
     for n in range(pictures):
@@ -133,8 +136,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 def by_bmm(memory: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention of a block of queries (heads, rows, d), its scores in ``memory`` (float32, long enough)."""
     scores = memory[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], k.shape[1])
-    with narrow_factors(v.dtype):
-        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     torch.softmax(scores, dim=-1, out=scores)
     return scores.to(v.dtype) @ v
 
@@ -148,19 +150,10 @@ def by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@contextmanager
-def narrow_factors(dtype: torch.dtype) -> Iterator[None]:
-    """Within, float32 factors that hold no more than bfloat16's digits are multiplied as such, if that is ``dtype``.
-
-    A setting of the process: products in other threads fall under it, too, while a block is computed. Without it, or on
-    a processor without bfloat16, the factors are multiplied in float32, to the same result.
-    """
-    if dtype != torch.bfloat16 or SETTING is None:
-        yield
-        return
-    before = SETTING.fp32_precision
-    SETTING.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        SETTING.fp32_precision = before
+def by_onednn_narrow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for values of fewer digits, by which the softmax is multiplied as such, all heads at once."""
+    weights = torch.empty(*q.shape[:2], k.shape[1], dtype=v.dtype, device=v.device)
+    for asked, keys, made in zip(q * q.shape[-1] ** -0.5, k, weights, strict=True):
+        scores = onednn.product(asked, keys)
+        made.copy_(torch.softmax(scores, dim=-1, out=scores))
+    return weights @ v

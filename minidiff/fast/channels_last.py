@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Wrapping
+from minidiff.around import PREPARING, Around
+from minidiff.fast.switch import Wrapping
 
 
 class Innermost(Around):
     """The ``forward`` of one convolution. At the call, not before: a part that takes turns has no weight to lay out."""
 
     def __call__(self, x: Tensor) -> Any:
-        weight = self.layer.get_parameter("weight")
-        if not weight.is_contiguous(memory_format=torch.channels_last):
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if not self.laid_out():
+            with PREPARING:
+                if not self.laid_out():
+                    weight = self.layer.get_parameter("weight")
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         return self.inner(x)
+
+    def laid_out(self) -> bool:
+        return self.layer.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)
 
 
 class ChannelsLast(Wrapping):

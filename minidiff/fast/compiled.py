@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import Around
 from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
 from minidiff.models.unet import UNet
@@ -30,28 +31,28 @@ class CompiledUNet(Switch):
         return isinstance(layer, UNet)
 
     def put_on(self, layer: nn.Module) -> None:
-        assert isinstance(layer, UNet)
         check_compiler()
-        layer.forward = Compiled(layer)  # type: ignore[method-assign]
+        Compiled(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
+        Compiled.take_off(layer)
 
 
-class Compiled:
+class Compiled(Around):
     """What stands in for the ``forward`` of the UNet."""
 
-    def __init__(self, unet: UNet) -> None:
-        self.plain = unet.forward
-        self.compiled = torch.compile(self.plain, dynamic=False)
+    def __init__(self, unet: nn.Module) -> None:
+        self.compiled = torch.compile(unet.forward, dynamic=False)
+        super().__init__(unet)
 
     def __call__(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():  # frozen weights don't learn
-            return self.plain(x, t, *args, **kwargs)
+            return self.inner(x, t, *args, **kwargs)  # type: ignore[no-any-return]
         import torch._inductor.config as inductor
 
         t = torch.as_tensor(t, device=x.device)  # a number would be a constant of the graph, and each have its own
         # Given as an option of torch.compile, freezing comes too late: weights would be inputs of the graph by then.
+        # The setting is the calling thread's own.
         with inductor.patch(freezing=True):
             out: Tensor = self.compiled(x, t, *args, **kwargs)
         return out

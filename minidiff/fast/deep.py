@@ -5,20 +5,26 @@ From one step to the next the coarse features of a picture hardly change, and th
 layer alone, on the kept features and on the new sample's first convolution, the one skip that reaches it (the paper's
 first branch, ``cache_branch_id=0`` of its program). An approximation: the picture changes.
 
-What is kept belongs to one run and must not leak into the next. A call goes on with it only if it comes later than the
-last one with the same prompt and size; every other call is taken for the first of a new run.
+What is kept belongs to one run (:class:`~minidiff.denoise.Work`), and a run goes on with it only where a call comes
+later than its last one, with the same prompt and size; every other call begins anew. Calls outside of a run, in a loop
+of one's own, are taken for those of one run a thread.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from minidiff.around import Around
+from minidiff.denoise import work
 from minidiff.fast.switch import Switch
 from minidiff.models.unet import Residuals, UNet, UpLevel
+from minidiff.undo import forward_pre_hook
 
 
 class DeepCache(Switch):
@@ -32,15 +38,21 @@ class DeepCache(Switch):
 
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, UNet)
-        layer.forward = Reusing(layer, self.every)  # type: ignore[method-assign]
+        Reusing(layer, self.every)
 
     def take_off(self, layer: nn.Module) -> None:
-        reusing = layer.__dict__.pop("forward")
-        if reusing.before is not None:
-            layer.forward = reusing.before
+        Reusing.take_off(layer)
 
 
-class Reusing:
+class Kept:
+    """What one run keeps: its last call, how many there were since the whole UNet ran, and what that gave."""
+
+    last: Call | None = None
+    age = 0
+    deep: Tensor
+
+
+class Reusing(Around):
     """What stands in for the ``forward`` of one UNet. With gradients on, or a ControlNet's residuals, it is the plain
     one: a graph ends with its step, and residuals reach every depth anew."""
 
@@ -50,11 +62,10 @@ class Reusing:
         level = unet.up[-1]
         assert isinstance(level, UpLevel)
         self.level = level  # the highest resolution on the way up
-        self.before = unet.__dict__.get("forward")  # what another switch put there
-        self.plain = unet.forward
-        self.last: Call | None = None
-        self.age = 0  # calls since the whole UNet ran
-        self.deep: Tensor
+        self.here = threading.local()  # of this thread: what it keeps outside of a run, and what a call has seen
+        self.handles: list[RemovableHandle] = []
+        super().__init__(unet)
+        forward_pre_hook(level.res[-1], self.look, self.handles)
 
     def __call__(
         self,
@@ -65,42 +76,62 @@ class Reusing:
         guidance: Tensor | None = None,
         residuals: Residuals | None = None,
     ) -> Tensor:
+        kept = self.kept()
         if torch.is_grad_enabled() or residuals is not None:
-            self.last = None
-            return self.plain(x, t, context, added, guidance, residuals)
+            kept.last = None
+            return self.inner(x, t, context, added, guidance, residuals)  # type: ignore[no-any-return]
         call = Call((x.shape, x.dtype, x.device), (context, guidance, *(added or ())), t)
-        goes_on = self.last is not None and call.follows(self.last)
-        self.age = (self.age + 1) % self.every if goes_on else 0
-        self.last = None  # should this call fail, there is nothing to go on from
-        run = self.whole if self.age == 0 else self.shallow
-        out = run(x, t, context, added, guidance)
-        self.last = call
+        goes_on = kept.last is not None and call.follows(kept.last)
+        kept.age = (kept.age + 1) % self.every if goes_on else 0
+        kept.last = None  # should this call fail, there is nothing to go on from
+        if kept.age == 0:
+            out, kept.deep = self.whole(x, t, context, added, guidance)
+        else:
+            out = self.shallow(kept.deep, x, t, context, added, guidance)
+        kept.last = call
         return out
 
-    def whole(self, *given: Any) -> Tensor:
-        """The plain UNet; what comes from below into its last ResBlock is kept."""
-        seen: list[Tensor] = []
-        handle = self.level.res[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        try:
-            out = self.plain(*given)
-        finally:
+    def kept(self) -> Kept:
+        """What belongs to the run that is at work in this thread."""
+        run = work()
+        mine: dict[Any, Any] = self.here.__dict__ if run is None else run.kept
+        found: Kept = mine.setdefault(self, Kept()) if run is not None else mine.setdefault("kept", Kept())
+        return found
+
+    def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note what comes into the last ResBlock, where :meth:`whole` asks for it."""
+        seen: list[Tensor] | None = getattr(self.here, "seen", None)
+        if seen is not None:
+            seen.append(args[0])
+
+    def undo(self) -> None:
+        for handle in self.handles:
             handle.remove()
+
+    def whole(self, *given: Any) -> tuple[Tensor, Tensor]:
+        """The plain UNet, and what comes from below into its last ResBlock."""
+        seen: list[Tensor] = []
+        self.here.seen = seen
+        try:
+            out: Tensor = self.inner(*given)
+        finally:
+            self.here.seen = None
         skip = self.unet.config.levels[0].channels
-        self.deep = seen[0][:, :-skip].clone()
-        return out
+        return out, seen[0][:, :-skip].clone()
 
     def shallow(
         self,
+        deep: Tensor,
         x: Tensor,
         t: Tensor | float,
         context: Tensor | None,
         added: tuple[Tensor, Tensor] | None,
         guidance: Tensor | None,
     ) -> Tensor:
-        """The first convolution and the last layer of the way up, with the kept features between."""
+        """The first convolution and the last layer of the way up, with the kept features ``deep`` between."""
         unet = self.unet
         temb = unet.embed_time(x, t, added, guidance)
-        h = self.level.res[-1](torch.cat([self.deep, unet.conv_in(x)], dim=1), temb)
+        h = self.level.res[-1](torch.cat([deep, unet.conv_in(x)], dim=1), temb)
         for attn in list(self.level.attn)[-1:]:
             h = attn(h, context)
         out: Tensor = unet.conv_out(F.silu(unet.norm_out(h)))

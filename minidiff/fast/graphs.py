@@ -7,12 +7,14 @@ first call of each takes minutes, and a part that takes turns would be recorded 
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Wrapping
+from minidiff.around import Around
+from minidiff.fast.switch import Wrapping
 from minidiff.models.unet import UNet
 
 
@@ -20,14 +22,16 @@ class Recorded(Around):
     """The ``forward`` of the UNet."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        self.compiled = torch.compile(getattr(layer, name), fullgraph=True, dynamic=False, mode="reduce-overhead")
+        self.launching = threading.Lock()
         super().__init__(layer, name)
-        self.compiled = torch.compile(self.inner, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
-        # The next launch writes its answer to the same place, and multistep samplers keep this one.
-        return out.clone()
+        with self.launching:  # all launches of a graph read and write the same memory
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
+            # The next launch writes its answer to the same place, and multistep samplers keep this one.
+            return out.clone()
 
 
 class CudaGraphs(Wrapping):

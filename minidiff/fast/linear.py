@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import Around
 from minidiff.fast import onednn
-from minidiff.fast.switch import Around, Wrapping
+from minidiff.fast.switch import Wrapping
 
 SMALLEST = 2**14  # weights
 ROWS = 32  # of the input: with fewer, the weight is read for so little work that memory decides

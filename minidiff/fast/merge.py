@@ -9,16 +9,20 @@ the last bits may differ.) An approximation, and one that pays for large picture
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minidiff.around import CHANGED
+from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import SpatialTransformer, TransformerBlock
 from minidiff.models.unet import UNet
+from minidiff.undo import forward_hook, forward_pre_hook
 
 MOST = 0.75  # a quarter of the tokens is what the others are merged into
 
@@ -38,15 +42,16 @@ class TokenMerging(Switch):
         handles = self.handles[layer] = []
         for transformer in finest(layer):
             merging = Merging(self.ratio)
-            handles.append(transformer.register_forward_pre_hook(merging.look))
+            forward_pre_hook(transformer, merging.look, handles)
             for block in transformer.blocks:
                 assert isinstance(block, TransformerBlock)
-                handles.append(block.attn1.register_forward_pre_hook(merging.before))
-                handles.append(block.attn1.register_forward_hook(merging.after))
+                forward_pre_hook(block.attn1, merging.before, handles)
+                forward_hook(block.attn1, merging.after, handles)
 
     def take_off(self, layer: nn.Module) -> None:
-        for handle in self.handles.pop(layer):
+        for handle in self.handles.get(layer, []):
             handle.remove()
+        self.handles.pop(layer, None)
 
 
 def finest(unet: UNet) -> list[SpatialTransformer]:
@@ -58,17 +63,21 @@ def finest(unet: UNet) -> list[SpatialTransformer]:
     return []
 
 
-class Merging:
-    """What surrounds the self-attention of one transformer."""
+class Merging(threading.local):
+    """What surrounds the self-attention of one transformer; what it notes during a call is the calling thread's own."""
+
+    size = (0, 0)
+    group: Tensor | None = None
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
-        self.size = (0, 0)
-        self.group: Tensor | None = None
 
     def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Note the size of the picture, which its tokens don't tell."""
         self.size = args[0].shape[-2:]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ConfigError(CHANGED)
 
     def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
         """Merge; with nothing to merge the tokens go in as they are."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minidiff.config import check
 from minidiff.runner import Pipeline
 from minidiff.turns import Turns
+from minidiff.undo import surely
 
 
 class Offloaded(Turns):
@@ -44,6 +45,11 @@ def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
             weight.data = waiting(weight.data)
             weights[f"{name}.{path}"] = coming(weight, device)
     pipe.turns = Offloaded(pipe.parts, weights, device)
+    try:
+        pipe.turns.begin()
+    except BaseException:
+        surely(lambda: bring_back(pipe))
+        raise
 
 
 def waiting(weight: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ def pays(dtype: torch.dtype = torch.float32) -> bool:
     return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles (AMX), as torch's own kernel of attention then does."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,): (..., out), as a linear layer.
 

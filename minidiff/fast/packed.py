@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import PREPARING, Around
 from minidiff.fast.switch import Switch
 
 SMALLEST = 2**16  # weights: below it a rearrangement costs nothing worth saving
@@ -35,44 +36,50 @@ class PackedConvolutions(Switch):
         )
 
     def put_on(self, layer: nn.Module) -> None:
-        assert isinstance(layer, nn.Conv2d)
-        layer.forward = Packed(layer)  # type: ignore[method-assign,assignment]
+        Packed(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        packed = layer.__dict__.pop("forward")
-        assert isinstance(packed, Packed)
-        packed.unpack()
+        Packed.take_off(layer)
 
 
-class Packed:
+class Packed(Around):
     """What stands in for the ``forward`` of one convolution."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.layer = layer
-        self.trained = layer.weight.requires_grad
+    def __init__(self, layer: nn.Module) -> None:
+        self.trained = layer.get_parameter("weight").requires_grad
+        super().__init__(layer)
         # As a state dict (saving, copying) the layer has its plain weight.
-        self.hook = layer.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
+        layer.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
-        if not layer.weight.is_mkldnn:  # at the first call, and after someone gave the layer another weight
-            self.pack(x)
+        assert isinstance(layer, nn.Conv2d)
+        weight = layer.weight
+        if not weight.is_mkldnn:  # at the first call, and after someone gave the layer another weight
+            weight = self.pack(layer, x)
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
+            x, weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
         )
         return out
 
-    def pack(self, x: Tensor) -> None:
-        layer = self.layer
-        packed = torch.ops.mkldnn._reorder_convolution_weight(
-            layer.weight.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
-        )
-        plain, layer.weight = layer.weight, nn.Parameter(packed, requires_grad=False)
-        plain.data = plain.data.new_empty(0)  # where parts take turns, the place of the weight still holds it
+    def pack(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """Put a packed weight in the place of the layer's, unless another thread just has; which it is."""
+        with PREPARING:
+            plain = layer.weight
+            if plain.is_mkldnn:
+                return plain
+            packed = torch.ops.mkldnn._reorder_convolution_weight(
+                plain.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
+            )
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+            plain.data = plain.data.new_empty(0)  # where parts take turns, the place of the weight still holds it
+            return layer.weight
 
-    def unpack(self) -> None:
-        self.hook.remove()
-        weight = self.layer.weight
+    def undo(self) -> None:
+        for key, hook in list(self.layer._state_dict_hooks.items()):
+            if hook is _plain_state:
+                del self.layer._state_dict_hooks[key]
+        weight = self.layer.get_parameter("weight")
         if weight.is_mkldnn:
             self.layer.weight = nn.Parameter(weight.detach().to_dense(), requires_grad=self.trained)
 

@@ -1,22 +1,26 @@
 """Keys and values of the prompt, computed once and not at every step.
 
 In cross-attention they are made from the encoded prompt alone, which stays the same from the first step to the last.
-A layer that remembers looks whether it is shown the very tensor of last time, unchanged, and then answers as last time.
+A layer that remembers looks whether it was shown the very tensor before, unchanged, and then answers as it did. What it
+remembers goes with the tensor, so that runs side by side keep theirs apart, and a run that ends leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import Around
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import TransformerBlock
 
 
 class PromptMemory(Switch):
-    """The key and value layers of every cross-attention remember their latest answer. The same bits."""
+    """The key and value layers of every cross-attention remember their answers. The same bits."""
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, TransformerBlock)
@@ -24,42 +28,50 @@ class PromptMemory(Switch):
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, TransformerBlock)
         for linear in (layer.attn2.k, layer.attn2.v):
-            linear.forward = Remembering(linear)  # type: ignore[method-assign,assignment]
+            Remembering(linear)
 
     def take_off(self, layer: nn.Module) -> None:
         assert isinstance(layer, TransformerBlock)
         for linear in (layer.attn2.k, layer.attn2.v):
-            del linear.__dict__["forward"]
+            Remembering.take_off(linear)
 
 
-class _Seen(NamedTuple):
-    """Tensors and how often each had been written to when they were used."""
+class Known(NamedTuple):
+    """An answer, and to what: the input, the weight, and how often each had been written to."""
 
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
+    x: weakref.ref[Tensor]
+    weight: Tensor
+    written: tuple[int, int]
+    answer: Tensor
 
-    def still(self, tensors: tuple[Tensor, ...]) -> bool:
-        same = all(a is b for a, b in zip(self.tensors, tensors, strict=True))
-        return same and self.versions == _versions(tensors)
+    def holds(self, x: Tensor, weight: Tensor) -> bool:
+        return self.x() is x and self.weight is weight and self.written == (x._version, weight._version)
 
 
-class Remembering:
+class Remembering(Around):
     """What stands in for the ``forward`` of one linear layer."""
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self.layer = layer
-        self.seen: _Seen | None = None
-        self.answer: Tensor
+    def __init__(self, layer: nn.Module) -> None:
+        self.known: dict[int, Known] = {}  # by the id of the input, as long as that lives
+        super().__init__(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
-        tensors = (x, self.layer.weight)
-        if torch.is_grad_enabled() or any(t.is_inference() for t in tensors):  # a graph is no answer to keep; no
-            return nn.Linear.forward(self.layer, x)  # count of writes is kept in inference mode
-        if self.seen is None or not self.seen.still(tensors):
-            self.answer = nn.Linear.forward(self.layer, x)
-            self.seen = _Seen(tensors, _versions(tensors))
-        return self.answer
+        weight = self.layer.get_parameter("weight")
+        if torch.is_grad_enabled() or x.is_inference() or weight.is_inference():  # a graph is no answer to keep; no
+            return self.compute(x)  # count of writes is kept in inference mode
+        known = self.known.get(id(x))
+        if known is None or not known.holds(x, weight):
+            written, key = (x._version, weight._version), id(x)
+            known = Known(weakref.ref(x, partial(self.drop, key)), weight, written, self.compute(x))
+            self.known[key] = known
+        return known.answer
 
+    def compute(self, x: Tensor) -> Tensor:
+        """The plain answer, or that of the switch below."""
+        out: Tensor = nn.Linear.forward(self.layer, x) if self.before is None else self.before(x)  # type: ignore[arg-type]
+        return out
 
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors)
+    def drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
+        known = self.known.get(key)
+        if known is not None and known.x is gone:
+            self.known.pop(key, None)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Around, Wrapping
+from minidiff.around import Around
+from minidiff.denoise import check_cancelled
+from minidiff.fast.switch import Wrapping
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
@@ -22,7 +24,11 @@ class OneByOne(Around):
     """The ``decode`` of a VAE."""
 
     def __call__(self, z: Tensor) -> Tensor:
-        return torch.cat([self.inner(one) for one in z.chunk(len(z))])
+        return torch.cat([self.one(z) for z in z.chunk(len(z))])
+
+    def one(self, z: Tensor) -> Tensor:
+        check_cancelled()
+        return self.inner(z)  # type: ignore[no-any-return]
 
 
 class VaeSlices(Wrapping):
@@ -39,8 +45,8 @@ class Halves(Around):
     """The ``forward`` of a UNet: half of an even batch, then the other. On a card, only once the whole did not fit."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        super().__init__(layer, name)
         self.whole_fits = True
+        super().__init__(layer, name)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if len(x) % 2 == 1:

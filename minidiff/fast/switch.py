@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from types import MethodType
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+
+from minidiff.around import Around
 
 
 class Switch(Protocol):
@@ -22,43 +22,28 @@ class Switch(Protocol):
         """Make ``layer`` fast, in place."""
 
     def take_off(self, layer: nn.Module) -> None:
-        """Undo :meth:`put_on`, bit for bit."""
+        """Undo :meth:`put_on`, bit for bit, also where that was interrupted. Twice does no harm."""
 
 
-def put_on(switch: Switch, parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """Put ``switch`` on every layer of ``parts`` that it applies to; which they were."""
-    layers = [layer for part in parts for layer in part.modules() if switch.applies(layer)]
+def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] | None = None) -> list[nn.Module]:
+    """Put ``switch`` on every layer of ``parts`` that it applies to; which they were. In ``layers`` they stand before
+    anything is changed."""
+    layers = [] if layers is None else layers
+    layers += [layer for part in parts for layer in part.modules() if switch.applies(layer)]
     for layer in layers:
         switch.put_on(layer)
     return layers
 
 
-class Around(ABC):
-    """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
-    another of this kind."""
+class Replaced(Around):
+    """Another function of the layer in place of its ``forward``."""
 
-    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        self.layer = layer
-        self.inner = getattr(layer, name)
-        self.before = layer.__dict__.get(name)
-        layer.__dict__[name] = self
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+        super().__init__(layer)
 
-    @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What is done in place of the method."""
-
-    @classmethod
-    def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
-        """Leave ``layer`` as it was without the one of this class, whatever was put around that since."""
-        above, this = None, layer.__dict__[name]
-        while not isinstance(this, cls):
-            above, this = this, this.before
-        if above is not None:
-            above.before, above.inner = this.before, this.inner
-        elif this.before is not None:
-            layer.__dict__[name] = this.before
-        else:
-            del layer.__dict__[name]
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(self.layer, *args, **kwargs)
 
 
 class Instead(Switch):
@@ -67,10 +52,10 @@ class Instead(Switch):
     forward: ClassVar[Callable[..., Tensor]]  # a staticmethod: it is bound to the layer, not to the switch
 
     def put_on(self, layer: nn.Module) -> None:
-        layer.forward = MethodType(self.forward, layer)
+        Replaced(layer, self.forward)
 
     def take_off(self, layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
+        Replaced.take_off(layer)
 
 
 class Wrapping(Switch):

@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import Around
 from minidiff.config import check
-from minidiff.fast.switch import Around
+from minidiff.denoise import check_cancelled
 from minidiff.runner import Pipeline
+from minidiff.undo import surely
 
 NAME = "vae_tiles"  # in the recipe
 
@@ -28,22 +30,27 @@ def tiled(pipe: Pipeline, side: int = 64) -> None:
     check("vae" in pipe.parts, f"a {pipe.config.family} model has no VAE that could decode in tiles")
     check(isinstance(side, int) and side >= 4, f"side={side!r} of a tile must be a whole number of latents, at least 4")
     whole(pipe)
-    Tiles(pipe.parts["vae"], side, side // 4)
-    pipe.approximations[NAME] = side
+    try:
+        pipe.approximations[NAME] = side
+        Tiles(pipe.parts["vae"], side, side // 4)
+    except BaseException:
+        surely(lambda: whole(pipe))
+        raise
 
 
 def whole(pipe: Pipeline) -> None:
     """Let ``pipe`` decode whole pictures again."""
-    if pipe.approximations.pop(NAME, None) is not None:
+    if NAME in pipe.approximations:
         Tiles.take_off(pipe.parts["vae"], "decode")
+        pipe.approximations.pop(NAME, None)
 
 
 class Tiles(Around):
     """The ``decode`` of a VAE."""
 
     def __init__(self, vae: nn.Module, side: int, overlap: int) -> None:
-        super().__init__(vae, "decode")
         self.side, self.overlap = side, overlap
+        super().__init__(vae, "decode")
 
     def __call__(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W): the mean of all tiles that reach a pixel, each counting less near its edges."""
@@ -57,6 +64,7 @@ class Tiles(Around):
         for top in self.starts(height):
             for left in self.starts(width):
                 if (top, left) != (0, 0):
+                    check_cancelled()
                     tile = self.inner(z[..., top : top + self.side, left : left + self.side])
                 rows = self.ramp(top, height, tile.shape[2], factor, tile.device)
                 columns = self.ramp(left, width, tile.shape[3], factor, tile.device)

@@ -21,8 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minidiff.around import PREPARING, Around
 from minidiff.fast import onednn
-from minidiff.fast.switch import Around, Wrapping
+from minidiff.fast.switch import Wrapping
 
 NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
 SMALLEST = 256 * 128  # pairs of channels
@@ -34,12 +35,20 @@ class Winograd(Around):
     """The ``forward`` of one convolution; small pictures go to the one within."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        super().__init__(layer, name)
         self.filters: Tensor | None = None
+        super().__init__(layer, name)
 
     def forget(self) -> None:
-        """Let go of what was made of the weight, which is about to change."""
         self.filters = None
+        super().forget()
+
+    def prepared(self) -> Tensor:
+        """The filters, made at the first call."""
+        with PREPARING:
+            if self.filters is None:
+                weight = self.layer.get_parameter("weight").detach()
+                self.filters = filters(weight.to_dense() if weight.is_mkldnn else weight)  # packed for a small picture
+            return self.filters
 
     def __call__(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
@@ -47,15 +56,15 @@ class Winograd(Around):
             out: Tensor = self.inner(x)
             return out
         assert isinstance(self.layer, nn.Conv2d)
-        if self.filters is None:
-            weight = self.layer.weight.detach()
-            self.filters = filters(weight.to_dense() if weight.is_mkldnn else weight)  # packed for a small picture
+        made_of_weight = self.filters
+        if made_of_weight is None:
+            made_of_weight = self.prepared()
         rows, columns = -(-height // 2), -(-width // 2)  # of tiles
         whole = x.new_empty(len(x), self.layer.out_channels, 2 * rows, 2 * columns)
         at_once = max(1, TILES // columns)
         for picture, made in zip(x, whole, strict=True):
             for top in range(0, rows, at_once):
-                band(self.filters, self.layer.bias, picture, made, top, min(at_once, rows - top))
+                band(made_of_weight, self.layer.bias, picture, made, top, min(at_once, rows - top))
         return whole if whole.shape[2:] == x.shape[2:] else whole[:, :, :height, :width].contiguous()
 
 

@@ -162,21 +162,17 @@ def test_guidance_on_a_part_of_the_way_begins_anew_where_the_batch_changes(sd: S
 
 
 def test_runs_side_by_side_do_not_mix(sd: StableDiffusion) -> None:
-    """Each call is another run's than the last: all are whole, and every bit is the plain model's."""
-
-    def both(pipe: Any, one: dict[str, Any], two: dict[str, Any]) -> list[Tensor]:
-        runs = zip(pipe.steps(**one), pipe.steps(**two), strict=True)
-        return [step.x for pair in runs for step in pair]
-
+    """Each call is another run's than the last, and every bit is that of one run after the other."""
     text: dict[str, Any] = {"prompt": "a cat", "steps": 4, "sampler": "ddim"}
     ddpm = tiny.tiny_ddpm()
     for pipe, common in ((sd, text), (ddpm, {"steps": 4, "sampler": "ddim"})):
-        want = both(pipe, {**common, "seed": 1}, {**common, "seed": 2})
+        plain = [step.x for step in pipe.steps(**common, seed=1)]
         fast.approximate(pipe, deep=4)
-        found = both(pipe, {**common, "seed": 1}, {**common, "seed": 2})
-        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
-    alone = [step.x for step in ddpm.steps(steps=4, sampler="ddim", seed=1)]
-    assert not torch.equal(alone[1], want[2])
+        one, two = ([step.x for step in pipe.steps(**common, seed=seed)] for seed in (1, 2))
+        assert not torch.equal(one[1], plain[1])
+        both = zip(pipe.steps(**common, seed=1), pipe.steps(**common, seed=2), strict=True)
+        found = [(a.x, b.x) for a, b in both]
+        assert all(torch.equal(a, one[i]) and torch.equal(b, two[i]) for i, (a, b) in enumerate(found))
 
 
 def test_the_loop_of_ones_own(sd: StableDiffusion) -> None:
@@ -230,11 +226,10 @@ def test_reused_features_are_nearer_than_none(sd: StableDiffusion) -> None:
     assert isinstance(reusing, Reusing)
     unet(x, 500, context)
     found = unet(near, 480, context)
-    deep = reusing.deep
-    reusing.deep = torch.zeros_like(deep)
-    none = reusing.shallow(near, 480, context, None, None)
+    deep = reusing.kept().deep
+    none = reusing.shallow(torch.zeros_like(deep), near, 480, context, None, None)
     unet(x.flip(3), 999, sd.encode_prompt(["a dog"])[0])
-    foreign = reusing.shallow(near, 480, context, None, None)
+    foreign = reusing.shallow(reusing.kept().deep, near, 480, context, None, None)
     DeepCache(2).take_off(unet)
     error = (found - want).norm()
     assert error > 0
@@ -249,7 +244,8 @@ def test_a_sample_that_stays_is_answered_with_the_same_bits(sd: StableDiffusion)
     for more in ({}, ODD):
         x = torch.randn(2, 4, more.get("height", 64) // 8, more.get("width", 64) // 8)
         given = (x, 500, torch.randn(2, 5, 16), None, None)
-        assert torch.equal(reusing.whole(*given), reusing.shallow(*given))
+        out, deep = reusing.whole(*given)
+        assert torch.equal(out, reusing.shallow(deep, *given))
 
 
 def test_sdxl_and_what_it_is_told() -> None:

@@ -27,7 +27,7 @@ from tests.unit import test_fake_cuda
 from tests.unit.cuda_guard import CARD, GuardError, fake_card
 from tests.unit.test_fake_cuda import NoiseOfTheCard, check_result, on_card, randn, sd1, watch_loop
 
-ON_A_CARD_AT_ONCE = (*fast.SWITCHES, "channels_last", "halves", "tf32", "vae_slices")
+ON_A_CARD_AT_ONCE = (*fast.SWITCHES, "channels_last", "halves", "vae_slices")
 FOR_CPUS = {"packed", "winograd", "blocks", "linear", "tokens", "many_keys"}
 Card = AbstractContextManager[Any]
 card, unread = test_fake_cuda.card, test_fake_cuda.unread  # fixtures

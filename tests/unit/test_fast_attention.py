@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,28 +152,31 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- bfloat16, by itself ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["few products", "many"])
+@pytest.mark.parametrize("pays", [True, False], ids=["onednn", "bmm"])
 @torch.no_grad()
-def test_factors_written_as_float32_lose_nothing() -> None:
-    """Scores of bfloat16's factors are as exact as float32 has room for, whichever kernel multiplies."""
+def test_scores_of_bfloat16_lose_nothing(small: bool, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With values that tell one key from another, the result is as near as the softmax, rounded to 8 bits, allows."""
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
+    monkeypatch.setattr(blocks, "SMALL", 2**60 if small else 0)
     torch.manual_seed(0)
-    q, k = torch.randn(96, 64).bfloat16(), torch.randn(64, 128).bfloat16()
-    with blocks.narrow_factors(torch.bfloat16):
-        found = q.float() @ k.float()
-    assert off(found, q.double() @ k.double()) <= BLOCKS.relative
+    q, k = (3 * heads(1, 2, n, 96).bfloat16() for n in (70, 96))
+    one_hot = torch.eye(96, dtype=torch.bfloat16).expand(1, 2, 96, 96)  # the result is the softmax itself
+    weights = torch.softmax(q.double() @ k.double().transpose(2, 3) * 96**-0.5, dim=-1)
+    found = blocks.blockwise(q, k, one_hot, False)
+    assert off(found, weights) <= NO_FARTHER * off(weights.bfloat16(), weights)
 
 
-def test_the_setting_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an error, too; and float32 never falls under it."""
-    setting = SimpleNamespace(fp32_precision="ieee")  # torch's own place, which old releases lack
-    monkeypatch.setattr(blocks, "SETTING", setting)
-    with blocks.narrow_factors(torch.bfloat16):
-        assert setting.fp32_precision == "bf16"
-    assert setting.fp32_precision == "ieee"
-    with suppress(ZeroDivisionError), blocks.narrow_factors(torch.bfloat16):
-        _ = 1 / 0
-    assert setting.fp32_precision == "ieee"
-    with blocks.narrow_factors(torch.float32):
-        assert setting.fp32_precision == "ieee"
+@pytest.mark.parametrize(
+    ("amx", "dtype", "on"), [(False, torch.bfloat16, True), (True, torch.bfloat16, False), (True, torch.float32, True)]
+)
+def test_tiles_of_bfloat16_are_left_to_torch(
+    amx: bool, dtype: torch.dtype, on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor with AMX multiplies bfloat16 faster than float32, which torch's kernel makes use of."""
+    monkeypatch.setattr(onednn, "pays", lambda *_: True)
+    monkeypatch.setattr(onednn, "has_amx", lambda: amx)
+    assert blocks.ManyKeys().applies(Attention(16, 2).to(dtype)) == on
 
 
 @pytest.mark.parametrize(("keys", "kernel"), [(64, blocks.blockwise), (63, attention)])
@@ -194,7 +195,7 @@ def test_many_keys_go_in_blocks(keys: int, kernel: Kernel, monkeypatch: pytest.M
 def test_on_by_itself(able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor gains by it in that dtype."""
     monkeypatch.setattr(onednn, "pays", lambda asked=torch.float32: able and asked == dtype)
-    monkeypatch.setattr(blocks, "SETTING", blocks.SETTING or object())
+    monkeypatch.setattr(onednn, "has_amx", lambda: False)
     sd = tiny_sd()
     sd.to(dtype=dtype)
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, Attention)]

@@ -18,7 +18,6 @@ from minidiff.errors import ConfigError
 from minidiff.fast.graphs import CudaGraphs
 from minidiff.fast.smaller import Halves, cut
 from minidiff.fast.switch import put_on
-from minidiff.fast.tf32 import TensorFloat32
 from minidiff.fast.tiles import Tiles
 from minidiff.models.taesd import TAESD
 from minidiff.models.vae import VAE
@@ -236,7 +235,7 @@ def test_options_of_the_command_line(sd: StableDiffusion, tmp_path: Path) -> Non
 
 def test_switches_for_cards_do_nothing_on_a_cpu(sd: StableDiffusion) -> None:
     plain = drawn(sd)
-    for names in (("channels_last", "tf32"), ("graphs",)):
+    for names in (("channels_last",), ("graphs",)):
         assert fast.optimize(sd, names) == dict.fromkeys(names, 0)
         assert torch.equal(drawn(sd), plain)
         fast.restore(sd)
@@ -258,24 +257,10 @@ def test_offloading_to_where_a_model_is_changes_nothing(sd: StableDiffusion) -> 
         fast.offload(sd, "cpu")
 
 
-def test_tf32_holds_while_the_model_works(sd: StableDiffusion) -> None:
-    seen: list[str] = []
-    layers = put_on(TensorFloat32(), sd.parts.values())
-    hook = sd.unet.conv_in.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
-    try:
-        drawn(sd, steps=1)
-        assert set(seen) == {"high"}
-        assert torch.get_float32_matmul_precision() == "highest"
-        sd.unet.conv_in.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            drawn(sd, steps=1)
-        assert torch.get_float32_matmul_precision() == "highest"
-    finally:
-        hook.remove()
-        sd.unet.conv_in._forward_pre_hooks.clear()
-        for layer in layers:
-            TensorFloat32().take_off(layer)
-    assert "forward" not in sd.unet.__dict__
+def test_a_setting_of_the_process_is_left_to_it(sd: StableDiffusion) -> None:
+    with pytest.raises(ConfigError, match=r"'tf32' is a setting of the whole process.*set_float32_matmul_precision"):
+        fast.optimize(sd, ("channels_last", "tf32"))
+    assert sd.fast == ()
 
 
 def test_what_a_graph_answers_is_kept(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:

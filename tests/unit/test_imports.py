@@ -37,6 +37,7 @@ LAYERS: dict[str, int] = {
     "minidiff.precision": 3,
     "minidiff.prompts": 3,
     "minidiff.start": 3,
+    "minidiff.around": 3,
     "minidiff.turns": 3,
     "minidiff.undo": 3,
     "minidiff.wrapped": 3,

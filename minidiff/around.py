@@ -1,0 +1,74 @@
+"""What stands in for a method of a layer, put there from outside and taken away again.
+
+Several threads may use one model. So what is kept between two calls is made by one of them while the others wait
+(``PREPARING``), and handed over whole; nothing of one call is kept where another one could find it.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NoReturn
+
+from torch import nn
+
+from minidiff.errors import ConfigError
+
+PREPARING = threading.RLock()  # held while something is made of a weight, which is done once
+CHANGED = (
+    "this model is changed for speed or memory (fast.optimize, approximate, tiled, offload, or low_memory=True), and "
+    "can't be copied or pickled so; fast.restore it, or load it whole, or copy its state_dict"
+)
+
+
+class Around(ABC):
+    """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
+    another of this kind."""
+
+    outermost: ClassVar[bool] = False  # whatever is put around the method later stands within this one
+
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        self.layer = layer
+        self.before: Any = layer.__dict__.get(name)
+        self.inner = getattr(layer, name)
+        above = self.before
+        if isinstance(above, Around) and above.outermost:
+            self.inner, self.before = above.inner, above.before
+            above.inner = self
+            above.before = self
+        else:
+            layer.__dict__[name] = self
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What is done in place of the method."""
+
+    def forget(self) -> None:
+        """Let go of what was made of the weight, which is about to change."""
+        forget = getattr(self.before, "forget", None)
+        if forget is not None:
+            forget()
+
+    def undo(self) -> None:  # noqa: B027  (nothing, unless a class has something to take back)
+        """Take back what was done to the layer beside standing in. Twice does no harm."""
+
+    @classmethod
+    def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
+        """Leave ``layer`` as it was without the one of this class, whatever was put around that since; without one it
+        stays as it is."""
+        above, this = None, layer.__dict__.get(name)
+        while this is not None and not isinstance(this, cls):
+            above, this = this, getattr(this, "before", None)
+        if this is None:
+            return
+        this.undo()
+        if above is not None:
+            above.inner = this.inner
+            above.before = this.before  # last: by this it is found, should it be taken off once more
+        elif this.before is not None:
+            layer.__dict__[name] = this.before
+        else:
+            del layer.__dict__[name]
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ConfigError(CHANGED)
