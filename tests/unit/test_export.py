@@ -233,6 +233,23 @@ def test_notes_tell_what_diffusers_will_do_otherwise(tmp_path: Path) -> None:
     assert "takes eta from the call" in str(weights_convert.convert(path, tmp_path / "tcd", to="diffusers"))
 
 
+def test_a_text_model_says_steps_offset_1_where_diffusers_would_warn_without(tmp_path: Path) -> None:
+    path = save(replace(SD, sampler={"name": "lcm"}), tmp_path / "a.safetensors")
+    weights_convert.convert(path, tmp_path / "out", to="diffusers")
+    found = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (found["_class_name"], found["steps_offset"]) == ("LCMScheduler", 1)
+
+
+def test_the_depth_of_the_middle_is_told_by_the_last_level(tmp_path: Path) -> None:
+    """It has no place of its own in diffusers' config; a last level with attention has the same, or is refused."""
+    plain = replace(SD15, levels=(*SD15.levels[:3], Level(channels=1280)), mid=text(1280, 8, depth=3))
+    assert config_json(plain)["transformer_layers_per_block"] == [1, 1, 1, 3]
+    deep = replace(SD15, levels=(*SD15.levels[:3], text(1280, 8, depth=2)), mid=text(1280, 8, depth=2))
+    assert config_json(deep)["transformer_layers_per_block"] == [1, 1, 1, 2]
+    with pytest.raises(UnsupportedError, match="cannot have mid"):
+        config_json(replace(deep, mid=text(1280, 8, depth=3)))
+
+
 def test_another_sampler_replaces_the_checkpoints_own(model: Path, tmp_path: Path) -> None:
     """Its options go with it: runge_kutta means nothing to Euler."""
     for src in (model, weights_convert.convert(model, tmp_path / "a.safetensors", to="original").target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,9 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     status, out, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON)
     assert (status, out) == (0, ["a.safetensors"])
     assert len(err) == 1
-    assert "stages" in err[0]
+    recorded = (tmp_path / "a.safetensors").stat().st_size
+    stages = len(recording.read(tmp_path / "a.safetensors").tape)
+    assert err[0].startswith(f"minidiff: {stages:,} stages, {recorded / 1e6:.1f} MB; `minidiff parity compare`")
     run("parity", "record", models / "text.safetensors", "b.safetensors", *COMMON, "--quiet")
     status, out, err = run("parity", "compare", "a.safetensors", "b.safetensors")
     assert status == 0
@@ -125,6 +128,14 @@ def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path
     assert torch.equal(found.tape["start/x"], found.tape["encode/noisy"])
     assert "step.1/x" in found.tape
     assert "step.2/x" not in found.tape, "half of two steps, the half that PNDM makes in two calls"
+
+
+def test_the_made_picture_and_mask_never_change() -> None:
+    """Recorded: a recording of today is held against one that another release made."""
+    made = {(32, 24): ("0725b25de8b6c7a2", "4769cbbdfcaa1170"), (256, 256): ("14849f2a8400feb5", "ff60d1c42efbc65f")}
+    for size, hashes in made.items():
+        pair = pictures.picture(None, *size), pictures.mask(None, *size)
+        assert tuple(hashlib.sha256(np.asarray(p).tobytes()).hexdigest()[:16] for p in pair) == hashes, size
 
 
 def test_the_made_picture_and_mask_show_much() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from minidiff import ConfigError, parity
 from minidiff.parity.difference import difference, ulps
 from minidiff.parity.names import with_blocks
 from minidiff.parity.report import outcome, reasons, text
+from minidiff.parity.stages import unet_inputs
 from minidiff.parity.taps import in_float64, swap_first
+from minidiff.pipeline import random_model
+from tests.unit import tiny
 
 # ULPs and differences
 
@@ -63,6 +67,14 @@ def test_shapes_and_nans_are_never_within() -> None:
     d = difference(torch.tensor([math.nan, 1.0]), torch.tensor([math.nan, 1.0]))
     assert (d.bad_a, d.bad_b) == (1, 1)
     assert not d.within(math.inf), "NaN equals nothing"
+    whole, holed = torch.tensor([1.0, 2.0]), torch.tensor([math.nan, 2.0])
+    for a, b, bad in ((whole, holed, (0, 1)), (holed, whole, (1, 0))):
+        d = difference(a, b)
+        assert (d.bad_a, d.bad_b) == bad
+        assert math.isnan(d.max_abs)
+        assert math.isnan(d.max_rel)
+        assert d.ulps is None
+        assert not d.within(math.inf), "on one side"
 
 
 # comparing modules
@@ -321,7 +333,41 @@ def test_the_page_needs_nothing_else() -> None:
         assert page.count("<circle") >= len(report.rows)
         assert all(f"<td>{row.stage}</td>" in page for row in report.rows)
         assert outcome(report) in page
+        assert "&lt;-" not in page, "a class marks what the table in text marks by an arrow"
         assert len(page) < 60_000
+
+
+def test_the_parts_of_an_inpainting_input_are_told_apart() -> None:
+    """Latents, mask and the masked picture's latents go into the UNet as one tensor of nine channels."""
+    model = random_model(tiny.SD)
+    ((sample, place, names), *_) = unet_inputs(model.parts)
+    assert (place, names) == (0, ("x", "sample"))
+    x = torch.arange(9.0).reshape(1, 9, 1, 1)
+    seen: dict[str, list[float]] = {}
+
+    class Shows:
+        def show(self, name: str, value: Tensor) -> Tensor:
+            seen[name] = value.flatten().tolist()
+            return value + 10 if name == "mask" else value
+
+    after = sample(Shows(), x)  # type: ignore[arg-type]
+    assert seen == {"input": [0, 1, 2, 3], "mask": [4], "masked": [5, 6, 7, 8]}
+    assert after.flatten().tolist() == [0, 1, 2, 3, 14, 5, 6, 7, 8]
+    seen.clear()
+    assert sample(Shows(), x[:, :4]) is not None  # type: ignore[arg-type]
+    assert seen == {"input": [0, 1, 2, 3]}
+
+
+def test_the_page_names_the_parts_that_have_room_for_it() -> None:
+    a, b = nets(torch.tanh)
+    rows = parity.compare(a, b, X).rows
+    report = parity.Report(
+        "A", "B", [replace(row, stage=f"{'many' if k else 'a' * 99}/{k}") for k, row in enumerate(rows)]
+    )
+    page = parity.page(report)
+    assert ">many</text>" in page
+    assert f"{'a' * 99}</text>" not in page
+    assert f"{'a' * 99}/0" in page
 
 
 def test_the_page_escapes_names() -> None:

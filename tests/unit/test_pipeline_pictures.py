@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from minidiff import MinidiffError, Sizes, StableDiffusion
 from minidiff.config import ModelConfig
+from minidiff.conventions.starts import Start
 from minidiff.denoise import choose_rows
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.images import read
@@ -21,6 +24,7 @@ from minidiff.picture import read_recipe
 from minidiff.pipeline import from_parts, load, random_model
 from minidiff.pixels import to_eight_bits
 from minidiff.precision import attention_in_float32
+from minidiff.request import Request
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.settings import TrainConfig
@@ -267,6 +271,43 @@ def test_rows_of_a_plan() -> None:
         sampler: Any = sampler_from_config({"name": name})
         plan = sampler.plan(schedule, steps)
         assert choose_rows(plan, steps, sampler, 1000, **options) == want, (name, steps, options)  # type: ignore[arg-type]
+
+
+def plan_of(*timesteps: int) -> Any:
+    return SimpleNamespace(timesteps=torch.tensor(timesteps), alpha_bars=1 - torch.tensor(timesteps) / 1000)
+
+
+@pytest.mark.parametrize(("place", "left"), [(0.1, 1), (0.499, 1), (0.5, 2), (0.501, 3), (0.899, 3)])
+def test_two_models_share_a_way_without_a_gap_or_a_row_twice(place: float, left: int) -> None:
+    """Also where a timestep is the very one at which they meet: it is the first model's."""
+    plan, sampler = plan_of(900, 500, 499, 100), SimpleNamespace(order=1)
+    assert choose_rows(plan, 4, sampler, 1000, end=place) == range(left)  # type: ignore[arg-type]
+    assert choose_rows(plan, 4, sampler, 1000, start=place) == range(left, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": 0.0}, "strength=0.0 of steps=4 leaves no step to do; take more steps"),
+        ({"strength": 0.2}, "strength=0.2 of steps=4 leaves no step"),
+        ({"start": 0.9}, "denoising_start=0.9 of steps=4 leaves no step"),
+        ({"end": 0.05}, "denoising_end=0.05 of steps=4 leaves no step"),
+        ({"start": 0.2, "end": 0.45}, "denoising_start=0.2, denoising_end=0.45 of steps=4 leaves no step"),
+    ],
+)
+def test_a_part_of_the_way_without_a_row_is_refused(options: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        choose_rows(plan_of(900, 500, 499, 100), 4, SimpleNamespace(order=1), 1000, **options)  # type: ignore[arg-type]
+
+
+def test_a_program_whose_rule_leaves_no_row_is_refused() -> None:
+    """And one that leaves the last row runs that, also with a sampler that says nothing of its order."""
+    plan, sampler = plan_of(900, 500, 499, 100), object()
+    request = Request(image=torch.zeros(1, 3, 8, 8), strength=0.3)
+    begin = partial(request.rows, plan, 4, sampler, tiny.SD, reads_mask=False)
+    assert begin(begun=Start(4, 3, 1, 3)) == range(3, 4)
+    with pytest.raises(ConfigError, match=r"strength=0\.3 of steps=4 leaves no step to do; take more of either"):
+        begin(begun=Start(4, 4, 0, 4))
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

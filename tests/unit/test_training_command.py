@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from PIL import Image
 
 import minidiff
+from minidiff.arguments import parser
 from minidiff.cli import main
 from minidiff.files import TensorFile, write_tensors
+from minidiff.training.command import settings, small_model
+from minidiff.training.settings import TrainConfig
 from minidiff.training.state import KEY
 from tests.tolerances import assert_close
 from tests.unit.tiny import DDPM, SD, tiny_sd
@@ -173,3 +178,39 @@ def test_help(capfd: Any) -> None:
     assert "--resume" in out
     assert "examples:" in out
     assert torch.is_grad_enabled()
+
+
+def options(*argv: str) -> TrainConfig:
+    return settings(parser().parse_args(["train", "--data", "shapes", "--out", "run", *argv]), {})
+
+
+def test_what_is_not_given_has_the_default_that_the_help_names() -> None:
+    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    told = {a.dest: re.search(r"\(default: ([^);]*)", a.help or "") for a in commands.choices["train"]._actions}
+    for field in fields(TrainConfig):
+        if field.name in ("betas", "eps", "warmup"):  # these have no option; and see below
+            continue
+        value, found = getattr(options(), field.name), told[field.name]
+        assert found is not None, field.name
+        if isinstance(value, (int, float)):
+            assert float(found[1]) == value, field.name
+        else:
+            assert found[1] == {("unet",): "unet", None: "no"}.get(value, value), field.name
+
+
+def test_the_warm_up_is_a_tenth_at_most_500_steps() -> None:
+    assert [options("--steps", str(n)).warmup for n in (9, 40, 4999, 5000, 90000)] == [0, 4, 499, 500, 500]
+    assert options().warmup == 100
+    assert options("--warmup", "7").warmup == 7
+
+
+def test_nought_says_none() -> None:
+    given = options("--clip", "0", "--ema", "0")
+    assert (given.clip, given.ema) == (None, None)
+    kept = options("--clip", "0.5", "--ema", "0.9", "--decay", "0")
+    assert (kept.clip, kept.ema, kept.decay) == (0.5, 0.9, 0)
+
+
+def test_a_new_model_has_fewer_levels_for_smaller_pictures() -> None:
+    levels = {size: len(small_model(size).unet.levels) for size in (8, 15, 16, 31, 32, 256)}
+    assert levels == {8: 2, 15: 2, 16: 3, 31: 3, 32: 4, 256: 4}

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff import files
@@ -27,7 +28,9 @@ from minidiff.training.draws import Draws
 from minidiff.training.ema import EMA
 from minidiff.training.journal import COLUMNS
 from minidiff.training.loop import Trainer
-from minidiff.training.run import MODEL, STATE, grid, train
+from minidiff.training.objective import kl_to_normal
+from minidiff.training.ranks import Alone
+from minidiff.training.run import MODEL, STATE, grid, samples, train
 from minidiff.training.settings import TrainConfig
 from tests.tolerances import assert_close
 from tests.unit.tiny import tiny_ddpm, tiny_sd
@@ -81,6 +84,39 @@ def test_accumulated_gradient_is_that_of_the_large_batch() -> None:
     assert gradients[0].norm() > 0.1
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+class Watched(Alone):
+    """One process that notes after which parts of a batch gradients would be exchanged."""
+
+    def __init__(self) -> None:
+        self.exchanged: list[bool] = []
+
+    def quiet(self, task: nn.Module, last: bool) -> AbstractContextManager[None]:
+        self.exchanged.append(last)
+        return nullcontext()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_gradients_are_exchanged_after_the_last_part_of_a_batch_and_no_other(accumulate: int) -> None:
+    ranks = Watched()
+    trainer = Trainer(tiny_ddpm(), Pictures(), TrainConfig(batch=4, accumulate=accumulate, steps=2, warmup=0), ranks)
+    list(trainer.steps())
+    assert ranks.exchanged == 2 * [*[False] * (accumulate - 1), True]
+
+
+def test_an_autoencoder_pays_for_latents_that_are_far_from_normal() -> None:
+    """Kingma and Welling's bound: squared error plus the divergence, which is above 0."""
+    losses = {}
+    for kl in (0.0, 0.5):
+        trainer = Trainer(tiny_sd(), Pictures(32), TrainConfig(parts=("vae",), batch=2, kl=kl))
+        losses[kl] = float(trainer.loss(trainer.model, trainer.data, 0, 2, seed=0).detach())
+    pixels = Pictures(32).batch(0, 2)[0]
+    with torch.no_grad():
+        found = trainer.pipe.parts["vae"].encode(pixels)  # type: ignore[operator]
+    apart = float(kl_to_normal(found.mean, found.logvar).mean()) / pixels[0].numel()
+    assert apart > 0.005
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * apart, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -339,6 +375,45 @@ def test_other_settings_are_refused(tmp_path: Path, change: dict[str, Any], word
         state.resume(pixel_trainer(**change), tmp_path / STATE)
 
 
+OTHER: dict[str, Any] = dict(
+    parts=("vae",),
+    steps=20,
+    batch=8,
+    accumulate=2,
+    seed=1,
+    rate=2e-3,
+    curve="linear",
+    warmup=3,
+    betas=(0.8, 0.999),
+    eps=1e-7,
+    decay=0.1,
+    clip=None,
+    precision="bfloat16",
+    ema=0.99,
+    min_snr=5.0,
+    noisy=2.0,
+    offset_noise=0.1,
+    drop_prompt=0.2,
+    kl=1e-5,
+    save_every=7,
+    sample_every=3,
+    samples=4,
+)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+def test_a_run_goes_on_with_the_settings_that_decide_what_is_learnt(tmp_path: Path, name: str) -> None:
+    """Its length, how a batch is cut, and what is written when may be changed; nothing else."""
+    trainer = pixel_trainer()
+    state.save(trainer, tmp_path / STATE)
+    trainer.config = replace(trainer.config, **{name: OTHER[name]})
+    if name in ("steps", "accumulate", "save_every", "sample_every", "samples"):
+        state.resume(trainer, tmp_path / STATE)
+    else:
+        with pytest.raises(CheckpointError, match=f"was trained with {name}=.*, now it is .*; use that, or another"):
+            state.resume(trainer, tmp_path / STATE)
+
+
 def test_a_longer_run_and_other_parts_of_a_batch_are_fine(tmp_path: Path) -> None:
     state.save(pixel_trainer(), tmp_path / STATE)
     state.resume(pixel_trainer(steps=20, accumulate=2, save_every=7), tmp_path / STATE)
@@ -392,6 +467,16 @@ def test_what_a_model_lacks_cannot_be_trained() -> None:
     trainer = Trainer(tiny_sd(), Pictures(32), TrainConfig(batch=2))
     with pytest.raises(ConfigError, match="the pictures have no captions"):
         trainer.step()
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("vae",)])
+def test_samples_are_pictures_of_the_run_and_always_of_the_same_noise(parts: Any) -> None:
+    side = 64 if parts == ("unet",) else 32
+    trainer = Trainer(tiny_sd(), Pictures(32, captions=True), TrainConfig(parts=parts, batch=2, samples=3, warmup=0))
+    pictures = samples(trainer)
+    assert pictures.shape == (3 if parts == ("unet",) else 6, 3, side, side)
+    assert 0 <= pictures.min() < pictures.max() <= 1
+    assert_close(samples(trainer), pictures)
 
 
 def test_grid() -> None:

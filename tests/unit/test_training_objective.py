@@ -158,6 +158,11 @@ def test_ema_is_lent_and_given_back() -> None:
     assert weights["a"].tolist() == [1, 1, 1]
 
 
+def test_settings_that_have_no_option_or_another_default_there() -> None:
+    c = TrainConfig()
+    assert (c.betas, c.eps, c.warmup) == ((0.9, 0.999), 1e-8, 0)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
