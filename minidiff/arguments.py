@@ -311,9 +311,15 @@ def _add_generate(commands: Any) -> None:
     )
     g = p.add_argument_group("output")
     g.add_argument(
-        "--out", metavar="PATH", help="a folder, or a file name (default: named by prompt and seed, in this folder)"
+        "--out",
+        metavar="PATH",
+        help="a folder (a new one ends with /), or a file name (default: named by prompt and seed, in this folder)",
     )
-    g.add_argument("--force", action="store_true", help="replace a file of that name, instead of adding a number")
+    g.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a file of that name (of a link, the link), instead of adding a number",
+    )
     g.add_argument("--quiet", action="store_true", help="no progress bar and no hints")
 
 
@@ -360,7 +366,11 @@ def _add_convert(commands: Any) -> None:
     _add_parts(p)
     p.add_argument("--sampler", metavar="NAME", help="DST's own sampler (default: that of SRC, where it says one)")
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
-    p.add_argument("--force", action="store_true", help="replace DST if it is a file that exists")
+    p.add_argument(
+        "--force",
+        action="store_true",
+        help="replace DST if it is a file that exists (of a link, the link; never a folder or device)",
+    )
 
 
 def _add_plan(commands: Any) -> None:

@@ -23,6 +23,7 @@ from minidiff.models.clip import CLIPText
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
+from minidiff.writing import Existing
 
 VERSION = "1"
 VERSION_KEY = "minidiff.version"
@@ -142,16 +143,20 @@ def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dty
     return tensor.clone() if misplaced else tensor
 
 
-def write(path: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy]) -> str:
+def write(
+    path: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy], existing: Existing = "replace"
+) -> str:
     """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
 
     The order of ``tensors`` does not matter: one model gives one file, byte for byte, wherever it came from.
+    ``existing``: what becomes of a file that is there, see :func:`~minidiff.writing.atomic`.
     Raises :class:`CheckpointError` if the tensors are not exactly those that ``config`` describes.
     """
     parts = build(config)
     account(parts, tensors, str(path))
     tensors = {f"{name}.{key}": tensors[f"{name}.{key}"] for name, part in parts.items() for key in part.state_dict()}
-    return write_tensors(path, tensors, {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: to_json(config)})
+    header = {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: to_json(config)}
+    return write_tensors(path, tensors, header, existing)
 
 
 def is_minidiff(metadata: Mapping[str, str]) -> bool:

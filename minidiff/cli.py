@@ -38,7 +38,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (without the program's name; by default the process's own); the exit status.
 
-    0 is success, 2 a mistake in what was asked for, 1 another failure (or, of ``parity``, a difference), 130 Ctrl-C.
+    0 is success, 2 a mistake in what was asked for, 1 another failure (or, of ``parity``, a difference), 130 Ctrl-C,
+    143 SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     return guard(lambda: _run(argv), debug="--debug" in argv)
@@ -409,11 +410,8 @@ def _starts_with(path: str, magic: bytes) -> bool:
 
 def convert(args: Namespace) -> None:
     """``minidiff convert``."""
-    src, dst = Path(args.src), Path(args.dst)
-    if not src.exists():
-        raise CheckpointError(missing(src, "file or folder"))
-    if os.path.lexists(dst) and not args.force and not dst.is_dir():  # a folder is never replaced: the writer says so
-        raise ConfigError(f"{dst}: exists already; name another one, or replace it with --force")
+    if not os.path.exists(args.src):
+        raise CheckpointError(missing(Path(args.src), "file or folder"))
     import weights_convert
 
     report = weights_convert.convert(
@@ -425,6 +423,7 @@ def convert(args: Namespace) -> None:
         config=args.config,
         sampler=args.sampler,
         sharded=args.sharded,
+        existing="replace" if args.force else "refuse",
         **_parts(args),
     )
     show(report, longest=LONGEST_LINE)

@@ -1,8 +1,8 @@
 """How a command ends: every failure is one line on stderr and an exit status, never a traceback out of the blue.
 
 0 is success. 2 is a mistake that the user can put right: a wrong value, a file that is missing or damaged. 1 is
-everything else: a full disk, no memory, a fault of ours. 130 is Ctrl-C. A reader that closes the pipe (``| head``) has
-seen enough, which is no failure. ``--debug`` shows the traceback as well.
+everything else: a full disk, no memory, a fault of ours. 130 is Ctrl-C, 143 SIGTERM. A reader that closes the pipe
+(``| head``) has seen enough, which is no failure. ``--debug`` shows the traceback as well.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
 from minidiff.errors import ConfigError, MinidiffError
+from minidiff.signals import Terminated, terminable
 from minidiff.spelling import near
 
 # What the system says about names and permissions: the user's to mend. The rest (disk full, I/O error) is not.
@@ -111,9 +112,11 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
                 stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        seen: list[int] = []
         try:
-            status = work()
-            _flush()
+            with terminable(seen):
+                status = work()
+                _flush()
         except SystemExit as e:  # --help and --version
             with suppress(OSError):
                 _flush()
@@ -125,7 +128,7 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
                 with suppress(OSError):
                     traceback.print_exc()
             try:
-                return _end(e)
+                return _end(Terminated() if seen else e)
             except KeyboardInterrupt:  # once more, while the first one was being told
                 return 130
     return status if isinstance(status, int) else 0
@@ -184,6 +187,9 @@ def one_line(message: object, longest: int = LONGEST_LINE) -> str:
 
 def _end(e: BaseException) -> int:
     """The exit status for what ended a run, after saying so."""
+    if isinstance(e, Terminated):
+        say("terminated")
+        return 143
     if isinstance(e, KeyboardInterrupt):
         say("interrupted")
         return 130

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minidiff.errors import ConfigError
+from minidiff.errors import CheckpointError, ConfigError
 from minidiff.picture import read_recipe, save_png
+from minidiff.writing import check_place, numbered
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,37 +19,60 @@ if TYPE_CHECKING:
 class Destination:
     """A folder, and a file name if one was given; without it each picture is named by its prompt and seed.
 
-    ``out``: a file name (".png" may be left out), a folder, or None for the current one. ``force``: a file that was
-    there before is replaced. Raises :class:`ConfigError` for what is neither and OSError for a folder that cannot be
-    written to: better now than after all the work.
+    ``out``: a file name (".png" may be left out), a folder, or None for the current one; a folder that does not exist
+    ends with a slash, and is made with the first picture. ``force``: a file that was there before is replaced; of a
+    link it is the link, and what is no regular file is left alone. Raises :class:`ConfigError` or
+    :class:`CheckpointError` for what is neither and OSError for a folder that cannot be written to: better now than
+    after all the work.
     """
 
     def __init__(self, out: str | None = None, force: bool = False) -> None:
         self.folder, self.name, self.force = Path(out or "."), "", force
-        self._written: set[Path] = set()
-        if out is not None and not self.folder.is_dir() and not out.endswith(("/", os.sep)):
+        self._written: set[tuple[int, int]] = set()
+        self.new = out is not None and out.endswith(("/", os.sep))
+        if out is not None and not self.folder.is_dir() and not self.new:
             path = self.folder
             if path.suffix.lower() not in ("", ".png"):
                 raise ConfigError(f"--out {out}: pictures are PNG files; name it {path.stem}.png")
             self.folder, self.name = path.parent, path.stem + (path.suffix or ".png")
-        if not self.folder.is_dir():
-            raise ConfigError(f"--out {out}: there is no folder {self.folder}; create it first")
+        there = self.folder
+        while self.new and not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise ConfigError(f"--out {out}: there is no folder {there}; create it first")
+        if self.name:
+            check_place(self.folder / self.name, "replace" if force else "next")
         try:
-            tempfile.TemporaryFile(dir=self.folder).close()
+            tempfile.TemporaryFile(dir=there).close()
         except OSError as e:
-            e.filename = str(self.folder)  # and not the random name that was tried
+            e.filename = str(there)  # and not the random name that was tried
             raise
 
     def save(self, image: Image.Image) -> Path:
         """Write one picture with its recipe; gives the path, which has a number if its name was taken."""
-        name = Path(self.name or self._name(image))
-        path, n = self.folder / name, 1
-        while path in self._written or (os.path.lexists(path) and not self.force):
-            n += 1
-            path = self.folder / f"{name.stem}-{n}{name.suffix}"
-        save_png(image, path)
-        self._written.add(path)
+        if self.new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / (self.name or self._name(image))
+        if self.force:
+            n = 1
+            while not self._may_replace(numbered(path, n)):
+                n += 1
+            path = numbered(path, n)
+        path = save_png(image, path, "replace" if self.force else "next")
+        found = os.lstat(path)
+        self._written.add((found.st_dev, found.st_ino))
         return path
+
+    def _may_replace(self, path: Path) -> bool:
+        """Whether ``--force`` means this file: none of this run, by whatever name, and none that is not regular."""
+        if not os.path.lexists(path):
+            return True
+        try:
+            check_place(path)
+        except CheckpointError:
+            return False
+        found = os.lstat(path)
+        return (found.st_dev, found.st_ino) not in self._written
 
     def _name(self, image: Image.Image) -> str:
         recipe = read_recipe(image)

@@ -1,4 +1,4 @@
-"""Files on disk: safetensors read through mmap and written as a stream, and nothing ever left half-written.
+"""Tensors on disk: safetensors read through mmap and written as a stream.
 
 The safetensors format is eight bytes of length, a JSON table of names, shapes and byte ranges, then the bytes. Reading
 is the library's business; writing is done here, since a checkpoint should pass through memory one tensor at a time and
@@ -7,18 +7,15 @@ carry the hash of its own content in the header that stands before that content.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,11 +23,7 @@ from torch import Tensor
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from minidiff.writing import Existing, atomic
 
 DTYPES = {
     "F64": torch.float64,
@@ -56,7 +49,6 @@ HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
 HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
 BLANK = "0" * 64  # what stands in a hash's place while it is computed
 FRESH_MAP = 12 << 20  # bytes read from a map before another takes its place
-PART = re.compile(r"\.\d+\.part")  # how the name of what is being written ends: with the number of the process
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
@@ -89,108 +81,6 @@ def all_finite(tensor: Tensor) -> bool:
     kind, exponent = EXPONENTS[tensor.dtype]
     bits = tensor.detach().cpu().contiguous().reshape(-1).view(kind).numpy()
     return not bool(((bits & exponent) == exponent).any())
-
-
-@contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that appears under ``path`` whole or not at all: written beside, synced, renamed.
-
-    Raises :class:`CheckpointError` if the folder does not exist; a full disk and the like come through as OSError,
-    with what was written so far removed.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, and a file should be written there; name a file")
-    _sweep(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.touch()
-        with _held(beside):
-            with open(beside, "w+b") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-    except BaseException:
-        with suppress(OSError):
-            beside.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, which appears under ``path`` whole or not at all: filled beside, synced, renamed.
-
-    Raises :class:`CheckpointError` before anything is written if the folder around it does not exist, or if ``path``
-    does and is no empty folder; whatever goes wrong while it is filled comes through, with all of it removed.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
-        what = "a folder with files in it" if path.is_dir() else "a file"
-        raise CheckpointError(f"{path}: is {what}, which is not replaced; name a folder that is new or empty")
-    _sweep(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.mkdir()
-        with _held(beside):
-            yield beside
-            for folder in (beside, *(p for p in beside.rglob("*") if p.is_dir())):
-                _sync_folder(folder)
-            if path.is_dir():
-                path.rmdir()  # Windows renames over nothing, not even over an empty folder
-            beside.rename(path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    _sync_folder(path.parent)
-
-
-@contextmanager
-def _held(part: Path, *, alone: bool = False) -> Iterator[None]:
-    """A lock on a file or folder that is being written, which ends with the process, however that ends.
-
-    Windows has no such locks, nor have some network file systems: nothing is locked there. With ``alone``, OSError is
-    raised unless the lock was had.
-    """
-    opened = os.open(part, os.O_RDONLY) if fcntl is not None else None
-    try:
-        try:
-            if opened is not None:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if alone:
-                raise
-        yield
-    finally:
-        if opened is not None:
-            os.close(opened)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what a run that was killed left beside ``path``: parts that nobody writes any more."""
-    if fcntl is None:  # who still writes cannot be known
-        return
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if PART.fullmatch(part.name.removeprefix(f".{path.name}")) is None:
-            continue
-        with suppress(OSError), _held(part, alone=True):
-            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can do that."""
-    if os.name == "posix":
-        with suppress(OSError):
-            opened = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(opened)
-            finally:
-                os.close(opened)
 
 
 class TensorFile:
@@ -261,10 +151,16 @@ def _identity(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], metadata: Mapping[str, str]) -> str:
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str],
+    existing: Existing = "replace",
+) -> str:
     """Write a safetensors file, one tensor at a time, atomically; return the content hash it carries.
 
     The hash is SHA-256 over the metadata, the table of tensors and their bytes, as 64 hex digits, under ``HASH_KEY``.
+    ``existing``: what becomes of a file that is there, see :func:`~minidiff.writing.atomic`.
     Raises :class:`CheckpointError` for a dtype that the format (or minidiff) does not have.
     """
     for name, t in tensors.items():
@@ -285,7 +181,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Lazy], met
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     header = _put(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
     digest = hashlib.sha256(header)
-    with atomic(path) as file, ThreadPoolExecutor(max_workers=1) as beside:
+    with atomic(path, existing) as file, ThreadPoolExecutor(max_workers=1) as beside:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for name in order:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minidiff.errors import CheckpointError
-from minidiff.files import atomic
+from minidiff.writing import Existing, atomic
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,15 +33,20 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
 
 
-def save_png(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write ``image`` to ``path`` as PNG, atomically, with the recipe that ``generate`` left in it."""
+def save_png(image: Image.Image, path: str | os.PathLike[str], existing: Existing = "replace") -> Path:
+    """Write ``image`` to ``path`` as PNG, atomically, with the recipe that ``generate`` left in it; gives the path.
+
+    ``existing``: what becomes of a file that has the name already. "replace" takes its place, "refuse" raises
+    :class:`ConfigError`, "next" takes the next free name: ``star-2.png`` after ``star.png``.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     if KEY in image.info:
         info.add_text(KEY, image.info[KEY])
-    with atomic(path) as file:
+    with atomic(path, existing) as file:
         image.save(file, format="PNG", pnginfo=info)
+    return file.path
 
 
 def label(image: Image.Image, recipe: dict[str, Any]) -> Image.Image:

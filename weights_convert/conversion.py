@@ -16,6 +16,7 @@ from minidiff.config import ModelConfig, from_json, one_of
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
+from minidiff.writing import Existing, check_place
 from weights_convert.detection import CONVERTED, Found, detect
 from weights_convert.export_folder import shard_size, write_folder
 from weights_convert.export_original import write_original
@@ -112,13 +113,16 @@ def convert(
     sharded: int | str | None = None,
     prediction: str | None = None,
     sampler: str | None = None,
+    existing: Existing = "replace",
 ) -> Report:
     """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
 
     ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
     ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
     floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
-    whole or not at all. The other arguments: :func:`open_source`.
+    whole or not at all. ``existing``: "replace" replaces a file that has the name, "refuse" raises
+    :class:`ConfigError`, also if it got there meanwhile; a folder is never replaced. The other arguments:
+    :func:`open_source`.
 
     Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
     folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
@@ -129,6 +133,8 @@ def convert(
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
+    if to != "diffusers":
+        check_place(dst, existing)
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
     )
@@ -142,9 +148,9 @@ def convert(
     if to == "diffusers":
         write_folder(dst, source.config, tensors, source.report, shard)
     elif to == "original":
-        source.report.hash = write_original(dst, source.config, tensors, source.report)
+        source.report.hash = write_original(dst, source.config, tensors, source.report, existing)
     else:
-        source.report.hash = checkpoint.write(dst, source.config, tensors)
+        source.report.hash = checkpoint.write(dst, source.config, tensors, existing)
     return replace(source.report, target=os.fspath(dst))
 
 

@@ -18,11 +18,12 @@ from typing import Any
 from minidiff.checkpoint import build
 from minidiff.config import CLIPTextConfig, ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.files import Lazy, atomic, atomic_folder, write_tensors
+from minidiff.files import Lazy, write_tensors
 from minidiff.models.clip import rows
 from minidiff.samplers import sampler_from_config
 from minidiff.samplers.readers import READERS
 from minidiff.samplers.to_diffusers import passed_to_call, sampler_to_diffusers
+from minidiff.writing import atomic, atomic_folder
 from weights_convert import keys_diffusers as keys
 from weights_convert.component import AnyConfig, key_map, meta_model
 from weights_convert.configs_out import class_of, config_json

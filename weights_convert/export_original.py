@@ -13,6 +13,7 @@ from minidiff.checkpoint import CONFIG_KEY
 from minidiff.config import ModelConfig, TAESDConfig, to_json
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, write_tensors
+from minidiff.writing import Existing
 from weights_convert import single_schedule
 from weights_convert.engine import restore
 from weights_convert.export_folder import full_tables
@@ -25,9 +26,13 @@ NO_CONSUMER = "its UNet is told the guidance scale (LCM): diffusers reads such m
 
 
 def write_original(
-    dst: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy], report: Report
+    dst: str | os.PathLike[str],
+    config: ModelConfig,
+    tensors: Mapping[str, Lazy],
+    report: Report,
+    existing: Existing = "replace",
 ) -> str:
-    """Write the model as the safetensors file ``dst``; returns its content hash.
+    """Write the model as the safetensors file ``dst``; returns its content hash. ``existing``: as for ``atomic``.
 
     Raises :class:`UnsupportedError` for a model that the layout has no names for, :class:`ConfigError` for a target
     that is named like a pickle.
@@ -46,7 +51,8 @@ def write_original(
     marks = single_schedule.markers(config.schedule, layout)
     if marks:
         report.notes.append(f"markers {' and '.join(map(repr, marks))}: programs that know them need not be told")
-    return write_tensors(dst, restore(pairs, tensors) | marks, {"format": "pt", CONFIG_KEY: to_json(config)})
+    header = {"format": "pt", CONFIG_KEY: to_json(config)}
+    return write_tensors(dst, restore(pairs, tensors) | marks, header, existing)
 
 
 def _layout(config: ModelConfig) -> str:

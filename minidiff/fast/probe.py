@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.errors import MinidiffError
-from minidiff.files import atomic
+from minidiff.reading import read_object
+from minidiff.writing import atomic
 
 WORTH = 1.3  # times as fast; below it, 16 bits of precision are too much to give
 # Bytes on disk. Every Stable Diffusion has more, in float16 too. Unconditional models have less: they go hundreds of
@@ -64,8 +65,8 @@ def gain() -> float:
 
 def remembered() -> dict[str, float]:
     """What the cache file says; nothing where there is none, or none that makes sense."""
-    with suppress(OSError, RuntimeError, ValueError, TypeError, AttributeError):
-        known = {str(key): float(value) for key, value in json.loads(cache_file().read_bytes()).items()}
+    with suppress(OSError, RuntimeError, ValueError, TypeError, MinidiffError):
+        known = {str(key): float(value) for key, value in read_object(cache_file()).items()}
         return {key: value for key, value in known.items() if math.isfinite(value) and value > 0}
     return {}
 

@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from minidiff import console
-from minidiff.config import ModelConfig, check
+from minidiff.config import ModelConfig
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import atomic
 from minidiff.parity import names, pictures, recording, theirs
 from minidiff.parity.engine import find
 from minidiff.parity.ours import Ours, Request
@@ -30,6 +29,7 @@ from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
 from minidiff.version import VERSION
+from minidiff.writing import Existing, atomic, check_place
 
 Pipe = StableDiffusion | Unconditional
 DTYPES = {
@@ -62,7 +62,7 @@ def run(args: Namespace, converter: Converter, device: torch.device | None) -> i
 
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     """A checkpoint in minidiff and in the installed diffusers; prints the report, gives the exit status."""
-    destination = _writable(args.html, args.force)
+    destination = _writable(args.html, args)
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint}: no such file or folder")
     theirs.import_diffusers()  # before a large model is opened in vain
@@ -128,7 +128,7 @@ def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]
 
 def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     """A run of minidiff as a recording; prints its path."""
-    out = _writable(args.out, args.force)
+    out = _writable(args.out, args)
     assert out is not None
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
     request = _request(args, pipe)
@@ -136,7 +136,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
         request = replace(request, sampler=sampler_from_config({"name": args.sampler}))
     side = Ours(pipe, request, deep=LAYERS[args.layers], title=f"minidiff {VERSION}")
     found = recording.record(side, run_of(pipe, request))
-    recording.write(out, found)
+    recording.write(out, found, _existing(args))
     if not args.quiet:
         size = out.stat().st_size / 1e6
         say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` holds another recording against it")
@@ -146,7 +146,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
 
 def compare(args: Namespace) -> int:
     """Two recordings; prints the report, gives the exit status."""
-    destination = _writable(args.html, args.force)
+    destination = _writable(args.html, args)
     a, b = recording.read(args.a), recording.read(args.b)
     judge = None if args.judge is None else recording.read(args.judge)
     report = recording.compare(a, b, args.tolerance, judge)
@@ -156,12 +156,12 @@ def compare(args: Namespace) -> int:
 
 def show(report: Report, args: Namespace, destination: Path | None) -> int:
     """Print the report, and write it as a page if asked; the exit status."""
+    console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
     if destination is not None:
-        with atomic(destination) as file:
+        with atomic(destination, _existing(args)) as file:
             file.write(page(report).encode())
         if not args.quiet:
             say(f"the report as a page: {destination}")
-    console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
     return EQUAL if report.equal else PARTED
 
 
@@ -228,17 +228,15 @@ def _folder(checkpoint: str, beside: Path, converter: Converter, tell: Callable[
     return str(beside)
 
 
-def _writable(path: str | None, force: bool) -> Path | None:
+def _existing(args: Namespace) -> Existing:
+    return "replace" if args.force else "refuse"
+
+
+def _writable(path: str | None, args: Namespace) -> Path | None:
     """``path``, checked before the work begins. Raises for a file that is there, or a folder that is not."""
-    if path is None:
-        return None
-    found = Path(path)
-    check(force or not os.path.lexists(found), f"{path}: exists already; name another file, or replace it with --force")
-    if found.is_dir():
-        raise ConfigError(f"{path}: is a folder; name a file in it")
-    if not found.parent.is_dir():
-        raise CheckpointError(f"{path}: the folder {found.parent} does not exist; create it first")
-    return found
+    if path is not None:
+        check_place(path, _existing(args))
+    return None if path is None else Path(path)
 
 
 def _teller(quiet: bool) -> Callable[[str], None]:

@@ -43,6 +43,7 @@ from minidiff.parity.difference import difference
 from minidiff.parity.engine import Judgement, Row, Runner, line_up
 from minidiff.parity.report import Report
 from minidiff.parity.taps import INPUT
+from minidiff.writing import Existing
 
 VERSION = "1"
 VERSION_KEY, STAGES_KEY, RUN_KEY = "recording.version", "recording.stages", "recording.run"
@@ -78,15 +79,18 @@ def record(side: Runner, run: Mapping[str, Any]) -> Recording:
     return Recording(tape, {"program": side.title, **run})
 
 
-def write(path: str | os.PathLike[str], recording: Recording) -> None:
-    """Write a recording, whole or not at all. Raises :class:`CheckpointError` for a folder that is not there."""
+def write(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
+    """Write a recording, whole or not at all. Raises :class:`CheckpointError` for a folder that is not there.
+
+    ``existing``: what becomes of a file that is there, see :func:`~minidiff.writing.atomic`.
+    """
     header = {
         "format": "pt",
         VERSION_KEY: VERSION,
         STAGES_KEY: json.dumps(list(recording.tape)),
         RUN_KEY: json.dumps(dict(recording.run)),
     }
-    write_tensors(path, {stage: lazy(value) for stage, value in recording.tape.items()}, header)
+    write_tensors(path, {stage: lazy(value) for stage, value in recording.tape.items()}, header, existing)
 
 
 def read(path: str | os.PathLike[str]) -> Recording:

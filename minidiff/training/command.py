@@ -7,6 +7,7 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 
 from minidiff import checkpoint
 from minidiff.config import Level, ModelConfig, ScheduleConfig, UNetConfig, check, from_json
+from minidiff.console import say
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, random_model
+from minidiff.signals import Stop
 from minidiff.training.batch import Data
 from minidiff.training.data import FirstOf, PictureSet, ShapesStream, Shuffled, TorchvisionSet
 from minidiff.training.distributed import Replicas, is_main, local_device, started_by_torchrun
@@ -23,7 +26,7 @@ from minidiff.training.images import ImageFolder
 from minidiff.training.latents import CachedLatents
 from minidiff.training.loop import Trainer
 from minidiff.training.ranks import Alone
-from minidiff.training.run import MODEL, check_folder, train
+from minidiff.training.run import MODEL, check_folder, claimed, train
 from minidiff.training.settings import TrainConfig
 from minidiff.training.state import Keeper
 
@@ -45,25 +48,73 @@ def run(args: Namespace, open_model: Callable[[str], Pipe], device: torch.device
         warnings.simplefilter("ignore")
     folder = Path(args.out)
     ranks, keeper = machines(args, device)
-    check_folder(folder, args.resume, keeper)
+    with claimed(folder) if ranks.main else nullcontext():
+        check_folder(folder, args.resume, keeper)
+        return _run(args, open_model, device, folder, ranks, keeper)
+
+
+def _run(
+    args: Namespace,
+    open_model: Callable[[str], Pipe],
+    device: torch.device,
+    folder: Path,
+    ranks: Alone,
+    keeper: Keeper,
+) -> Path | None:
     before = keeper.facts(folder) if args.resume else {}
     config = settings(args, before.get("settings", {}))
-    if args.model is not None:
-        pipe = open_model(args.model)
-    elif args.resume and args.config is None and (folder / MODEL).is_file():
-        pipe = reopen(folder / MODEL, from_json(ModelConfig, before["model"]))
-    else:
-        pipe = new_model(args, config.seed)
+    pipe, begun = begin(args, folder, before, config, open_model)
     pipe.to(device, torch.float32)
     size = picture_size(args, pipe)
     data = open_data(args, args.data, pipe, config, size)
     held_out = None if args.held_out is None else open_data(args, args.held_out, pipe, config, size, cache=False)
+    more = dict(resume=args.resume, held_out=held_out, progress=not args.quiet, keeper=keeper, alone=True)
     try:
         trainer = Trainer(pipe, data, config, ranks)
-        train(trainer, folder, resume=args.resume, held_out=held_out, progress=not args.quiet, keeper=keeper)
+        trainer.begun = begun
+        with Stop(stopping if ranks.main else lambda: None) as stop:
+            train(trainer, folder, stop=stop, **more)
     finally:
         ranks.leave()
+    if stop.asked is not None and trainer.done < config.steps:
+        raise stop.asked
     return folder / MODEL if ranks.main else None
+
+
+def stopping() -> None:
+    """Tell who asks a run to end what happens now."""
+    say("stopping when this step is done and saved; --resume goes on from it (Ctrl-C once more: at once, unsaved)")
+
+
+def begin(
+    args: Namespace, folder: Path, before: dict[str, Any], config: TrainConfig, open_model: Callable[[str], Pipe]
+) -> tuple[Pipe, dict[str, str] | None]:
+    """The model that a run begins or goes on with, and where it once came from: None if it was new.
+
+    What learns will be read from the state of a run that goes on; what is frozen is in the model beside it. A run that
+    was killed before that was written takes it from where it began. Raises :class:`CheckpointError` if that is another
+    model by now, or not known.
+    """
+    if args.model is not None:
+        pipe = open_model(args.model)
+        return pipe, {"path": os.path.abspath(args.model), "hash": pipe.hash}
+    if not args.resume or args.config is not None:
+        return new_model(args, config.seed), None
+    made, begun = from_json(ModelConfig, before["model"]), before.get("begun")
+    if (folder / MODEL).is_file():
+        return reopen(folder / MODEL, made), begun
+    if begun is not None:
+        pipe = open_model(begun["path"])
+        if pipe.hash != begun["hash"]:
+            raise CheckpointError(f"{begun['path']}: is another model than the one this run began with; get that again")
+        return pipe, begun
+    frozen = sorted(checkpoint.build(made).keys() - set(config.parts))
+    if frozen and "begun" not in before:
+        raise CheckpointError(
+            f"{folder / MODEL}: is missing, with the frozen {' and '.join(frozen)}; say again what the run began with, "
+            "by --model or --config"
+        )
+    return random_model(made, config.seed), None
 
 
 def machines(args: Namespace, device: torch.device) -> tuple[Alone, Keeper]:

@@ -75,6 +75,15 @@ class Replicas(Alone):
         dist.all_reduce(value)
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so in any process: what all of them must do together, all must know."""
+        import torch.distributed as dist
+
+        where = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        told = torch.tensor(float(value), device=where)
+        dist.all_reduce(told)
+        return bool(told > 0)
+
     def wait(self) -> None:
         """Return when every process has come this far."""
         import torch.distributed as dist

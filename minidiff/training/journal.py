@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minidiff.reading import open_regular
 from minidiff.training.loop import Report
+from minidiff.writing import append, atomic
 
 COLUMNS = [field.name for field in dataclasses.fields(Report)]
 
@@ -18,18 +21,23 @@ class Table:
 
     def __init__(self, path: Path, columns: list[str], done: int) -> None:
         rows: list[list[str]] = []
-        if done and path.is_file():
-            with open(path, newline="", encoding="utf-8", errors="replace") as old:
+        if done and path.exists():
+            with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace", newline="") as old:
                 # A kill may have cut the last line short; its step is made again, and so is its line.
                 rows = [r for r in csv.reader(old) if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= done]
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115  (Journal.close)
-        self.writer = csv.writer(self.file)
-        self.write(columns, *rows)
+        with atomic(path) as file:  # the old lines are there until the new ones are
+            file.write(_lines(columns, *rows))
+        self.file = append(path)
 
     def write(self, *rows: Any) -> None:
         """Lines that are in the file at once, so that one can watch it grow."""
-        self.writer.writerows(rows)
-        self.file.flush()
+        self.file.write(_lines(*rows))
+
+
+def _lines(*rows: Any) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode()
 
 
 class Journal:

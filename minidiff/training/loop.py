@@ -62,6 +62,7 @@ class Trainer:
         # float16 has no room below 6e-8, where most gradients are: the loss is scaled up, the gradients down again.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.done = 0
+        self.begun: dict[str, str] | None = None  # "path" and "hash" of the model that it began with, unless it was new
 
     def steps(self) -> Iterator[Report]:
         """Train to the end of the run; one :class:`Report` after every step."""

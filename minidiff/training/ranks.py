@@ -30,6 +30,10 @@ class Alone:
         """A scalar, averaged over the processes."""
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so in any process: what all of them must do together, all must know."""
+        return value
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A tensor of which each process has a slice, put together in all of them."""
         return tensor

@@ -9,7 +9,8 @@ folder/samples/             a grid of pictures every so many steps
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from minidiff.progress import Counter, check_progress
 from minidiff.training.batch import Batch, Data
 from minidiff.training.journal import Journal
 from minidiff.training.loop import Report, Trainer
-from minidiff.training.state import Keeper, remove_leftovers, unsaved
+from minidiff.training.state import Keeper, unsaved
 from minidiff.training.task import latent_scale
+from minidiff.writing import locked, sweep
 
 MODEL = "model.safetensors"
 STATE = Keeper.name
@@ -43,23 +45,40 @@ def train(
     held_out: Data | None = None,
     progress: bool | Callable[[Report], object] | None = None,
     keeper: Keeper | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    alone: bool = False,
 ) -> Report | None:
     """Train to the end of the run, writing to ``folder``; the last step's report, None if there was none to do.
 
     ``resume``: go on from the state in ``folder``. ``held_out``: data to measure the loss on whenever samples are made.
     ``progress``: None for a bar on a terminal or in a notebook, True for a line now and then elsewhere, too, False for
-    nothing, or a function that is given each report.
+    nothing, or a function that is given each report. ``stop`` is asked after every step; if it says so, the step is
+    saved and the run ends there. ``alone``: the caller holds the folder (:func:`claimed`), or else it is done here.
+    Whatever else stops a run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint stands.
 
-    Whatever stops a run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint stands.
+    Raises :class:`ConfigError` if the folder holds a run that is not to be resumed, none that is, or one at work.
     """
     check_progress(progress)
     keeper = Keeper() if keeper is None else keeper
-    folder, c, main = Path(folder), trainer.config, trainer.ranks.main
-    check_folder(folder, resume, keeper)
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-    trainer.ranks.wait()
+    folder, main = Path(folder), trainer.ranks.main
+    with claimed(folder) if main and not alone else nullcontext():
+        check_folder(folder, resume, keeper)
+        if main:
+            sweep(folder)
+        trainer.ranks.wait()
+        return _train(trainer, folder, resume, held_out, progress, keeper, stop)
+
+
+def _train(
+    trainer: Trainer,
+    folder: Path,
+    resume: bool,
+    held_out: Data | None,
+    progress: bool | Callable[[Report], object] | None,
+    keeper: Keeper,
+    stop: Callable[[], bool],
+) -> Report | None:
+    c, main = trainer.config, trainer.ranks.main
     if resume:
         keeper.resume(trainer, folder)
     report = None
@@ -74,9 +93,11 @@ def train(
             if journal is not None:
                 journal.step(report)
             last = report.step == c.steps
-            if last or report.step % c.save_every == 0:
+            if last or report.step % c.save_every == 0 or trainer.ranks.any(stop()):
                 keeper.save(trainer, folder)
                 export(trainer, folder / MODEL)
+                if not last and trainer.ranks.any(stop()):  # or it was said while that was written
+                    break
             if c.sample_every and (last or report.step % c.sample_every == 0):
                 look(trainer, folder, held_out, journal)
     finally:
@@ -84,6 +105,24 @@ def train(
         if journal is not None:
             journal.close()
     return report
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and hold it for one run. Raises :class:`ConfigError` if another run is at work in it.
+
+    Folders that are empty in the end, because something went wrong early, are removed again.
+    """
+    new = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        taken = f"{folder}: another run is at work in this folder; wait for its end, or name another one"
+        with locked(folder / "run", taken):
+            yield
+    finally:
+        with suppress(OSError):  # one is not empty, and then none around it is
+            for f in new:
+                f.rmdir()
 
 
 def check_folder(folder: Path, resume: bool, keeper: Keeper) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +85,10 @@ def contents(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def facts(trainer: Trainer) -> dict[str, Any]:
-    """What is no tensor: progress, settings, the model's config and the scale of the loss."""
+    """What is no tensor: progress, settings, the model's config and where it came from, the scale of the loss."""
     return {
         "done": trainer.done,
+        "begun": trainer.begun,
         "settings": dataclasses.asdict(trainer.config),
         "model": dataclasses.asdict(trainer.pipe.config),
         "scaler": trainer.scaler.state_dict(),
@@ -126,8 +126,10 @@ def parse_facts(text: str, path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(text)
         from_json(TrainConfig, found["settings"])
         from_json(ModelConfig, found["model"])
+        begun = found.get("begun")
         known = isinstance(found["done"], int) and isinstance(found["scaler"], dict)
         known = known and isinstance(found.get("pictures", {}), dict)  # states of before this was kept have none
+        known = known and (begun is None or all(isinstance(begun[key], str) for key in ("path", "hash")))
     except (ValueError, KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: its record of the run cannot be used ({e})") from None
     if not known:
@@ -191,10 +193,3 @@ def restore(trainer: Trainer, tensors: dict[str, Lazy], path: str | os.PathLike[
         i: {key: m.clone() for key, m in moments[name].items()} for i, name in enumerate(names) if moments[name]
     }
     trainer.optimizer.load_state_dict(state)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run left half-written beside its files."""
-    for path in folder.glob(".*.part"):
-        with suppress(OSError):
-            path.unlink()

@@ -1,9 +1,7 @@
-"""Files on disk: whole or not at all, and safetensors that any reader understands."""
+"""Tensors on disk: safetensors that any reader understands, and what is read of them when."""
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import math
 import mmap
@@ -28,131 +26,14 @@ from minidiff.files import (
     HASH_KEY,
     TensorFile,
     all_finite,
-    atomic,
     content_hash,
     lazy,
     write_tensors,
 )
 
-# --- atomic ----------------------------------------------------------------------------------------------------------
-
 
 def left_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-def test_atomic_writes_all(tmp_path: Path) -> None:
-    with atomic(tmp_path / "a") as file:
-        file.write(b"one")
-        assert "a" not in left_in(tmp_path)  # not under its name before it is whole
-        file.write(b"two")
-    assert left_in(tmp_path) == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"onetwo"
-    with atomic(str(tmp_path / "a")) as file:  # again, over the old one
-        file.write(b"three")
-    assert left_in(tmp_path) == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"three"
-
-
-def test_atomic_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with atomic("a") as file:
-        file.write(b"x")
-    assert left_in(tmp_path) == ["a"]
-
-
-@pytest.mark.parametrize("old", [None, b"old"])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
-def test_an_error_inside_leaves_what_was_there(tmp_path: Path, error: type[BaseException], old: bytes | None) -> None:
-    if old is not None:
-        (tmp_path / "a").write_bytes(old)
-
-    def fail() -> None:
-        with atomic(tmp_path / "a") as file:
-            file.write(b"half")
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert left_in(tmp_path) == ([] if old is None else ["a"])
-    assert old is None or (tmp_path / "a").read_bytes() == old
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failure_at_the_end_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    (tmp_path / "a").write_bytes(b"old")
-
-    def fail(*args: Any) -> None:
-        raise OSError(errno.EIO, "the disk is gone")
-
-    monkeypatch.setattr(files.os, step, fail)
-    with pytest.raises(OSError, match="the disk is gone"), atomic(tmp_path / "a") as file:
-        file.write(b"new")
-    assert left_in(tmp_path) == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX only")
-def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fsync
-    calls: list[int] = []
-
-    def fsync(fd: int) -> None:  # some network file systems answer so for folders
-        calls.append(fd)
-        if len(calls) == 2:
-            raise OSError(errno.EINVAL, "not for folders")
-        real(fd)
-
-    monkeypatch.setattr(files.os, "fsync", fsync)
-    with atomic(tmp_path / "a") as file:
-        file.write(b"x")
-    assert len(calls) == 2
-    assert left_in(tmp_path) == ["a"]
-
-
-def test_where_nothing_can_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    for path, words in (
-        ("no/such/file", "does not exist"),
-        ("file/inside", "does not exist"),
-        ("folder", "is a folder"),
-    ):
-        with pytest.raises(CheckpointError, match=words), atomic(tmp_path / path):
-            pytest.fail("the body ran")
-    assert left_in(tmp_path) == ["file", "folder"]
-    assert left_in(tmp_path / "folder") == []
-
-
-class FullDisk(io.BytesIO):
-    """A file that takes ``room`` bytes and then says what a full disk says."""
-
-    def __init__(self, beside: Path, room: int) -> None:
-        super().__init__()
-        self.room = room
-        beside.write_bytes(b"part")
-
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
-@pytest.mark.parametrize("room", [0, 8, 400, 4000])
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    opened: list[Path] = []
-
-    def full(path: Any, mode: str) -> FullDisk:
-        opened.append(Path(path))
-        return FullDisk(opened[-1], room)
-
-    monkeypatch.setattr(files, "open", full, raising=False)
-    tensors = {f"t{i}": lazy(torch.ones(100)) for i in range(20)}
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_tensors(tmp_path / "a.safetensors", tensors, {})
-    assert caught.value.errno == errno.ENOSPC
-    assert opened[0].parent == tmp_path  # the same disk as the target, or the rename would not be atomic
-    assert left_in(tmp_path) == []
 
 
 # --- what is written -------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ LAYERS: dict[str, int] = {
     "minidiff.console": 1,
     "minidiff.reading": 1,
     "minidiff.progress": 1,
+    "minidiff.signals": 1,
+    "minidiff.writing": 1,
     "minidiff.picture": 2,
     "minidiff.pixels": 2,
     "minidiff.destination": 3,
