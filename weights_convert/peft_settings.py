@@ -115,7 +115,7 @@ def _alternative(text: str, expression: str, where: str) -> Alternative:
             pieces.append([])
         elif token == "." or (len(token) == 2 and not token[1].isalnum()):
             pieces[-1].append(token)
-        elif token not in "\\*+?()[]{}^$|":
+        elif len(token) == 1 and token not in "\\*+?()[]{}^$|":
             pieces[-1].append(re.escape(token))
         else:
             raise UnsupportedError(
