@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minidiff.denoise import Run
     from minidiff.pipeline import StableDiffusion, Unconditional
     from minidiff.prompts import Sizes
+    from minidiff.recipe import Recipe
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Options of generate that mean nothing to a model without a text, beside those that are named with it.
@@ -84,7 +85,7 @@ def generate(args: Namespace) -> None:
     """``minidiff generate``."""
     from minidiff.destination import Destination
     from minidiff.picture import label, to_pil
-    from minidiff.repeat import TAUGHT, fill_from_recipe
+    from minidiff.repeat import TAUGHT, check_family, fill_from_recipe
 
     if args.image is None and (args.mask is not None or args.strength is not None):
         raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
@@ -92,7 +93,7 @@ def generate(args: Namespace) -> None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
-    recipe = fill_from_recipe(args) if args.recipe is not None else {}
+    recipe = None if args.recipe is None else fill_from_recipe(args)
     _count(args)
     destination = Destination(args.out, args.force)
     sampler = _sampler(_changed(args.sampler, args.set), args.like)
@@ -105,6 +106,8 @@ def generate(args: Namespace) -> None:
     )
     if args.set and args.sampler is None:  # of the checkpoint's own sampler, which is known only now
         sampler = _sampler(_changed(pipe.config.sampler, args.set), args.like)
+    if recipe is not None:
+        check_family(args, recipe, pipe)
     _teach(pipe, args)
     _equip(pipe, args)
     run = _prepare(pipe, args, sampler)
@@ -236,8 +239,10 @@ def _sizes(args: Namespace) -> Sizes | None:
     return Sizes(**said) if said else None
 
 
-def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict[str, Any], converted: bool) -> None:
+def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: Recipe | None, converted: bool) -> None:
     """Say on stderr what was chosen, and what may surprise."""
+    from minidiff.repeat import differences
+
     precision = str(pipe.dtype).removeprefix("torch.")
     if converted and not args.quiet:
         say(f"converted in memory; `minidiff convert {args.model} FILE.safetensors` keeps it, and opens faster")
@@ -246,10 +251,8 @@ def _remark(pipe: StableDiffusion | Unconditional, args: Namespace, recipe: dict
         say(f"computing in {precision} on {pipe.device} (--dtype auto{why if pipe.device.type == 'cpu' else ''})")
     if precision == "float16" and pipe.device.type == "cpu":
         say("float16 on the CPU can be a thousand times slower; --dtype float32 is safe", "warning")
-    for key, now in (("model_hash", pipe.hash), ("dtype", precision), ("device", pipe.device.type)):
-        then = recipe.get(key)
-        if then and then != now:
-            say(f"the picture was made with {key} {then}, this run has {now or 'none'}; pixels may differ", "warning")
+    for difference in differences(recipe, pipe) if recipe is not None else ():
+        say(difference, "warning")
 
 
 def _sampler(choice: str | dict[str, Any] | None, like: str | None) -> Any:
@@ -386,6 +389,7 @@ def info(args: Namespace) -> None:
 def _info_of_another_layout(path: str, check: bool) -> None:
     """What weights_convert makes of a file or folder: the evidence, what it maps and drops, and the model in it."""
     import weights_convert
+    from minidiff.identity import identify
     from minidiff.info import describe_config, first_not_finite, size_table, table
 
     found = weights_convert.detect(path)
@@ -394,7 +398,8 @@ def _info_of_another_layout(path: str, check: bool) -> None:
     except (UnsupportedError, ConfigError):
         show(found, longest=LONGEST_LINE)  # what is recognised is worth knowing, even where more is needed to use it
         raise
-    pages = (source.report, table(describe_config(source.config)[1:]), size_table(source.tensors))
+    rows = [*describe_config(source.config)[1:], ("identity", identify(source.config, source.tensors))]
+    pages = (source.report, table(rows), size_table(source.tensors))
     show("\n\n".join(map(str, pages)), longest=LONGEST_LINE)
     bad = first_not_finite(source.tensors) if check else None
     if bad is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minidiff.config import ModelConfig, check, quote
 from minidiff.errors import CheckpointError, UnsupportedError
+from minidiff.identity import taught
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.unicode_tables import normalize
 from minidiff.turns import check_present
@@ -51,7 +52,10 @@ def add(sd: StableDiffusion, word: Word) -> None:
     config = sd.config
     for each in words:
         config = _taught(sd, config, each)
-    changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", "")]  # it is not that file any more
+    named = {f"{each.name} {part}": vectors for each in words for part, vectors in sorted(each.vectors.items())}
+    source = taught(sd.source, named) if sd.source else ""
+    # It is not that file any more.
+    changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", ""), (sd, "source", source)]
     for part, tokenizer in TOKENIZERS.items():
         if getattr(config, part) is not None:
             encoder = getattr(sd, part)

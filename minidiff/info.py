@@ -13,6 +13,7 @@ from minidiff.config import ModelConfig, ScheduleConfig, TAESDConfig, TokenizerC
 from minidiff.console import one_line
 from minidiff.errors import CheckpointError
 from minidiff.files import Lazy, all_finite, content_hash
+from minidiff.identity import identify
 
 Rows = list[tuple[str, str]]
 
@@ -25,6 +26,7 @@ def describe(path: str | os.PathLike[str]) -> str:
     found = checkpoint.read(path)
     checkpoint.account(checkpoint.build(found.config), found.file.lazy, str(path))
     rows = [("file", str(path)), *describe_config(found.config), ("hash", found.hash or "none")]
+    rows.append(("identity", identify(found.config, found.file.lazy)))  # what pictures call it
     return f"{table(rows)}\n\n{size_table(found.file.lazy)}"
 
 

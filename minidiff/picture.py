@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from minidiff import png
+from minidiff.console import one_line
 from minidiff.errors import CheckpointError
 from minidiff.writing import Existing, atomic
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KEY = "minidiff"
+LONGEST_RECIPE = 16 << 20  # bytes: room for the longest prompt
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -60,23 +62,16 @@ def read_recipe(image: Image.Image | str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises :class:`CheckpointError` for a file that is no picture, or a picture that carries no recipe.
     """
-    from PIL import Image
-
-    # What the library raises for files that are damaged or claim to be enormous.
-    damage = (OSError, ValueError, TypeError, SyntaxError, RecursionError, struct.error, Image.DecompressionBombError)
-    name = "the picture" if isinstance(image, Image.Image) else str(image)
+    if isinstance(image, (str, os.PathLike)):
+        name, text = os.fspath(image), png.text(image, KEY, LONGEST_RECIPE)
+    else:
+        name, text = "the picture", image.info.get(KEY)
+    if text is None:
+        raise CheckpointError(f"{name}: carries no recipe; it was not saved by minidiff")
     try:
-        if isinstance(image, Image.Image):
-            text = image.info[KEY]
-        else:
-            with Image.open(image) as opened:
-                opened.load()  # text chunks may follow the pixels
-                text = opened.info[KEY]
         found = json.loads(text)
-    except KeyError:
-        raise CheckpointError(f"{name}: carries no recipe; it was not saved by minidiff") from None
-    except damage as e:
-        raise CheckpointError(f"{name}: no readable picture with a recipe ({' '.join(str(e).split())})") from None
+    except (ValueError, TypeError, RecursionError) as e:
+        raise CheckpointError(f"{name}: its recipe is damaged ({one_line(e, 200)})") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{name}: its recipe is damaged")
+        raise CheckpointError(f"{name}: its recipe is damaged, a {type(found).__name__} where an object should be")
     return found

@@ -25,6 +25,7 @@ from minidiff.conventions.program import ProgramSampler
 from minidiff.denoise import Prediction, Progress, Run
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy
+from minidiff.identity import identify
 from minidiff.images import Pictures
 from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
@@ -478,9 +479,12 @@ def assemble(
     parts = checkpoint.build(config)
     if not low_memory:
         checkpoint.fill(parts, tensors, device, dtype, source)
-        return from_parts(config, parts, hash)
+        pipe = from_parts(config, parts, hash)
+        pipe.source = identify(config, tensors)
+        return pipe
     checkpoint.sketch(parts, tensors, dtype, source)
     pipe = from_parts(config, parts, hash)  # which decides what stays in float32
+    pipe.source = identify(config, tensors)
     pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
     pipe.turns.begin()
     return pipe

@@ -1,89 +1,103 @@
 """A picture repeated: what its recipe says, put where the command line left something open.
 
-What the recipe cannot give back must be given again: the picture that was begun from, adapters, learned words.
+What the recipe cannot give back must be given again: the picture that was begun from, adapters, learned words, and the
+model, if it is not the bundled one.
 """
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from minidiff.config import quote
+from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.picture import read_recipe
 from minidiff.prompts import Sizes
+from minidiff.recipe import Recipe, typed
+from minidiff.runner import Pipeline
 
-PYTHON_ONLY = ("negative_sizes",)  # in recipes of generate()
 TILES = "vae_tiles"  # the approximation that has an option
 TAUGHT = ("lora", "embedding")
+ALWAYS = ("seed", "steps", "sampler", "strength")  # options of every model, and those of models that read a prompt
+OF_TEXT = (
+    *("prompt", "negative", "prompt_2", "negative_2", "scale", "width", "height", "like", "clip_skip"),
+    *("denoising_start", "denoising_end", "guidance_rescale", "guidance_interval"),
+)
+CALLED = {"negative": "negative_prompt", "negative_2": "negative_prompt_2", "scale": "guidance_scale"}  # in a recipe
 
 
-def fill_from_recipe(args: Namespace) -> dict[str, Any]:
+def fill_from_recipe(args: Namespace) -> Recipe:
     """Fill what the command line left open from the picture that --recipe names; returns its recipe."""
-    if not os.path.exists(args.recipe):
-        raise CheckpointError(f"{args.recipe}: no such file")
-    recipe = read_recipe(args.recipe)
-    number, whole = (int, float), (int,)
-    kinds: dict[str, tuple[str, Any]] = {"seed": ("seed", whole), "steps": ("steps", whole)}
-    kinds["sampler"] = ("sampler", (dict,))
-    if "prompt" in recipe:  # one without was made by a model that takes none of these
-        kinds |= {"prompt": ("prompt", str), "negative": ("negative_prompt", str), "scale": ("guidance_scale", number)}
-        kinds |= {"width": ("width", whole), "height": ("height", whole), "like": ("like", str)}
-        kinds |= {"prompt_2": ("prompt_2", str), "negative_2": ("negative_prompt_2", str)}
-        kinds |= {name: (name, number) for name in ("denoising_start", "denoising_end", "guidance_rescale")}
-        kinds |= {"clip_skip": ("clip_skip", whole), "guidance_interval": ("guidance_interval", list)}
-        if recipe.get("place"):
-            place = f"picture {recipe['place'] + 1} of {recipe.get('places')} from one stream"
-            raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.get('seed')}")
+    found = read_recipe(args.recipe)
+    recipe, unknown = typed(found, args.recipe)
+    if unknown:
+        names = ", ".join(map(quote, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+        say(f"{args.recipe}: its recipe says {names}, which this minidiff does not know and leaves out", "warning")
+    if recipe.place:
+        place = f"picture {recipe.place + 1} of {recipe.places} from one stream"
+        raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {recipe.seed}")
     for option in ("image", "mask"):
-        if option in recipe and getattr(args, option) is None:
-            name = f" ({recipe[option]})" if recipe[option] else ""
+        if option in found and getattr(args, option) is None:
+            name = f" ({getattr(recipe, option)})" if getattr(recipe, option) else ""
             raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
     for option in TAUGHT:
-        if option in recipe and not getattr(args, option):
-            names = ", ".join(str(name) for name, _ in recipe[option])
+        if getattr(recipe, option) and not getattr(args, option):
+            names = ", ".join(name for name, _ in getattr(recipe, option))
             raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
-    beyond = [key for key in PYTHON_ONLY if key in recipe]
+    beyond = [name for name in recipe.approximate if name != TILES]
+    beyond += ["negative_sizes"] * (recipe.negative_sizes is not None)
     if beyond:
         raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
-    if "strength" in recipe:
-        kinds["strength"] = ("strength", number)
+    if args.vae_tiles is None:
+        args.vae_tiles = recipe.approximate.get(TILES)
     _fill_sizes(args, recipe)
-    _fill_approximations(args, recipe)
-    args.plain = args.plain or not recipe.get("fast")
-    for option, (key, kind) in kinds.items():
+    args.plain = args.plain or not recipe.fast
+    # One without a prompt was made by a model that takes nothing that goes with it.
+    for option in (*ALWAYS, *(OF_TEXT if "prompt" in found else ())):
         if getattr(args, option) not in (None, []):
             continue
-        value = recipe.get(key)
+        name = CALLED.get(option, option)
+        value = getattr(recipe, name)
         if value is None and option in ("prompt", "seed"):
-            raise CheckpointError(f"{args.recipe}: its recipe has no {key} (tensors were given instead); give one here")
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise CheckpointError(f"{args.recipe}: its recipe is damaged, {key} is {value!r}")
+            raise CheckpointError(
+                f"{args.recipe}: its recipe has no {name} (tensors were given instead); give one here"
+            )
         setattr(args, option, [value] if option == "prompt" else value)
     return recipe
 
 
-def _fill_approximations(args: Namespace, recipe: Mapping[str, Any]) -> None:
-    """The approximations of the picture, of which the command line has the tiles alone."""
-    said = recipe.get("approximate", {})
-    if not isinstance(said, dict):
-        raise CheckpointError(f"{args.recipe}: its recipe is damaged, approximate is {said!r}")
-    others = [name for name in said if name != TILES]
-    if others:
-        raise ConfigError(f"{args.recipe}: was made with {', '.join(others)}, which only Python has; repeat it there")
-    if args.vae_tiles is None:
-        args.vae_tiles = said.get(TILES)
+def check_family(args: Namespace, recipe: Recipe, pipe: Pipeline) -> None:
+    """Raise :class:`ConfigError` if the picture was made with a model of another family than ``pipe``."""
+    if recipe.model in (None, pipe.config.family):
+        return
+    made = (
+        f"{args.recipe}: was made with a {recipe.model} model{f' ({recipe.model_hash})' if recipe.model_hash else ''}"
+    )
+    if args.model is None:
+        raise ConfigError(f"{made}, which is not the bundled one; name it with --model PATH")
+    raise ConfigError(f"{made}, and {args.model} is a {pipe.config.family} model; name one of that family with --model")
 
 
-def _fill_sizes(args: Namespace, recipe: Mapping[str, Any]) -> None:
+def differences(recipe: Recipe, pipe: Pipeline) -> Iterator[str]:
+    """In what this run differs from that of the picture, so that its pixels may."""
+    precision = str(pipe.dtype).removeprefix("torch.")
+    # Pictures of before models had an identity name the content hash of a minidiff file.
+    known = {"model_hash": (pipe.identity, pipe.hash), "dtype": (precision,), "device": (pipe.device.type,)}
+    for name, now in known.items():
+        then = getattr(recipe, name)
+        if then and then not in now:
+            yield f"the picture was made with {name} {then}, this run has {now[0]}; pixels may differ"
+
+
+def _fill_sizes(args: Namespace, recipe: Recipe) -> None:
     """What SDXL was told of the picture's size; the recipe has it as (height, width) and (top, left)."""
-    if recipe.get("sizes") is None:
+    if recipe.sizes is None:
         return
     try:
-        said = Sizes(**recipe["sizes"])
-    except (ConfigError, TypeError):
-        raise CheckpointError(f"{args.recipe}: its recipe is damaged, sizes is {recipe['sizes']!r}") from None
+        said = Sizes(**recipe.sizes)
+    except (ConfigError, TypeError, OverflowError):
+        raise CheckpointError(f"{args.recipe}: its recipe is damaged, sizes is {quote(recipe.sizes)}") from None
     pairs = {"original_size": said.original, "crop": said.crop, "target_size": said.target}
     for option, pair in pairs.items():
         if getattr(args, option) is None and pair is not None:

@@ -21,7 +21,8 @@ from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.streams import Streams
 from minidiff.denoise import Predict, Progress, Run, Step, Work, denoise
 from minidiff.errors import ConfigError
-from minidiff.files import lazy
+from minidiff.files import Lazy, lazy
+from minidiff.identity import identify
 from minidiff.models.unet import UNet
 from minidiff.picture import label, to_pil, to_unit
 from minidiff.precision import apply_policy, check_finite
@@ -46,6 +47,7 @@ class Pipeline:
         self.config = config
         self.parts = dict(parts)
         self.hash = hash
+        self.source = ""  # the identity of the checkpoint that the weights came from, while they are as they came
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
         self.fast: tuple[str, ...] = ()  # what was put on from outside (minidiff.fast): for the recipe
@@ -63,6 +65,15 @@ class Pipeline:
         """What the UNet computes in."""
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def identity(self) -> str:
+        """What pictures call this model (``identity.py``): that of the checkpoint it came from, or of the weights in
+        memory where they came from none or have been trained since."""
+        return self.source or identify(self.config, self._tensors())
+
+    def _tensors(self) -> dict[str, Lazy]:
+        return {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``).
 
@@ -78,8 +89,7 @@ class Pipeline:
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write everything as one minidiff file; returns its content hash. Raises :class:`CheckpointError`."""
-        tensors = {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
-        self.hash = checkpoint.write(path, self.config, tensors)
+        self.hash = checkpoint.write(path, self.config, self._tensors())
         return self.hash
 
     def sampler(self, choice: SamplerChoice = None, like: Convention | None = None) -> Sampler[Any, Any]:
@@ -163,7 +173,7 @@ class Pipeline:
             "sampler": note(begin.sampler),
             "steps": int(steps),
             "model": self.config.family,
-            "model_hash": self.hash,
+            "model_hash": self.identity,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "minidiff": VERSION,

@@ -47,6 +47,7 @@ class Trainer:
     ) -> None:
         """``pipe`` is trained in place, where it is. Raises :class:`ConfigError` if it lacks what should learn."""
         self.pipe, self.data, self.config = pipe, data, config
+        pipe.hash, pipe.source = "", ""  # its weights are not for long those of the file they came from
         self.ranks = Alone() if ranks is None else ranks
         share = config.accumulate * self.ranks.count
         fits = config.batch % share == 0

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import minidiff
 import weights_convert
@@ -377,6 +377,63 @@ def test_a_recipe_of_another_model_warns(run: Run, tmp_path: Path) -> None:
     ]
 
 
+def altered(path: Path, to: Path, **changes: object) -> None:
+    """A picture once more, with another recipe; a field that becomes None is left out."""
+    with Image.open(path) as image:
+        told = {**minidiff.read_recipe(image), **changes}
+        image.info["minidiff"] = json.dumps({name: value for name, value in told.items() if value is not None})
+        minidiff.save_png(image, to)
+
+
+def test_a_recipe_of_another_family_is_an_error(run: Run, tmp_path: Path) -> None:
+    """Above all where no model is named: the bundled one paints its own pictures only."""
+    made = ("--steps", 1, "--seed", 1, "--quiet")
+    run("generate", "a fox", "--model", "text", *made, "--out", "fox.png")
+    run("generate", "a red star", *made, "--out", "star.png")
+    run("generate", "--model", "plain", *made, "--out", "plain.png")
+    fox = minidiff.read_recipe(tmp_path / "fox.png")["model_hash"]
+    quiet = ("--quiet", "--out", "again.png", "--force")
+    one_error(run("generate", "--recipe", "fox.png", *quiet), "fox.png", "a sd1 model", fox, "--model PATH")
+    one_error(run("generate", "--recipe", "plain.png", *quiet), "plain.png", "a ddpm model", "--model PATH")
+    one_error(run("generate", "--recipe", "star.png", "--model", "text", *quiet), "a shapes model", "is a sd1 model")
+    assert not (tmp_path / "again.png").exists()
+    assert run("generate", "--recipe", "star.png", *quiet).err == []
+    assert np.array_equal(pixels(tmp_path / "star.png"), pixels(tmp_path / "again.png"))
+    altered(tmp_path / "star.png", tmp_path / "other.png", model_hash="0" * 32)
+    (line,) = run("generate", "--recipe", "other.png", *quiet).err
+    assert line.startswith(f"minidiff: warning: the picture was made with model_hash {'0' * 32}, this run has ")
+
+
+def test_recipes_of_before_models_had_an_identity(run: Run, models: Path, tmp_path: Path) -> None:
+    """They name a minidiff file by its content hash, and an unconverted one not at all."""
+    run("generate", "a fox", "--model", "text", "--steps", 2, "--seed", 1, "--out", "a.png", "--quiet")
+    for told in (checkpoint.read(models / "text.safetensors").hash, "", None):
+        altered(tmp_path / "a.png", tmp_path / "old.png", model_hash=told)
+        ended = run("generate", "--recipe", "old.png", "--model", "text", "--out", "b.png", "--force", "--quiet")
+        assert ended == Ended(0, ["b.png"], [])
+        assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+
+
+def test_a_recipe_of_an_unconverted_checkpoint(run: Run, tmp_path: Path) -> None:
+    """It names its model like any other: the same file is silent, one with other weights is not."""
+    convert_sources.write_folder(tmp_path / "folder")
+    again = ("--model", "folder", "--quiet")
+    assert run("generate", "a", "--steps", 1, "--seed", 1, "--out", "a.png", *again).err == []
+    assert len(minidiff.read_recipe(tmp_path / "a.png")["model_hash"]) == 32
+    assert run("generate", "--recipe", "a.png", "--out", "b.png", *again).err == []
+    path = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: t * 2 for name, t in load_file(path).items()}, path, {"format": "pt"})
+    (line,) = run("generate", "--recipe", "a.png", "--out", "c.png", *again).err
+    assert "the picture was made with model_hash" in line
+
+
+def test_what_a_recipe_says_beyond_what_is_known(run: Run, tmp_path: Path) -> None:
+    run("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 1, "--out", "a.png", "--quiet")
+    altered(tmp_path / "a.png", tmp_path / "b.png", **{"later": 1, "\x1b[2J": 2})
+    (line,) = run("generate", "--recipe", "b.png", "--model", "text", "--quiet", "--out", "c.png").err
+    assert "its recipe says '\\x1b[2J', 'later', which this minidiff does not know" in line
+
+
 def test_a_model_without_text(run: Run, tmp_path: Path) -> None:
     ended = run("generate", "--model", "plain", "--steps", 3, "--seed", 4, "--num-images", 2, "--quiet")
     assert ended == Ended(0, ["ddpm-4.png", "ddpm-5.png"], [])
@@ -466,6 +523,7 @@ def test_info_of_a_model(run: Run, models: Path) -> None:
     for line in (
         "family        sd1",
         f"hash          {file.hash}",
+        f"identity      {minidiff.load(models / 'text.safetensors').identity}",
         "sampler       pndm",
         "picture       32 x 32 by default",
         "schedule      1000 timesteps, scaled_linear betas from 0.00085 to 0.012; the model predicts epsilon",
@@ -630,7 +688,8 @@ def test_files_that_are_something_else(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "word"), [({"steps": "3"}, "steps is '3'"), ({"seed": None}, "no seed"), ({"sampler": []}, "sampler")]
+    ("change", "word"),
+    [({"steps": "3"}, "steps: expected int, got '3'"), ({"seed": None}, "no seed"), ({"sampler": []}, "sampler")],
 )
 def test_damaged_recipe(change: dict[str, object], word: str, run: Run, tmp_path: Path) -> None:
     run("generate", "a fox", "--model", "text", "--steps", 1, "--out", "a.png", "--quiet")

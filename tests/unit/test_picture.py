@@ -121,7 +121,7 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
             read_recipe(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="No such file"):
+    with pytest.raises(CheckpointError, match="no such file"):
         read_recipe(tmp_path / "nothing.png")
     with pytest.raises(CheckpointError):
         read_recipe(tmp_path)

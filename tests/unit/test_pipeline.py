@@ -504,7 +504,8 @@ def test_save_and_load_generate_the_same(tmp_path: Path) -> None:
         told = model.save(tmp_path / "a")
         found = load(str(tmp_path / "a"), device="cpu")
         assert_close(found.generate(*arguments, seed=0, **LATENT), want)  # type: ignore[arg-type]
-        assert read_recipe(found.generate(*arguments, seed=0, **QUIET)[0])["model_hash"] == told  # type: ignore[arg-type]
+        assert read_recipe(found.generate(*arguments, seed=0, **QUIET)[0])["model_hash"] == model.identity  # type: ignore[arg-type]
+        assert (found.hash, found.identity) == (told, model.identity)
 
 
 def test_to_moves_every_part() -> None:
