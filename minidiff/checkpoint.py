@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minidiff.config import CLIPTextConfig, ModelConfig, TAESDConfig, UNetConfig, VAEConfig, from_json, quote, to_json
+from minidiff.config import (
+    CLIPTextConfig,
+    ModelConfig,
+    TAESDConfig,
+    UNetConfig,
+    VAEConfig,
+    check,
+    from_json,
+    quote,
+    to_json,
+)
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.files import ALIGNMENT, HASH_KEY, Lazy, TensorFile, check_header, write_tensors
 from minidiff.models.clip import CLIPText
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
+from minidiff.reading import PICKLES, content
 from minidiff.writing import Existing
 
 VERSION = "1"
 VERSION_KEY = "minidiff.version"
 CONFIG_KEY = "minidiff.config"
+ELSEWHERE = "`minidiff convert` makes one of it, and weights_convert.load opens it as it is"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 MODELS: dict[type, type[nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, TAESDConfig: TAESD, CLIPTextConfig: CLIPText}
 
@@ -85,6 +97,15 @@ def fill(
         state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
         part.to(device=device)  # moves what follows from the config (buffers); every weight is there already
+
+
+def copied(tensors: Mapping[str, Lazy], low_memory: bool) -> dict[str, Lazy]:
+    """``tensors`` that are copied when they are read, so that nothing is left of the map of their file.
+
+    Raises :class:`ConfigError` with ``low_memory``, which reads them from the file again and again.
+    """
+    check(not low_memory, "copy=True keeps the weights in memory, low_memory=True in their file; choose one of them")
+    return {name: replace(t, load=lambda t=t: t.load().clone()) for name, t in tensors.items()}  # type: ignore[misc]
 
 
 def sketch(
@@ -169,9 +190,13 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises :class:`CheckpointError` for anything that is not a minidiff file of a version that this one knows.
     """
+    if os.path.isdir(path):
+        raise CheckpointError(f"{path}: a folder, not a single file of minidiff's; {ELSEWHERE}")
+    if content(path) in PICKLES:
+        raise CheckpointError(f"{path}: a pickle, as torch.save writes them, not minidiff's; {ELSEWHERE}")
     file = TensorFile(path)
     if not is_minidiff(file.metadata):
-        raise CheckpointError(f"{path}: a safetensors file, but not minidiff's; `minidiff convert` makes one of it")
+        raise CheckpointError(f"{path}: a safetensors file, but not minidiff's; {ELSEWHERE}")
     version = file.metadata[VERSION_KEY]
     if version != VERSION:
         raise CheckpointError(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minidiff.arguments import PARTS, arranged, parser
 from minidiff.console import LONGEST_LINE, guard, open_standard_streams, say, show, show_json
-from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.reading import missing
+from minidiff.errors import CheckpointError, ConfigError, MinidiffError
+from minidiff.reading import PICKLES, content, missing
 
 if TYPE_CHECKING:
     import torch
@@ -27,13 +27,11 @@ if TYPE_CHECKING:
     from minidiff.prompts import Sizes
     from minidiff.recipe import Recipe
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Options of generate that mean nothing to a model without a text, beside those that are named with it.
 TEXT_ONLY = (
     *("denoising_start", "denoising_end", "clip_skip", "prompt_2", "negative_2", "guidance_rescale"),
     *("guidance_interval", "original_size", "crop", "target_size", "score"),
 )
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -359,7 +357,7 @@ def _is_minidiff(path: str) -> bool:
 
     if not os.path.exists(path):
         raise CheckpointError(missing(path, "file or folder"))
-    if os.path.isdir(path) or Path(path).suffix.lower() in PICKLES:
+    if os.path.isdir(path) or content(path) in PICKLES:
         return False
     file = TensorFile(path)
     try:
@@ -371,7 +369,8 @@ def _is_minidiff(path: str) -> bool:
 def info(args: Namespace) -> None:
     """``minidiff info``."""
     path = args.path
-    if os.path.isfile(path) and (path.lower().endswith(".png") or _starts_with(path, PNG)):
+    kind = content(path) if os.path.exists(path) and not os.path.isdir(path) else None
+    if kind == "png" or (kind == "?" and path.lower().endswith(".png")):
         from minidiff import read_recipe
 
         show_json(read_recipe(path))
@@ -395,7 +394,7 @@ def _info_of_another_layout(path: str, check: bool) -> None:
     found = weights_convert.detect(path)
     try:
         source = weights_convert.open_source(path)
-    except (UnsupportedError, ConfigError):
+    except MinidiffError:
         show(found, longest=LONGEST_LINE)  # what is recognised is worth knowing, even where more is needed to use it
         raise
     rows = [*describe_config(source.config)[1:], ("identity", identify(source.config, source.tensors))]
@@ -406,11 +405,6 @@ def _info_of_another_layout(path: str, check: bool) -> None:
         raise CheckpointError(f"{path}: tensor {bad[0]!r} holds {bad[1]}; get the checkpoint again")
     if check:
         show(f"\nchecked: all {len(source.tensors):,} tensors are finite (this layout carries no hash)")
-
-
-def _starts_with(path: str, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def convert(args: Namespace) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minidiff.config import quote
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, UnsupportedError
+from minidiff.reading import PICKLES, content, mistaken
 from minidiff.writing import Existing, atomic
 
 DTYPES = {
@@ -38,6 +41,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Eight bits a number are for keeping, not for computing: read as float16, which holds every value of both kinds.
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+WIDENED = dict.fromkeys(FLOAT8.values(), torch.float16)
+# Keys beside float8 and int8 weights that are to be multiplied by something: without it they are other numbers.
+SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_2)?|comfy_quant)")
 # NaN and infinity are the numbers whose exponent bits are all set.
 EXPONENTS = {
     torch.float16: (torch.int16, 0x7C00),
@@ -63,12 +71,13 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def lazy(tensor: Tensor) -> Lazy:
-    """A tensor in memory, seen as a :class:`Lazy` one."""
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    """A tensor in memory, seen as a :class:`Lazy` one; float8 becomes float16."""
+    dtype = WIDENED.get(tensor.dtype, tensor.dtype)
+    return Lazy(tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -83,22 +92,36 @@ def all_finite(tensor: Tensor) -> bool:
     return not bool(((bits & exponent) == exponent).any())
 
 
+def refuse_scaled(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise :class:`UnsupportedError` if one of a file's keys says that its weights are quantized with scales."""
+    scale = next((name for name in names if SCALED.fullmatch(name)), None)
+    if scale is not None:
+        raise UnsupportedError(
+            f"{path}: has {quote(scale)}, so its weights are scaled ones of 8 bits, which minidiff does not multiply "
+            "out; get the model in float16"
+        )
+
+
 class TensorFile:
     """One safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
 
-    Raises :class:`CheckpointError` for a file that is missing, truncated, or whose header does not fit its content.
+    float8 tensors are read as float16, which holds all their values. Raises :class:`CheckpointError` for a file that is
+    missing, truncated or something else by its first bytes, or whose header does not fit its content, and
+    :class:`UnsupportedError` for quantized weights that come with scales.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            what = "is a folder, not a file" if self.path.is_dir() else "no such file"
-            raise CheckpointError(f"{self.path}: {what}")
+        what = mistaken(path) or ("a pickle, as torch.save writes them" if content(path) in PICKLES else None)
+        if what is not None:
+            raise CheckpointError(f"{self.path}: no readable safetensors file; it is {what}")
         try:
             self._identity = _identity(self.path)
             opened = self._open()
             self.metadata: dict[str, str] = dict(opened.metadata() or {})
-            self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in list(opened.keys())}
+            names = list(opened.keys())
+            refuse_scaled(self.path, names)
+            self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in names}
         except (SafetensorError, OSError, ValueError, OverflowError) as e:
             raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
 
@@ -109,10 +132,14 @@ class TensorFile:
 
     def _describe(self, name: str) -> Lazy:
         part = self._file.get_slice(name)
-        kind = part.get_dtype()
+        kind, shape = part.get_dtype(), tuple(part.get_shape())
+        if any(n >= 2**63 for n in shape):  # beside a 0, they pass as no bytes at all
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is absurd")
+        if kind in FLOAT8:
+            return Lazy(shape, WIDENED[FLOAT8[kind]], lambda: self._load(name).to(WIDENED[FLOAT8[kind]]))
         if kind not in DTYPES:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} has dtype {kind}, which minidiff does not read")
-        return Lazy(tuple(part.get_shape()), DTYPES[kind], lambda: self._load(name))
+        return Lazy(shape, DTYPES[kind], lambda: self._load(name))
 
     def _load(self, name: str) -> Tensor:
         if self._file is None:

@@ -516,14 +516,21 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     low_memory: bool = False,
+    copy: bool = False,
 ) -> StableDiffusion | Unconditional:
     """Open a minidiff file; the arguments are those of :func:`assemble`. With ``low_memory`` the file stays open.
 
-    Raises :class:`CheckpointError`.
+    Weights that need no other device or dtype stay in the file, which is mapped: whoever truncates it or writes into it
+    meanwhile changes them, and the system ends the process (SIGBUS) when it reaches for what is gone. To replace the
+    file by another of its name is safe. ``copy`` reads everything at once into memory of the process's own.
+
+    Raises :class:`CheckpointError` for what is not a minidiff file, and :class:`ConfigError` for ``copy`` with
+    ``low_memory``.
     """
     found = checkpoint.read(path)
     try:
-        return assemble(found.config, found.file.lazy, device, dtype, str(path), found.hash, low_memory)
+        tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy
+        return assemble(found.config, tensors, device, dtype, str(path), found.hash, low_memory)
     finally:
         if not low_memory:
             found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves

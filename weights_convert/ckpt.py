@@ -1,77 +1,39 @@
-"""Pickled checkpoints (``.ckpt``, ``.bin``, ``.pt``), read without ever running what a pickle asks for.
+"""Pickled checkpoints (``.ckpt``, ``.bin``, ``.pt``): where in the file their tensors lie.
 
-A pickle is a program, and loading one carelessly runs it. ``torch.load(weights_only=True)`` executes only what tensors
-need, and refuses any other name. Real checkpoints hold a few more, put there by the trainers of their day: the original
-sd-v1-4.ckpt carries callbacks of pytorch_lightning with numpy scalars inside. Those names, a fixed list, are answered
-with empty stand-ins that ignore whatever is done to them; none of those packages is imported.
+``torch.save`` writes a zip archive whose ``data.pkl`` is the pickle and whose other records are the storages, one each,
+uncompressed. Before torch 1.6 it wrote five pickles in a row (a magic number, a version, the system, the object, the
+names of the storages) and the storages behind them. Either way the pickle is read as data (``unpickle.py``), nothing of
+it is run, and the file is mapped: a tensor's bytes are read when they are used.
 """
 
 from __future__ import annotations
 
 import io
-import pickletools
-import re
-import warnings
+import mmap
+import struct
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
-from minidiff.files import NAMES, Lazy, lazy
+from minidiff.files import NAMES, WIDENED, Lazy, lazy, refuse_scaled
+from minidiff.reading import HEAD, LONGEST_TEXT, MISTAKEN, content_of, open_regular
+from weights_convert.unpickle import Foreign, Storage, unpickle
 
-# Full names that are answered with a stand-in. They come from training loops; no tensor of a model is behind them.
-HARMLESS = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\.[\w.]+"
-    r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|dtypes\.\w+)"
-    r"|builtins\.(bool|dict|float|int|list|object|set|str|tuple)|typing\.Any|collections\.defaultdict"
-    r"|torch\.nn\.modules\.container\.ParameterDict"
-    r"|pathlib\.\w*Path|argparse\.Namespace"
-)
-LEGACY_PICKLES = 5  # torch before 1.6 wrote five in a row: magic number, version, system, the object, storage keys
-
-
-class Inert:
-    """Stands in for an object of training: takes any arguments and any state, and does nothing with them."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-def inert_dict(*args: Any) -> dict[Any, Any]:
-    """Stands in for a defaultdict: the unpickler puts items into plain dicts only."""
-    return {}
-
-
-class Parameters(dict[str, Tensor]):
-    """Stands in for a ParameterDict, which the first learned words came in: keeps its tensors and nothing else."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.update(state["_parameters"])
-
-
-STAND_INS: dict[str, Any] = {
-    "collections.defaultdict": inert_dict,
-    "builtins.dict": inert_dict,
-    "torch.nn.modules.container.ParameterDict": Parameters,
-}
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what the first two of the five pickles say
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a record in a zip: magic, ..., lengths of its name and of what follows
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
-    """The tensors of a pickled checkpoint, mapped rather than read where the format allows, and what else is in it.
+    """The tensors of a pickled checkpoint, mapped rather than read, and what else is in it.
 
     A wrapping ``state_dict`` is opened; the names of everything that is no tensor (``optimizer_states``, ``epoch``)
-    come second. Raises as :func:`read_object` does.
+    come second. Raises as :func:`read_object` does, and :class:`UnsupportedError` for weights that come with scales.
     """
     found = read_object(path)
     others = []
@@ -79,76 +41,124 @@ def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
         others = [str(k) for k in found if k != "state_dict"]
         found = found["state_dict"]
     others += [str(k) for k, v in found.items() if not isinstance(v, Tensor)]
+    foreign = next(((k, v.kind) for k, v in found.items() if isinstance(v, Foreign)), None)
+    if foreign is not None:
+        raise CheckpointError(f"{path}: tensor {quote(str(foreign[0]))} is {foreign[1]}, which minidiff does not read")
+    refuse_scaled(path, (k for k in found if isinstance(k, str)))
     return {str(k): _lazy(path, str(k), v) for k, v in found.items() if isinstance(v, Tensor)}, others
 
 
 def read_object(path: Path) -> dict[Any, Any]:
     """The dict that a pickle holds, as it is.
 
-    Raises :class:`CheckpointError` for a file that is missing or damaged, or that holds any object beyond tensors and
-    the stand-ins' list, named in the message; nothing in it is executed.
+    Raises :class:`CheckpointError` for a file that is missing, damaged or no pickle, or that holds any object beyond
+    tensors and the stand-ins' list, named in the message; nothing in it is executed.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    names = _global_names(path)
-    refused = sorted(n for n in names if not (_allowed_by_torch(n) or HARMLESS.fullmatch(n)))
-    if refused:
-        raise CheckpointError(f"{path}: refused, its pickle asks for {', '.join(refused[:3])}; only tensors are loaded")
-    stand_ins: list[Any] = [(STAND_INS.get(n, Inert), n) for n in names if HARMLESS.fullmatch(n)]
-    try:
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd protocols: it loads, or what it lacks is said below
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # a damaged pickle can raise anything
-        # Torch's message begins with advice to load it without the guard; the reason stands behind these words.
-        reason = " ".join(str(e).split()).rpartition("WeightsUnpickler error: ")[2]
-        raise CheckpointError(f"{path}: not loaded, a damaged or unsafe pickle ({reason[:200]})") from None
+    with open_regular(path) as file:
+        head = file.read(HEAD)
+        kind = content_of(head)
+        readers: dict[str, Callable[[Path, BinaryIO], Any]] = {"torch zip": _zipped, "pickle": _legacy}
+        if kind not in readers:
+            what = MISTAKEN.get(kind, "no pickle of torch's")
+            raise CheckpointError(f"{path}: is {what}")
+        try:
+            found = readers[kind](path, file)
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
+        except Exception as e:  # a damaged pickle or archive can raise anything
+            raise CheckpointError(f"{path}: a damaged pickle ({type(e).__name__}: {str(e)[:200]})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected tensors by name")
     return found
 
 
 def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:
-    if tensor.layout != torch.strided or tensor.dtype not in NAMES:
-        raise CheckpointError(f"{path}: tensor {name!r} is {tensor.layout} of {tensor.dtype}, not one minidiff reads")
+    if tensor.dtype not in NAMES and tensor.dtype not in WIDENED:
+        raise CheckpointError(f"{path}: tensor {quote(name)} is of {tensor.dtype}, which minidiff does not read")
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        raise CheckpointError(f"{path}: tensor {name!r} has strides {tensor.stride()}; the pickle is damaged")
-    return lazy(tensor.detach())
+        raise CheckpointError(f"{path}: tensor {quote(name)} has strides {tensor.stride()}; the pickle is damaged")
+    return lazy(tensor)
 
 
-def _allowed_by_torch(name: str) -> bool:
-    """Whether ``weights_only`` may answer this name by itself; what it does not know it refuses later."""
-    return name.startswith(("torch.", "collections.OrderedDict", "_codecs.encode"))
+class _Map:
+    """A mapped file, and the storages in it: each belongs to one key, and has one dtype and size."""
+
+    def __init__(self, path: Path, size: int, find: Callable[[str, int], int]) -> None:
+        self.whole, self.size, self.find = torch.UntypedStorage.from_file(str(path), False, size), size, find
+        self.found: dict[str, Storage] = {}
+
+    def load(self, key: str, dtype: torch.dtype | None, count: int) -> Storage:
+        """The storage of that key; ``find`` tells where its bytes begin."""
+        nbytes = count * (1 if dtype is None else dtype.itemsize)
+        if key not in self.found:
+            start = self.find(key, nbytes)
+            if not 0 <= start <= start + nbytes <= self.size:
+                raise CheckpointError(f"storage {quote(key)} of {nbytes:,} bytes is not in the file; it is damaged")
+            self.found[key] = Storage(self.whole[start : start + nbytes], dtype, nbytes)
+        if (self.found[key].dtype, self.found[key].nbytes) != (dtype, nbytes):
+            raise CheckpointError(f"storage {quote(key)} is described in two ways; it is damaged")
+        return self.found[key]
 
 
-def _global_names(path: Path) -> set[str]:
-    """Every "module.name" that the pickle refers to, by disassembling it, not by running it."""
-    try:
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                return set().union(*(_names_in(file) for _ in range(LEGACY_PICKLES)))
-        with zipfile.ZipFile(path) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-            if packed:  # torch.save never compresses; what does may unpack to anything
+def _zipped(path: Path, file: BinaryIO) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        records = {i.filename: i for i in archive.infolist()}
+        packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1]
+        if packed:  # torch.save never compresses; what does may unpack to anything
+            raise CheckpointError(f"{quote(packed[0])} in it is compressed; torch.save writes no such archive")
+        inner = next((n for n in records if n.endswith("/data.pkl") or n == "data.pkl"), None)
+        if inner is None:
+            raise CheckpointError("a zip archive, but none that torch.save writes")
+        root = inner.removesuffix("data.pkl")
+        order = records.get(f"{root}byteorder")
+        if order is not None and order.file_size < 16 and archive.read(order) != b"little":
+            raise CheckpointError("its numbers are big-endian, which minidiff does not read")
+        if records[inner].file_size > LONGEST_TEXT:
+            raise CheckpointError(
+                f"its pickle has {records[inner].file_size:,} bytes, and {LONGEST_TEXT:,} is the most"
+            )
+        program = io.BytesIO(archive.read(inner))
+
+    def find(key: str, nbytes: int) -> int:
+        record = records.get(f"{root}data/{key}")
+        size = 0 if record is None else record.file_size
+        if record is None or size != nbytes:
+            raise CheckpointError(f"storage {quote(key)} of {nbytes:,} bytes has a record of {size:,}; it is damaged")
+        file.seek(record.header_offset)
+        magic, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+        if magic != b"PK\x03\x04":
+            raise CheckpointError(f"the record of storage {quote(key)} is damaged")
+        return record.header_offset + LOCAL_HEADER.size + int(name) + int(extra)
+
+    return unpickle(program, _Map(path, file.seek(0, io.SEEK_END), find).load)
+
+
+def _legacy(path: Path, file: BinaryIO) -> Any:
+    """The object comes before the storages, so its pickle is read twice: for their sizes, then for the tensors."""
+    sizes: dict[str, int] = {}
+
+    def note(key: str, dtype: torch.dtype | None, count: int) -> Storage:
+        nbytes = count * (1 if dtype is None else dtype.itemsize)
+        sizes[key] = nbytes
+        entries[key] = count
+        return Storage(None, dtype, nbytes)
+
+    entries: dict[str, int] = {}
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        first, version, system = (unpickle(data, note) for _ in range(3))
+        little = isinstance(system, dict) and system.get("little_endian") is True
+        if first != MAGIC or version != PROTOCOL or not little:
+            raise CheckpointError("a pickle, but none that torch.save writes")
+        begin = data.tell()
+        unpickle(data, note)
+        starts: dict[str, int] = {}
+        for key in unpickle(data, note):
+            (count,) = struct.unpack("<q", data.read(8))
+            if key in starts or count != entries.get(key):
                 raise CheckpointError(
-                    f"{path}: {quote(packed[0])} in it is compressed; torch.save writes no such archive"
+                    f"storage {quote(key)} has {count:,} entries, and others were told; it is damaged"
                 )
-            inner = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
-            if not inner:
-                raise CheckpointError(f"{path}: a zip archive, but none that torch.save writes")
-            return _names_in(io.BytesIO(archive.read(inner[0])))
-    except CheckpointError:
-        raise
-    except Exception as e:  # zipfile and pickletools raise many kinds for damaged bytes
-        raise CheckpointError(f"{path}: neither safetensors nor a readable pickle ({type(e).__name__}: {e})") from None
-
-
-def _names_in(file: Any) -> set[str]:
-    """The names in the next pickle of ``file``, as Python 3 calls them: protocol 2 still writes Python 2's."""
-    names = set()
-    for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            names.add(f"{module}.{name}")
-    return names
+            starts[key] = data.tell()
+            data.seek(starts[key] + sizes[key])
+        data.seek(begin)
+        return unpickle(data, _Map(path, len(data), lambda key, _: starts[key]).load)

@@ -20,13 +20,13 @@ from torch import nn
 from minidiff.checkpoint import MODELS
 from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import Lazy, TensorFile
+from minidiff.files import Lazy
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
 from weights_convert import keys_taesd
-from weights_convert.ckpt import read_pickle
 from weights_convert.engine import Module, Part, expand, translate
 from weights_convert.overlay import overlay
+from weights_convert.tensors import read_tensors
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
@@ -159,7 +159,7 @@ def read_files(files: list[Path]) -> dict[str, Lazy]:
     """The tensors of one file, or of all shards together, not read yet. Raises :class:`CheckpointError`."""
     tensors: dict[str, Lazy] = {}
     for file in files:
-        here = read_pickle(file)[0] if file.suffix == ".bin" else TensorFile(file).lazy
+        here = read_tensors(file).lazy
         twice = tensors.keys() & here.keys()
         if twice:
             raise CheckpointError(f"{file}: tensor {min(twice)!r} is in another shard too")

@@ -46,7 +46,8 @@ def open_source(
 
     ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
     shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
-    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}. ``prediction``
+    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}, and gives those
+    that a single file lacks. ``prediction``
     ("epsilon", "v_prediction", "sample") and ``sampler`` (a name) say what a single file may leave open: what its model
     predicts, and which sampler it was distilled for.
 
@@ -70,7 +71,7 @@ def open_source(
     elif found.layout == "original":
         if found.others:
             report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))
-        source = _original(found, report, ema, override)
+        source = _original(found, report, ema, override, swap)
     else:
         saved = checkpoint.read(path)
         report.family = saved.config.family
@@ -84,17 +85,17 @@ def open_source(
     return source
 
 
-def _original(found: Found, report: Report, ema: bool, override: dict[str, Any]) -> Source:
+def _original(found: Found, report: Report, ema: bool, override: dict[str, Any], given: Swaps | None) -> Source:
     """A single file; one that minidiff wrote has the model's config in its header, which goes before any rule."""
-    header = found.file.metadata.get(checkpoint.CONFIG_KEY) if found.file is not None else None
+    header = found.metadata.get(checkpoint.CONFIG_KEY)
     if header is None:
-        return read_original(found.tensors, report, ema=ema, override=override)
+        return read_original(found.tensors, report, ema=ema, override=override, given=given)
     try:
         known = dataclasses.asdict(from_json(ModelConfig, header))
     except ConfigError as e:
         raise CheckpointError(f"{found.path}: the config in its header cannot be used ({e})") from None
     known = merge(known, override)
-    source = read_original(found.tensors, report, ema=ema, override=known)
+    source = read_original(found.tensors, report, ema=ema, override=known, given=given)
     source.config = replace(source.config, sampler=known["sampler"])  # without options of the family's
     report.notes.append("config: minidiff wrote it into the file's header; it goes before the family's rule")
     return source
@@ -166,16 +167,18 @@ def load(
     prediction: str | None = None,
     sampler: str | None = None,
     low_memory: bool = False,
+    copy: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """Any supported layout as a pipeline, converted in memory; ``device``, ``dtype`` and ``low_memory`` as for
-    ``minidiff.load``.
+    """Any supported layout as a pipeline, converted in memory; ``device``, ``dtype``, ``low_memory`` and ``copy`` as
+    for ``minidiff.load``, which also says what becomes of a model whose mapped file is truncated.
 
     Raises what :func:`open_source` raises.
     """
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
     )
-    return assemble(source.config, source.tensors, device, dtype, os.fspath(src), low_memory=low_memory)
+    tensors = checkpoint.copied(source.tensors, low_memory) if copy else source.tensors
+    return assemble(source.config, tensors, device, dtype, os.fspath(src), low_memory=low_memory)
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

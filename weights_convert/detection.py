@@ -7,22 +7,22 @@ can't run are recognised all the same, to be refused by their name.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from minidiff.checkpoint import is_minidiff
+from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.files import Lazy, TensorFile
-from weights_convert.ckpt import read_pickle
+from minidiff.files import Lazy
 from weights_convert.component import read_json
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET
 from weights_convert.single_schedule import evidence as marked
+from weights_convert.tensors import read_tensors
 
 Layout = Literal["minidiff", "diffusers", "original"]
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # of torch.save, a zip since torch 1.6, and before
 TEXT_PIPELINES = (
     *(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint")),
     *(f"LatentConsistencyModel{kind}Pipeline" for kind in ("", "Img2Img")),
@@ -32,6 +32,7 @@ UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 FLOW_PIPELINES = ("Flux", "StableDiffusion3", "AuraFlow", "Sana", "Lumina", "HiDream", "QwenImage", "Chroma")
 FLOW_KEYS = ("joint_blocks.", "double_blocks.", "single_blocks.")
 FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it has UNets trained on noise schedules"
+INPUT_BLOCK = re.compile(rf"{re.escape(UNET)}\.input_blocks\.(\d{{1,4}})\.")
 TEXT_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 CONVERTED: dict[Layout, tuple[str, ...]] = {
     "diffusers": ("ddpm", *(f"{f}{kind}" for f in TEXT_FAMILIES for kind in ("", "-inpainting", "-lcm"))),
@@ -53,7 +54,7 @@ class Found:
     index: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Lazy] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # what a pickle holds beside tensors
-    file: TensorFile | None = None
+    metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
 
     def __str__(self) -> str:
         lines = [f"path      {self.path}", f"layout    {self.layout}", f"family    {self.family}"]
@@ -122,15 +123,11 @@ def _variant(family: str, channels: int, guidance: bool = False) -> str:
 
 
 def _file(path: Path) -> Found:
-    with open(path, "rb") as start:
-        magic = start.read(4)
-    if magic in PICKLE_MAGIC or path.suffix.lower() in PICKLES:
-        tensors, others = read_pickle(path)
-        return Found(path, "original", *_key_family(path, tensors), tensors=tensors, others=others)
-    file = TensorFile(path)
-    if is_minidiff(file.metadata):
-        return Found(path, "minidiff", "minidiff", ["its header is minidiff's"], file=file)
-    return Found(path, "original", *_key_family(path, file.lazy), tensors=file.lazy, file=file)
+    tensors, metadata, others = read_tensors(path)
+    if is_minidiff(metadata):
+        return Found(path, "minidiff", "minidiff", ["its header is minidiff's"], metadata=metadata)
+    family, evidence = _key_family(path, tensors)
+    return Found(path, "original", family, evidence, tensors=tensors, others=others, metadata=metadata)
 
 
 def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]]:
@@ -141,23 +138,44 @@ def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]
 
     flow = next((k for k in tensors if any(f in k for f in FLOW_KEYS)), None)
     if flow:
-        raise UnsupportedError(f"{path}: has {flow!r}, so it is {FLOW}")
-    unet = tensors.get(f"{UNET}.input_blocks.0.0.weight")
+        raise UnsupportedError(f"{path}: has {quote(flow)}, so it is {FLOW}")
+    unet, sizes = tensors.get(f"{UNET}.input_blocks.0.0.weight"), first(f"{UNET}.label_emb.")
+    alone = first("conditioner.embedders.0.model.")  # OpenCLIP first: SDXL's refiner, else SD-Turbo
     clues = {
         "sdxl": first("conditioner.embedders.1."),
-        "sdxl-refiner": first("conditioner.embedders.0.model."),
-        "sd2": first("cond_stage_model.model."),
+        "sdxl-refiner": alone if sizes else None,
+        "sd2": alone or first("cond_stage_model.model."),
         "sd1": first(f"{CLIP}."),
     }
     family = next((f for f, key in clues.items() if key), None)
-    if family is None or unet is None or len(unet.shape) != 4:
-        shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
+    if unet is None or len(unet.shape) != 4:
+        shown = ", ".join(map(quote, sorted(tensors)[:4])) or "none"
         raise CheckpointError(
             f"{path}: unknown family; its {len(tensors)} keys begin with {shown}. Known: Stable Diffusion "
             f"1 with {UNET}.*, first_stage_model.* and {CLIP}.*; for other layouts convert a diffusers folder"
         )
-    evidence = [f"has {clues[family]!r}", f"its UNet takes {unet.shape[1]} channels"]
+    evidence = [f"its UNet takes {unet.shape[1]} channels"]
+    if family is None:
+        family, why = _unet_family(tensors, sized=sizes is not None)
+        evidence.insert(0, f"its UNet {why}; it has no text encoder")
+    else:
+        evidence.insert(0, f"has {quote(clues[family])}")
+    if family == "sd2" and alone is not None:
+        evidence.append("its UNet is told no sizes, so it is a relative of SD-Turbo, not of SDXL's refiner")
     guidance = first(f"{UNET}.{GUIDANCE}.")
     if guidance is not None:
-        evidence.append(f"its UNet is told the guidance scale: has {guidance!r}")
+        evidence.append(f"its UNet is told the guidance scale: has {quote(guidance)}")
     return _variant(family, unet.shape[1], guidance is not None), evidence + marked(tensors)
+
+
+def _unet_family(tensors: Mapping[str, Lazy], *, sized: bool) -> tuple[str, str]:
+    """The family of a UNet that comes without its text encoder, and how that shows; ``sized``: it is told sizes."""
+    last = max(int(m[1]) for k in tensors if (m := INPUT_BLOCK.match(k)))
+    attends = f"{UNET}.input_blocks.{last}.1.proj_in.weight" in tensors
+    if sized:
+        if attends:
+            return "sdxl", "is told sizes, and reads the text at its coarsest level"
+        return "sdxl-refiner", "is told sizes, and reads no text at its coarsest level"
+    projections = (t for k, t in tensors.items() if k.startswith(f"{UNET}.") and k.endswith(".proj_in.weight"))
+    linear = any(len(t.shape) == 2 for t in projections)
+    return ("sd2", "has linear projections") if linear else ("sd1", "has convolutions as projections")

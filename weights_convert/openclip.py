@@ -82,13 +82,18 @@ def pairs(config: CLIPTextConfig, root: str, part: str) -> list[Pair]:
 
 
 def shapes(tensors: Mapping[str, Lazy], root: str, where: str, *, pooled: bool) -> dict[str, Any]:
-    """The fields of a CLIPTextConfig; ``pooled``: with the projection, and all layers; else without the last one."""
+    """The fields of a CLIPTextConfig; ``pooled``: with the projection, and all layers; else those that SD2 reads.
+
+    SD2 reads what the last but one of OpenCLIP's layers gives. Files have the last one or not (diffusers' converter and
+    minidiff leave it out), and nothing but the count tells: OpenCLIP's encoders are made of an even number of layers
+    (12, 24, 32), so that an odd one lacks the last already.
+    """
     s = Shapes(tensors, root, where)
     vocab, width = s.of("token_embedding.weight", 2)
     layers = s.count(lambda i: f"transformer.resblocks.{i}.mlp.c_fc.weight")
     return {
         "width": width,
-        "layers": layers if pooled else layers - 1,
+        "layers": layers if pooled or layers % 2 else layers - 1,
         "heads": max(1, width // CLIP_HEAD),
         "mlp": s.of("transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         "activation": "gelu",

@@ -19,18 +19,18 @@ CLIP_HEAD = 64  # channels of one head, in every CLIP text encoder
 
 
 class Shapes:
-    """The shapes below a prefix."""
+    """The shapes below ``root`` ("": at the top)."""
 
-    def __init__(self, tensors: Mapping[str, Lazy], prefix: str, where: str) -> None:
-        self.tensors, self.prefix, self.where = tensors, prefix, where
+    def __init__(self, tensors: Mapping[str, Lazy], root: str, where: str) -> None:
+        self.tensors, self.prefix, self.where = tensors, f"{root}." if root else "", where
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
-        return f"{self.prefix}.{name}" in self.tensors
+        return f"{self.prefix}{name}" in self.tensors
 
     def of(self, name: str, ndim: int) -> tuple[int, ...]:
         """Its shape. Raises :class:`CheckpointError` if it is missing or has another number of dimensions."""
-        key = f"{self.prefix}.{name}"
+        key = f"{self.prefix}{name}"
         if key not in self.tensors:
             raise CheckpointError(f"{self.where}: tensor {key!r} is missing; its shape tells the model's size")
         shape = self.tensors[key].shape
@@ -40,7 +40,7 @@ class Shapes:
 
     def is_convolution(self, name: str) -> bool:
         """Whether a matrix is kept as a 1x1 convolution."""
-        tensor = self.tensors.get(f"{self.prefix}.{name}")
+        tensor = self.tensors.get(f"{self.prefix}{name}")
         return tensor is not None and len(tensor.shape) == 4
 
     def count(self, name: Callable[[int], str]) -> int:
@@ -91,16 +91,20 @@ def _level(s: Shapes, block: str, channels: int, head: int | None) -> dict[str, 
     return {"channels": channels, "attention": "text", "depth": depth, "heads": heads}
 
 
-def vae(tensors: Mapping[str, Lazy], where: str) -> dict[str, Any]:
-    """The fields of a VAEConfig."""
-    s = Shapes(tensors, VAE, where)
-    levels = s.count(lambda i: f"encoder.down.{i}.block.0.conv1.weight")
+def vae(tensors: Mapping[str, Lazy], where: str, root: str = VAE) -> dict[str, Any]:
+    """The fields of a VAEConfig; the names below ``root`` may be diffusers' as well."""
+    s = Shapes(tensors, root, where)
+    block, attention = "encoder.down.{}.block.{}.conv1.weight", ["encoder.mid.attn_1.q.weight"]
+    if not s.has(block.format(0, 0)):
+        block = "encoder.down_blocks.{}.resnets.{}.conv1.weight"
+        attention = [f"encoder.mid_block.attentions.0.{name}.weight" for name in ("to_q", "query")]
+    levels = s.count(lambda i: block.format(i, 0))
     return {
-        "channels": [s.of(f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)],
+        "channels": [s.of(block.format(i, 0), 4)[0] for i in range(levels)],
         "image_channels": s.of("encoder.conv_in.weight", 4)[1],
         "latent_channels": s.of("decoder.conv_in.weight", 4)[1],
-        "layers": s.count(lambda j: f"encoder.down.0.block.{j}.conv1.weight"),
-        "mid_attention": s.has("encoder.mid.attn_1.q.weight"),
+        "layers": s.count(lambda j: block.format(0, j)),
+        "mid_attention": any(s.has(name) for name in attention),
         "quant_convs": s.has("quant_conv.weight"),
     }
 

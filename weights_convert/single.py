@@ -6,8 +6,9 @@ What a file does not say of itself, heads and norm groups, follows the rule of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ from weights_convert import shapes_original as shapes
 from weights_convert.engine import Drop, Pair, expand, translate
 from weights_convert.overlay import merge
 from weights_convert.report import Report, Source
+from weights_convert.swap import Swaps, config_of
 
 
 @dataclass(frozen=True)
@@ -49,31 +51,45 @@ TEXTS: dict[str, dict[str, Text]] = {
         "text_encoder_2": Text(f"{EMBEDDERS}.0.model", open_clip=True, pooled=True, tokenizer={"pad": 0}),
     },
 }
+TURBO = {"text_encoder": Text(f"{EMBEDDERS}.0.model", open_clip=True, tokenizer={"pad": 0})}  # SD2's, in another place
 HEAD = 64  # channels of one head in SD2 and SDXL; SD1 has eight heads everywhere
 LEVELS = Drop("noise levels", r"denoiser\.sigmas", "a table that follows from the schedule's settings")
 LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was asked for, and taken instead")
 
 
 def read_original(
-    tensors: Mapping[str, Lazy], report: Report, *, ema: bool = False, override: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Lazy],
+    report: Report,
+    *,
+    ema: bool = False,
+    override: Mapping[str, Any] | None = None,
+    given: Swaps | None = None,
 ) -> Source:
     """A single file of any family as minidiff's config and tensors; every key of it is accounted for.
 
-    ``ema`` takes the running average of the UNet instead of the weights of the last training step. Raises
-    :class:`CheckpointError` for keys or shapes that do not fit and for ``ema`` where the file has no average, and
-    :class:`ConfigError` where the file can't say what ``override`` does not.
+    ``ema`` takes the running average of the UNet instead of the weights of the last training step. A part that the file
+    lacks is taken from ``given``: here its config, its tensors when parts are replaced. Raises
+    :class:`CheckpointError` for keys or shapes that do not fit, for a part that is nowhere and for ``ema`` where the
+    file has no average, and :class:`ConfigError` where the file can't say what ``override`` does not.
     """
-    where, texts = report.source, TEXTS[report.family.removesuffix("-inpainting").removesuffix("-lcm")]
-    config = _config(tensors, report, texts, override or {})
-    if not isinstance(config.vae, VAEConfig) or any(getattr(config, name) is None for name in texts):
+    where, family = report.source, report.family.removesuffix("-inpainting").removesuffix("-lcm")
+    texts = TURBO if single_schedule.is_turbo(tensors, family) else TEXTS[family]
+    roots = {"vae": keys.VAE, **{name: text.root for name, text in texts.items()}}
+    absent = [name for name, root in roots.items() if not any(k.startswith(f"{root}.") for k in tensors)]
+    sources = {name: Path(path) for name in absent if (path := (given or {}).get(name)) is not None}
+    _require(absent, sources, where)
+    config = _config(tensors, report, texts, override or {}, sources)
+    lacking = config.vae is None or any(getattr(config, name) is None for name in texts)
+    if lacking or ("vae" not in absent and not isinstance(config.vae, VAEConfig)):
         raise ConfigError(f"config: a text-to-image model needs vae and {', '.join(texts)}, and one of them is null")
     single_schedule.check_table(tensors, config.schedule, where)
     parts = build(config)
     model = nn.ModuleDict(parts)
-    prefixes = {name: _prefix(tensors, text) for name, text in texts.items()}
-    pairs = key_pairs(config, texts, prefixes)
+    here = {name: text for name, text in texts.items() if name not in absent}
+    prefixes = {name: _prefix(tensors, text) for name, text in here.items()}
+    pairs = key_pairs(config, here, prefixes, vae="vae" not in absent)
     drops: tuple[Drop, ...] = (*keys.DROPS, LEVELS, single_schedule.MARKERS_DROP)
-    for name, text in texts.items():
+    for name, text in here.items():
         if text.open_clip:
             drops += openclip.drops(text.root, getattr(config, name).layers)
     pairs, drops = _choose_weights(pairs, drops, tensors, report, ema)
@@ -85,13 +101,42 @@ def read_original(
         "single file has none",
         "tokenizer: the public CLIP table, which minidiff ships",
     ]
+    for name, text in here.items():
+        layers = getattr(config, name).layers
+        unread = f"{text.root}.transformer.resblocks.{layers}."
+        if text.open_clip and not text.pooled and not any(k.startswith(unread) for k in tensors):
+            report.notes.append(f"{name}: all {layers} layers are read; the last of OpenCLIP's is not in the file")
+    if texts is TURBO and "sampler" not in (override or {}):
+        name = config.sampler["name"]
+        report.notes.append(
+            f"sampler: {name} as SD-Turbo needs it, which this layout is known of; --sampler says another"
+        )
     return Source(config, part.tensors, report)
 
 
-def key_pairs(config: ModelConfig, texts: Mapping[str, Text], prefixes: Mapping[str, str]) -> list[Pair]:
-    """The map of a whole file, read either way; ``prefixes`` of transformers' encoders, "text_model." by default."""
-    assert isinstance(config.vae, VAEConfig)
-    modules = {"unet": keys.unet(config.unet), "vae": keys.vae(config.vae)}
+def _require(absent: Iterable[str], given: Container[str], where: str) -> None:
+    """Raise :class:`CheckpointError` for parts that are neither in the file nor given."""
+    missing = [name for name in absent if name not in given]
+    if missing:
+        words = " and ".join(f"no {'VAE' if name == 'vae' else name.replace('_', ' ')}" for name in missing)
+        options = " ".join(f"--{name.replace('_', '-')} PATH" for name in missing)
+        python = ", ".join(f"{name!r}: PATH" for name in missing)
+        raise CheckpointError(
+            f"{where}: has {words}; name where to take it from with {options} (swap={{{python}}} in Python)"
+        )
+
+
+def key_pairs(
+    config: ModelConfig, texts: Mapping[str, Text], prefixes: Mapping[str, str], *, vae: bool = True
+) -> list[Pair]:
+    """The map of a whole file, read either way; ``prefixes`` of transformers' encoders, "text_model." by default.
+
+    ``vae`` False: of a file without the autoencoder.
+    """
+    modules = {"unet": keys.unet(config.unet)}
+    if vae:
+        assert isinstance(config.vae, VAEConfig)
+        modules["vae"] = keys.vae(config.vae)
     pairs: list[Pair] = []
     for name, text in texts.items():
         encoder = getattr(config, name)
@@ -110,24 +155,28 @@ def _prefix(tensors: Mapping[str, Lazy], text: Text) -> str:
 
 
 def _config(
-    tensors: Mapping[str, Lazy], report: Report, texts: Mapping[str, Text], override: Mapping[str, Any]
+    tensors: Mapping[str, Lazy],
+    report: Report,
+    texts: Mapping[str, Text],
+    override: Mapping[str, Any],
+    sources: Mapping[str, Path],
 ) -> ModelConfig:
-    """What the shapes tell, what the family's rule adds, and what the user corrects."""
+    """What the shapes tell, what the family's rule adds, and what the user corrects; ``sources`` of absent parts."""
     where, family = report.source, report.family
     xl, first = family.startswith("sdxl"), family.startswith("sd1")
     scheduler = single_schedule.scheduler(tensors, family, override, where)
     unet = shapes.unet(tensors, where, None if first else HEAD)
-    vae = shapes.vae(tensors, where)
+    rule: dict[str, Any] = {}
     if xl:
         unet["sample_size"] = 128
-        vae |= {"scaling_factor": VAE_SDXL.scaling_factor, "sample_size": VAE_SDXL.sample_size, "upcast": True}
+        rule = {"scaling_factor": VAE_SDXL.scaling_factor, "sample_size": VAE_SDXL.sample_size, "upcast": True}
     elif not first and scheduler["prediction_type"] == "v_prediction":
         unet |= {"sample_size": 96, "upcast_attention": True}
-        vae["sample_size"] = 768
+        rule = {"sample_size": 768}
     fields: dict[str, Any] = {
         "family": family,
         "unet": unet,
-        "vae": vae,
+        "vae": config_of(sources["vae"], "vae", rule) if "vae" in sources else shapes.vae(tensors, where) | rule,
         "schedule": asdict(schedule_from_diffusers(scheduler)),
         "sampler": sampler_to_config(sampler_from_diffusers(scheduler)),
         "text_layer": "penultimate" if xl else "last",
@@ -135,7 +184,10 @@ def _config(
     }
     for name, text in texts.items():
         fields[name.replace("text_encoder", "tokenizer")] = text.tokenizer
-        if text.open_clip:
+        if name in sources:
+            of_family = {"activation": "gelu"} if text.open_clip else {}
+            fields[name] = config_of(sources[name], name, of_family, open_clip=text.open_clip)
+        elif text.open_clip:
             fields[name] = openclip.shapes(tensors, text.root, where, pooled=text.pooled)
         else:
             fields[name] = shapes.clip(tensors, where, _prefix(tensors, text), text.root)

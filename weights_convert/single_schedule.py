@@ -30,6 +30,8 @@ PNDM = {
 }
 DDIM = {"_class_name": "DDIMScheduler", **BETAS, "set_alpha_to_one": False, "clip_sample": False, "steps_offset": 1}
 EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading", "steps_offset": 1}
+# SD-Turbo, the one model of SD2's shape that was published in the layout of SDXL, was distilled for these timesteps.
+TURBO = {**EULER, "timestep_spacing": "trailing"}
 # Leading spacing never visits the last timestep, the very one that was made pure noise.
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
@@ -75,7 +77,7 @@ def scheduler(tensors: Mapping[str, Lazy], family: str, override: Mapping[str, A
     if prediction is None and (family.startswith("sd2") or "ztsnr" in tensors):
         raise ConfigError(
             f"{where}: does not say what its model predicts; give --prediction (prediction= in Python): epsilon, as "
-            "SD2 base and inpainting do, or v_prediction, as 768-v and most models with zero terminal SNR"
+            "SD2 base, its inpainting model and SD-Turbo do, or v_prediction, as 768-v and most with zero terminal SNR"
         )
     if family.endswith("-lcm") and "sampler" not in override:
         raise ConfigError(
@@ -86,8 +88,14 @@ def scheduler(tensors: Mapping[str, Lazy], family: str, override: Mapping[str, A
     if family.startswith("sdxl"):
         published: dict[str, Any] = EULER
     else:
-        published = DDIM if zero_snr or (family.startswith("sd2") and prediction == "v_prediction") else PNDM
+        first = TURBO if is_turbo(tensors, family) else PNDM
+        published = DDIM if zero_snr or (family.startswith("sd2") and prediction == "v_prediction") else first
     return {**published, "prediction_type": prediction, **(ZERO_SNR if zero_snr else {})}
+
+
+def is_turbo(tensors: Mapping[str, Lazy], family: str) -> bool:
+    """Whether a file of SD2's shape has its text encoder where SDXL's files have theirs, as SD-Turbo's has."""
+    return family.startswith("sd2") and any(k.startswith("conditioner.") for k in tensors)
 
 
 def check_table(tensors: Mapping[str, Lazy], config: ScheduleConfig, where: str) -> None:

@@ -19,14 +19,14 @@ from torch import nn
 from minidiff import checkpoint
 from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import Lazy, TensorFile
-from weights_convert import keys_diffusers, keys_taesd, openclip
+from minidiff.files import Lazy
+from weights_convert import keys_diffusers, keys_taesd, openclip, shapes_original
 from weights_convert import keys_original as originals
-from weights_convert.ckpt import read_pickle
 from weights_convert.component import AnyConfig, key_map, meta_model, read_component
-from weights_convert.detection import PICKLE_MAGIC, PICKLES
 from weights_convert.engine import Drop, Pair, Part, expand, translate
+from weights_convert.folder import is_xl
 from weights_convert.report import Source
+from weights_convert.tensors import read_tensors
 
 Swaps = Mapping[str, str | os.PathLike[str] | None]
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.0.layer_norm1.weight", "transformer.resblocks.0.ln_1.weight"
@@ -48,6 +48,8 @@ def swap(source: Source, files: Swaps) -> Source:
             have = ", ".join(p for p in checkpoint.PARTS if getattr(config, p) is not None)
             raise ConfigError(f"{part}={os.fspath(given)!r}: the model has no such part to replace; it has {have}")
         found, translated, layout = read_part(Path(given), part, mine)
+        if isinstance(found, VAEConfig) and not is_xl(config.family):
+            found = dataclasses.replace(found, upcast=False)  # as in folder.py: only SDXL's pipelines heed it
         changed[part] = found
         tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{part}.")}
         tensors |= {f"{part}.{k}": t for k, t in translated.tensors.items()}
@@ -78,7 +80,7 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
         raise CheckpointError(f"{path}: no such file or folder")
     if part == "vae" and TAESD.fullmatch(path.name):
         return _taesd(path)
-    tensors, metadata = _tensors(path)
+    tensors, metadata, _ = read_tensors(path)
     if checkpoint.is_minidiff(metadata):
         return _from_minidiff(path, part)
     model = meta_model(mine)
@@ -99,6 +101,32 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
             raise CheckpointError(f"{e}; it has to fit the {part} that it replaces") from None
     shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
     raise CheckpointError(f"{path}: holds no {part} that is known; its {len(tensors)} keys begin with {shown}")
+
+
+def config_of(path: Path, part: str, rule: Mapping[str, Any], *, open_clip: bool = False) -> dict[str, Any]:
+    """The fields of the config of the part at ``path``, for a model that has none yet, which it would have to fit.
+
+    A bare file's shapes tell them, and ``rule``, what its family has in common; a folder and a minidiff file have a
+    config of their own. ``open_clip``: a text encoder that may be in OpenCLIP's names.
+    """
+    pair = part == "vae" and TAESD.fullmatch(path.name)
+    tensors, metadata, _ = ({}, {}, []) if pair or path.is_dir() else read_tensors(path)
+    if not tensors or checkpoint.is_minidiff(metadata):
+        default: AnyConfig = VAEConfig() if part == "vae" else CLIPTextConfig()
+        return dataclasses.asdict(read_part(path, part, default)[0])
+    if part == "vae":
+        root = originals.VAE if any(k.startswith(f"{originals.VAE}.") for k in tensors) else ""
+        return {**shapes_original.vae(tensors, str(path), root), **rule}
+    fused, named = _ends(tensors, OPEN_CLIP), _ends(tensors, TRANSFORMERS)
+    pooled = part == "text_encoder_2"
+    if fused and (open_clip or not named):
+        return openclip.shapes(tensors, fused[0].removesuffix("."), str(path), pooled=pooled)
+    prefix = named[0] if named else "text_model."
+    fields = shapes_original.clip(tensors, str(path), prefix, "")
+    if pooled:
+        projection = tensors.get(f"{prefix.removesuffix('text_model.')}text_projection.weight")
+        fields["projection"] = None if projection is None else projection.shape[0]
+    return {**fields, **rule}
 
 
 class Form(NamedTuple):
@@ -149,15 +177,6 @@ def _ends(tensors: Mapping[str, Lazy], name: str) -> list[str]:
     return sorted(key.removesuffix(name) for key in tensors if key.endswith(name))
 
 
-def _tensors(path: Path) -> tuple[Mapping[str, Lazy], Mapping[str, str]]:
-    with open(path, "rb") as start:
-        magic = start.read(4)
-    if magic in PICKLE_MAGIC or path.suffix.lower() in PICKLES:
-        return read_pickle(path)[0], {}
-    file = TensorFile(path)
-    return file.lazy, file.metadata
-
-
 def _from_minidiff(path: Path, part: str) -> tuple[AnyConfig, Part, str]:
     found = checkpoint.read(path)
     config: AnyConfig | None = getattr(found.config, part)
@@ -177,7 +196,7 @@ def _taesd(path: Path) -> tuple[AnyConfig, Part, str]:
         file = path.with_name(f"{named[1]}{half}{named[3]}")
         if not file.is_file():
             raise CheckpointError(f"{file}: no such file; the tiny autoencoder is a pair, encoder and decoder")
-        tensors |= {f"{half}.{k}": t for k, t in _tensors(file)[0].items()}
+        tensors |= {f"{half}.{k}": t for k, t in read_tensors(file).lazy.items()}
     first = tensors.get("encoder.0.weight")
     last = tensors.get("decoder.1.weight")
     if first is None or last is None or len(first.shape) != 4 or len(last.shape) != 4:

@@ -216,3 +216,100 @@ def test_markers_of_v_prediction_and_zero_snr(tmp_path: Path) -> None:
     assert back["v_pred"].shape == back["ztsnr"].shape == (0,)
     with pytest.raises(ConfigError, match=r"has the marker 'v_pred'.*prediction='epsilon' was given"):
         weights_convert.open_source(tmp_path / "one.safetensors", config=told("sdxl"), prediction="epsilon")
+
+
+def of(root: str, *names: str) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(root)}\.({'|'.join(names)})")
+
+
+@pytest.mark.parametrize("lacking", [("transformer.resblocks.3.*",), ("text_projection", "logit_scale", "attn_mask")])
+@pytest.mark.parametrize("both", [False, True])
+def test_sd2_without_what_it_does_not_read(tmp_path: Path, lacking: tuple[str, ...], both: bool) -> None:
+    """As diffusers' converter and minidiff write it: without the layer that SD2 doesn't read. The same model."""
+    pipe = twins.pipeline_twin("sd2")
+    whole, root = single("sd2", pipe), "cond_stage_model.model"
+    unread = of(root, *(("transformer.resblocks.3.*", "text_projection", "logit_scale") if both else lacking))
+    less = {k: t.contiguous() for k, t in whole.items() if not unread.fullmatch(k)}
+    assert len(less) < len(whole)
+    save_file({k: t.contiguous() for k, t in whole.items()}, tmp_path / "whole.safetensors")
+    save_file(less, tmp_path / "less.safetensors")
+    config = told("sd2")
+    want, found = (
+        weights_convert.open_source(tmp_path / f"{name}.safetensors", config=config, prediction="epsilon")
+        for name in ("whole", "less")
+    )
+    assert want.config.text_encoder is not None
+    assert want.config.text_encoder.layers == 3
+    assert found.config == want.config
+    for name, tensor in want.tensors.items():
+        assert_close(found.tensors[name].load(), tensor.load(), where=name)
+    assert ("all 3 layers are read" in str(found.report)) == (both or len(lacking) == 1)
+    pictures = [
+        weights_convert.load(tmp_path / f"{name}.safetensors", config=config, prediction="epsilon").generate(
+            "a fox", steps=2, seed=0, output="latent", progress=False
+        )
+        for name in ("whole", "less")
+    ]
+    assert_close(pictures[1], pictures[0])
+
+
+def test_sd2_there_and_back_without_its_header(tmp_path: Path) -> None:
+    """What minidiff exports is read by other programs' rules as well: the header may be lost on the way."""
+    pipe = twins.folder_twin(tmp_path / "folder", "sd2")
+    weights_convert.convert(tmp_path / "folder", tmp_path / "ours.safetensors")
+    weights_convert.convert(tmp_path / "ours.safetensors", tmp_path / "export.safetensors", to="original")
+    save_file(load_file(tmp_path / "export.safetensors"), tmp_path / "bare.safetensors")
+    assert pipe.text_encoder.config.num_hidden_layers == 3
+    for name, options in (("export", {}), ("bare", {"config": told("sd2"), "prediction": "epsilon"})):
+        weights_convert.convert(tmp_path / f"{name}.safetensors", tmp_path / "again.safetensors", **options)
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "ours.safetensors").read_bytes(), name
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_sd_turbo(tmp_path: Path, layer: bool) -> None:
+    """SD2's parts in the layout of SDXL: no refiner, and read as its folder is, with the timesteps it needs."""
+    scheduler = EulerDiscreteScheduler(**twins.SCALED_LINEAR, timestep_spacing="trailing", steps_offset=1)
+    pipe = twins.folder_twin(tmp_path / "folder", "sd2", scheduler=scheduler)
+    texts = open_clip(pipe.text_encoder.state_dict(), "conditioner.embedders.0.model", extra_layer=layer)
+    tensors = original(pipe.unet.state_dict(), pipe.vae.state_dict(), texts) | {"denoiser.sigmas": torch.ones(1000)}
+    one = tmp_path / "one.safetensors"
+    save_file({k: t.contiguous() for k, t in tensors.items()}, one)
+    found = weights_convert.detect(one)
+    assert found.family == "sd2"
+    assert "relative of SD-Turbo" in str(found)
+    with pytest.raises(ConfigError, match=r"does not say what its model predicts; give --prediction.*SD-Turbo"):
+        weights_convert.open_source(one, config=told("sd2"))
+    source = weights_convert.open_source(one, config=told("sd2"), prediction="epsilon")
+    plain = weights_convert.open_source(tmp_path / "folder")
+    assert source.config == plain.config
+    assert "SD-Turbo" in str(source.report)
+    for name, tensor in plain.tensors.items():
+        assert_close(source.tensors[name].load(), tensor.load(), where=name)
+    other = weights_convert.open_source(one, config=told("sd2"), prediction="epsilon", sampler="ddim")
+    assert other.config.sampler["name"] == "ddim"
+
+
+@pytest.mark.parametrize("kind", ["sd1", "inpaint", "sd2", "sd2_inpaint", "sdxl", "sdxl_inpaint", "refiner", "lcm"])
+def test_a_unet_alone_with_the_rest_from_elsewhere(tmp_path: Path, kind: str) -> None:
+    """Its family is told by its shapes; parts from the folder, in whose names they differ from a single file's."""
+    pipe = twins.folder_twin(tmp_path / "folder", kind)
+    tensors = single(kind, pipe)
+    save_file({k: t.contiguous() for k, t in tensors.items() if k.startswith("model.")}, tmp_path / "unet.safetensors")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "one.safetensors")
+    config: dict[str, Any] = told(kind) | {"schedule": {"prediction": "epsilon"}}
+    options: dict[str, Any] = {"sampler": "lcm"} if kind == "lcm" else {}
+    want = weights_convert.open_source(tmp_path / "one.safetensors", config=config, **options)
+    parts = [name for name in ("vae", "text_encoder", "text_encoder_2") if getattr(want.config, name) is not None]
+    for given in ("folder", "files"):
+        swap = dict.fromkeys(parts, tmp_path / "folder")
+        if given == "files":
+            weights = {"vae": "diffusion_pytorch_model"}
+            swap = {n: tmp_path / "folder" / n / f"{weights.get(n, 'model')}.safetensors" for n in parts}
+        for options["swap"] in (swap, {**swap, "vae": tmp_path / "one.safetensors"}):
+            found = weights_convert.open_source(tmp_path / "unet.safetensors", config=config, **options)
+            assert found.config == want.config, given
+            assert found.tensors.keys() == want.tensors.keys()
+            for name, tensor in want.tensors.items():
+                assert_close(found.tensors[name].load(), tensor.load(), where=f"{given}: {name}")
+    with pytest.raises(CheckpointError, match=f"no VAE and .*--{parts[-1].replace('_', '-')} PATH"):
+        weights_convert.open_source(tmp_path / "unet.safetensors", config=config)

@@ -1,0 +1,31 @@
+"""The tensors of a single file, safetensors or pickle: its first bytes tell which, whatever its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from minidiff.files import Lazy, TensorFile
+from minidiff.reading import PICKLES, content
+from weights_convert.ckpt import read_pickle
+
+
+class Tensors(NamedTuple):
+    """What a file holds: its tensors, not read yet; a safetensors header's texts; what else a pickle has, by name."""
+
+    lazy: dict[str, Lazy]
+    metadata: dict[str, str]
+    others: list[str]
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file or a pickle.
+
+    Raises :class:`CheckpointError` for a file that is missing, damaged or something else (a web page, a pointer of Git
+    LFS), and :class:`UnsupportedError` for quantized weights that come with scales.
+    """
+    if content(path) in PICKLES:
+        tensors, others = read_pickle(path)
+        return Tensors(tensors, {}, others)
+    file = TensorFile(path)
+    return Tensors(file.lazy, file.metadata, [])
