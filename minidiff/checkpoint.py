@@ -191,9 +191,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises :class:`CheckpointError` for anything that is not a minidiff file of a version that this one knows.
     """
     if os.path.isdir(path):
-        raise CheckpointError(f"{path}: a folder, not a single file of minidiff's; {ELSEWHERE}")
+        raise CheckpointError(f"{path}: is a folder, not a single file of minidiff's; {ELSEWHERE}")
     if content(path) in PICKLES:
-        raise CheckpointError(f"{path}: a pickle, as torch.save writes them, not minidiff's; {ELSEWHERE}")
+        raise CheckpointError(f"{path}: is a pickle, as torch.save writes them, not minidiff's; {ELSEWHERE}")
     file = TensorFile(path)
     if not is_minidiff(file.metadata):
         raise CheckpointError(f"{path}: a safetensors file, but not minidiff's; {ELSEWHERE}")

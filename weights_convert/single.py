@@ -118,11 +118,12 @@ def _require(absent: Iterable[str], given: Container[str], where: str) -> None:
     """Raise :class:`CheckpointError` for parts that are neither in the file nor given."""
     missing = [name for name in absent if name not in given]
     if missing:
-        words = " and ".join(f"no {'VAE' if name == 'vae' else name.replace('_', ' ')}" for name in missing)
+        words = " and the ".join("VAE" if name == "vae" else name.replace("_", " ") for name in missing)
         options = " ".join(f"--{name.replace('_', '-')} PATH" for name in missing)
         python = ", ".join(f"{name!r}: PATH" for name in missing)
         raise CheckpointError(
-            f"{where}: has {words}; name where to take it from with {options} (swap={{{python}}} in Python)"
+            f"{where}: the {words} {'is' if len(missing) == 1 else 'are'} missing; name where to take what is missing "
+            f"from with {options} (swap={{{python}}} in Python)"
         )
 
 

@@ -311,5 +311,5 @@ def test_a_unet_alone_with_the_rest_from_elsewhere(tmp_path: Path, kind: str) ->
             assert found.tensors.keys() == want.tensors.keys()
             for name, tensor in want.tensors.items():
                 assert_close(found.tensors[name].load(), tensor.load(), where=f"{given}: {name}")
-    with pytest.raises(CheckpointError, match=f"no VAE and .*--{parts[-1].replace('_', '-')} PATH"):
+    with pytest.raises(CheckpointError, match=f"the VAE and .*--{parts[-1].replace('_', '-')} PATH"):
         weights_convert.open_source(tmp_path / "unet.safetensors", config=config)

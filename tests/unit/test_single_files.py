@@ -153,10 +153,10 @@ def test_load_says_which_call_reads_it(tmp_path: Path) -> None:
     torch.save(original_tensors(), tmp_path / "one.ckpt")
     torch.save(original_tensors(), tmp_path / "old.safetensors", _use_new_zipfile_serialization=False)
     for name, what in {
-        "folder": "a folder",
+        "folder": "is a folder",
         "one.safetensors": "a safetensors file",
-        "one.ckpt": "a pickle",
-        "old.safetensors": "a pickle",
+        "one.ckpt": "is a pickle",
+        "old.safetensors": "is a pickle",
     }.items():
         with pytest.raises(CheckpointError) as caught:
             minidiff.load(tmp_path / name)
@@ -193,12 +193,12 @@ def test_without_a_vae(tmp_path: Path, whole: Path, capsys: pytest.CaptureFixtur
         if call is weights_convert.detect:
             assert call(tmp_path / "novae.safetensors").family == "sd1"
             continue
-        with pytest.raises(CheckpointError, match=r"has no VAE; name where to take it from with --vae PATH \(swap="):
+        with pytest.raises(CheckpointError, match=r"the VAE is missing; .* with --vae PATH \(swap="):
             call(tmp_path / "novae.safetensors")
     assert cli.main(["info", str(tmp_path / "novae.safetensors")]) == 2
     printed = capsys.readouterr()
     assert "family    sd1" in printed.out
-    assert "has no VAE" in printed.err
+    assert "the VAE is missing" in printed.err
     pipe = weights_convert.load(tmp_path / "novae.safetensors", config=OVERRIDE, swap={"vae": folder})
     settings: dict[str, Any] = {"steps": 2, "seed": 0, "output": "tensor", "progress": False}
     want = minidiff.load(whole).generate("a fox", **settings)
@@ -226,11 +226,13 @@ def test_without_a_text_encoder_and_without_both(tmp_path: Path, whole: Path) ->
         swap["vae"] = tmp_path / "vae.safetensors"
         weights_convert.convert(tmp_path / "unet.safetensors", out, config=OVERRIDE, swap=swap)
         assert out.read_bytes() == whole.read_bytes(), text
-    with pytest.raises(CheckpointError, match=r"has no text encoder; .* --text-encoder PATH"):
+    with pytest.raises(CheckpointError, match=r"the text encoder is missing; .* --text-encoder PATH"):
         weights_convert.open_source(tmp_path / "notext.safetensors", config=OVERRIDE)
-    with pytest.raises(CheckpointError, match=r"no VAE and no text encoder; .* --vae PATH --text-encoder PATH"):
+    with pytest.raises(
+        CheckpointError, match=r"the VAE and the text encoder are missing; .* --vae PATH --text-encoder PATH"
+    ):
         weights_convert.open_source(tmp_path / "unet.safetensors", config=OVERRIDE)
-    with pytest.raises(CheckpointError, match=r"has no text encoder; .* --text-encoder PATH"):
+    with pytest.raises(CheckpointError, match=r"the text encoder is missing; .* --text-encoder PATH"):
         weights_convert.open_source(tmp_path / "unet.safetensors", swap={"vae": tmp_path / "vae.safetensors"})
     with pytest.raises(CheckpointError, match="no such file"):
         weights_convert.open_source(tmp_path / "notext.safetensors", swap={"text_encoder": tmp_path / "none"})
