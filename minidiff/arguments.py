@@ -241,7 +241,10 @@ def _add_generate(commands: Any) -> None:
     g = p.add_argument_group("from a picture")
     g.add_argument("--image", metavar="FILE", help="begin from this picture, instead of from noise alone")
     g.add_argument(
-        "--strength", type=_finite, metavar="X", help="how much of it may change, from 0 to 1 (default: 0.8)"
+        "--strength",
+        type=_finite,
+        metavar="X",
+        help="how much of it may change, from 0 to 1 (default: 0.8, with --mask 1)",
     )
     g.add_argument("--mask", metavar="FILE", help="paint only where this picture is white; of the size of --image")
     g = p.add_argument_group("sampling")
@@ -250,7 +253,7 @@ def _add_generate(commands: Any) -> None:
         "--scale",
         type=_finite,
         metavar="X",
-        help="how much the prompt counts; 1 is no guidance (default: 7.5; without --model: 2)",
+        help="how much the prompt counts; 1 is no guidance (default: 7.5; the bundled model's 2)",
     )
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
     _add_set(g)
@@ -519,7 +522,9 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     g.add_argument("--size", type=_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
     g.add_argument("--image", metavar="FILE", help=f"begin from this picture, resized {MADE}")
     g.add_argument("--mask", metavar="FILE", help=f"paint only where this picture is white, resized {MADE}")
-    g.add_argument("--strength", type=_finite, metavar="X", help="how much of the picture may change (default: 0.8)")
+    g.add_argument(
+        "--strength", type=_finite, metavar="X", help="how much of it may change (default: 0.8, with a mask 1)"
+    )
     g.add_argument("--dtype", choices=dtypes, default="float32", help="what to compute in (default: float32)")
     g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
     g.add_argument("--quiet", action="store_true", help="no hints, and nothing about what is being done")

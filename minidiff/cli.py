@@ -72,10 +72,6 @@ def _run(argv: list[str]) -> int | None:
     }
     if args.command is None:
         raise ConfigError(f"no command given; it is one of {', '.join(commands)} (`minidiff --help` says more)")
-    for option in ("image", "mask", "recipe"):
-        path = getattr(args, option, None)
-        if path is not None and not os.path.exists(path):
-            raise CheckpointError(f"--{option} {missing(path)}")
     return commands[args.command](args)
 
 
@@ -91,6 +87,10 @@ def generate(args: Namespace) -> None:
         if args.width is not None or args.height is not None:
             raise ConfigError("--size and --width or --height are both given; use one or the other")
         args.width, args.height = args.size
+    for option in ("image", "mask", "recipe"):
+        path = getattr(args, option)
+        if path is not None and not os.path.exists(path):
+            raise CheckpointError(f"--{option} {missing(path)}")
     recipe = None if args.recipe is None else fill_from_recipe(args)
     _count(args)
     destination = Destination(args.out, args.force)
@@ -190,7 +190,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             args.prompt,
             negative_prompt=args.negative,
             steps=50 if args.steps is None else args.steps,
-            guidance_scale=_scale(args),
+            guidance_scale=args.scale,
             sampler=sampler,
             num_images=args.num_images,
             seed=args.seed,
@@ -198,7 +198,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             width=args.width,
             like=args.like,
             image=args.image,
-            strength=0.8 if args.strength is None else args.strength,
+            strength=args.strength,
             mask=args.mask,
             denoising_start=args.denoising_start,
             denoising_end=args.denoising_end,
@@ -214,15 +214,6 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
             what = "a prompt" if option == "prompt" else f"--{option.replace('_', '-')}"
             raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take {what}")
     return pipe.steps(args.num_images, steps=args.steps, sampler=sampler, seed=args.seed)
-
-
-def _scale(args: Namespace) -> float:
-    """The guidance scale that was asked for, or the model's: the small one that is bundled wants less of it."""
-    from minidiff.pipeline import BUNDLED_SCALE
-
-    if args.scale is not None:
-        return float(args.scale)
-    return BUNDLED_SCALE if args.model is None else 7.5
 
 
 def _sizes(args: Namespace) -> Sizes | None:

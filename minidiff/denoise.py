@@ -219,6 +219,10 @@ class Run(Iterator[Step]):
         self.work = work or Work()
         self._latest: Step | None = None
 
+    def __repr__(self) -> str:
+        done = 0 if self._latest is None else self.rows.index(self._latest.i) + 1
+        return f"Run: {done} of {len(self)} model calls done, {len(self.recipes)} pictures; {self.plan!r}"
+
     def __len__(self) -> int:
         """Model calls, in all."""
         return len(self.rows)

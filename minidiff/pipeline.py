@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from minidiff.config import ModelConfig, check
 from minidiff.conventions import read, starts
 from minidiff.conventions.program import ProgramSampler
 from minidiff.denoise import Prediction, Progress, Run
-from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy
 from minidiff.identity import identify
 from minidiff.images import Pictures
@@ -32,11 +32,13 @@ from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
 from minidiff.progress import check_progress
 from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
-from minidiff.request import Request
+from minidiff.request import Request, usual_strength
 from minidiff.runner import Like, Output, Pipeline, SamplerChoice, Seed, check_count, check_output, finite, note
 from minidiff.turns import Turns
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from minidiff.images import Picture
 
 BUNDLED = "assets/shapes.safetensors"
@@ -55,6 +57,20 @@ class StableDiffusion(Pipeline):
         if config.tokenizer_2 is not None:
             self.tokenizer_2 = Tokenizer(config.tokenizer_2)
             self.text_encoder_2 = cast(CLIPText, parts["text_encoder_2"])
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        low_memory: bool = False,
+        copy: bool = False,
+    ) -> StableDiffusion:
+        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, and for a model without
+        text."""
+        return cast(StableDiffusion, _open(path, StableDiffusion, device, dtype, low_memory, copy))
 
     @property
     def encoders(self) -> list[Encoder]:
@@ -78,12 +94,13 @@ class StableDiffusion(Pipeline):
         reads = self.unet.config.added_dim is not None
         return context.to(self.device, self.dtype), pooled.to(self.device, self.dtype) if reads else None
 
+    @overload
     def generate(
         self,
         prompt: str | Sequence[str] | None,
         negative_prompt: str | Sequence[str] | None = None,
         steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         sampler: SamplerChoice = None,
         num_images: int = 1,
         seed: Seed = None,
@@ -93,11 +110,11 @@ class StableDiffusion(Pipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        output: Output = "pil",
+        output: Literal["pil"] = "pil",
         progress: Progress = None,
         *,
         image: Picture | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         mask: Picture | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
@@ -111,13 +128,85 @@ class StableDiffusion(Pipeline):
         negative_prompt_2: str | Sequence[str] | None = None,
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
-    ) -> Any:
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        steps: int = 50,
+        guidance_scale: float | None = None,
+        sampler: SamplerChoice = None,
+        num_images: int = 1,
+        seed: Seed = None,
+        generator: noise.Generators | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        output: Literal["tensor", "latent"],
+        progress: Progress = None,
+        image: Picture | None = None,
+        strength: float | None = None,
+        mask: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        sizes: Sizes | None = None,
+        negative_sizes: Sizes | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int = 0,
+        like: Like = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+    ) -> Tensor: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None,
+        negative_prompt: str | Sequence[str] | None = None,
+        steps: int = 50,
+        guidance_scale: float | None = None,
+        sampler: SamplerChoice = None,
+        num_images: int = 1,
+        seed: Seed = None,
+        generator: noise.Generators | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output: Output = "pil",
+        progress: Progress = None,
+        *,
+        image: Picture | None = None,
+        strength: float | None = None,
+        mask: Picture | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        sizes: Sizes | None = None,
+        negative_sizes: Sizes | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        clip_skip: int = 0,
+        like: Like = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_interval: Sequence[float] | None = None,
+    ) -> list[Image.Image] | Tensor:
         """Pictures for one prompt or several, ``num_images`` of each, prompt by prompt.
 
         ``prompt``: text, or None with ``prompt_embeds`` (P, 77, context_dim) given. ``negative_prompt``: what not to
         show; None is the empty text, or, for a model that was trained so (SDXL base), no text at all.
-        ``steps``: 1 and up. ``guidance_scale``: how much the prompt counts; 1 is the plain prediction, 0 ignores the
-        prompt. (Few-step models such as SDXL-Turbo want 1; what diffusers does with 0 is our 1.)
+        ``steps``: 1 and up. ``guidance_scale``: how much the prompt counts; None is the model's own (7.5, the bundled
+        model's 2), 1 the plain prediction, 0 ignores the prompt. (Few-step models such as SDXL-Turbo want 1; what
+        diffusers does with 0 is our 1.)
         ``sampler``: None for the checkpoint's own, a name from ``SAMPLERS``, {"name": ..., options}, or a Sampler.
         ``seed``: image k draws from ``Generator().manual_seed(seed + k)``, or a list, one seed an image; None draws a
         fresh one. ``generator``: instead of a seed, one for the whole batch as diffusers does it, or one an image.
@@ -128,8 +217,8 @@ class StableDiffusion(Pipeline):
         True for a line now and then there, False for nothing, or a function that is given each :class:`Step`.
 
         ``image``: begin from a picture: a path, a PIL image, a list of them, a tensor (N, 3, H, W) in [0, 1], or
-        latents (N, C, h, w). PIL images are resized by Lanczos, tensors by nearest neighbour. ``strength`` in 0..1: the
-        last int(steps * strength) steps are done, from as much noise as belongs there.
+        latents (N, C, h, w). PIL images are resized by Lanczos, tensors by nearest neighbour. ``strength`` in 0..1
+        (None: 0.8, with a mask 1): the last int(steps * strength) steps are done, from as much noise as belongs there.
         ``mask``, with ``image`` and of its size: white (from 0.5 up) is painted anew, black is kept.
         ``denoising_end``, ``denoising_start``: stop, or begin with the latents ``image``, at that fraction of the way
         from noise to picture: how SDXL's base hands over to its refiner, both at 0.8 for instance.
@@ -187,7 +276,7 @@ class StableDiffusion(Pipeline):
         prompt: str | Sequence[str] | None,
         negative_prompt: str | Sequence[str] | None = None,
         steps: int = 50,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         sampler: SamplerChoice = None,
         num_images: int = 1,
         seed: Seed = None,
@@ -199,7 +288,7 @@ class StableDiffusion(Pipeline):
         negative_prompt_embeds: Tensor | None = None,
         *,
         image: Picture | None = None,
-        strength: float = 0.8,
+        strength: float | None = None,
         mask: Picture | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
@@ -219,6 +308,7 @@ class StableDiffusion(Pipeline):
         Arguments are checked, the prompt and the image are encoded before it returns. The last step's ``x`` holds the
         finished latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
         """
+        strength = usual_strength(mask is not None) if strength is None else strength
         convention = None if like is None else read(like)
         sampler = self.sampler(sampler, convention)
         asked = Request(
@@ -241,7 +331,7 @@ class StableDiffusion(Pipeline):
         pictures = asked.pictures(self.config, height, width)
         shape = self._latent_shape(height, width, pictures)
         check_count("num_images", num_images)
-        scale = finite("guidance_scale", guidance_scale)
+        scale = self.own_scale if guidance_scale is None else finite("guidance_scale", guidance_scale)
 
         given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", prompt_2, clip_skip)
         # At exactly 1 the negative prompt cancels out: half the work. A model that is told the scale needs none at all.
@@ -297,6 +387,11 @@ class StableDiffusion(Pipeline):
         predict = predictor(self.unet, positive, negative, scale, start.beside, guidance_rescale)
         alone = predictor(self.unet, positive, None, scale, start.beside)
         return self._run(predict, begin, start, labels, origins, steps, dict.fromkeys(unguided, alone))
+
+    @property
+    def own_scale(self) -> float:
+        """The guidance scale where none is given: 7.5, and less for the bundled model and what was trained from it."""
+        return BUNDLED_SCALE if self.config.family == "shapes" else 7.5
 
     @property
     def reads_mask(self) -> bool:
@@ -402,6 +497,49 @@ class StableDiffusion(Pipeline):
 class Unconditional(Pipeline):
     """Pictures from nothing but noise: the models of Ho et al. 2020, which know no prompt and work on pixels."""
 
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        low_memory: bool = False,
+        copy: bool = False,
+    ) -> Unconditional:
+        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, and for a model with
+        text."""
+        return cast(Unconditional, _open(path, Unconditional, device, dtype, low_memory, copy))
+
+    @overload
+    def generate(
+        self,
+        batch_size: int = 1,
+        steps: int | None = None,
+        sampler: SamplerChoice = None,
+        seed: Seed = None,
+        generator: noise.Generators | None = None,
+        latents: Tensor | None = None,
+        output: Literal["pil"] = "pil",
+        progress: Progress = None,
+        **others: Any,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def generate(
+        self,
+        batch_size: int = 1,
+        steps: int | None = None,
+        sampler: SamplerChoice = None,
+        seed: Seed = None,
+        generator: noise.Generators | None = None,
+        latents: Tensor | None = None,
+        *,
+        output: Literal["tensor", "latent"],
+        progress: Progress = None,
+        **others: Any,
+    ) -> Tensor: ...
+
     def generate(
         self,
         batch_size: int = 1,
@@ -413,7 +551,7 @@ class Unconditional(Pipeline):
         output: Output = "pil",
         progress: Progress = None,
         **others: Any,
-    ) -> Any:
+    ) -> list[Image.Image] | Tensor:
         """``batch_size`` pictures; the arguments are those of :meth:`StableDiffusion.generate`.
 
         ``steps``: by default every timestep of the training for DDPM, 50 for the faster methods. ``others`` that
@@ -496,9 +634,8 @@ def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = 
     Raises :class:`UnsupportedError` for a model that no pipeline runs: a text UNet without text, channels of other
     kinds than a mask and a masked picture.
     """
-    unet, vae = config.unet, config.vae
-    text = config.text_encoder is not None or config.text_encoder_2 is not None
-    if not text and (unet.context_dim is not None or vae is not None):
+    unet, vae, kind = config.unet, config.vae, _kind(config)
+    if kind is Unconditional and (unet.context_dim is not None or vae is not None):
         raise UnsupportedError(f"{config.family}: a UNet that reads a prompt, or a VAE, but no text encoder with it")
     if (unet.added_dim is not None) != (config.text_encoder_2 is not None):
         raise UnsupportedError(
@@ -507,7 +644,9 @@ def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = 
     if vae is not None and unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
         channels = f"in_channels={unet.in_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
         raise UnsupportedError(f"{config.family}: {channels}; only mask and masked picture can come beside the latents")
-    return (StableDiffusion if text else Unconditional)(config, parts, hash)
+    for part in parts.values():
+        part.requires_grad_(False)  # training turns on what learns
+    return kind(config, parts, hash)
 
 
 def load(
@@ -520,6 +659,8 @@ def load(
 ) -> StableDiffusion | Unconditional:
     """Open a minidiff file; the arguments are those of :func:`assemble`. With ``low_memory`` the file stays open.
 
+    :meth:`StableDiffusion.load` and :meth:`Unconditional.load` say which kind it is, to readers and type checkers.
+
     Weights that need no other device or dtype stay in the file, which is mapped: whoever truncates it or writes into it
     meanwhile changes them, and the system ends the process (SIGBUS) when it reaches for what is gone. To replace the
     file by another of its name is safe. ``copy`` reads everything at once into memory of the process's own.
@@ -527,13 +668,36 @@ def load(
     Raises :class:`CheckpointError` for what is not a minidiff file, and :class:`ConfigError` for ``copy`` with
     ``low_memory``.
     """
+    return _open(path, None, device, dtype, low_memory, copy)
+
+
+def _open(
+    path: str | os.PathLike[str],
+    kind: type[Pipeline] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    low_memory: bool,
+    copy: bool,
+) -> StableDiffusion | Unconditional:
+    """The model in a file, which is of ``kind`` if that is given."""
     found = checkpoint.read(path)
     try:
+        own = _kind(found.config)
+        if kind is not None and own is not kind:
+            what = "knows no text" if own is Unconditional else "reads a prompt"
+            raise CheckpointError(
+                f"{path}: a {found.config.family} model, which {what}; open it by {own.__name__}.load"
+            )
         tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy
         return assemble(found.config, tensors, device, dtype, str(path), found.hash, low_memory)
     finally:
         if not low_memory:
             found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
+
+
+def _kind(config: ModelConfig) -> type[StableDiffusion] | type[Unconditional]:
+    text = config.text_encoder is not None or config.text_encoder_2 is not None
+    return StableDiffusion if text else Unconditional
 
 
 def bundled(
@@ -548,7 +712,7 @@ def bundled(
     if not asset.is_file():
         raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
     with as_file(asset) as path:
-        return cast(StableDiffusion, load(path, device, dtype, low_memory=low_memory))
+        return StableDiffusion.load(path, device, dtype, low_memory=low_memory)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from minidiff.images import Picture
 
 
+def usual_strength(masked: bool) -> float:
+    """How much of a picture may change where nothing is said: with a mask all of what it lets through, as the
+    reference's inpainting pipelines have it (1 for Stable Diffusion, 0.9999 for SDXL)."""
+    return 1.0 if masked else 0.8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The arguments of :meth:`minidiff.StableDiffusion.generate` by the same names."""

@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,16 @@ from minidiff.start import Beginning, Start
 from minidiff.turns import Turns
 from minidiff.version import VERSION
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 Output = Literal["pil", "tensor", "latent"]
 Seed = int | Sequence[int] | None
 SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
 Like = str | Convention | None
+
+
+Own = TypeVar("Own", bound="Pipeline")  # typing.Self, which Python 3.10 has not
 
 
 class Pipeline:
@@ -54,6 +60,25 @@ class Pipeline:
         self.approximations: dict[str, Any] = {}  # the same, of what changes the result
         self.turns: Turns | None = None  # where the parts are not all in memory at once
         apply_policy(config, parts)
+
+    def __repr__(self) -> str:
+        """Family, parts with their sizes, and what is switched on, in a few lines."""
+        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
+        parts = ", ".join(f"{name} {count / 1e6:.4g} M" for name, count in sizes.items())
+        side = self.unet.config.sample_size * (1 if self.config.vae is None else self.config.vae.factor)
+        sampler = self.config.sampler.get("name", "none of its own")
+        lines = [
+            f"{type(self).__name__}: {self.config.family}, {side} x {side} pixels, predicts {self.schedule.prediction}",
+            f"parts (parameters): {parts}; {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"sampler: {sampler}",
+        ]
+        if self.turns is not None:
+            lines.append("low memory: the parts take turns")
+        if self.fast:
+            lines.append(f"fast: {', '.join(self.fast)}")
+        if self.approximations:
+            lines.append(f"approximate: {', '.join(f'{k}={v}' for k, v in self.approximations.items())}")
+        return "\n  ".join(lines)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +99,7 @@ class Pipeline:
     def _tensors(self) -> dict[str, Lazy]:
         return {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+    def to(self: Own, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Own:
         """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``).
 
         Raises :class:`ConfigError` while parts take turns in memory.
@@ -217,7 +242,7 @@ class Pipeline:
         says_all = list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
         return begin, [{"seed": s} for s in says_all]
 
-    def _deliver(self, run: Run, output: Output, progress: Progress) -> Any:
+    def _deliver(self, run: Run, output: Output, progress: Progress) -> list[Image.Image] | Tensor:
         """Run to the end and hand over what was asked for."""
         if output == "latent":
             return self._last(run, progress)

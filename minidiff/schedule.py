@@ -33,7 +33,7 @@ Spacing = Literal["leading", "trailing", "linspace"]
 MAX_BETA = 0.999  # the cosine and laplace curves would reach 1, where nothing of the picture is left
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """``alphas_cumprod``: float32, shape (T,), entries in 0..1; ``prediction``: what the model's output means.
 
@@ -58,6 +58,11 @@ class NoiseSchedule:
         if config.zero_snr:
             table = zero_terminal_snr(table)
         return cls(torch.cumprod(1.0 - table, dim=0), config.prediction)
+
+    def __repr__(self) -> str:
+        a, s = self.alphas_cumprod, self.sigmas
+        ends = f"alpha_bar {a[0]:.6g} to {a[-1]:.6g}, sigma {s[0]:.6g} to {s[-1]:.6g}"
+        return f"NoiseSchedule: {len(self)} timesteps, {ends}, prediction {self.prediction}, on {a.device}"
 
     def __len__(self) -> int:
         """T, the number of timesteps in training."""

@@ -32,6 +32,11 @@ class Report:
         """Enter the keys that named rules dropped."""
         self.dropped += [(rule.name, len(list(keys)), rule.reason) for rule, keys in dropped.items()]
 
+    def __repr__(self) -> str:
+        mapped, dropped = sum(self.mapped.values()), sum(n for _, n, _ in self.dropped)
+        counts = f"{mapped:,} tensors mapped, {dropped:,} dropped"
+        return f"Report: {self.source}, {self.layout} layout, {self.family}, {counts}"
+
     def __str__(self) -> str:
         lines = [f"source    {self.source}", f"layout    {self.layout}", f"family    {self.family}"]
         lines += [f"          because {e}" for e in self.evidence]

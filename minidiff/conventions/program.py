@@ -22,7 +22,7 @@ LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_mi
 """Options that say which levels are visited: whoever gives one gets the sampler's own levels, not the program's."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProgramSampler(Wrapped):
     """``inner`` takes the steps; the plan is the program's. ``given``: the options that the user chose."""
 
@@ -32,6 +32,11 @@ class ProgramSampler(Wrapped):
     given: Mapping[str, Any]
     table: Table
     scheduler: str | None
+
+    def __repr__(self) -> str:
+        like = ":".join(filter(None, [self.profile.name, self.scheduler]))
+        given = "".join(f", {name}={value!r}" for name, value in self.given.items())
+        return f"ProgramSampler: {self.name}{given} as {like} has it, by {self.inner!r}"
 
     @property
     def note(self) -> dict[str, Any]:

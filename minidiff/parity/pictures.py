@@ -16,6 +16,7 @@ import numpy as np
 from minidiff.config import check
 from minidiff.pipeline import StableDiffusion
 from minidiff.pixels import open_picture
+from minidiff.request import usual_strength
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ def begun(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> di
         check(args.strength is None, "--strength says how much of a picture may change: give an --image too")
         return {}
     made = {"image": picture(args.image, width, height), "mask": mask(args.mask, width, height) if masked else None}
-    return made if args.strength is None else {**made, "strength": args.strength}
+    return {**made, "strength": usual_strength(masked) if args.strength is None else args.strength}
 
 
 def picture(path: str | None, width: int, height: int) -> Image.Image:

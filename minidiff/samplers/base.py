@@ -121,7 +121,7 @@ class Sampler(Protocol[P, S]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Sampler[Any, Any]):
     """The base of every sampler: its options are checked when they are given.
 
     ``like_diffusers`` repeats the places where the pinned reference departs from the mathematics (each sampler says

@@ -76,6 +76,13 @@ def test_at_strength_1_it_begins_from_noise(pair: Pair) -> None:
         pairs.compare(pair, SCHEDULERS[name], where=name, **options)
 
 
+def test_the_default_strength_is_the_references(pair: Pair) -> None:
+    options: dict[str, Any] = {"image": picture(), "mask": mask(), "steps": 3, **SIZE}
+    latents = pairs.compare(pair, SCHEDULERS["ddim"], pixels=False, **options)
+    less = pairs.compare(pair, SCHEDULERS["ddim"], pixels=False, strength=0.8, **options)
+    assert not torch.equal(latents, less)
+
+
 @pytest.mark.parametrize(
     ("image", "covered", "options"),
     [

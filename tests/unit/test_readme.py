@@ -4,6 +4,7 @@
 * In ```console and ```bash blocks the lines that call `minidiff`, `python -m minidiff` or `python -m weights_convert`
   are run (a leading `$ ` is the prompt, a backslash at the end joins two lines); other lines are output or set-up.
 * A block right below `<!-- not run: REASON -->` is left out.
+* What a block made is held against what the text says of it: see SAID. All Python blocks pass `mypy --strict`.
 
 Of a checkpoint that a reader has on disk a tiny random one of the same kind and name lies in the folder: see GIVEN.
 """
@@ -15,14 +16,22 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import minidiff
+from minidiff.picture import to_pil
 from tests.unit import tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import _judge
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -74,9 +83,13 @@ def is_command(line: str) -> bool:
     return any(re.match(rf"(\$ )?{' '.join(start)}(\s|$)", line) for start in COMMANDS)
 
 
-def run(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> int:
-    """Run the blocks of ``text``; how many. A failure names the line of the page."""
-    count = 0
+Check = Callable[[dict[str, Any], Path], None]
+
+
+def run(text: str, name: str, folder: Path, namespace: dict[str, Any], said: Mapping[str, Check] | None = None) -> int:
+    """Run the blocks of ``text``; how many. A failure names the line of the page. ``said``: what is checked after the
+    first block that has a line of it, as long as the block's own names are there."""
+    count, left = 0, dict(said or {})
     for block in blocks(text):
         if not block.run:
             continue
@@ -84,6 +97,8 @@ def run(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> int:
             # Padded, so that a traceback names the page's own line.
             exec(compile("\n" * (block.line - 1) + block.code, name, "exec", dont_inherit=True), namespace)
             count += 1
+            for line in [line for line in left if line in block.code]:
+                left.pop(line)(namespace, folder)
         elif block.language in ("console", "bash", "sh"):
             for command in commands(block):
                 done = subprocess.run(
@@ -92,6 +107,7 @@ def run(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> int:
                 what = f"{name}, block at line {block.line}: {' '.join(command)}"
                 assert done.returncode == 0, f"{what} ended with {done.returncode}:\n{done.stderr}"
                 count += 1
+    assert not left, f"no block of {name} has {', '.join(left)}"
     return count
 
 
@@ -106,6 +122,62 @@ def diffusers_folder(path: Path) -> None:
     from tests.parity.twins import folder_twin
 
     folder_twin(path)
+
+
+STAR = "a large red star on a blue background"
+
+
+def shows(picture: Any) -> bool:
+    """Whether a picture, PIL or tensor (1, 3, 64, 64) in [0, 1], shows the star, to a judge without learned model."""
+    picture = to_pil(picture)[0] if isinstance(picture, torch.Tensor) else picture
+    seen = _judge.see(np.asarray(picture, dtype=np.float64))
+    return _judge.judge(seen, _judge.parse(STAR)).right
+
+
+def first_picture(names: dict[str, Any], folder: Path) -> None:
+    with Image.open(folder / "star.png") as saved:
+        assert shows(saved)
+    recipe = minidiff.read_recipe(folder / "star.png")
+    assert (recipe["prompt"], recipe["seed"], recipe["guidance_scale"]) == (STAR, 0, 2.0)
+
+
+def previews(names: dict[str, Any], folder: Path) -> None:
+    assert names["step"].i == 19
+    assert shows(names["preview"])
+
+
+def loop(names: dict[str, Any], folder: Path) -> None:
+    """The written-out loop paints what the library does, to the last bit."""
+    want = names["sd"].generate(STAR, sampler="euler", steps=20, seed=0, output="tensor")
+    assert torch.equal(names["pixels"], want)
+    assert shows(names["pixels"])
+
+
+def slip(names: dict[str, Any], folder: Path) -> None:
+    assert names["report"].first.stage == "mid.res1.norm1"
+
+
+def plain_again(names: dict[str, Any], folder: Path) -> None:
+    assert names["sd"].fast == ()
+    image = names["sd"].generate(STAR, steps=20, seed=0)[0]
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / "star.png")))
+
+
+# A line of the block, and what must be true of what it made.
+SAID: dict[str, Check] = {
+    'minidiff.save_png(image, "star.png")': first_picture,
+    '"sigma_spacing": "karras"': lambda names, folder: _check(shows(names["image"])),
+    "preview = sd.decode(step.x0)": previews,
+    "pixels = sd.decode(x)": loop,
+    'like="a1111:cpu"': lambda names, folder: _check(shows(names["image"])),
+    "mine.mid.res1.norm1.eps = 1e-5": slip,
+    "fast.restore(sd)  # the plain model, bit for bit": plain_again,
+    "guidance_interval=(0.2, 0.8)": lambda names, folder: _check(shows(names["image"])),
+}
+
+
+def _check(ok: bool) -> None:
+    assert ok
 
 
 # What the README's reader has already: a name in one of its blocks that run, and how to make it. A name that the page
@@ -124,7 +196,23 @@ def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", used):
             make(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert run(text, "README.md", tmp_path, {"__name__": "__main__"}) > 0, "the README has no block that runs"
+    assert run(text, "README.md", tmp_path, {"__name__": "__main__"}, SAID) > 0, "the README has no block that runs"
+
+
+def test_python_blocks_are_typed(tmp_path: Path) -> None:
+    """As one program, those that are not run too: what a reader types is what a type checker knows."""
+    pytest.importorskip("mypy", reason="checks types")
+    text = README.read_text(encoding="utf-8")
+    found = [block for block in blocks(text) if block.language == "python"]
+    assert any(not block.run for block in found)
+    session = tmp_path / "session.py"
+    session.write_text("\n".join(block.code for block in found), encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(session)]
+    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    session.write_text("import minidiff\nminidiff.StableDiffusion.load('a').generate('a', output='latent').sharpen()\n")
+    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
+    assert '"Tensor" has no attribute "sharpen"' in done.stdout
 
 
 def test_readme_names_the_two_commands() -> None:
