@@ -221,9 +221,8 @@ def test_the_recipe_says_what_it_began_from(sd: StableDiffusion, tmp_path: Path)
     recipe = read_recipe(sd.generate("a", image=tmp_path / "a.png", strength=0.7, clip_skip=1, **QUIET)[0])
     assert (recipe["image"], recipe["strength"], recipe["clip_skip"]) == ("a.png", 0.7, 1)
     assert read_recipe(sd.generate("a", image=tmp_path / "a.png", **QUIET)[0])["strength"] == 0.8
-    assert (
-        read_recipe(sd.generate("a", image=tmp_path / "a.png", mask=tmp_path / "a.png", **QUIET)[0])["strength"] == 1.0
-    )
+    masked = sd.generate("a", image=tmp_path / "a.png", mask=tmp_path / "a.png", **QUIET)[0]
+    assert read_recipe(masked)["strength"] == 1.0
     assert "mask" not in recipe
     recipe = read_recipe(sd.generate("a", image=picture(), mask=picture(mode="L"), denoising_end=0.9, **QUIET)[0])
     assert recipe["image"] is recipe["mask"] is None
