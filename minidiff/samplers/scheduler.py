@@ -16,7 +16,6 @@ Before ``set_timesteps`` it knows all of training's timesteps (``fresh.py``): en
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -52,15 +51,6 @@ class Scheduler:
         self._plan: Plan | None = None  # of the run that set_timesteps began
         self._fresh: Fresh | None = None  # what there is before
         self._latest: tuple[int, Tensor, Tensor, Any] | None = None  # what the latest step was given
-
-    def __repr__(self) -> str:
-        """The method, the options that are not its defaults, its schedule and the timesteps of the current run."""
-        options = cast(Options, self.sampler)
-        changed = {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != f.default}
-        given = ", ".join(f"{name}={value!r}" for name, value in changed.items() if name != "like_diffusers")
-        run = "before set_timesteps" if self._plan is None else repr(self._plan)
-        schedule = "its own noise levels" if self.schedule is None else repr(self.schedule)
-        return f"Scheduler: {type(options).__name__}({given})\n  {schedule}\n  {run}"
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Scheduler:
