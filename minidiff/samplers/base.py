@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.config import Prediction, check, one_of
+from minidiff.config import Prediction, check, one_of, quote, within
 from minidiff.errors import ConfigError
 from minidiff.schedule import NoiseSchedule
 
@@ -140,6 +140,9 @@ class Options(Sampler[Any, Any]):
             _check_option(f"{own.__name__}.{name}", getattr(self, name), kind)
 
 
+LARGEST = 1e9  # of a number in an option: its square and more are to be finite in float32
+
+
 @cache
 def _option_types(sampler: type) -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(sampler).items() if get_origin(kind) is not ClassVar}
@@ -152,7 +155,7 @@ def _check_option(name: str, value: Any, kind: Any) -> None:
         known = get_args(kind)
         return one_of(known, **{name: value})
     if get_origin(kind) is tuple:  # of any length, of one type
-        check(isinstance(value, tuple), f"{name}={value!r} must be a tuple")
+        check(isinstance(value, tuple), f"{name}={quote(value)} must be a tuple")
         for entry in value:
             _check_option(name, entry, get_args(kind)[0])
         return None
@@ -160,7 +163,10 @@ def _check_option(name: str, value: Any, kind: Any) -> None:
     if float in kinds:
         kinds = (*kinds, int)
     fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    return check(fits, f"{name}={value!r} must be of type {getattr(kind, '__name__', kind)}")
+    check(fits, f"{name}={quote(value)} must be of type {getattr(kind, '__name__', kind)}")
+    if isinstance(value, (int, float)):
+        within(*((-LARGEST, LARGEST) if float in kinds else (-(2**63), 2**63 - 1)), **{name: value})
+    return None
 
 
 def need_schedule(schedule: NoiseSchedule | None, sampler: Options) -> NoiseSchedule:
@@ -225,6 +231,13 @@ def check_finite(sampler: Options, rows: Tensor) -> None:
     bad = (~finite).nonzero().flatten().tolist()[:4]
     where = f"{type(sampler).__name__}: no finite coefficients at rows {bad} of {len(rows)}, where two sigmas are equal"
     check(not bad, f"{where}; use fewer steps or steps_offset=0")
+
+
+def check_some_noise(sampler: Options, timesteps: Tensor, alpha_bars: Tensor) -> None:
+    """Raise ConfigError where a method that divides by 1 - alpha_bar visits a timestep at which there is no noise."""
+    rows = (alpha_bars == 1).nonzero().flatten().tolist()
+    where = f"row {rows[0]}, timestep {timesteps[rows[0]].item():g}" if rows else ""
+    check(not rows, f"{type(sampler).__name__}: alpha_bar is 1 at {where}: no noise to take away; use betas above 0")
 
 
 PURE_NOISE = (

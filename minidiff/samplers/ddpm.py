@@ -23,6 +23,7 @@ from minidiff.samplers.base import (
     Draw,
     check_chosen,
     check_no_pure_noise,
+    check_some_noise,
     check_timesteps,
     need_schedule,
     unit,
@@ -86,6 +87,7 @@ class DDPM(LimitedOptions):
         prev_t = torch.cat([t[1:], torch.full_like(t[:1], -1)])
         alpha_bar = schedule.alphas_cumprod[t]
         check_no_pure_noise(self, t, alpha_bar, schedule.prediction, self.bounds_infinity)
+        check_some_noise(self, t, alpha_bar)
         prev = torch.where(prev_t >= 0, schedule.alphas_cumprod[prev_t.clamp(min=0)], 1.0)
         beta_bar, beta_bar_prev = 1 - alpha_bar, 1 - prev
         alpha = alpha_bar / prev

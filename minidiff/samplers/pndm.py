@@ -28,6 +28,7 @@ from minidiff.samplers.base import (
     Plan,
     check_chosen,
     check_no_pure_noise,
+    check_some_noise,
     check_timesteps,
     need_schedule,
     unit,
@@ -130,6 +131,7 @@ class PNDM(Options):
             up = torch.cat([t[:1], t[:-1]])
         alpha_bar = schedule.alphas_cumprod[t]
         check_no_pure_noise(self, t, alpha_bar, "epsilon")
+        check_some_noise(self, t, alpha_bar)
         return PNDMPlan(
             timesteps=t,
             alpha_bars=alpha_bar,

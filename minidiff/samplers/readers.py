@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minidiff.config import check, quote
 from minidiff.config import one_of as config_one_of
 from minidiff.samplers.base import Options
 from minidiff.samplers.cm import CM
@@ -97,6 +98,12 @@ class Reader:
 def one_of(config: Config, key: str, known: tuple[str, ...]) -> str:
     config_one_of(known, **{key: config[key]})
     return str(config[key])
+
+
+def _rows(c: Config) -> tuple[Any, ...]:
+    value = c["disable_corrector"]
+    check(isinstance(value, (list, tuple)), f"disable_corrector={quote(value)} must be a list of rows")
+    return tuple(value)
 
 
 def _sigma_spacing(c: Config) -> str:
@@ -306,7 +313,7 @@ READERS: dict[str, Reader] = {
         | {
             "solver_type": lambda c: "bh2" if c["solver_type"] in ("midpoint", "heun", "logrho") else c["solver_type"],
             "predict_x0": "predict_x0",
-            "disable_corrector": lambda c: tuple(c["disable_corrector"]),
+            "disable_corrector": _rows,
             "final_sigma": "final_sigmas_type",
         },
         refuse=_unfit_for_unipc,

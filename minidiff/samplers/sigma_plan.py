@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.errors import ConfigError
 from minidiff.samplers import sigmas as spacings
 from minidiff.samplers.base import Options, Plan, check_timesteps
 from minidiff.samplers.sigmas import Floats, SigmaSpacing
@@ -49,6 +50,8 @@ def sigma_rows(timesteps: Tensor, sigmas: Tensor, spacing: Spacing, prediction: 
     """
     top = sigmas.max()
     sigma = sigmas[: len(timesteps)]
+    for row in (~(sigma.isfinite() & (sigma > 0))).nonzero().flatten().tolist():
+        raise ConfigError(f"sigma is {sigma[row]:g} at row {row}: the betas leave no picture there, or no noise")
     variance = sigma**2 + 1
     return {
         "timesteps": timesteps,

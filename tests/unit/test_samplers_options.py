@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.config import ScheduleConfig
-from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.errors import ConfigError, MinidiffError, UnsupportedError
 from minidiff.samplers import (
     CM,
     DDIM,
@@ -28,6 +28,7 @@ from minidiff.samplers import (
     Heun,
     Scheduler,
     UniPC,
+    readers,
     sampler_from_config,
     sampler_from_diffusers,
     sampler_to_config,
@@ -460,3 +461,50 @@ def test_shell_refusals():
     ddim.set_timesteps(5)
     with pytest.raises(ConfigError, match="DDIM has no sigmas"):
         ddim.sigmas  # noqa: B018
+
+
+ODD = (10**400, 10**30, -(10**30), 1e300, -1.0, 0, 1e-320, float("nan"), float("inf"), -float("inf"), True, None, "1")
+ODD += ("x" * 500, [], [1], [None], [[0.1]], [float("nan")] * 3, {"a": 1}, b"x", 1j)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_settings_of_strangers_end_in_one_line_or_in_finite_samples(name):
+    """Every field of every class, each with a third of the odd values."""
+    for k, field in enumerate(readers.SCHEDULE | readers.READERS[name].fields):
+        for value in ODD[k % 3 :: 3]:
+            said = two_steps({"_class_name": name, field: value})
+            assert len(said.splitlines()) <= 1, (field, value)
+            assert len(said) < 500, (field, value)
+
+
+def two_steps(config) -> str:
+    """What two steps of the scheduler of ``config`` end in: an error's message, or finite samples."""
+    x = torch.ones(1, 2, 2, 2)
+    try:
+        s = Scheduler.from_diffusers(config)
+        s.set_timesteps(2)
+        for t in s.timesteps:
+            assert s.step(x, t, x, noise=x).isfinite().all(), config
+    except MinidiffError as e:
+        return str(e)
+    return ""
+
+
+def test_numbers_that_float32_can_not_work_with_are_refused_by_name():
+    for sampler, options, words in (
+        (DDIM, {"eta": 10**30}, r"DDIM\.eta=1000.* must lie in -1000000000\.0\.\.1000000000\.0"),
+        (DDIM, {"clip": float("nan")}, r"DDIM\.clip=nan must lie in"),
+        (CM, {"s_noise": float("inf")}, r"CM\.s_noise=inf must lie in"),
+        (DDIM, {"steps_offset": 2**63}, r"DDIM\.steps_offset=9223372036854775808 must lie in"),
+        (DDIM, {"eta": "x" * 500}, r"DDIM\.eta='x{40,60}\.\.\. must be of type float"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            sampler(**options)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_a_schedule_without_noise_or_without_a_picture_is_refused(name):
+    with pytest.raises(ConfigError, match=r"alpha_bar is 1 at row|no picture there, or no noise"):
+        Scheduler.from_diffusers({"_class_name": name, "beta_start": 0.0}).set_timesteps(4)
+    with pytest.raises(ConfigError, match=r"alpha_bar is 0 there|no picture there, or no noise"):
+        Scheduler.from_diffusers({"_class_name": name, "beta_end": 1.0}).set_timesteps(4)
