@@ -40,7 +40,8 @@ def check(ok: bool, message: str) -> None:
 
 def quote(value: Any) -> str:
     """``value`` as a message shows it, cut to 60 characters: it may come from a file of unknown origin."""
-    shown = repr(value)
+    huge = isinstance(value, int) and abs(value) >= 10**60  # Python refuses to write out the largest
+    shown = f"{'-' if value < 0 else ''}10**60 or more" if huge else repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 

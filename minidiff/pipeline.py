@@ -27,12 +27,13 @@ from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy
 from minidiff.identity import identify
 from minidiff.images import Pictures
+from minidiff.memory import check_fits
 from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
 from minidiff.progress import check_progress
 from minidiff.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt, Sizes
-from minidiff.request import Request, usual_strength
+from minidiff.request import Request, check_sides, usual_strength
 from minidiff.runner import Like, Output, Pipeline, SamplerChoice, Seed, check_count, check_output, finite, note
 from minidiff.turns import Turns
 
@@ -328,9 +329,14 @@ class StableDiffusion(Pipeline):
         plan = sampler.plan(self.schedule, planned)
         rows = asked.rows(plan, steps, sampler, self.config, reads_mask=self.reads_mask, begun=begun)
         unguided = asked.unguided(plan, rows, sampler, self.config)
+        check_count("num_images", num_images)
+        check_sides(self.vae.config.factor, height, width)
+        wanted = num_images * (len(prompt_embeds) if isinstance(prompt_embeds, Tensor) else len(_texts(prompt or "")))
+        unsaid = None if image is None else self.vae.config.factor  # the picture will say, and it may be small
+        self._check_memory(wanted, self._latent_shape(height or unsaid, width or unsaid, None))
         pictures = asked.pictures(self.config, height, width)
         shape = self._latent_shape(height, width, pictures)
-        check_count("num_images", num_images)
+        self._check_memory(wanted, shape)
         scale = self.own_scale if guidance_scale is None else finite("guidance_scale", guidance_scale)
 
         given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", prompt_2, clip_skip)
@@ -403,6 +409,13 @@ class StableDiffusion(Pipeline):
         latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
         # Divided by the factor: its reciprocal, multiplied, would round differently.
         return self.vae.decode(latents / self.vae.config.scaling_factor)
+
+    def _check_memory(self, count: int, shape: tuple[int, int, int]) -> None:
+        """Raise :class:`ConfigError` for ``count`` pictures of latents ``shape`` that this machine cannot hold."""
+        factor = self.vae.config.factor
+        sliced, tiled = "vae_slices" in self.fast, "vae_tiles" in self.approximations
+        sides, at_once = (shape[1] * factor, shape[2] * factor), 0 if tiled else 1 if sliced else count
+        check_fits(self.config, count, *sides, device=self.device, size=self.dtype.itemsize, at_once=at_once)
 
     def _latent_shape(self, height: int | None, width: int | None, pictures: Pictures | None) -> tuple[int, int, int]:
         factor = self.vae.config.factor
@@ -580,6 +593,9 @@ class Unconditional(Pipeline):
             steps = self.config.schedule.steps if note(sampler)["name"] == "ddpm" else 50
         c = self.unet.config
         size = c.sample_size
+        check_fits(
+            self.config, batch_size, size, size, device=self.device, size=self.dtype.itemsize, at_once=batch_size
+        )
         labels = [{"width": size, "height": size}] * batch_size
         shape = (batch_size, c.in_channels, size, size)
         plan = sampler.plan(self.schedule, steps)

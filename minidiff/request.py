@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from minidiff.config import ModelConfig, check
+from minidiff.config import ModelConfig, check, quote
 from minidiff.conventions import Convention, starts
 from minidiff.conventions.starts import Start
 from minidiff.denoise import choose_rows, rows_outside
@@ -26,6 +26,9 @@ def usual_strength(masked: bool) -> float:
     """How much of a picture may change where nothing is said: with a mask all of what it lets through, as the
     reference's inpainting pipelines have it (1 for Stable Diffusion, 0.9999 for SDXL)."""
     return 1.0 if masked else 0.8
+
+
+MOST_PIXELS = 10**9  # of a side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +103,6 @@ class Request:
         """The image and the mask, read and resized; None without an image."""
         c = config.vae
         assert c is not None
-        for name, value in (("height", height), ("width", width)):
-            check(value is None or isinstance(value, int), f"{name}={value!r} must be a whole number of pixels")
-            near = max(1, round((value or 0) / c.factor)) * c.factor
-            fits = value is None or (value > 0 and value % c.factor == 0)
-            check(fits, f"{name}={value} is not divisible by {c.factor}; {near} is")
         if self.image is None:
             return None
         return read(self.image, self.mask, height, width, c.factor, c.latent_channels, c.image_channels)
@@ -128,6 +126,20 @@ class Request:
         if self.guidance_interval is not None:
             noted["guidance_interval"] = [float(value) for value in self.guidance_interval]
         return noted
+
+
+def check_sides(factor: int, height: int | None, width: int | None) -> None:
+    """Raise :class:`ConfigError` unless the sides are None, or whole numbers of pixels that ``factor`` divides."""
+    for name, value in (("height", height), ("width", width)):
+        whole = value is None or (isinstance(value, int) and not isinstance(value, bool))
+        check(whole, f"{name}={quote(value)} must be a whole number of pixels")
+        check(value is None or value < MOST_PIXELS, f"{name} must be below {MOST_PIXELS:,} pixels")
+    wrong = {name: v for name, v in (("height", height), ("width", width)) if v is not None and (v <= 0 or v % factor)}
+    around = [max(1, v // factor + up) * factor for v in wrong.values() for up in (0, 1)]
+    named, nearest = (
+        " and ".join(map(str, x)) for x in ((f"{k}={quote(v)}" for k, v in wrong.items()), sorted({*around}))
+    )
+    check(not wrong, f"{named} {'are' if len(wrong) > 1 else 'is'} not divisible by {factor}; the nearest: {nearest}")
 
 
 def _name(picture: Any) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import checkpoint, noise
-from minidiff.config import ModelConfig, check, one_of
+from minidiff.config import ModelConfig, check, one_of, quote
 from minidiff.conventions import Convention
 from minidiff.conventions.program import ProgramSampler
 from minidiff.conventions.streams import Streams
@@ -42,6 +42,7 @@ SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
 Like = str | Convention | None
 
 
+MOST = 10**9  # pictures of a run
 Own = TypeVar("Own", bound="Pipeline")  # typing.Self, which Python 3.10 has not
 
 
@@ -257,7 +258,9 @@ def check_output(output: str) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    check(isinstance(value, int) and value >= 1, f"{name}={value!r} must be a whole number, at least 1")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    check(whole and value >= 1, f"{name}={quote(value)} must be a whole number, at least 1")
+    check(value < MOST, f"{name} must be below {MOST:,}")
 
 
 def finite(name: str, value: Any) -> float:

@@ -37,6 +37,7 @@ LAYERS: dict[str, int] = {
     "minidiff.noise": 3,
     "minidiff.denoise": 3,
     "minidiff.conditions": 3,
+    "minidiff.memory": 3,
     "minidiff.images": 3,
     "minidiff.recipe": 3,
     "minidiff.precision": 3,

@@ -91,7 +91,7 @@ NOISE = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         ({"image": (NOISE * 255).to(torch.uint8)}, "image is a tensor of torch.uint8; float values in 0..1"),
         ({"image": torch.zeros(1, 4, 8, 8), "height": 32}, "height=32, but the image is latents of 64 pixels"),
         ({"image": [picture()] * 2, "num_images": 3}, "2 images for 3 pictures"),
-        ({"image": picture(), "height": 60}, "height=60 is not divisible by 8; 64 is"),
+        ({"image": picture(), "height": 60}, "height=60 is not divisible by 8; the nearest: 56 and 64"),
         ({"image": picture(), "strength": -0.1}, "strength=-0.1 must lie in 0..1"),
         ({"image": picture(), "strength": 1.01}, "strength=1.01 must lie in 0..1"),
         ({"image": picture(), "strength": float("nan")}, "strength=nan must be a finite number"),

@@ -1,0 +1,56 @@
+"""Whether a run can fit into this machine at all, said before it begins.
+
+What is counted is what no order of the arithmetic can do without: the UNet's skips, which wait for the way up, and one
+layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Refused is
+only what cannot work: twice the memory that the system says it has leaves room for swapping.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from minidiff.config import ModelConfig, VAEConfig, check
+
+MARGIN = 2  # times the memory that there is
+UNKNOWN = 2**38  # bytes: what is taken where the system does not say
+
+
+def physical(device: torch.device) -> int:
+    """Bytes of this machine's memory and, on CUDA, of the card: some drivers lend one to the other."""
+    try:
+        own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        own = 0
+    own = own if own > 0 else UNKNOWN
+    if device.type == "cuda" and torch.cuda.is_available():
+        own += torch.cuda.get_device_properties(device).total_memory
+    return own
+
+
+def least(config: ModelConfig, count: int, height: int, width: int, size: int, at_once: int) -> int:
+    """Bytes that ``count`` pictures of ``height`` x ``width`` pixels need at the least, in numbers of ``size`` bytes;
+    ``at_once``: so many of them are decoded together, 0 for none whole."""
+    c, vae = config.unet, config.vae
+    area = height * width if vae is None else (height // vae.factor) * (width // vae.factor)
+    skips = sum((c.layers + 1) * level.channels * (area >> 2 * k) for k, level in enumerate(c.levels))
+    unet = count * (skips + 2 * c.levels[0].channels * area) * size
+    if vae is None:
+        return unet
+    finest = vae.channels[0] if isinstance(vae, VAEConfig) else vae.width
+    decoder = at_once * 2 * finest * height * width * size
+    return max(unet, decoder) + count * 3 * height * width * 4  # and the pictures themselves, in float32
+
+
+def check_fits(
+    config: ModelConfig, count: int, height: int, width: int, *, device: torch.device, size: int, at_once: int
+) -> None:
+    """Raise :class:`ConfigError` for a run that this machine cannot hold. The arguments are those of :func:`least`."""
+    need, have = least(config, count, height, width, size, at_once), physical(device)
+    shown = f"{need / 1e9:,.0f} GB" if need < 10**18 else "more than 1,000,000,000 GB"
+    what = f"{count:,} pictures of {width} x {height} need" if count > 1 else f"a picture of {width} x {height} needs"
+    check(
+        need <= MARGIN * have,
+        f"{what} {shown} of memory at the least, and this machine has {have / 1e9:,.0f} GB; make it smaller, or fewer",
+    )

@@ -1,0 +1,118 @@
+"""Runs that cannot fit are refused before anything is made for them: memory.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minidiff import StableDiffusion, Unconditional, fast, memory
+from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
+from minidiff.errors import ConfigError
+from tests.unit.tiny import tiny_ddpm, tiny_sd
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sd() -> StableDiffusion:
+    return tiny_sd()
+
+
+@pytest.fixture(scope="module")
+def ddpm() -> Unconditional:
+    return tiny_ddpm()
+
+
+def test_what_is_counted() -> None:
+    """By hand for Stable Diffusion 1: skips of 320, 640, 1280, 1280 channels, three a level, two maps of 320; and two
+    maps of 128 channels in the decoder."""
+    config = ModelConfig(family="sd1", unet=SD15, vae=VAE_SD, schedule=ScheduleConfig())
+    area = 64 * 64
+    unet = (3 * (320 + 640 / 4 + 1280 / 16 + 1280 / 64) + 2 * 320) * area
+    decoder, pixels = 2 * 128 * 512 * 512, 3 * 512 * 512
+    assert memory.least(config, 1, 512, 512, 4, 1) == 4 * (decoder + pixels)
+    assert memory.least(config, 1, 512, 512, 2, 0) == 2 * unet + 4 * pixels
+    assert memory.least(config, 5, 512, 512, 4, 1) == 4 * (max(5 * unet, decoder) + 5 * pixels)
+    alone = ModelConfig(family="ddpm", unet=SD15, schedule=ScheduleConfig())
+    assert memory.least(alone, 2, 64, 64, 4, 2) == 4 * 2 * unet
+    tiny = ModelConfig(family="sd1", unet=SD15, vae=TAESDConfig(), schedule=ScheduleConfig())
+    assert memory.least(tiny, 1, 512, 512, 4, 1) == 4 * (2 * 64 * 512 * 512 + pixels)
+
+
+def test_a_run_takes_more_than_what_is_counted(sd: StableDiffusion) -> None:
+    """So that nothing is refused which could work: the tensors that the decoder makes at the finest resolution."""
+    made: list[int] = []
+
+    def watch(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        made.append(inputs[0].numel() + out.numel())
+
+    hooks = [layer.register_forward_hook(watch) for layer in sd.vae.modules() if not list(layer.children())]
+    sd.generate("a", steps=1, seed=0, width=64, height=40)
+    for hook in hooks:
+        hook.remove()
+    assert memory.least(sd.config, 1, 40, 64, 4, 1) - 4 * 3 * 40 * 64 <= 4 * max(made)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"height": 800_000, "width": 800_000}, "a picture of 800000 x 800000 needs "),
+        ({"height": 800_000, "width": 800_000, "image": Image.new("RGB", (32, 32))}, "a picture of 800000 x 800000"),
+        ({"num_images": 10**8}, "100,000,000 pictures of 64 x 64 need "),
+        ({"num_images": 10**8, "image": Image.new("RGB", (32, 32))}, "100,000,000 pictures of 8 x 8 need "),
+        ({"num_images": 10**8, "guidance_scale": 1}, "100,000,000 pictures"),
+        ({"num_images": 10**12}, "num_images must be below 1,000,000,000"),
+        ({"num_images": 10**5000}, "num_images must be below 1,000,000,000"),
+        ({"num_images": True}, "num_images=True must be a whole number"),
+        ({"height": 8 * 10**5000}, "height must be below 1,000,000,000 pixels"),
+        ({"height": True}, "height=True must be a whole number of pixels"),
+        ({"height": -(10**5000)}, r"height=-10\*\*60 or more"),
+        ({"prompt": ["a"] * 1000, "num_images": 10**6}, "1,000,000,000 pictures of 64 x 64 need"),
+    ],
+)
+def test_what_cannot_fit(sd: StableDiffusion, given: dict[str, Any], words: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=words) as e:
+        sd.generate(**{"prompt": "a", "steps": 3, **given})
+    assert len(str(e.value)) < 300
+    assert time.monotonic() - began < 5
+
+
+def test_models_without_text(ddpm: Unconditional) -> None:
+    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory at the least"):
+        ddpm.generate(10**8, steps=1)
+
+
+def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte, against the memory that there is; slices and tiles need less of it."""
+    need = memory.least(sd.config, 6, 40, 32, 4, 6)
+    given: dict[str, Any] = {"steps": 1, "seed": 0, "height": 40, "width": 32, "num_images": 6, "output": "tensor"}
+    monkeypatch.setattr(memory, "MARGIN", 1)
+    monkeypatch.setattr(memory, "physical", lambda device: need)
+    plain = sd.generate("a", **given)
+    monkeypatch.setattr(memory, "physical", lambda device: need - 1)
+    with pytest.raises(ConfigError, match="6 pictures of 32 x 40 need"):
+        sd.generate("a", **given)
+    fast.optimize(sd, ("vae_slices",))
+    sliced = sd.generate("a", **given)
+    fast.restore(sd)
+    assert np.allclose(plain, sliced, atol=1e-4)
+    small = Image.new("RGB", (16, 8))  # a picture smaller than the model's own size
+    monkeypatch.setattr(memory, "physical", lambda device: memory.least(sd.config, 1, 8, 16, 4, 1))
+    assert sd.generate("a", image=small, steps=2, seed=0, output="tensor").shape == (1, 3, 8, 16)
+
+
+def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.physical(CPU) > 2**28
+    if hasattr(os, "sysconf"):
+        with open("/proc/meminfo") as file:
+            kib = int(file.readline().split()[1])
+        assert abs(memory.physical(CPU) - kib * 1024) < 2**20
+        monkeypatch.delattr(os, "sysconf")
+    assert memory.physical(CPU) == memory.UNKNOWN
