@@ -80,7 +80,7 @@ def contents(trainer: Trainer) -> dict[str, Tensor]:
     if trainer.ema is not None:
         tensors |= {f"ema.{name}": w for name, w in trainer.ema.average.items()}
     for name, w in trainer.weights.items():  # a weight that never had a gradient has no moments
-        tensors |= {f"optimizer.{name}.{key}": m for key, m in trainer.optimizer.state.get(w, {}).items()}
+        tensors |= {f"optimizer.{name}.{key}": m for key, m in sorted(trainer.optimizer.state.get(w, {}).items())}
     return tensors
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -607,7 +608,7 @@ def test_check_names_the_first_tensor_that_is_not_finite(value: float, said: str
         (["--device", "cuda:77"], ["--device cuda:77", "cpu"]),
         (["--recipe", "none.png"], ["none.png", "no such file"]),
         (["--out", "nowhere/a.png"], ["nowhere", "create it first"]),
-        (["--out", "nowhere/"], ["nowhere", "create it first"]),
+        (["--out", "/dev/null/new/"], ["/dev/null", "create it first"]),
         (["--out", "a.jpg"], ["a.jpg", "a.png"]),
         (["--stpes", "3"], ["--stpes", "--help"]),
         (["--neg", "rain"], ["--neg"]),
@@ -709,6 +710,70 @@ def test_folder_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(destination.tempfile, "TemporaryFile", refuse)  # root may write anywhere, and tests run as root
     ended = run("generate", "a fox", "--model", "text", "--quiet", "--out", tmp_path / "a.png")
     one_error(ended, f"{tmp_path}: Permission denied")
+
+
+def test_a_folder_that_is_new_ends_with_a_slash(run: Run, tmp_path: Path) -> None:
+    """It is made with the first picture, and not before there is one."""
+    given = ("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 7, "--quiet", "--out")
+    one_error(run(*given, "new/pictures/", "--sampler", "magic"), "'magic'")
+    assert list(tmp_path.iterdir()) == []
+    assert run(*given, "new/pictures/").out == ["new/pictures/a-fox-7.png"]
+    assert run(*given, "new/pictures/").out == ["new/pictures/a-fox-7-2.png"]
+    (tmp_path / "file").touch()
+    one_error(run(*given, "file/"), "--out file/: there is no folder file")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+def test_force_replaces_regular_files_alone(run: Run, models: Path, tmp_path: Path) -> None:
+    """Of a link it replaces the link; a picture that has no name of its own takes the next one instead."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "link.png").symlink_to("precious")
+    (tmp_path / "to the pipe").symlink_to("pipe.png")
+    made = ("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 7, "--quiet", "--force", "--out")
+    one_error(run(*made, "pipe.png"), "pipe.png: is a named pipe, and only regular files are replaced")
+    assert run(*made, "link.png").out == ["link.png"]
+    assert not (tmp_path / "link.png").is_symlink()
+    os.mkfifo(tmp_path / "a-fox-7.png")
+    assert run(*made, ".").out == ["a-fox-7-2.png"]
+    assert run(*made, ".", "--num-images", 2).out == ["a-fox-7-2.png", "a-fox-8.png"]
+    for command in (("convert", "text"), ("parity", "record", "text")):
+        for name in ("pipe.png", "to the pipe"):
+            one_error(run(*command, name, "--force"), f"{name}: is a named pipe, and only regular files are replaced")
+        one_error(run(*command, "/dev/null", "--force"), "/dev/null: is a device")
+    (tmp_path / "link").symlink_to("precious")
+    assert run("convert", "text", "link", "--force").status == 0
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe.png").st_mode)
+
+
+def test_pictures_of_one_name_all_stay(run: Run, tmp_path: Path) -> None:
+    """Also where two of this run would have it, and one only differs in what the file system ignores."""
+    (tmp_path / "a.png").write_bytes(b"old")
+    made = ("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 7, "--quiet", "--num-images", 2)
+    assert run(*made, "--out", "a.png").out == ["a-2.png", "a-3.png"]
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+    assert run(*made, "--out", "a.png", "--force").out == ["a.png", "a-2.png"]
+    seeds = [minidiff.read_recipe(tmp_path / name)["seed"] for name in ("a.png", "a-2.png", "a-3.png")]
+    assert seeds == [7, 8, 8]
+
+
+def test_what_appears_during_a_conversion_is_not_replaced(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files._bytes
+
+    def meanwhile(*args: object) -> memoryview:
+        (tmp_path / "b.safetensors").write_text("precious")
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(files, "_bytes", meanwhile)
+    for to in ("minidiff", "original"):
+        one_error(run("convert", "text", "b.safetensors", "--to", to), "b.safetensors: exists already", "--force")
+        assert (tmp_path / "b.safetensors").read_text() == "precious"
+        (tmp_path / "b.safetensors").unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_to_another_dtype(run: Run, tmp_path: Path) -> None:
@@ -836,8 +901,11 @@ def test_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
 # In a process of its own
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c(models: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c(models: Path, tmp_path: Path, number: int, status: int, word: str) -> None:
     model = str(models / "text.safetensors")
     with process("generate", "a fox", "--model", model, "--steps", "999", "--sampler", "ddim", cwd=tmp_path) as p:
         assert p.stderr is not None
@@ -845,11 +913,11 @@ def test_ctrl_c(models: Path, tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while b"step" not in seen and time.monotonic() < deadline:  # the bar counts: it is at work
             seen += os.read(p.stderr.fileno(), 4096)
-        p.send_signal(signal.SIGINT)
+        p.send_signal(number)
         out, err = p.communicate(timeout=60)
-    assert p.returncode == 130, seen + err
+    assert p.returncode == status, seen + err
     assert out == b""
-    assert err.decode().splitlines()[-1] == "minidiff: interrupted"
+    assert err.decode().splitlines()[-1] == f"minidiff: {word}"
     assert "Traceback" not in (seen + err).decode()
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import minidiff
 from minidiff.arguments import parser
 from minidiff.cli import main
 from minidiff.files import TensorFile, write_tensors
+from minidiff.training import run, state
 from minidiff.training.command import settings, small_model
+from minidiff.training.loop import Trainer
+from minidiff.training.run import claimed
 from minidiff.training.settings import TrainConfig
 from minidiff.training.state import KEY
 from tests.tolerances import assert_close
@@ -170,6 +175,152 @@ def test_captions_missing_and_other_settings(photos: Path, tmp_path: Path, capfd
     assert main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), "--config", tiny, *TINY]) == 0
     capfd.readouterr()
     assert "batch=2, now it is 4" in complaint(capfd, "--data", photos, *out, *TINY, "--batch", "4", "--resume")
+
+
+def states(*folders: Path) -> list[dict[str, bytes]]:
+    """The bytes that matter of each run."""
+    names = ("state.safetensors", "model.safetensors", "log.csv")
+    return [{name: (folder / name).read_bytes() for name in names} for folder in folders]
+
+
+def test_a_folder_has_one_run_at_a_time(photos: Path, tmp_path: Path, tiny: str, capfd: Any) -> None:
+    """The second is told, begins nothing and disturbs nothing; whoever was killed stands in nobody's way."""
+    out = tmp_path / "new" / "run"
+    begin = ["--data", str(photos), "--config", tiny, "--out", str(out), *TINY]
+    with claimed(out):
+        assert "another run is at work in this folder" in complaint(capfd, *begin)
+        assert [p.name for p in out.iterdir()] == [".run.minidiff.lock"]
+    assert not (tmp_path / "new").exists()  # nothing came of it
+    out.mkdir(parents=True)
+    (out / ".run.minidiff.lock").touch()  # of one that was killed
+    assert main(["train", *begin]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["log.csv", "model.safetensors", "state.safetensors"]
+    with claimed(out):
+        assert "another run is at work" in complaint(capfd, *begin[:2], *begin[4:], "--resume")
+
+
+def test_what_fails_early_leaves_no_folder(photos: Path, tmp_path: Path, tiny: str, capfd: Any) -> None:
+    options = ["--data", photos, "--config", tiny, "--quiet"]
+    complaint(capfd, *options, "--out", tmp_path / "a" / "b", "--rate", "0")
+    complaint(capfd, *options, "--out", tmp_path / "c", "--resume")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ddpm.json", "photos"]
+
+
+@pytest.mark.parametrize("kind", ["pixels", "frozen and random", "frozen, from a file"])
+def test_killed_between_the_first_state_and_the_first_model(
+    photos: Path, tmp_path: Path, tiny: str, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Nothing is said again: the config is in the state, what learns too, and what is frozen is as it was."""
+    (tmp_path / "sd.json").write_text(json.dumps(asdict(SD)))
+    tiny_sd().save(tmp_path / "sd.safetensors")
+    told = {
+        "pixels": ["--config", tiny],
+        "frozen and random": ["--config", str(tmp_path / "sd.json"), "--parts", "vae", "--size", "16"],
+        "frozen, from a file": ["--model", "sd.safetensors", "--size", "16"],
+    }[kind]
+    size = told[-2:] if "--size" in told else []
+    monkeypatch.chdir(tmp_path)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    data = ["train", "--data", str(photos), *TINY]
+    assert main([*data, *told, "--out", str(whole)]) == 0
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "export", killed)
+        assert main([*data, *told, "--out", str(broken)]) == 130
+    assert sorted(p.name for p in broken.iterdir()) == ["log.csv", "state.safetensors"]
+    monkeypatch.chdir(photos)
+    assert main([*data, *size, "--out", str(broken), "--resume"]) == 0
+    ours, theirs = states(broken, whole)
+    assert ours == theirs
+    if kind == "frozen, from a file":  # the file is another one by now
+        (broken / "model.safetensors").unlink()
+        tiny_sd(seed=1).save(tmp_path / "sd.safetensors")
+        capfd.readouterr()
+        said = complaint(capfd, *data[1:], *size, "--out", broken, "--resume", "--steps", "5")
+        assert "sd.safetensors: is another model than the one this run began with" in said
+
+
+def test_a_state_of_before_that_was_noted(photos: Path, tmp_path: Path, capfd: Any) -> None:
+    """Then what was frozen cannot be known: asked for, and not drawn anew."""
+    (tmp_path / "sd.json").write_text(json.dumps(asdict(SD)))
+    out, vae = tmp_path / "run", ["--parts", "vae", "--size", "16"]
+    data = ["--data", str(photos), "--out", str(out), *TINY]
+    assert main(["train", *data, *vae, "--config", str(tmp_path / "sd.json")]) == 0
+    (out / "model.safetensors").unlink()
+    old = TensorFile(out / "state.safetensors")
+    facts = json.loads(old.metadata[state.KEY])
+    del facts["begun"]
+    write_tensors(tmp_path / "old", old.lazy, old.metadata | {state.KEY: json.dumps(facts)})
+    (tmp_path / "old").replace(out / "state.safetensors")
+    capfd.readouterr()
+    said = complaint(capfd, *data, *vae[2:], "--resume", "--steps", "5")
+    assert "is missing, with the frozen text_encoder and unet; say again what the run began with" in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to itself")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", ["in a step", "while saving"])
+def test_a_run_that_is_asked_to_end_saves(
+    photos: Path, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch, number: int, status: int, where: str
+) -> None:
+    """The step is finished and kept, wherever the signal finds it; going on ends at the same bytes."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = ["train", "--data", str(photos), *TINY, "--save-every", "3"]
+    assert main([*begin, "--config", tiny, "--out", str(whole)]) == 0
+
+    def asked(self: Trainer, *args: Any) -> Any:
+        found = real(self, *args)
+        if self.done == (1 if where == "in a step" else 3):
+            os.kill(os.getpid(), number)
+        return found
+
+    with monkeypatch.context() as patched:
+        place = (Trainer, "report") if where == "in a step" else (state, "contents")
+        real = getattr(*place)
+        patched.setattr(*place, asked)
+        assert main([*begin, "--config", tiny, "--out", str(broken)]) == status
+    done = state.Keeper().facts(broken)["done"]
+    assert done == (2 if where == "in a step" else 3)
+    assert sorted(p.name for p in broken.iterdir()) == ["log.csv", "model.safetensors", "state.safetensors"]
+    assert main([*begin, "--out", str(broken), "--resume"]) == 0
+    ours, theirs = states(broken, whole)
+    assert ours == theirs
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to itself")
+def test_a_run_that_was_just_done_is_done(
+    photos: Path, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.report
+
+    def asked(self: Trainer, *args: Any) -> Any:
+        if self.done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(Trainer, "report", asked)
+    assert main(["train", "--data", str(photos), *TINY, "--config", tiny, "--out", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes")
+def test_a_log_is_written_to_no_other_file(photos: Path, tmp_path: Path, tiny: str, capfd: Any) -> None:
+    """A link under its name is replaced, a pipe is refused at once."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (out / "log.csv").symlink_to(tmp_path / "precious")
+    begin = ["--data", str(photos), *TINY, "--config", tiny, "--out", str(out)]
+    assert main(["train", *begin]) == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (out / "log.csv").read_text().count("\n") == 5
+    (out / "log.csv").unlink()
+    os.mkfifo(out / "log.csv")
+    capfd.readouterr()
+    resumed = ["--data", photos, "--out", out, "--resume", "--steps", "5", "--quiet"]
+    assert "log.csv: is a named pipe" in complaint(capfd, *resumed)
 
 
 def test_help(capfd: Any) -> None:
