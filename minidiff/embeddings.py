@@ -69,34 +69,35 @@ def add(sd: StableDiffusion, word: Word) -> None:
 
 def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig:
     """``config`` with ``word`` in it, which is checked."""
+    shown = word.name if len(word.name) <= 60 else f"{word.name[:57]}..."
     name, parts = word.name, [part for part in TOKENIZERS if getattr(config, part) is not None]
     if not parts:
-        raise UnsupportedError(f"{name}: a {config.family} model reads no text; no word can be added")
+        raise UnsupportedError(f"{shown}: a {config.family} model reads no text; no word can be added")
     # A refiner has the second of SDXL's encoders only, and takes the words of both.
     beyond = [part for part in word.vectors if part not in parts and part != "text_encoder"]
     if beyond:
-        raise CheckpointError(f"{name}: has vectors for a {beyond[0]}, which this {config.family} model does not have")
+        raise CheckpointError(f"{shown}: has vectors for a {beyond[0]}, which this {config.family} model does not have")
     for part in parts:
         text, tokenizer = getattr(config, part), TOKENIZERS[part]
         if text.kept is not None:
-            raise UnsupportedError(f"{name}: this {config.family} model has a fixed vocabulary; no word can be added")
+            raise UnsupportedError(f"{shown}: this {config.family} model has a fixed vocabulary; no word can be added")
         if part not in word.vectors:
-            raise CheckpointError(f"{name}: has no vectors for the {part} of this {config.family} model")
+            raise CheckpointError(f"{shown}: has no vectors for the {part} of this {config.family} model")
         table = getattr(sd, part).token.weight
-        check_present(table, name)
+        check_present(table, shown)
         vectors = word.vectors[part]
         if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != text.width:
             shape = tuple(vectors.shape)
             raise CheckpointError(
-                f"{name}: vectors of shape {shape}; the {part} of this model has {text.width} wide ones"
+                f"{shown}: vectors of shape {shape}; the {part} of this model has {text.width} wide ones"
             )
         if not vectors.to(table).isfinite().all():
-            raise CheckpointError(f"{name}: its vectors hold NaN or infinite values")
+            raise CheckpointError(f"{shown}: its vectors hold NaN or infinite values")
         one = name != "" and not any(c.isspace() for c in name)
         check(one, f"{quote(name)} must be one word; give it another name, as in --embedding FILE=WORD")
         before = getattr(config, tokenizer)
         check(
-            normalize(name) not in Tokenizer(before).added, f"{name}: this word is known already; give it another name"
+            normalize(name) not in Tokenizer(before).added, f"{shown}: this word is known already; give it another name"
         )
         after = replace(before, added=(*before.added, (name, len(vectors))))
         spoken = Tokenizer(after)

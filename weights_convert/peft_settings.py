@@ -51,7 +51,7 @@ INERT = frozenset(
 READ = frozenset(
     ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules")
 )
-MOST_PATTERNS, LONGEST_PATTERN = 4096, 1000
+MOST_PATTERNS, LONGEST_PATTERN, MOST_CHARACTERS = 4096, 1000, 2**17
 DEFAULT_ALPHA = 8.0  # peft's
 
 
@@ -221,6 +221,8 @@ def _patterns(found: Any, where: str, read: Any) -> dict[Pattern, float]:
         return {}
     if not isinstance(found, dict) or len(found) > MOST_PATTERNS:
         raise CheckpointError(f"{where}={quote(found)}; it must be an object of at most {MOST_PATTERNS} patterns")
+    if sum(map(len, found)) > MOST_CHARACTERS:
+        raise UnsupportedError(f"{where}: expressions of {sum(map(len, found))} characters; {MOST_CHARACTERS} at most")
     return {Pattern(key, where): read(value, f"{where}[{quote(key)}]") for key, value in found.items()}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import weights_convert
@@ -52,3 +53,25 @@ def test_a_learned_word(tmp_path: Path, count: int) -> None:
         PROMPTS[0], num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="latent"
     ).images
     assert_close(made, reference)
+
+
+def test_a_pair_for_the_two_encoders_of_sdxl(tmp_path: Path) -> None:
+    """The reference is told the encoder and the tokenizer of each half; the file holds the second one first."""
+    theirs = folder_twin(tmp_path / "xl", "sdxl")
+    theirs.set_progress_bar_config(disable=True)
+    ours: Any = weights_convert.load(tmp_path / "xl")
+    g = torch.Generator().manual_seed(0)
+    halves = {"clip_g": torch.randn(2, 48, generator=g), "clip_l": torch.randn(2, 32, generator=g)}
+    safetensors.torch.save_file(halves, tmp_path / "fox.safetensors")
+    for key, encoder, tokenizer in (
+        ("clip_l", theirs.text_encoder, theirs.tokenizer),
+        ("clip_g", theirs.text_encoder_2, theirs.tokenizer_2),
+    ):
+        theirs.load_textual_inversion(halves[key], token="<fox>", text_encoder=encoder, tokenizer=tokenizer)
+    plain = ours.encode_prompt("a <fox> sits")[0]
+    embeddings.add(ours, read_embedding(tmp_path / "fox.safetensors", ours.config, "<fox>"))
+    context, _, pooled, _ = theirs.encode_prompt("a <fox> sits", do_classifier_free_guidance=False)
+    made = ours.encode_prompt("a <fox> sits")
+    assert_close(made[0], context)
+    assert_close(made[1], pooled)
+    assert not torch.allclose(made[0], plain, atol=1e-2)

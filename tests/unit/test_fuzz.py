@@ -1,13 +1,14 @@
-"""A short run of scripts/fuzz_checkpoints.py: some hundred damaged files, each refused or read as it was."""
+"""Short runs of the fuzz: damaged checkpoints, refused or read as they were; odd adapters and words."""
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests import fuzz
+from tests import fuzz, fuzz_adapters
 
 CASES = 140
 
@@ -37,3 +38,28 @@ def test_a_careless_reader_is_caught(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("minidiff.checkpoint.check_header", lambda path: None)
     ends = {base.try_case(number)[1] for number in range(0, 7 * 400, 7) if base.damaged(number).how == "other_config"}
     assert "accepted another model" in ends
+
+
+def test_odd_and_hostile_adapters_and_words(tmp_path: Path) -> None:
+    base = fuzz_adapters.Base(tmp_path)
+    ends: Counter[str] = Counter()
+    faults = []
+    for number in range(CASES):
+        what, end = base.try_case(number)
+        ends[end] += 1
+        if end not in fuzz_adapters.ALLOWED:
+            faults.append(f"case {number}, {what}: {end}")
+    assert faults == []
+    assert min(ends["taken"], ends["refused"]) > CASES / 5
+
+
+def test_a_careless_reader_of_adapters_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness itself: an alpha that is taken as it comes, and a sum that nobody looks at."""
+    reader = importlib.import_module("weights_convert.read_lora")
+    monkeypatch.setattr(reader, "alpha_of", lambda path, layer, entry: float(entry.load().sum()))
+    monkeypatch.setattr("minidiff.lora.fits", lambda *a: None)
+    monkeypatch.setattr("minidiff.lora.require_finite", lambda tensor, what: None)
+    base = fuzz_adapters.Base(tmp_path)
+    ends = {base.try_case(number)[1] for number in range(CASES)}
+    assert "FAULT weights are not finite" in ends
+    assert "FAULT taken, and it can't be used" in ends
