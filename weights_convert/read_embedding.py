@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from minidiff.lora import KINDS
 from minidiff.reading import content
 from weights_convert.adapter_file import file_of, is_pickle
 from weights_convert.ckpt import read_object
+from weights_convert.unpickle import Foreign
 
 ENCODERS = {
     "clip_l": "text_encoder",
@@ -103,12 +103,15 @@ def read_file(path: Path, stack: ExitStack) -> tuple[dict[str, Lazy], str | None
         inner, name = found["string_to_param"], found.get("name")
         if not isinstance(inner, dict):
             raise CheckpointError(f"{path}: its string_to_param is a {type(inner).__name__}; no learned word")
+    foreign = next(((key, value.kind) for key, value in inner.items() if isinstance(value, Foreign)), None)
+    if foreign is not None:
+        raise CheckpointError(f"{path}: {quote(str(foreign[0]))} is {foreign[1]}; no vectors of a word")
     tensors = {str(key): tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
     return {key: plain(path, key, t) for key, t in tensors.items()}, name if isinstance(name, str) and name else None
 
 
-def plain(path: Path, key: str, tensor: Any) -> Lazy:
+def plain(path: Path, key: str, tensor: Tensor) -> Lazy:
     """A tensor of a pickle, whose every entry is stored. A few bytes can say that they are a million rows."""
-    if tensor.layout != torch.strided or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        raise CheckpointError(f"{path}: {quote(key)} is {tensor.layout} with entries that are not stored; no vectors")
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise CheckpointError(f"{path}: {quote(key)} has entries that are not stored; no vectors of a word")
     return lazy(tensor.detach())
