@@ -160,7 +160,7 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
             if live:
                 for adapter_name, name, layer, update, strength in each:
                     # What can't be fused would not fill the layer's output with better numbers.
-                    require_finite(update.delta(layer.weight, strength), f"{adapter_name}: {name}")
+                    require_finite(update.delta(layer.get_parameter("weight"), strength), f"{adapter_name}: {name}")
                     forward_hook(layer, update.live(layer, strength), applied.hooks)
                 return applied
             layers = {name: layer for _, name, layer, _, _ in each}
