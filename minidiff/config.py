@@ -65,16 +65,21 @@ class Level:
     ``attention`` says what follows every ResBlock: nothing, a "text" transformer (self-attention, cross-attention
     to the prompt, feed-forward; ``depth`` of them) or plain spatial "self"-attention, as the first DDPM had it.
     ``heads`` is a count. (The field that diffusers calls ``attention_head_dim`` is a count too, for SD1 and SD2.)
+    Models from which blocks were cut (SSD-1B) have another depth behind every ResBlock: ``down_depths`` and
+    ``up_depths`` list them in the order of the way, None where all are ``depth``.
     """
 
     channels: int
     attention: Attention = "none"
     depth: int = 1
     heads: int = 8
+    down_depths: tuple[int, ...] | None = None
+    up_depths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         within(1, WIDEST, channels=self.channels, heads=self.heads)
-        within(1, MOST_BLOCKS, depth=self.depth)
+        for depth in (self.depth, *(self.down_depths or ()), *(self.up_depths or ())):
+            within(1, MOST_BLOCKS, depth=depth)
         fits = self.attention == "none" or self.channels % self.heads == 0
         check(fits, f"heads={self.heads} does not divide channels={self.channels}")
 
@@ -92,7 +97,8 @@ class UNetConfig:
     families apart, beside widths: ``attention`` of the levels, ``linear_proj`` (the projections around a transformer
     are linear layers instead of 1x1 convolutions), ``added_dim`` (SDXL: width of the vector of pooled text and six
     sinusoids of ``added_sinusoid``, five in its refiner), the sinusoid (``sin_first``, ``freq_shift``) and
-    ``asymmetric_down``.
+    ``asymmetric_down``. ``mid_layers`` counts the ResBlocks of the middle: two with the attention of ``mid`` between
+    them, or less, and no attention, in models that were made smaller (SSD-1B has one, Tiny-SD none).
     """
 
     levels: tuple[Level, ...]
@@ -100,6 +106,7 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     layers: int = 2  # ResBlocks per level on the way down; one more on the way up
+    mid_layers: int = 2
     context_dim: int | None = None  # width of one text token
     linear_proj: bool = False
     added_dim: int | None = None
@@ -112,14 +119,25 @@ class UNetConfig:
     groups: int = 32
     eps: float = 1e-5
     sample_size: int = 64  # side of the latents (or pixels) that it was trained on
+    sample_width: int | None = None  # where the pictures were not square: sample_size is their height
 
     def __post_init__(self) -> None:
         check(0 < len(self.levels) <= MOST_LEVELS, f"{len(self.levels)} levels: a UNet has 1 to {MOST_LEVELS}")
         within(1, WIDEST, in_channels=self.in_channels, out_channels=self.out_channels, context_dim=self.context_dim)
         within(1, WIDEST, added_dim=self.added_dim, guidance_dim=self.guidance_dim, sample_size=self.sample_size)
-        within(1, WIDEST, groups=self.groups, layers=self.layers)
+        within(1, WIDEST, groups=self.groups, layers=self.layers, sample_width=self.sample_width)
         within(0, 1, eps=self.eps)
-        blocks = sum((2 * self.layers + 1) * (1 + level.depth) for level in self.levels) + self.mid.depth
+        within(0, 2, mid_layers=self.mid_layers)
+        bare = self.mid_layers == 2 or self.mid.attention == "none"
+        check(bare, f"mid_layers={self.mid_layers} has no place for attention in the middle; that needs 2")
+        for level in self.levels:
+            for name, count in (("down_depths", self.layers), ("up_depths", self.layers + 1)):
+                depths = getattr(level, name)
+                fits = depths is None or (len(depths) == count and level.attention == "text")
+                check(fits, f"{name}={quote(depths)} of a level should be {count} depths of text transformers")
+        blocks = self.mid.depth + sum(
+            1 + d for level in self.levels for d in (*self.down_depths(level), *self.up_depths(level))
+        )
         check(
             blocks <= MOST_BLOCKS, f"layers={self.layers} and the levels' depths make {blocks} blocks; that is absurd"
         )
@@ -143,6 +161,19 @@ class UNetConfig:
     def time_dim(self) -> int:
         """Width of the time embedding: four times the first level's, in every family."""
         return 4 * self.levels[0].channels
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the latents (or pixels) that it was trained on."""
+        return self.sample_size, self.sample_width or self.sample_size
+
+    def down_depths(self, level: Level) -> tuple[int, ...]:
+        """The depth of the transformer behind each of a level's ResBlocks on the way down."""
+        return level.down_depths or (level.depth,) * self.layers
+
+    def up_depths(self, level: Level) -> tuple[int, ...]:
+        """The depth of the transformer behind each of a level's ResBlocks on the way up."""
+        return level.up_depths or (level.depth,) * (self.layers + 1)
 
 
 SD15 = UNetConfig(
@@ -258,7 +289,8 @@ class CLIPTextConfig:
     vocab: int = 49408
     kept: tuple[int, ...] | None = None  # ids, ascending, with a vector of their own; the others share one. None: all
     positions: int = 77
-    end_token: int = 49407  # the pooled output is read where this id stands first
+    # The pooled output is read where this id stands first; None: where the largest one does, as CLIP's own code has it.
+    end_token: int | None = 49407
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -364,6 +396,8 @@ class ModelConfig:
             tokens = CLIPTextConfig.vocab if tokenizer.vocab is None else len(tokenizer.vocab)
             tokens += sum(count for _, count in tokenizer.added)
             check(tokens <= encoder.vocab, f"the tokenizer has {tokens} tokens, the text encoder vocab={encoder.vocab}")
+        lengths = {tokenizer.length for _, tokenizer in pairs if tokenizer is not None}
+        check(len(lengths) < 2, f"the tokenizers' lengths {sorted(lengths)} differ, and their texts are joined")
         width = sum(encoder.width for encoder, _ in pairs if encoder is not None)
         fits = width in (0, self.unet.context_dim)
         check(fits, f"context_dim={self.unet.context_dim} of the UNet differs from the text encoder's width={width}")

@@ -44,9 +44,10 @@ def describe_config(config: ModelConfig) -> Rows:
     for name in ("tokenizer", "tokenizer_2"):
         if getattr(config, name) is not None:
             rows.append((name, _tokenizer(getattr(config, name))))
-    side = config.unet.sample_size * (config.vae.factor if config.vae else 1)
+    factor = config.vae.factor if config.vae else 1
+    height, width = (side * factor for side in config.unet.sides)
     rows += [
-        ("picture", f"{side} x {side} by default"),
+        ("picture", f"{width} x {height} by default"),
         ("schedule", _schedule(config.schedule)),
         ("sampler", _sampler(config.sampler)),
     ]

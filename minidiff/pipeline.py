@@ -419,8 +419,8 @@ class StableDiffusion(Pipeline):
 
     def _latent_shape(self, height: int | None, width: int | None, pictures: Pictures | None) -> tuple[int, int, int]:
         factor = self.vae.config.factor
-        side = self.unet.config.sample_size
-        size = (height // factor if height else side, width // factor if width else side)
+        sides = self.unet.config.sides
+        size = (height // factor if height else sides[0], width // factor if width else sides[1])
         if pictures is not None:
             found = pictures.pixels.shape[2:]
             size = (found[0], found[1]) if pictures.encoded else (found[0] // factor, found[1] // factor)
@@ -592,12 +592,12 @@ class Unconditional(Pipeline):
         if steps is None:
             steps = self.config.schedule.steps if note(sampler)["name"] == "ddpm" else 50
         c = self.unet.config
-        size = c.sample_size
+        height, width = c.sides
         check_fits(
-            self.config, batch_size, size, size, device=self.device, size=self.dtype.itemsize, at_once=batch_size
+            self.config, batch_size, width, height, device=self.device, size=self.dtype.itemsize, at_once=batch_size
         )
-        labels = [{"width": size, "height": size}] * batch_size
-        shape = (batch_size, c.in_channels, size, size)
+        labels = [{"width": width, "height": height}] * batch_size
+        shape = (batch_size, c.in_channels, height, width)
         plan = sampler.plan(self.schedule, steps)
         begin, origins = self._begin(sampler, plan, range(len(plan.timesteps)), shape, latents, seed, generator)
         return self._run(lambda x, t: Prediction(self.unet(x, t)), begin, begin.from_noise(), labels, origins, steps)

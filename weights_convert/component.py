@@ -7,7 +7,6 @@ safetensors. A variant of the weights (fp16, non_ema) may lie beside the plain o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,26 +17,34 @@ import torch
 from torch import nn
 
 from minidiff.checkpoint import MODELS
-from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
+from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig, quote
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.files import Lazy
+from minidiff.reading import read_object
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
 from weights_convert import keys_taesd
-from weights_convert.engine import Module, Part, expand, translate
+from weights_convert.engine import Drop, Module, Pair, Part, expand, translate
 from weights_convert.overlay import overlay
 from weights_convert.tensors import read_tensors
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
+LARGEST = (
+    "eos_token_id is 2, as in configs of before mid-2023: pooled where the largest id stands, as the reference does, "
+    "which is another place where the prompt has a learned word; end_token=49407 in its config is the end of the text"
+)
+BEYOND = "the file has more layers than its config, which the reference follows, too"
 
 
 @dataclass
 class Component:
-    """A translated component: minidiff's config for it, its tensors and what was dropped, the variant, and remarks."""
+    """A translated component: minidiff's config for it, its tensors and what was dropped, the variant, and remarks.
+    ``found`` is its ``config.json``."""
 
     config: AnyConfig
     part: Part
+    found: Mapping[str, Any]
     variant: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -53,26 +60,51 @@ def read_component(
     Raises :class:`CheckpointError` for missing or damaged files and tensors that do not fit the config, and
     :class:`UnsupportedError` for a class or an option that minidiff's models do not have.
     """
-    found = read_json(folder / "config.json")
+    found = read_object(folder / "config.json")
     kind = kind or class_name(found)
     options = configs.Options({**found, "_class_name": kind}, f"{folder}/config.json")
     config = overlay(_config(kind, options), override or {})
     files, chosen = weight_files(folder, variant)
     tensors = read_files(files)
     model = meta_model(config)
-    drops = keys.CLIP_DROPS if isinstance(config, CLIPTextConfig) else ()
-    part = translate(expand(key_map(config, tensors), model), tensors, model, where=str(folder), drops=drops)
+    pairs = expand(key_map(config, tensors), model)
+    drops = (*(keys.CLIP_DROPS if isinstance(config, CLIPTextConfig) else ()), *_beyond(pairs, tensors))
+    part = translate(pairs, tensors, model, where=str(folder), drops=drops)
     notes = [f"{options.where}: {key} is not an option of {kind}" for key in options.unknown()]
     if chosen != variant:
         there = "the plain weights" if chosen is None else f"the {chosen} weights, there are no others"
         notes.append(f"{folder.name}: {there}{' (no ' + variant + ')' if variant else ''}")
-    return Component(config, part, chosen, notes)
+    if isinstance(config, CLIPTextConfig) and config.end_token is None:
+        notes.append(f"{folder.name}: {LARGEST}")
+    return Component(config, part, found, chosen, notes)
+
+
+def _beyond(pairs: list[Pair], tensors: Mapping[str, Lazy]) -> Iterator[Drop]:
+    """The rule for tensors of layers that a config leaves out: behind the last entry of a list that the model has, or
+    in a middle that it has not."""
+    last: dict[str, int] = {}
+    for pair in pairs:
+        for name, i in _entries(pair.theirs):
+            last[name] = max(last.get(name, 0), i)
+
+    def beyond(name: str, i: int) -> bool:
+        return i > last.get(name, -1 if ".mid_block." in f".{name}." else i)
+
+    extra = [key for key in tensors if any(beyond(*entry) for entry in _entries(key))]
+    if extra:
+        yield Drop("layers beyond the config's", "|".join(map(re.escape, extra)), BEYOND)
+
+
+def _entries(key: str) -> list[tuple[str, int]]:
+    """The lists that a tensor lies in, and its place in each: "a.0.b.12.weight" is in "a" at 0, in "a.0.b" at 12."""
+    return [(key[: found.start()], int(found[1])) for found in re.finditer(r"\.(\d{1,6})(?=\.)", key)]
 
 
 def class_name(found: Mapping[str, Any]) -> str:
     """The class that a ``config.json`` belongs to, in diffusers' words (``_class_name``) or transformers'."""
-    architectures = found.get("architectures") or [""]
-    return str(found.get("_class_name") or architectures[0])
+    architectures = found.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    return str(found.get("_class_name") or first)
 
 
 def meta_model(config: AnyConfig) -> nn.Module:
@@ -92,12 +124,11 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         "CLIPTextModelWithProjection": configs.clip,
     }
     if kind not in readers:
-        named = kind or "a class that it does not name"
+        named = quote(kind) if kind else "a class that it does not name"
         raise UnsupportedError(f"{options.where}: is of {named}; minidiff converts {', '.join(readers)}")
     try:
         return readers[kind](options)
-    except (ConfigError, TypeError, ValueError, AttributeError, KeyError, IndexError) as e:
-        # Every option is a user's JSON: a list where a name should be shows as any of these.
+    except ConfigError as e:
         raise CheckpointError(f"{options.where}: is no usable config ({e})") from None
 
 
@@ -106,7 +137,7 @@ def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
     if isinstance(config, TAESDConfig):
         return keys_taesd.taesd(config)
     if isinstance(config, UNetConfig):
-        return keys.unet(config, old_names="mid_block.attentions.0.query.weight" in tensors)
+        return keys.unet(config, old_names=any(key.endswith(".query.weight") for key in tensors))
     if isinstance(config, VAEConfig):
         old_names = "encoder.mid_block.attentions.0.query.weight" in tensors
         query = tensors.get(f"encoder.mid_block.attentions.0.{'query' if old_names else 'to_q'}.weight")
@@ -168,23 +199,10 @@ def read_files(files: list[Path]) -> dict[str, Lazy]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
     names = sorted(set(weight_map.values()))
     if any(Path(n).name != n for n in names):  # shards lie beside their index; nothing else is opened
         raise CheckpointError(f"{index}: a shard is said to lie in another folder")
     return [index.parent / n for n in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises :class:`CheckpointError` for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); the checkpoint's folder is incomplete") from None
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: should hold a JSON object")
-    return found

@@ -8,9 +8,19 @@ An option that the file leaves out has the default of the class that wrote it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from minidiff.config import Attention, CLIPTextConfig, Level, TAESDConfig, UNetConfig, VAEConfig
+from minidiff.config import (
+    MOST_BLOCKS,
+    Attention,
+    CLIPTextConfig,
+    Level,
+    TAESDConfig,
+    UNetConfig,
+    VAEConfig,
+    quote,
+    within,
+)
 from minidiff.errors import CheckpointError, UnsupportedError
 
 Found = Mapping[str, Any]
@@ -30,14 +40,13 @@ UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
+    "quantization_config": (None,),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
     "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
@@ -47,6 +56,7 @@ VAE_ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": SILU,
     "latents_mean": (None,),
     "latents_std": (None,),
+    "quantization_config": (None,),
     "shift_factor": (None, 0),
 }
 TAESD_ONLY: dict[str, tuple[Any, ...]] = {
@@ -57,6 +67,11 @@ TAESD_ONLY: dict[str, tuple[Any, ...]] = {
     "upsample_fn": ("nearest",),
     "upsampling_scaling_factor": (2,),
 }
+CLIP_ONLY: dict[str, tuple[Any, ...]] = {
+    "model_type": ("clip_text_model",),  # "clip" is text and pictures in one
+    "quantization_config": (None,),
+    "use_attention_mask": (None, False),  # the pipelines of SD1 and SD2 hide the padding then
+}
 # Options that change nothing in what a trained model computes in one given precision, or that others already tell.
 NO_EFFECT = {
     "addition_embed_type_num_heads",
@@ -64,55 +79,104 @@ NO_EFFECT = {
     "num_train_timesteps",
 }
 CONDITIONAL_DOWN: dict[str, Attention] = {"CrossAttnDownBlock2D": "text", "DownBlock2D": "none"}
+# How many ResBlocks each kind of middle has; attention stands between two. The first is the default.
+CONDITIONAL_MID = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}
+UNCONDITIONAL_MID = {"UNetMidBlock2D": 2, None: 0}
 UNCONDITIONAL_DOWN: dict[str, Attention] = {"AttnDownBlock2D": "self", "DownBlock2D": "none"}
 
 
 class Options:
-    """The options of one config file; remembers which were asked for, to name those that nobody knows."""
+    """The options of one config file, read by type; remembers which were asked for, to name those that nobody knows.
+
+    Every getter raises :class:`CheckpointError` for a value of another type, quoting it.
+    """
 
     def __init__(self, found: Found, where: str) -> None:
         self.found, self.where = found, where
         self.known: set[str] = set(NO_EFFECT)
 
     def get(self, key: str, default: Any) -> Any:
-        """The option's value, or the default of the class that wrote the file."""
+        """The option's value, of whatever type, or the default of the class that wrote the file."""
         self.known.add(key)
         return self.found.get(key, default)
 
-    def number(self, key: str, default: Any) -> Any:
-        """An option that must be a number of the kind of ``default`` (a float may be written as an int)."""
+    def number(self, key: str, default: float) -> float:
+        """A number; NaN and infinity are none."""
         value = self.get(key, default)
-        kinds = (int, float) if isinstance(default, float) else (int,)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {key}={value!r} should be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
+            raise self._wrong(key, value, "a number")
+        return float(value)
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number."""
+        return self._whole(key, self.get(key, default))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
         return value
+
+    def wholes(self, key: str, default: list[int]) -> list[int]:
+        """A list of whole numbers."""
+        value = self.get(key, default)
+        if not isinstance(value, (list, tuple)) or not value:
+            raise self._wrong(key, value, "a list of numbers")
+        return [self._whole(key, v) for v in value]
+
+    def names(self, key: str, default: list[str], count: int) -> list[str]:
+        """A list of ``count`` names."""
+        value = self.get(key, default)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or len(value) != count:
+            raise self._wrong(key, value, f"a list of {count} names, one for each level")
+        return list(value)
 
     def each(self, key: str, default: Any, count: int) -> list[Any]:
         """One value a level: a list of ``count``, or a single value that holds for all."""
         value = self.get(key, default)
         values = list(value) if isinstance(value, (list, tuple)) else [value] * count
         if len(values) != count:
-            raise CheckpointError(f"{self.where}: {key}={value!r} should have {count} entries, one for each level")
+            raise self._wrong(key, value, f"a list of {count} entries, one for each level")
         return values
 
-    def one(self, key: str, default: Any, count: int) -> Any:
-        """An option that may differ between levels, in a model where it may not."""
-        values = self.each(key, default, count)
+    def one(self, key: str, default: int, count: int) -> int:
+        """A whole number that may differ between levels, in a model where it may not."""
+        values = [self._whole(key, v) for v in self.each(key, default, count)]
         if any(v != values[0] for v in values):
             self.refuse(key, values)
         return values[0]
 
-    def only(self, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-        """Refuse every option whose value is not among those allowed."""
+    def sides(self, key: str, default: int) -> tuple[int, int]:
+        """Height and width, from one number for both or a list of the two."""
+        value = self.get(key, default)
+        sides = [default if value is None else value] * 2 if not isinstance(value, (list, tuple)) else value
+        if len(sides) != 2:
+            raise self._wrong(key, value, "one number, or height and width")
+        return self._whole(key, sides[0]), self._whole(key, sides[1])
+
+    def only(self, allowed: Mapping[str, tuple[Any, ...]], count: int | None = None) -> None:
+        """Refuse every option whose value is not among those allowed; lists of ``count`` equal ones, of those that
+        may differ between levels, count as the value."""
         for key, values in allowed.items():
             value = self.get(key, values[0])
-            same = [value] if not isinstance(value, (list, tuple)) else value
-            if any(v not in values for v in same):
+            each = self.each(key, value, count) if count is not None and isinstance(value, (list, tuple)) else [value]
+            if any(v not in values for v in each):
                 self.refuse(key, value)
 
-    def refuse(self, key: str, value: Any) -> None:
+    def _whole(self, key: str, value: Any) -> int:
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+            value = int(value)  # 8.0: JSON has one kind of number, and so has whoever edits it by hand
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(key, value, "a whole number")
+        return value
+
+    def _wrong(self, key: str, value: Any, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {key}={quote(value)} should be {wanted}")
+
+    def refuse(self, key: str, value: Any) -> NoReturn:
         """Raise :class:`UnsupportedError` for this option."""
-        raise UnsupportedError(f"{self.where}: {key}={value!r} is not supported by minidiff's models")
+        raise UnsupportedError(f"{self.where}: {key}={quote(value)} is not supported by minidiff's models")
 
     def unknown(self) -> list[str]:
         """Options of a diffusers config that no class has and that are switched on: passed over, as diffusers does.
@@ -128,68 +192,113 @@ def unet(options: Options) -> UNetConfig:
     """The config of a UNet2DConditionModel or (told by ``_class_name``) a UNet2DModel."""
     o = options
     conditional = o.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
+    channels = o.wholes("block_out_channels", [320, 640, 1280, 1280] if conditional else [224, 448, 672, 896])
     o.only(UNET_ONLY)
-    channels = o.get("block_out_channels", [320, 640, 1280, 1280] if conditional else [224, 448, 672, 896])
-    if (
-        not isinstance(channels, (list, tuple))
-        or not all(isinstance(c, int) and c > 0 for c in channels)
-        or not channels
-    ):
-        raise CheckpointError(f"{o.where}: block_out_channels={channels!r} should be a list of widths")
+    o.only({"only_cross_attention": (False,)}, len(channels))
     if o.get("time_embedding_dim", None) not in (None, 4 * channels[0]):
         o.refuse("time_embedding_dim", o.get("time_embedding_dim", None))
-    levels, mid = (_text_levels if conditional else _self_levels)(o, list(channels))
-    sin_first = not o.get("flip_sin_to_cos", True)
-    freq_shift = o.number("freq_shift", 0)
-    padding = o.number("downsample_padding", 1)
+    layers = o.one("layers_per_block", 2, len(channels))
+    within(1, MOST_BLOCKS, layers_per_block=layers)
+    levels, mid, mid_layers = (_text_levels if conditional else _self_levels)(o, channels, layers)
+    sin_first = not o.flag("flip_sin_to_cos", True)
+    freq_shift = o.whole("freq_shift", 0)
+    padding = o.whole("downsample_padding", 1)
     if padding not in (0, 1):
         o.refuse("downsample_padding", padding)
+    height, width = o.sides("sample_size", 64)
     return UNetConfig(
         levels=levels,
         mid=mid,
-        in_channels=o.number("in_channels", 4 if conditional else 3),
-        out_channels=o.number("out_channels", 4 if conditional else 3),
-        layers=o.one("layers_per_block", 2, len(channels)),
+        in_channels=o.whole("in_channels", 4 if conditional else 3),
+        out_channels=o.whole("out_channels", 4 if conditional else 3),
+        layers=layers,
+        mid_layers=mid_layers,
         sin_first=sin_first,
         freq_shift=freq_shift,
         asymmetric_down=padding == 0,
-        groups=o.number("norm_num_groups", 32),
-        eps=float(o.number("norm_eps", 1e-5)),
-        sample_size=_side(o, 64),
-        upcast_attention=bool(o.get("upcast_attention", False)),
+        groups=o.whole("norm_num_groups", 32),
+        eps=o.number("norm_eps", 1e-5),
+        sample_size=height,
+        sample_width=None if width == height else width,
+        upcast_attention=o.flag("upcast_attention", False),
         **(_conditions(o, sin_first, freq_shift, len(channels)) if conditional else {}),
     )
 
 
-def _text_levels(o: Options, channels: list[int]) -> tuple[tuple[Level, ...], Level]:
+Ladder = tuple[tuple[Level, ...], Level, int]  # the levels, the middle, and how many ResBlocks it has
+
+
+def _text_levels(o: Options, channels: list[int], layers: int) -> Ladder:
     n = len(channels)
     kinds = _attention(o, CONDITIONAL_DOWN, ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n)
-    if o.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
-        o.refuse("mid_block_type", o.get("mid_block_type", None))
     # Under both names this is a number of heads; the second one came too late to replace the first.
     sizes = o.each("attention_head_dim", 8, n)
     heads = sizes if o.get("num_attention_heads", None) is None else o.each("num_attention_heads", None, n)
-    depths = o.each("transformer_layers_per_block", 1, n)
-    if not all(isinstance(v, int) for v in (*heads, *depths)):  # SDXL variants nest one list for each layer
-        o.refuse("transformer_layers_per_block / attention_head_dim", [*depths, *heads])
+    down, up, turn = _depths(o, n, layers)
     levels = tuple(
-        Level(channels=c, attention=kind, depth=d, heads=h) if kind == "text" else Level(channels=c)
-        for c, kind, d, h in zip(channels, kinds, depths, heads, strict=True)
+        _text_level(o, c, h, down[i], up[n - 1 - i]) if kind == "text" else Level(channels=c)
+        for i, (c, kind, h) in enumerate(zip(channels, kinds, heads, strict=True))
     )
-    return levels, Level(channels=channels[-1], attention="text", depth=depths[-1], heads=heads[-1])
+    mid_layers = _mid_layers(o, CONDITIONAL_MID)
+    if mid_layers < 2:
+        return levels, Level(channels=channels[-1]), mid_layers
+    return levels, _text_level(o, channels[-1], heads[-1], [turn], [turn]), mid_layers
 
 
-def _self_levels(o: Options, channels: list[int]) -> tuple[tuple[Level, ...], Level]:
+def _text_level(o: Options, channels: int, heads: Any, down: list[int], up: list[int]) -> Level:
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        o.refuse("attention_head_dim", heads)
+    varied = None if {*down, *up} == {down[0]} else (tuple(down), tuple(up))
+    down_depths, up_depths = varied or (None, None)
+    return Level(
+        channels=channels,
+        attention="text",
+        depth=down[0],
+        heads=heads,
+        down_depths=down_depths,
+        up_depths=up_depths,
+    )
+
+
+def _depths(o: Options, count: int, layers: int) -> tuple[list[list[int]], list[list[int]], int]:
+    """How deep the transformers are behind every ResBlock of every level, on the way down and on the way up (coarsest
+    level first), and in the middle. A level has one number, or a list with one for each ResBlock."""
+    key, other = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+    down = o.each(key, 1, count)
+    back = o.get(other, None)
+    if back is None and any(isinstance(d, (list, tuple)) for d in down):
+        raise CheckpointError(f"{o.where}: {key}={quote(down)} tells nothing about the way up; {other} is needed")
+    up = down[::-1] if back is None else o.each(other, None, count)
+
+    def listed(key: str, value: Any, length: int) -> list[int]:
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * length
+        if len(values) < length:
+            raise CheckpointError(f"{o.where}: {key}={quote(value)} has {len(values)} depths, {length} are needed")
+        return [o._whole(key, v) for v in values[:length]]  # longer lists: the rest is passed over there, too
+
+    turn = listed(key, down[-1], 1)[0]
+    return [listed(key, d, layers) for d in down], [listed(other, u, layers + 1) for u in up], turn
+
+
+def _mid_layers(o: Options, known: Mapping[Any, int]) -> int:
+    kind = o.get("mid_block_type", next(iter(known)))
+    if not isinstance(kind, (str, type(None))) or kind not in known:
+        o.refuse("mid_block_type", kind)
+    return known[kind]
+
+
+def _self_levels(o: Options, channels: list[int], layers: int) -> Ladder:
     kinds = _attention(o, UNCONDITIONAL_DOWN, ["DownBlock2D"] + ["AttnDownBlock2D"] * 3, len(channels))
-    if o.get("mid_block_type", "UNetMidBlock2D") != "UNetMidBlock2D":
-        o.refuse("mid_block_type", o.get("mid_block_type", None))
+    mid_layers = _mid_layers(o, UNCONDITIONAL_MID)
     groups = o.get("attn_norm_num_groups", None)
     if groups not in (None, o.get("norm_num_groups", 32)):
         o.refuse("attn_norm_num_groups", groups)
-    size = o.get("attention_head_dim", 8)  # here it is what its name says; None: a single head over all channels
-    if size is not None and (not isinstance(size, int) or size <= 0):
-        raise CheckpointError(f"{o.where}: attention_head_dim={size!r} should be a positive number or null")
-    attends: list[Attention] = [*kinds, "self" if o.get("add_attention", True) else "none"]
+    # Here it is what its name says; None: a single head over all channels.
+    size = None if o.get("attention_head_dim", 8) is None else o.whole("attention_head_dim", 8)
+    if size is not None and size <= 0:
+        o.refuse("attention_head_dim", size)
+    middle = o.flag("add_attention", True) and mid_layers == 2
+    attends: list[Attention] = [*kinds, "self" if middle else "none"]
     for c, kind in zip([*channels, channels[-1]], attends, strict=True):
         if kind == "self" and size is not None and c % size:
             o.refuse("attention_head_dim", size)
@@ -197,34 +306,36 @@ def _self_levels(o: Options, channels: list[int]) -> tuple[tuple[Level, ...], Le
         Level(channels=c, attention=kind, heads=c // (size or c)) if kind == "self" else Level(channels=c)
         for c, kind in zip([*channels, channels[-1]], attends, strict=True)
     ]
-    return tuple(levels[:-1]), levels[-1]
+    return tuple(levels[:-1]), levels[-1], mid_layers
 
 
 def _attention(o: Options, names: Mapping[str, Attention], default: list[str], count: int) -> list[Attention]:
     """The levels' kind of attention from the names of their blocks; the way up must mirror the way down."""
     mirror = [n.replace("Down", "Up") for n in reversed(default)]
-    down, up = o.get("down_block_types", default), o.get("up_block_types", mirror)
+    down, up = o.names("down_block_types", default, count), o.names("up_block_types", mirror, count)
     for kind in down:
         if kind not in names:
             o.refuse("down_block_types", kind)
-    if [n.replace("Down", "Up") for n in reversed(down)] != list(up):
+    if [n.replace("Down", "Up") for n in reversed(down)] != up:
         o.refuse("up_block_types", up)
-    if len(down) != count:
-        raise CheckpointError(f"{o.where}: {len(down)} down_block_types for {count} block_out_channels")
     return [names[kind] for kind in down]
 
 
 def _conditions(o: Options, sin_first: bool, freq_shift: int, count: int) -> dict[str, Any]:
     """What a text-to-image UNet is told beside the time."""
+    guidance = o.get("time_cond_proj_dim", None)
     out: dict[str, Any] = {
         "context_dim": o.one("cross_attention_dim", 1280, count),
-        "linear_proj": bool(o.get("use_linear_projection", False)),
-        "guidance_dim": o.get("time_cond_proj_dim", None),
+        "linear_proj": o.flag("use_linear_projection", False),
+        "guidance_dim": None if guidance is None else o.whole("time_cond_proj_dim", 0),
     }
     kind = o.get("addition_embed_type", None)
-    added, width = o.get("projection_class_embeddings_input_dim", None), o.get("addition_time_embed_dim", None)
-    if kind == "text_time" and isinstance(added, int) and isinstance(width, int) and not (sin_first or freq_shift):
-        out |= {"added_dim": added, "added_sinusoid": width}
+    told = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    added, width = (o.get(key, None) for key in told)
+    if kind == "text_time":
+        if sin_first or freq_shift:
+            o.refuse("flip_sin_to_cos / freq_shift", [not sin_first, freq_shift])
+        out |= {"added_dim": o.whole(told[0], added), "added_sinusoid": o.whole(told[1], width)}
     elif kind is not None:
         o.refuse("addition_embed_type", kind)
     return out
@@ -235,27 +346,30 @@ def vae(options: Options) -> VAEConfig:
     o = options
     o.get("_class_name", None)
     o.only(VAE_ONLY)
-    channels = o.get("block_out_channels", [64])
-    n = len(channels)
-    o.only({"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)})
-    image = o.number("in_channels", 3)
-    if o.number("out_channels", 3) != image:
+    channels = o.wholes("block_out_channels", [64])
+    for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        kinds = o.names(key, [kind], len(channels))
+        if any(k != kind for k in kinds):
+            o.refuse(key, kinds)
+    image = o.whole("in_channels", 3)
+    if o.whole("out_channels", 3) != image:
         o.refuse("out_channels", o.get("out_channels", 3))
-    quant = o.get("use_quant_conv", True)
-    if o.get("use_post_quant_conv", True) != quant:
+    quant = o.flag("use_quant_conv", True)
+    if o.flag("use_post_quant_conv", True) != quant:
         o.refuse("use_post_quant_conv", not quant)
+    height, width = o.sides("sample_size", 512)
     return VAEConfig(
         channels=tuple(channels),
         image_channels=image,
-        latent_channels=o.number("latent_channels", 4),
-        layers=o.one("layers_per_block", 1, n),
-        groups=o.number("norm_num_groups", 32),
-        mid_attention=bool(o.get("mid_block_add_attention", True)),
-        quant_convs=bool(quant),
-        scaling_factor=float(o.number("scaling_factor", 0.18215)),
-        sample_size=_side(o, 512),
+        latent_channels=o.whole("latent_channels", 4),
+        layers=o.whole("layers_per_block", 1),
+        groups=o.whole("norm_num_groups", 32),
+        mid_attention=o.flag("mid_block_add_attention", True),
+        quant_convs=quant,
+        scaling_factor=o.number("scaling_factor", 0.18215),
+        sample_size=max(height, width),  # tells the size of tiles, nothing else
         # On by default over there, but configs that leave it out are older than SDXL, whose autoencoder needs it.
-        upcast=bool(o.get("force_upcast", False)),
+        upcast=o.flag("force_upcast", False),
     )
 
 
@@ -264,54 +378,44 @@ def taesd(options: Options) -> TAESDConfig:
     o = options
     o.get("_class_name", None)
     o.only(TAESD_ONLY)
-    blocks = list(o.get("num_encoder_blocks", [1, 3, 3, 3]))
-    if list(o.get("num_decoder_blocks", [3, 3, 3, 1])) != blocks[::-1]:
+    blocks = o.wholes("num_encoder_blocks", [1, 3, 3, 3])
+    if o.wholes("num_decoder_blocks", [3, 3, 3, 1]) != blocks[::-1]:
         o.refuse("num_decoder_blocks", o.get("num_decoder_blocks", None))
     width = o.one("encoder_block_out_channels", 64, len(blocks))
     for key in ("decoder_block_out_channels", "block_out_channels"):  # the second repeats the first
         if o.one(key, width, len(blocks)) != width:
             o.refuse(key, o.get(key, None))
-    image = o.number("in_channels", 3)
-    if o.number("out_channels", 3) != image:
+    image = o.whole("in_channels", 3)
+    if o.whole("out_channels", 3) != image:
         o.refuse("out_channels", o.get("out_channels", 3))
     return TAESDConfig(
         width=width,
         blocks=tuple(blocks),
         image_channels=image,
-        latent_channels=o.number("latent_channels", 4),
-        scaling_factor=float(o.number("scaling_factor", 1.0)),
+        latent_channels=o.whole("latent_channels", 4),
+        scaling_factor=o.number("scaling_factor", 1.0),
     )
-
-
-def _side(o: Options, default: int) -> int:
-    value = o.get("sample_size", None)
-    sides = [default] if value is None else value if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(s, int) and s == sides[0] for s in sides):
-        o.refuse("sample_size", value)
-    return int(sides[0])
 
 
 def clip(options: Options) -> CLIPTextConfig:
     """The config of a CLIPTextModel or (told by ``_class_name``) a CLIPTextModelWithProjection."""
     o = options
     projected = o.get("_class_name", "CLIPTextModel") == "CLIPTextModelWithProjection"
+    o.only(CLIP_ONLY)
     activation = o.get("hidden_act", "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
         o.refuse("hidden_act", activation)
-    vocab, end = o.number("vocab_size", 49408), o.number("eos_token_id", 49407)
-    if end == 2:
-        # Configs of before mid-2023 have a wrong id there; the reference then pools where the largest id stands,
-        # and in CLIP's table that is the end token.
-        end = min(49407, vocab - 1)
+    end = o.whole("eos_token_id", 49407)
     return CLIPTextConfig(
-        width=o.number("hidden_size", 512),
-        layers=o.number("num_hidden_layers", 12),
-        heads=o.number("num_attention_heads", 8),
-        mlp=o.number("intermediate_size", 2048),
+        width=o.whole("hidden_size", 512),
+        layers=o.whole("num_hidden_layers", 12),
+        heads=o.whole("num_attention_heads", 8),
+        mlp=o.whole("intermediate_size", 2048),
         activation=activation,
-        projection=o.number("projection_dim", 512) if projected else None,
-        vocab=vocab,
-        positions=o.number("max_position_embeddings", 77),
-        end_token=end,
-        eps=float(o.number("layer_norm_eps", 1e-5)),
+        projection=o.whole("projection_dim", 512) if projected else None,
+        vocab=o.whole("vocab_size", 49408),
+        positions=o.whole("max_position_embeddings", 77),
+        # Configs of before mid-2023 have a wrong id, 2; the reference then pools where the largest id stands.
+        end_token=None if end == 2 else end,
+        eps=o.number("layer_norm_eps", 1e-5),
     )

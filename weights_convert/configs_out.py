@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minidiff.config import Attention, CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
+from minidiff.config import Attention, CLIPTextConfig, Level, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import MinidiffError, UnsupportedError
 from weights_convert import configs_diffusers as readers
 from weights_convert.component import AnyConfig
@@ -68,7 +68,7 @@ def _unet(c: UNetConfig) -> dict[str, Any]:
         "norm_eps": c.eps,
         "norm_num_groups": c.groups,
         "out_channels": c.out_channels,
-        "sample_size": c.sample_size,
+        "sample_size": c.sample_size if c.sample_width is None else list(c.sides),
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
     }
 
@@ -76,12 +76,18 @@ def _unet(c: UNetConfig) -> dict[str, Any]:
 def _text_unet(c: UNetConfig) -> dict[str, Any]:
     # The class reads the last level's numbers for the middle too, and no others of a level without attention.
     attends = [level.attention == "text" for level in c.levels]
-    width = c.mid.channels // c.mid.heads
+    turn = [c.levels[0], *(level for level in (*c.levels, c.mid) if level.attention == "text")][-1]
+    width = turn.channels // turn.heads
     heads = [level.heads if a else max(1, level.channels // width) for level, a in zip(c.levels, attends, strict=True)]
-    depths = [level.depth if a else 1 for level, a in zip(c.levels, attends, strict=True)]
-    if not attends[-1]:
-        depths[-1] = c.mid.depth
     used = {level.heads for level in (*c.levels, c.mid) if level.attention == "text"}
+    varied = any(level.down_depths or level.up_depths for level in c.levels)
+
+    def depth(level: Level, each: tuple[int, ...]) -> int | list[int]:
+        return 1 if level.attention == "none" else list(each) if varied else level.depth
+
+    depths = [depth(level, c.down_depths(level)) for level in c.levels]
+    if not attends[-1]:
+        depths[-1] = turn.depth
     added: dict[str, Any] = {}
     if c.added_dim is not None:
         added = {"addition_embed_type": "text_time", "addition_time_embed_dim": c.added_sinusoid}
@@ -90,10 +96,14 @@ def _text_unet(c: UNetConfig) -> dict[str, Any]:
         "_class_name": "UNet2DConditionModel",
         **_unet(c),
         **added,
-        "attention_head_dim": heads if len(used) > 1 else c.mid.heads,
+        "attention_head_dim": heads if len(used) > 1 else turn.heads,
         "cross_attention_dim": c.context_dim,
+        "mid_block_type": {2: "UNetMidBlock2DCrossAttn", 1: "UNetMidBlock2D", 0: None}[c.mid_layers],
+        "reverse_transformer_layers_per_block": (
+            [depth(level, c.up_depths(level)) for level in reversed(c.levels)] if varied else None
+        ),
         "time_cond_proj_dim": c.guidance_dim,
-        "transformer_layers_per_block": 1 if set(depths) == {1} else depths,
+        "transformer_layers_per_block": 1 if all(d == 1 for d in depths) else depths,
         "upcast_attention": c.upcast_attention,
         "use_linear_projection": c.linear_proj,
     }
@@ -108,6 +118,7 @@ def _plain_unet(c: UNetConfig) -> dict[str, Any]:
         **_unet(c),
         "add_attention": c.mid.attention == "self",
         "attention_head_dim": None if single else attending[0].channels // attending[0].heads,
+        "mid_block_type": "UNetMidBlock2D" if c.mid_layers else None,
         "time_embedding_type": "positional",
     }
 
@@ -152,10 +163,11 @@ def _taesd(c: TAESDConfig) -> dict[str, Any]:
 
 def _clip(c: CLIPTextConfig) -> dict[str, Any]:
     projected = c.projection is not None
+    end = min(49407, c.vocab - 1) if c.end_token is None else c.end_token
     return {
         "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
-        "bos_token_id": max(0, c.end_token - 1),
-        "eos_token_id": c.end_token,
+        "bos_token_id": max(0, end - 1),
+        "eos_token_id": 2 if c.end_token is None else end,
         "hidden_act": c.activation,
         "hidden_size": c.width,
         "intermediate_size": c.mlp,

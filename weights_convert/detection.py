@@ -17,7 +17,7 @@ from minidiff.checkpoint import is_minidiff
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.files import Lazy
-from weights_convert.component import read_json
+from minidiff.reading import read_object
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET
 from weights_convert.single_schedule import evidence as marked
 from weights_convert.tensors import read_tensors
@@ -76,13 +76,13 @@ def detect(path: str | os.PathLike[str]) -> Found:
 
 
 def _folder(path: Path) -> Found:
-    if (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json")
+    if (path / "model_index.json").exists():
+        index = read_object(path / "model_index.json")
         return Found(path, "diffusers", *_pipeline_family(path, index), index)
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").exists():
         names = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing"
         raise CheckpointError(f"{path}: a folder with {names}, but no model_index.json or config.json: not a model")
-    kind = read_json(path / "config.json").get("_class_name")
+    kind = read_object(path / "config.json").get("_class_name")
     if kind == "UNet2DModel":
         return Found(path, "diffusers", "ddpm", ["config.json is that of a UNet2DModel"], {"unet": ["diffusers", kind]})
     raise CheckpointError(
@@ -91,7 +91,7 @@ def _folder(path: Path) -> Found:
 
 
 def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[str]]:
-    pipeline = str(index.get("_class_name"))
+    pipeline = str(index.get("_class_name"))[:100]
     evidence = [f"model_index.json names {pipeline}"]
     if pipeline in UNCONDITIONAL_PIPELINES:
         return "ddpm", evidence
@@ -99,7 +99,7 @@ def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[st
         raise UnsupportedError(f"{path}: {pipeline} is {FLOW}")
     if pipeline not in (*TEXT_PIPELINES, *XL_PIPELINES):
         raise UnsupportedError(f"{path}: model_index.json names {pipeline}, which minidiff does not convert")
-    unet = read_json(path / "unet" / "config.json")
+    unet = read_object(path / "unet" / "config.json")
     channels, linear = unet.get("in_channels", 4), unet.get("use_linear_projection", False)
     guidance = unet.get("time_cond_proj_dim")
     if pipeline in XL_PIPELINES:

@@ -70,28 +70,30 @@ def unet(config: UNetConfig, *, old_names: bool = False) -> Iterator[Module]:
     for i, level in enumerate(config.levels):
         for j in range(config.layers):
             yield from join(f"down_blocks.{i}.resnets.{j}", RES, f"down.{i}.res.{j}")
-            yield from _attention(f"down_blocks.{i}.attentions.{j}", level, f"down.{i}.attn.{j}", old_names)
+            depth = config.down_depths(level)[j]
+            yield from _attention(f"down_blocks.{i}.attentions.{j}", level, depth, f"down.{i}.attn.{j}", old_names)
         if i < last:
             yield Module(f"down_blocks.{i}.downsamplers.0.conv", f"down.{i}.down.conv")
     yield from join("mid_block.resnets.0", RES, "mid.res1")
-    yield from _attention("mid_block.attentions.0", config.mid, "mid.attn.0", old_names)
+    yield from _attention("mid_block.attentions.0", config.mid, config.mid.depth, "mid.attn.0", old_names)
     yield from join("mid_block.resnets.1", RES, "mid.res2")
     for i, level in enumerate(reversed(config.levels)):
         for j in range(config.layers + 1):
             yield from join(f"up_blocks.{i}.resnets.{j}", RES, f"up.{i}.res.{j}")
-            yield from _attention(f"up_blocks.{i}.attentions.{j}", level, f"up.{i}.attn.{j}", old_names)
+            depth = config.up_depths(level)[j]
+            yield from _attention(f"up_blocks.{i}.attentions.{j}", level, depth, f"up.{i}.attn.{j}", old_names)
         if i < last:
             yield Module(f"up_blocks.{i}.upsamplers.0.conv", f"up.{i}.up.conv")
     yield Module("conv_norm_out", "norm_out")
     yield Module("conv_out", "conv_out")
 
 
-def _attention(theirs: str, level: Level, ours: str, old_names: bool) -> Iterator[Module]:
+def _attention(theirs: str, level: Level, depth: int, ours: str, old_names: bool) -> Iterator[Module]:
     if level.attention == "self":
         yield from join(theirs, SELF_OLD if old_names else SELF, ours)
     if level.attention == "text":
         yield from join(theirs, TRANSFORMER, ours)
-        for k in range(level.depth):
+        for k in range(depth):
             yield from join(f"{theirs}.transformer_blocks.{k}", BLOCK, f"{ours}.blocks.{k}")
 
 

@@ -62,29 +62,31 @@ def unet(config: UNetConfig) -> Iterator[Module]:
     for i, level in enumerate(config.levels):
         for j in range(config.layers):
             yield from join(f"{UNET}.input_blocks.{n}.0", RES, f"down.{i}.res.{j}")
-            yield from _attention(f"{UNET}.input_blocks.{n}.1", level, f"down.{i}.attn.{j}")
+            yield from _attention(
+                f"{UNET}.input_blocks.{n}.1", level, config.down_depths(level)[j], f"down.{i}.attn.{j}"
+            )
             n += 1
         if i < last:
             yield Module(f"{UNET}.input_blocks.{n}.0.op", f"down.{i}.down.conv")
             n += 1
     yield from join(f"{UNET}.middle_block.0", RES, "mid.res1")
-    yield from _attention(f"{UNET}.middle_block.1", config.mid, "mid.attn.0")
+    yield from _attention(f"{UNET}.middle_block.1", config.mid, config.mid.depth, "mid.attn.0")
     yield from join(f"{UNET}.middle_block.2", RES, "mid.res2")
     for i, level in enumerate(reversed(config.levels)):
         for j in range(config.layers + 1):
             n = i * (config.layers + 1) + j
             yield from join(f"{UNET}.output_blocks.{n}.0", RES, f"up.{i}.res.{j}")
-            yield from _attention(f"{UNET}.output_blocks.{n}.1", level, f"up.{i}.attn.{j}")
+            yield from _attention(f"{UNET}.output_blocks.{n}.1", level, config.up_depths(level)[j], f"up.{i}.attn.{j}")
         if i < last:  # the last block of a level also holds the step up, behind its attention
             yield Module(f"{UNET}.output_blocks.{n}.{1 if level.attention == 'none' else 2}.conv", f"up.{i}.up.conv")
     yield Module(f"{UNET}.out.0", "norm_out")
     yield Module(f"{UNET}.out.2", "conv_out")
 
 
-def _attention(theirs: str, level: Level, ours: str) -> Iterator[Module]:
+def _attention(theirs: str, level: Level, depth: int, ours: str) -> Iterator[Module]:
     if level.attention == "text":
         yield from join(theirs, TRANSFORMER, ours)
-        for k in range(level.depth):
+        for k in range(depth):
             yield from join(f"{theirs}.transformer_blocks.{k}", BLOCK, f"{ours}.blocks.{k}")
 
 

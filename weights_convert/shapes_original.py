@@ -70,12 +70,14 @@ def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> di
         n += 1
     if not all(levels):
         raise CheckpointError(f"{where}: {UNET}.input_blocks has a level without ResBlocks; blocks are missing")
+    layers = len(levels[0])
     return {
-        "levels": [level[0] for level in levels],
+        "levels": [_joined(s, level, (len(levels) - 1 - i) * (layers + 1)) for i, level in enumerate(levels)],
         "mid": _level(s, "middle_block", levels[-1][-1]["channels"], head),
+        "mid_layers": sum(s.has(f"middle_block.{k}.out_layers.3.weight") for k in (0, 2)),
         "in_channels": s.of("input_blocks.0.0.weight", 4)[1],
         "out_channels": s.of("out.2.weight", 4)[0],
-        "layers": len(levels[0]),
+        "layers": layers,
         "context_dim": context_dim,
         "linear_proj": linear,
         "added_dim": s.of("label_emb.0.0.weight", 2)[1] if s.has("label_emb.0.0.weight") else None,
@@ -83,8 +85,21 @@ def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> di
     }
 
 
+def _joined(s: Shapes, blocks: list[dict[str, Any]], first: int) -> dict[str, Any]:
+    """One level from its blocks on the way down, and those on the way up from output block ``first`` on; a level
+    whose transformers are not all of one depth lists the depths."""
+    level = blocks[0]
+    down = [block.get("depth", 0) for block in blocks]
+    up = [_depth(s, f"output_blocks.{first + j}") for j in range(len(blocks) + 1)]
+    return level if {*down, *up} == {down[0]} else {**level, "down_depths": down, "up_depths": up}
+
+
+def _depth(s: Shapes, block: str) -> int:
+    return s.count(lambda k: f"{block}.1.transformer_blocks.{k}.attn1.to_q.weight")
+
+
 def _level(s: Shapes, block: str, channels: int, head: int | None) -> dict[str, Any]:
-    depth = s.count(lambda k: f"{block}.1.transformer_blocks.{k}.attn1.to_q.weight")
+    depth = _depth(s, block)
     if not depth:
         return {"channels": channels}
     heads = SD1_HEADS if head is None else max(1, channels // head)

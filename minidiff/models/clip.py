@@ -50,7 +50,8 @@ class CLIPText(nn.Module):
             states.append(x)
         final = self.norm(x)
         # The first end token: where a prompt is filled up with end tokens, the later ones are mere padding.
-        end = (ids == self.config.end_token).int().argmax(dim=-1)
+        token = self.config.end_token
+        end = (ids.int() if token is None else (ids == token).int()).argmax(dim=-1)
         pooled = final[torch.arange(len(ids), device=ids.device), end]
         last = self.norm(states[-1 - skip]) if skip else final
         return TextOutput(last, states[-2 - skip], self.projection(pooled))

@@ -99,7 +99,10 @@ class Tokenizer:
         for name, count in config.added:
             self.added[normalize(name)] = range(free, free + count)
             free += count
-        longest_first = sorted(self.added, key=len, reverse=True)
+        # The reference has a token for every further vector, too, which may stand in a prompt by itself.
+        self._learned = {f"{name}_{i}": ids[i : i + 1] for name, ids in self.added.items() for i in range(1, len(ids))}
+        self._learned |= self.added
+        longest_first = sorted(self._learned, key=len, reverse=True)
         self._added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
         self._cache: dict[str, list[int]] = {}
 
@@ -136,7 +139,7 @@ class Tokenizer:
                 ids.append(self.ids[part])
             else:
                 for piece in self._pieces(normalize(part)):
-                    ids += self.added.get(piece) or self._cache.get(piece) or self._merge(piece)
+                    ids += self._learned.get(piece) or self._cache.get(piece) or self._merge(piece)
         return ids
 
     def _pieces(self, text: str) -> Iterator[str]:

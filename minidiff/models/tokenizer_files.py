@@ -2,24 +2,33 @@
 
 A tokenizer folder comes in two layouts: ``vocab.json`` and ``merges.txt`` (transformers before 5), or one
 ``tokenizer.json`` (transformers 5; it wins where both lie, as in the reference). What pads and how long a prompt may
-be stand in ``tokenizer_config.json`` and, in older folders, in ``special_tokens_map.json``. Anything in them that
-would give other ids than CLIP's own rules is refused by name rather than ignored.
+be stand in ``tokenizer_config.json`` and, in older folders, in ``special_tokens_map.json``. Tokens that were added
+behind the table are learned words. Anything else that would give other ids than CLIP's own rules is refused by name
+rather than ignored.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minidiff.config import TokenizerConfig
+from minidiff.config import TokenizerConfig, quote
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.models.tokenizer import END, END_OF_WORD, START, Merges, clip_table, rank_merges
+from minidiff.reading import read_object, read_text
 
-LARGEST_FILE = 64 * 2**20  # the public table takes 3.6 MB in its most talkative form
 LONGEST_PROMPT = 2**16  # beyond is no limit at all: transformers writes 1e30 for none
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+# Settings with the values that are honoured; the first is what their absence means.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "padding_side": ("right",),
+    "truncation_side": ("right",),
+    "split_special_tokens": (False, None),
+    "init_inputs": ([], None),
+    **dict.fromkeys(("vocab", "merges", "tokenizer_object", "post_processor"), (None,)),
+    **{f"tokenizer_{key}": (None,) for key in ("padding", "truncation")},
+}
 
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPLITS = (_SPLIT, r"<\|startoftext\|>|<\|endoftext\|>|" + _SPLIT)  # transformers 4 and 5: the class adds the names
@@ -32,8 +41,8 @@ def read_vocab_and_merges(vocab_json: Path, merges_txt: Path) -> Table:
 
     Raises CheckpointError, naming the file, for one that is missing, damaged or does not fit the other.
     """
-    vocab = _tokens(_json_object(vocab_json), vocab_json)
-    lines = _text(merges_txt).split("\n")
+    vocab = _tokens(read_object(vocab_json), vocab_json)
+    lines = read_text(merges_txt).split("\n")
     merges = _pairs((line for line in lines if line and not line.startswith("#version")), merges_txt)
     return _fitting(vocab, merges, merges_txt)
 
@@ -43,7 +52,7 @@ def read_tokenizer_json(path: Path) -> Table:
 
     Raises CheckpointError for a damaged file, UnsupportedError for one whose text is not prepared as CLIP's is.
     """
-    data = _json_object(path)
+    data = read_object(path)
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path}: no byte-pair model with a vocabulary inside")
@@ -51,7 +60,7 @@ def read_tokenizer_json(path: Path) -> Table:
     merges = model.get("merges")
     if not isinstance(merges, list):
         raise CheckpointError(f"{path}: the model has no list of merges")
-    added = {token: i for token, i in _added(data.get("added_tokens"), path).items() if token in (START, END)}
+    added = {token: i for i, (token, _) in _added(data, path).items() if token in (START, END)}
     return _fitting(_tokens(model["vocab"] | added, path), _pairs(merges, path), path)
 
 
@@ -59,79 +68,123 @@ def tokenizer_config(folder: Path, *, pad: int | None = None, length: int | None
     """The config of a tokenizer folder in either layout; ``vocab`` and ``merges`` are None for the public table.
 
     ``pad`` (an id) and ``length`` replace what the folder says; where neither says anything, the end token pads and
-    a row is 77 long. Raises CheckpointError for a folder without a table or with a damaged file, UnsupportedError for
-    a tokenizer that is not CLIP's, or that has tokens added to it (their embeddings belong in a file of their own).
+    a row is 77 long. Tokens behind the table are learned words: "<cat>", "<cat>_1", "<cat>_2" are one of three
+    vectors, as textual inversion adds them. Raises CheckpointError for a folder without a table or with a damaged file,
+    UnsupportedError for a tokenizer that is not CLIP's, or that has other tokens added to it.
 
     One thing is not carried over: published folders mark the two ends ``normalized``, with which the reference finds
     them in a prompt in capitals too (``<|StartOfText|>``); minidiff knows their exact names only.
     """
     folder = Path(folder)
     whole, vocab_json, merges_txt = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if whole.is_file():
+    if whole.exists():
         vocab, merges = read_tokenizer_json(whole)
-    elif vocab_json.is_file() and merges_txt.is_file():
+    elif vocab_json.exists() and merges_txt.exists():
         vocab, merges = read_vocab_and_merges(vocab_json, merges_txt)
     else:
         raise CheckpointError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt")
     settings = _settings(folder)
     pad_name = _name(settings.get("pad_token"), folder) or END
-    added = _added_names(folder, settings) - {START, END, pad_name}
-    if added:
-        raise UnsupportedError(f"{folder}: the tokenizer has added tokens, such as {min(added)!r}; remove them first")
+    known = {START, END, pad_name}
+    special = _special_names(folder, settings) - known
+    if special:
+        raise UnsupportedError(f"{folder}: the tokenizer has added tokens, such as {quote(min(special))}; remove them")
+    words = _words(_all_added(folder, settings), known, len(vocab), folder)
     if pad_name not in vocab:
-        raise CheckpointError(f"{folder}: the padding token {pad_name!r} is not in the vocabulary")
+        raise CheckpointError(f"{folder}: the padding token {quote(pad_name)} is not in the vocabulary")
     public = (vocab, merges) == clip_table()
-    return TokenizerConfig(
-        pad=vocab.index(pad_name) if pad is None else pad,
-        length=_length(settings, folder) if length is None else length,
-        vocab=None if public else vocab,
-        merges=None if public else merges,
-    )
+    try:
+        return TokenizerConfig(
+            pad=vocab.index(pad_name) if pad is None else pad,
+            length=_length(settings, folder) if length is None else length,
+            vocab=None if public else vocab,
+            merges=None if public else merges,
+            added=words,
+        )
+    except ConfigError as e:
+        raise UnsupportedError(f"{folder}: {e}") from None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, with the special tokens of the older file where the reference would read it too."""
     config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    settings = _json_object(config) if config.is_file() else {}
-    if "added_tokens_decoder" not in settings and special.is_file():
-        settings |= _json_object(special)
+    settings = read_object(config) if config.exists() else {}
+    if "added_tokens_decoder" not in settings and special.exists():
+        settings |= read_object(special)
+    whole = folder / "tokenizer.json"
+    for key, side in (("padding", "padding_side"), ("truncation", "truncation_side")):
+        found = read_object(whole).get(key) if whole.exists() else None
+        if isinstance(found, dict) and "direction" in found:
+            settings.setdefault(side, str(found["direction"]).lower())
+    for key, values in ONLY.items():
+        if settings.get(key, values[0]) not in values:
+            raise UnsupportedError(f"{folder}: {key}={quote(settings[key])} is not supported by minidiff's tokenizer")
     if settings.get("tokenizer_class") not in (None, *CLASSES):
-        raise UnsupportedError(f"{config}: tokenizer_class={settings['tokenizer_class']!r} is not CLIP's")
+        raise UnsupportedError(f"{config}: tokenizer_class={quote(settings['tokenizer_class'])} is not CLIP's")
     for key, needed in (("bos_token", START), ("eos_token", END), ("unk_token", END)):
         name = _name(settings.get(key), folder)
         if name not in (None, needed):
-            raise UnsupportedError(f"{folder}: {key}={name!r}, CLIP's tokenizer has {needed!r} there")
+            raise UnsupportedError(f"{folder}: {key}={quote(name)}, CLIP's tokenizer has {needed!r} there")
     return settings
 
 
-def _added_names(folder: Path, settings: dict[str, Any]) -> set[str]:
-    """Every token that the folder's files add to the table, or take out of the text before it is cut into words."""
-    whole, older = folder / "tokenizer.json", folder / "added_tokens.json"
-    names: set[str | None] = set()
-    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+def _special_names(folder: Path, settings: dict[str, Any]) -> set[str]:
+    """Every token that the settings take out of the text as it stands, before it is cut into words."""
+    switches = ("add_bos_token", "add_eos_token")
+    names = {_name(v, folder) for key, v in settings.items() if key.endswith("_token") and key not in switches}
+    for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         tokens = settings.get(key) or []
         if not isinstance(tokens, (list, dict)):
             raise CheckpointError(f"{folder}: {key} is no list of tokens")
         names |= {_name(token, folder) for token in (tokens.values() if isinstance(tokens, dict) else tokens)}
-    if whole.is_file():
-        names |= _added(_json_object(whole).get("added_tokens"), whole).keys()
-    elif older.is_file():
-        names |= _json_object(older).keys()
     return {name for name in names if name is not None}
+
+
+Added = dict[int, tuple[str, bool]]  # id -> a token, and whether it is found in the text as a learned word is
+
+
+def _all_added(folder: Path, settings: dict[str, Any]) -> Added:
+    """The tokens that the folder adds to its table: as the settings list them, or else the files of older versions."""
+    whole, older, config = (folder / n for n in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"))
+    if "added_tokens_decoder" in settings:
+        listed = settings["added_tokens_decoder"] or {}
+        if not isinstance(listed, dict):
+            raise CheckpointError(f"{folder}: added_tokens_decoder is no list of tokens")
+        rows = [{**token, "id": key} if isinstance(token, dict) else token for key, token in listed.items()]
+        return _added({"added_tokens": rows}, config)
+    names = read_object(older) if older.exists() else {}
+    rows = [{"content": name, "id": i} for name, i in names.items()]
+    return _added({"added_tokens": rows}, older) | (_added(read_object(whole), whole) if whole.exists() else {})
+
+
+def _words(added: Added, known: set[str], first: int, folder: Path) -> tuple[tuple[str, int], ...]:
+    """The learned words among the added tokens, each with the number of its vectors; their ids go on from ``first``."""
+    words: list[tuple[str, int]] = []
+    fresh = [(i, *added[i]) for i in sorted(added) if added[i][0] not in known]
+    for n, (i, name, plain) in enumerate(fresh):
+        if not plain or i != first + n:
+            why = f"its id is {i}, not {first + n}" if plain else "it is found by other rules than a learned word"
+            raise UnsupportedError(f"{folder}: the tokenizer has the added token {quote(name)}, and {why}; remove it")
+        if words and name == f"{words[-1][0]}_{words[-1][1]}":
+            words[-1] = (words[-1][0], words[-1][1] + 1)
+        else:
+            words.append((name, 1))
+    return tuple(words)
 
 
 def _name(token: Any, where: Path) -> str | None:
     """A special token, written as a string or as an object with its ``content``."""
     name = token.get("content") if isinstance(token, dict) else token
     if name is not None and not isinstance(name, str):
-        raise CheckpointError(f"{where}: {str(name)[:60]!r} is no name of a token")
+        raise CheckpointError(f"{where}: {quote(name)} is no name of a token")
     return name
 
 
 def _length(settings: dict[str, Any], folder: Path) -> int:
-    value = settings.get("model_max_length", LONGEST_PROMPT + 1)
+    value = settings.get("model_max_length", settings.get("max_len"))
+    value = LONGEST_PROMPT + 1 if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 2:
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: model_max_length={str(value)[:60]} is no length")
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: model_max_length={quote(value)} is no length")
     return int(value) if value <= LONGEST_PROMPT else TokenizerConfig.length
 
 
@@ -159,12 +212,17 @@ def _steps(sequence: Any) -> list[dict[str, Any]]:
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
-def _added(tokens: Any, path: Path) -> dict[str, int]:
-    """``added_tokens`` of a tokenizer.json as name -> id."""
+def _added(data: dict[str, Any], path: Path) -> Added:
+    """The ``added_tokens`` of a tokenizer.json, by their ids."""
+    added: Added = {}
     try:
-        return {str(token["content"]): token["id"] for token in tokens or ()}
-    except (TypeError, KeyError):
+        for token in data.get("added_tokens") or ():
+            special = token.get("special", False)
+            plain = token.get("normalized", not special) and not special and not token.get("single_word", False)
+            added[int(str(token["id"]))] = (_name(token["content"], path) or "", bool(plain))
+    except (TypeError, KeyError, ValueError, AttributeError):
         raise CheckpointError(f"{path}: added_tokens is no list of tokens with their ids") from None
+    return added
 
 
 def _tokens(ids: dict[str, Any], path: Path) -> tuple[str, ...]:
@@ -195,26 +253,3 @@ def _fitting(vocab: tuple[str, ...], merges: Merges, path: Path) -> Table:
     except ConfigError as e:
         raise CheckpointError(f"{path}: {e}") from None
     return vocab, merges
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_text(path))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got a {type(data).__name__}")
-    return data
-
-
-def _text(path: Path) -> str:
-    """The contents of a text file in UTF-8, if it is of a size that a tokenizer's file can have."""
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise CheckpointError(f"{path}: {size} bytes are too many for a tokenizer's file (at most {LARGEST_FILE})")
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise CheckpointError(f"{path}: not UTF-8 ({e.reason} at byte {e.start})") from None

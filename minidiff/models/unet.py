@@ -7,6 +7,7 @@ up at the same height (Ronneberger et al. 2015; Ho et al. 2020, appendix B; Romb
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +104,7 @@ class DownLevel(nn.Module):
         super().__init__()
         inputs = [channels] + [level.channels] * (config.layers - 1)
         self.res = nn.ModuleList(res_block(config, c, level) for c in inputs)
-        self.attn = nn.ModuleList(attentions(config, level, config.layers))
+        self.attn = nn.ModuleList(attentions(config, level, config.down_depths(level)))
         self.down = None if last else Downsample(level.channels, asymmetric=config.asymmetric_down)
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
@@ -119,20 +120,23 @@ class DownLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """The coarsest resolution's turning point: ResBlock, attention, ResBlock."""
+    """The coarsest resolution's turning point: ResBlock, attention, ResBlock; or one ResBlock, or nothing."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.res1 = res_block(config, config.mid.channels, config.mid)
-        self.attn = nn.ModuleList(attentions(config, config.mid, 1))
-        self.res2 = res_block(config, config.mid.channels, config.mid)
+        layers, c = config.mid_layers, config.mid.channels
+        self.res1 = res_block(config, c, config.mid) if layers > 0 else None
+        self.attn = nn.ModuleList(attentions(config, config.mid, (config.mid.depth,)))
+        self.res2 = res_block(config, c, config.mid) if layers > 1 else None
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor | None) -> Tensor:
-        x = self.res1(x, temb)
+        if self.res1 is not None:
+            x = self.res1(x, temb)
         for attn in self.attn:
             x = attn(x, context)
-        out: Tensor = self.res2(x, temb)
-        return out
+        if self.res2 is not None:
+            x = self.res2(x, temb)
+        return x
 
 
 class UpLevel(nn.Module):
@@ -142,7 +146,7 @@ class UpLevel(nn.Module):
         super().__init__()
         inputs = [channels] + [level.channels] * config.layers
         self.res = nn.ModuleList(res_block(config, c + s, level) for c, s in zip(inputs, skips, strict=True))
-        self.attn = nn.ModuleList(attentions(config, level, config.layers + 1))
+        self.attn = nn.ModuleList(attentions(config, level, config.up_depths(level)))
         self.up = None if last else Upsample(level.channels)
 
     def forward(self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
@@ -160,11 +164,13 @@ def res_block(config: UNetConfig, channels: int, level: Level) -> ResBlock:
     return ResBlock(channels, level.channels, config.groups, config.eps, config.time_dim)
 
 
-def attentions(config: UNetConfig, level: Level, count: int) -> list[nn.Module]:
-    """The ``count`` attention modules of a level, or none where it has none."""
+def attentions(config: UNetConfig, level: Level, depths: tuple[int, ...]) -> list[nn.Module]:
+    """The attention modules of a level, one for each of ``depths``, or none where it has none."""
     if level.attention == "text":
-        assert config.context_dim is not None  # UNetConfig checks it
-        return [SpatialTransformer(level, config.context_dim, config.groups, config.linear_proj) for _ in range(count)]
+        context = config.context_dim
+        assert context is not None  # UNetConfig checks it
+        each = [replace(level, depth=depth) for depth in depths]
+        return [SpatialTransformer(one, context, config.groups, config.linear_proj) for one in each]
     if level.attention == "self":
-        return [SpatialSelfAttention(level.channels, level.heads, config.groups, config.eps) for _ in range(count)]
+        return [SpatialSelfAttention(level.channels, level.heads, config.groups, config.eps) for _ in depths]
     return []

@@ -193,8 +193,8 @@ def _request(args: Namespace, pipe: Pipe) -> Request:
                 raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no --{option}")
         return Request(**common)
     config = pipe.vae.config
-    side = min(pipe.unet.config.sample_size * config.factor, max(LARGEST, config.factor))
-    width, height = args.size or (side, side)
+    height, width = (min(side * config.factor, max(LARGEST, config.factor)) for side in pipe.unet.config.sides)
+    width, height = args.size or (width, height)
     texts = {key: getattr(args, key) for key in ("prompt", "negative", "scale") if getattr(args, key) is not None}
     return Request(**common, **texts, width=width, height=height, **pictures.begun(args, pipe, width, height))
 

@@ -157,8 +157,8 @@ def _place(kind: type) -> tuple[str, str]:
 def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     """The sampler that a ``scheduler_config.json`` (as a dict) describes: ``_class_name`` and its options.
 
-    Raises UnsupportedError for a class that is not known and for flow matching, ConfigError for unknown or impossible
-    options.
+    Warns of options that no class of diffusers has, and passes them over. Raises UnsupportedError for a class that is
+    not known and for flow matching, ConfigError for impossible options.
     """
     from minidiff.samplers import from_diffusers
 

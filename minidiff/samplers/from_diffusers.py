@@ -1,16 +1,18 @@
 """Reading diffusers' ``scheduler_config.json``: one engine for the tables of ``readers.py``.
 
-Fields that only sibling classes have are ignored, as diffusers does when one scheduler is made from another's config; a
-field that nobody has is an error. What diffusers passes to ``step()`` (eta, s_churn, ...) may stand in the config too.
+Fields that only sibling classes have are ignored, as diffusers does when one scheduler is made from another's config;
+of a field that nobody has the reader warns, and goes on. What diffusers passes to ``step()`` (eta, s_churn, ...) may
+stand in the config too.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from itertools import pairwise
 from typing import Any
 
-from minidiff.config import ScheduleConfig, check, from_json
+from minidiff.config import ScheduleConfig, check, from_json, quote
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers.base import Options
 from minidiff.samplers.readers import READERS, SCHEDULE, Config, Reader, one_of
@@ -26,15 +28,32 @@ SIBLINGS = frozenset(
     max_image_seq_len invert_sigmas stochastic_sampling tau_func final_step_size_scale correct_steps tensor_format
     timestep_values predict_epsilon use_flow_sigmas""".split()  # noqa: SIM905
 )
+MOST = 10**6  # of anything that is counted in a scheduler's config; training has 1,000 timesteps
 
 
 def sampler_from_diffusers(config: Config) -> Options:
     """The sampler that a ``scheduler_config.json`` (as a dict, with its ``_class_name``) describes, doing what
-    diffusers 0.42.1 does, its slips included.
+    diffusers 0.42.1 does, its slips included: it warns of a field that no scheduler has, and passes it over.
 
-    Raises UnsupportedError for a class that is not in ``READERS`` and for flow matching, ConfigError for fields that
-    are unknown or that diffusers itself can't run.
+    Raises UnsupportedError for a class that is not in ``READERS`` and for flow matching, ConfigError for values of
+    another type and those that diffusers itself can't run.
     """
+    unknown = unknown_fields(config)
+    if unknown:
+        name = config["_class_name"]
+        shown, guess = ", ".join(map(quote, unknown)), near(unknown[0], SCHEDULE | READERS[name].fields)
+        warnings.warn(f"{name} has no option {shown}; passed over, as in diffusers{guess}", stacklevel=3)
+    return read_sampler(config)
+
+
+def unknown_fields(config: Config) -> list[Any]:
+    """The fields of a scheduler's config that no class has. Raises as :func:`sampler_from_diffusers`."""
+    known = SIBLINGS.union(_fill(config)[1], *(r.fields for r in READERS.values()))
+    return [key for key in config if key not in known and not str(key).startswith("_")]
+
+
+def read_sampler(config: Config) -> Options:
+    """:func:`sampler_from_diffusers` without its warning."""
     reader, filled = _fill(config)
     options = {name: source(filled) if callable(source) else filled[source] for name, source in reader.options.items()}
     return reader.sampler(**options, like_diffusers=True)
@@ -62,7 +81,6 @@ def schedule_from_diffusers(config: Config) -> ScheduleConfig:
 
 def _exp_betas(n: int) -> list[float]:
     """The betas of alpha_bar = exp(-12 u) at the fraction u of the way, which only Heun's class knows."""
-    check(isinstance(n, int) and n > 0, f"num_train_timesteps={n!r} must be a whole number above 0")
     curve = [math.exp(i / n * -12.0) for i in range(n + 1)]
     return [min(1 - b / a, MAX_BETA) for a, b in pairwise(curve)]
 
@@ -71,23 +89,40 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
     """The reader for ``config``, and its fields with the class's defaults where they are missing; all checked."""
     name = config.get("_class_name")
     check(name is not None, "the scheduler config has no _class_name: add it, for instance 'PNDMScheduler'")
-    if name not in READERS:
+    if not isinstance(name, str) or name not in READERS:
         guess = near(name, READERS)
-        raise UnsupportedError(f"scheduler class {name!r} is not supported; known are {', '.join(READERS)}{guess}")
+        raise UnsupportedError(f"scheduler class {quote(name)} is not supported; known are {', '.join(READERS)}{guess}")
     if config.get("use_flow_sigmas") or str(config.get("prediction_type")).startswith("flow"):
         raise UnsupportedError(f"{name} with flow matching (use_flow_sigmas, flow_prediction) is not supported")
     reader = READERS[name]
     own = SCHEDULE | reader.fields
-    known = SIBLINGS.union(own, *(r.fields for r in READERS.values()))
-    unknown = [key for key in config if key not in known and not key.startswith("_")]
-    guess = near(unknown[0], own) if unknown else ""
-    said = f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(sorted(own))}"
-    check(not unknown, said + guess)
     # in a live scheduler's config, what its own class filled in does not count for another class
     filled_in = config.get("_use_default_values", ())
     filled = {key: default if key in filled_in else config.get(key, default) for key, default in own.items()}
+    for key, default in own.items():
+        _check_type(f"{name}: {key}", filled[key], default)
+    check(filled["num_train_timesteps"] > 0, f"num_train_timesteps={filled['num_train_timesteps']} must be above 0")
     one_of(filled, "prediction_type", reader.predictions)
     reason = reader.refuse(filled)
     if reason is not None:
         raise ConfigError(f"{name}: {reason}")
     return reader, filled
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise ConfigError for a value of another type than its default's, and for numbers beyond all use."""
+    if isinstance(default, bool):
+        check(value in (True, False, None), f"{name}={quote(value)} should be true or false")
+    elif isinstance(default, (int, float)):
+        kinds = (int, float) if isinstance(default, float) else int
+        check(isinstance(value, kinds) and not isinstance(value, bool), f"{name}={quote(value)} should be a number")
+        endless = isinstance(value, float) and math.isinf(value)  # stands for no limit
+        most = 2**63 if isinstance(default, float) else MOST
+        check(endless or abs(value) <= most, f"{name}={quote(value)} is out of range")
+    elif isinstance(default, str):
+        check(isinstance(value, str), f"{name}={quote(value)} should be a name")
+    elif isinstance(default, list):
+        fits = isinstance(value, (list, tuple)) and all(type(v) is int and abs(v) < MOST for v in value)
+        check(fits, f"{name}={quote(value)} should be a list of numbers")
+    elif isinstance(value, (int, float)):
+        check(abs(value) < 2**64 or math.isinf(value), f"{name}={quote(value)} is out of range")

@@ -178,7 +178,12 @@ def small_model(size: int) -> ModelConfig:
 def picture_size(args: Namespace, pipe: Pipe) -> int:
     """The side of the pictures in pixels: what was asked for, or what the model was made for."""
     factor = pipe.vae.config.factor if isinstance(pipe, StableDiffusion) else 1
-    size: int = pipe.unet.config.sample_size * factor if args.size is None else args.size
+    height, width = pipe.unet.config.sides
+    check(
+        args.size is not None or height == width,
+        f"the model was made for {width * factor} x {height * factor} pixels, and training crops squares: say --size",
+    )
+    size: int = height * factor if args.size is None else args.size
     check(size % factor == 0, f"--size {size} is not divisible by {factor}, the pixels that one latent spans")
     return size
 

@@ -1,0 +1,53 @@
+"""A short run of scripts/parity_configs.py: random configurations, each the same bits as the reference's or refused."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
+from transformers import CLIPTextConfig
+
+from tests.parity import configs
+from weights_convert import configs_diffusers
+
+CASES = {"unet": 16, "vae": 12, "text": 16, "tokenizer": 6, "pipeline": 5}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_random_configurations(kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ends = {n: configs.try_case(kind, n) for n in range(CASES[kind])}
+    assert not {n: end for n, end in ends.items() if end.startswith(configs.FAULTS)}
+    assert Counter(ends.values())["equal"] >= CASES[kind] / 4
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "beside"),
+    [
+        (UNet2DConditionModel, configs.UNET, {"down_block_types", "up_block_types"}),
+        (UNet2DModel, configs.PLAIN, {"down_block_types", "up_block_types"}),
+        (AutoencoderKL, configs.VAE, set()),
+        (AutoencoderTiny, configs.TINY, set()),
+        (CLIPTextConfig, configs.TEXT, set()),
+    ],
+)
+def test_every_argument_of_a_constructor_is_drawn(cls: Any, options: configs.Options, beside: set[str]) -> None:
+    arguments = set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+    shared = set(inspect.signature(CLIPTextConfig.__mro__[1].__init__).parameters) if cls is CLIPTextConfig else set()
+    assert arguments - shared == set(options) | beside
+
+
+def test_a_setting_that_is_passed_over_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness itself: a reader that ignores a setting gives another output, and that is a fault."""
+    monkeypatch.setitem(configs_diffusers.UNET_ONLY, "center_input_sample", (False, True))
+    monkeypatch.setattr(configs, "draw", lambda rng, options, most: {k: v[0] for k, v in options.items()} | CENTRED)
+    monkeypatch.setattr(configs, "spoil", lambda rng, file: False)
+    assert configs.try_case("unet", 1) == "different"
+
+
+CENTRED = {"center_input_sample": True}
