@@ -594,7 +594,7 @@ class Unconditional(Pipeline):
         c = self.unet.config
         height, width = c.sides
         check_fits(
-            self.config, batch_size, width, height, device=self.device, size=self.dtype.itemsize, at_once=batch_size
+            self.config, batch_size, height, width, device=self.device, size=self.dtype.itemsize, at_once=batch_size
         )
         labels = [{"width": width, "height": height}] * batch_size
         shape = (batch_size, c.in_channels, height, width)

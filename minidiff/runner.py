@@ -66,10 +66,11 @@ class Pipeline:
         """Family, parts with their sizes, and what is switched on, in a few lines."""
         sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
         parts = ", ".join(f"{name} {count / 1e6:.4g} M" for name, count in sizes.items())
-        side = self.unet.config.sample_size * (1 if self.config.vae is None else self.config.vae.factor)
-        sampler = self.config.sampler.get("name", "none of its own")
+        factor = 1 if self.config.vae is None else self.config.vae.factor
+        height, width = (side * factor for side in self.unet.config.sides)
+        size, sampler = f"{width} x {height}", self.config.sampler.get("name", "none of its own")
         lines = [
-            f"{type(self).__name__}: {self.config.family}, {side} x {side} pixels, predicts {self.schedule.prediction}",
+            f"{type(self).__name__}: {self.config.family}, {size} pixels, predicts {self.schedule.prediction}",
             f"parts (parameters): {parts}; {str(self.dtype).removeprefix('torch.')} on {self.device}",
             f"sampler: {sampler}",
         ]
