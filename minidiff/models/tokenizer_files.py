@@ -16,6 +16,7 @@ from typing import Any
 from minidiff.config import TokenizerConfig, quote
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.models.tokenizer import END, END_OF_WORD, START, Merges, clip_table, rank_merges
+from minidiff.models.unicode_tables import normalize
 from minidiff.reading import read_object, read_text
 
 LONGEST_PROMPT = 2**16  # beyond is no limit at all: transformers writes 1e30 for none
@@ -165,7 +166,8 @@ def _words(added: Added, known: set[str], first: int, folder: Path) -> tuple[tup
         if not plain or i != first + n:
             why = f"its id is {i}, not {first + n}" if plain else "it is found by other rules than a learned word"
             raise UnsupportedError(f"{folder}: the tokenizer has the added token {quote(name)}, and {why}; remove it")
-        if words and name == f"{words[-1][0]}_{words[-1][1]}":
+        # The reference stretches a word to all of its vectors only where the tokenizer gives its name back unchanged.
+        if words and name == f"{words[-1][0]}_{words[-1][1]}" and name == normalize(name):
             words[-1] = (words[-1][0], words[-1][1] + 1)
         else:
             words.append((name, 1))
