@@ -194,10 +194,11 @@ def test_fewer_layers_in_the_config_than_in_the_file(tmp_path: Path, part: str, 
 
 @pytest.mark.parametrize("layout", ["new", "old"])
 def test_a_folder_saved_after_textual_inversion(tmp_path: Path, layout: str) -> None:
-    """A word of one vector and one of three; the tokenizer's files as transformers writes them now, and as before."""
+    """A word of one vector and two of three, of which the reference stretches the one in small letters only; the
+    tokenizer's files as transformers writes them now, and as before."""
     pipe = twins.pipeline_twin("sd1")
     g = torch.Generator().manual_seed(0)
-    for word, count in (("<cat-toy>", 1), ("<Style>", 3)):
+    for word, count in (("<cat-toy>", 1), ("<style>", 3), ("<Loud>", 3)):
         pipe.load_textual_inversion({word: 9 * torch.randn(count, 32, generator=g)}, token=word)
     pipe.save_pretrained(tmp_path)
     place = tmp_path / "tokenizer"
@@ -211,9 +212,11 @@ def test_a_folder_saved_after_textual_inversion(tmp_path: Path, layout: str) -> 
         (place / "added_tokens.json").write_text(json.dumps(words))
         (place / "tokenizer.json").unlink()
         edit(place / "tokenizer_config.json", added_tokens_decoder=...)
-    assert weights_convert.open_source(tmp_path).config.tokenizer.added == (("<cat-toy>", 1), ("<Style>", 3))
+    loud = (("<Loud>", 1), ("<Loud>_1", 1), ("<Loud>_2", 1))
+    added = (("<cat-toy>", 1), ("<style>", 3), *loud)
+    assert weights_convert.open_source(tmp_path).config.tokenizer.added == added
     plain = latents(tmp_path, "a dog in")[0]
-    for prompt in ("a <cat-toy> in <Style>", "<Style>_2"):
+    for prompt in ("a <cat-toy> in <style>", "<style>_2", "a <Loud> <Loud>_1"):
         got, want = latents(tmp_path, prompt)
         assert_close(got, want, where=prompt)
         assert not torch.equal(got, plain)
