@@ -278,7 +278,10 @@ def test_a_folder_of_diffusers_and_folders_that_hold_none_or_several(sd: StableD
 def test_what_a_file_holds_is_told_by_its_content(sd: StableDiffusion, tmp_path: Path) -> None:
     tensors = keys(PEFT, *drawn(sd, Q))
     write(tmp_path / "a.pt", tensors)
-    assert list(read_lora(tmp_path / "a.pt", sd.config).updates) == [Q]
+    torch.save(tensors, tmp_path / "pickle.safetensors")
+    torch.save(tensors, tmp_path / "no suffix")
+    for name in ("a.pt", "pickle.safetensors", "no suffix"):
+        assert list(read_lora(tmp_path / name, sd.config).updates) == [Q]
     for name, data, words in (
         ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a Git LFS pointer"),
         ("b.safetensors", b"<!DOCTYPE html><html></html>", "is a web page"),
