@@ -684,7 +684,7 @@ def test_files_that_are_something_else(run: Run, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     one_error(run("info", "plain.png"), "plain.png", "no recipe")
     one_error(run("generate", "--model", "text", "--recipe", "plain.png"), "plain.png", "no recipe")
-    (tmp_path / "broken.png").write_bytes(cli.PNG + b"and no more")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nand no more")
     one_error(run("info", "broken.png"), "broken.png")
 
 
@@ -1108,3 +1108,23 @@ def test_a_page_of_one_endless_line_is_cut(capsys: pytest.CaptureFixture[str]) -
     console.show("a\n" + "b" * 300_000 + "\nc", longest=console.LONGEST_LINE)
     out = capsys.readouterr().out.splitlines()
     assert (out[0], out[2], len(out[1])) == ("a", "c", console.LONGEST_LINE + 4)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "   ", "a\0b", "a \udc80 b", "a\x1b[31m b\u202e", " \n\t", "\ufffe", "\U0010ffff"]
+)
+def test_any_text_is_a_prompt(prompt: str, run: Run, tmp_path: Path) -> None:
+    """It makes a picture whose recipe has it, under a name that any system takes."""
+    ended = run("generate", prompt, "--model", "text", "--steps", 1, "--seed", 3, "--quiet", "--out", ".")
+    assert (ended.status, ended.err) == (0, [])
+    (path,) = tmp_path.glob("*.png")
+    assert re.fullmatch(r"[\w-]+-3\.png", path.name)
+    assert minidiff.read_recipe(path)["prompt"] == prompt
+
+
+def test_a_prompt_of_ten_thousand_words_is_cut_and_said_once(run: Run) -> None:
+    ended = run("generate", "a fox, " * 10_000, "--model", "text", "--steps", 1, "--num-images", 2, "--quiet")
+    assert ended.status == 0
+    assert len(ended.err) == 1
+    assert "a prompt of 30000 tokens was cut to 75" in ended.err[0]
+    assert len(ended.err[0]) < 600
