@@ -126,7 +126,6 @@ def test_every_unknown_name_gets_a_guess(sd: StableDiffusion, tmp_path: object) 
         ("diffusers", lambda: convert("a", "b", to="diffuser")),
         ("float16", lambda: convert("a", "b", dtype="flaot16")),
         ("DDIMScheduler", lambda: sampler_from_diffusers({"_class_name": "DDIMSheduler"})),
-        ("timestep_spacing", lambda: sampler_from_diffusers({"_class_name": "DDIMScheduler", "timestep_spacin": 1})),
     ):
         with pytest.raises((ConfigError, UnsupportedError)) as e:
             wrong()
