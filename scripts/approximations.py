@@ -36,6 +36,7 @@ import minidiff  # noqa: E402
 from minidiff import StableDiffusion, fast  # noqa: E402
 from minidiff.errors import ConfigError, MinidiffError  # noqa: E402
 from minidiff.training import shapes  # noqa: E402
+from minidiff.writing import atomic  # noqa: E402
 
 INTERVALS = ((0.0, 0.8), (0.2, 0.8))
 DEEP = (2, 3, 5)
@@ -183,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             table = run(args, Path(args.keep or scratch))
         if args.json:
-            args.json.write_text(json.dumps({"arguments": vars(args), "rows": table}, default=str, indent=1))
+            with atomic(args.json) as file:
+                file.write(json.dumps({"arguments": vars(args), "rows": table}, default=str, indent=1).encode())
     except (MinidiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="where the plot goes")
     args = parser.parse_args()
 
+    from minidiff.writing import atomic
     from tests.unit.gaussian import DETERMINISTIC, NOT_MEASURED, STOCHASTIC, errors_of, slope_of
 
     curves = []
@@ -41,7 +42,8 @@ def main() -> None:
     for name, reason in NOT_MEASURED.items():
         print(f"{name}: {reason}")
     if args.svg is not None:
-        args.svg.write_text(plot(curves), encoding="utf-8")
+        with atomic(args.svg) as file:
+            file.write(plot(curves).encode())
         print(f"\n{args.svg}: one line for each method; the pointer on it shows its name")
 
 

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m weights_convert", description="Convert a checkpoint from one layout to another.")
     parser.add_argument("src", metavar="SRC", help="a diffusers folder, or an original .safetensors or .ckpt file")
-    parser.add_argument("dst", metavar="DST", help="the file to write, or the folder (--to diffusers)")
+    parser.add_argument("dst", metavar="DST", help="the file to write, or to replace, or the folder (--to diffusers)")
     parser.add_argument("--to", default="minidiff", metavar="LAYOUT", help=f"{', '.join(LAYOUTS)} (default: minidiff)")
     parser.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(FLOATS)} (default: each tensor as it is)")
     parser.add_argument("--sharded", metavar="SIZE", help="--to diffusers: files of at most 5GB, 500MB, ...")

@@ -81,6 +81,8 @@ def _train(
     c, main = trainer.config, trainer.ranks.main
     if resume:
         keeper.resume(trainer, folder)
+        if trainer.done >= c.steps:  # perhaps it was killed between the last state and the model of it
+            export(trainer, folder / MODEL)
     report = None
     journal = Journal(folder, trainer.done) if main else None
     told = progress if callable(progress) else None

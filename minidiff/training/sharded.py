@@ -25,6 +25,7 @@ from minidiff.training.distributed import Replicas, is_main
 from minidiff.training.loop import Trainer
 from minidiff.training.state import Keeper, compare, contents, facts, parse_facts
 from minidiff.training.task import Task
+from minidiff.writing import atomic
 
 FACTS = "run.json"
 
@@ -104,7 +105,8 @@ class ShardKeeper(Keeper):
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
             new.mkdir()
-            (new / FACTS).write_text(json.dumps(facts(trainer)), encoding="utf-8")
+            with atomic(new / FACTS) as file:
+                file.write(json.dumps(facts(trainer)).encode())
         trainer.ranks.wait()
         save(contents(trainer), checkpoint_id=str(new))  # ".metadata" comes last: with it, the folder is complete
         if trainer.ranks.main:

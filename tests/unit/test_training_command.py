@@ -243,6 +243,28 @@ def test_killed_between_the_first_state_and_the_first_model(
         assert "sd.safetensors: is another model than the one this run began with" in said
 
 
+def test_killed_between_the_last_state_and_its_model(
+    photos: Path, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step is left to do, and yet the model must be that of the last one."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    begin = ["train", "--data", str(photos), *TINY]
+    assert main([*begin, "--config", tiny, "--out", str(whole)]) == 0
+
+    def killed(trainer: Trainer, path: Path) -> None:
+        if trainer.done == 4:
+            raise KeyboardInterrupt
+        real(trainer, path)
+
+    real = run.export
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "export", killed)
+        assert main([*begin, "--config", tiny, "--out", str(broken)]) == 130
+    assert states(broken) != states(whole)
+    assert main([*begin, "--out", str(broken), "--resume"]) == 0
+    assert states(broken) == states(whole)
+
+
 def test_a_state_of_before_that_was_noted(photos: Path, tmp_path: Path, capfd: Any) -> None:
     """Then what was frozen cannot be known: asked for, and not drawn anew."""
     (tmp_path / "sd.json").write_text(json.dumps(asdict(SD)))
