@@ -673,6 +673,23 @@ def test_a_lock_of_many_threads_is_held_by_one(tmp_path: Path) -> None:
 
 
 @posix
+def test_a_lock_that_was_just_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who had it removes its file while another has opened that: a lock on it would be one that nobody else sees."""
+    real, opened = writing._lock, []
+
+    def late(lock: int, wait: bool = False) -> bool | None:
+        if not opened:
+            (tmp_path / ".run.minidiff.lock").unlink()
+        opened.append(lock)
+        return real(lock, wait)
+
+    monkeypatch.setattr(writing, "_lock", late)
+    with locked(tmp_path / "run", "taken"):
+        assert left_in(tmp_path) == [".run.minidiff.lock"]
+    assert len(opened) == 2
+
+
+@posix
 def test_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_locks(monkeypatch)
     with locked(tmp_path / "run", "taken") as sure:
