@@ -53,7 +53,7 @@ class Source:
             if isinstance(stream, CudaStream):
                 stream.offset = int(where)
             else:
-                stream.set_state(torch.as_tensor(where))
+                stream.set_state(torch.as_tensor(where, device="cpu"))
 
 
 def _draw(stream: Stream, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ schedule + sampler --plan--> rows --> [ scale_input -> unet -> guidance -> step 
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from minidiff.files import Lazy
 from minidiff.identity import identify
 from minidiff.images import Pictures
 from minidiff.memory import check_fits
-from minidiff.models.clip import CLIPText
+from minidiff.models.clip import CLIPText, SharedEmbedding
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
 from minidiff.progress import check_progress
@@ -733,15 +734,30 @@ def bundled(
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:
     """An untrained model with weights drawn from ``seed``: for trying things out, and where training starts."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = {name: part.to_empty(device="cpu") for name, part in checkpoint.build(config).items()}
-        for part in parts.values():
-            for module in part.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    parts = {name: part.to_empty(device="cpu") for name, part in checkpoint.build(config).items()}
+    for part in parts.values():
+        for module in part.modules():
+            first_weights(module, generator)
     return from_parts(config, parts)
+
+
+def first_weights(layer: nn.Module, generator: torch.Generator) -> None:
+    """What ``layer.reset_parameters()`` gives, drawn from ``generator`` instead of the process's own."""
+    if isinstance(layer, (nn.Linear, nn.Conv2d)):  # uniform, the variance a third of 1 / inputs (He et al. 2015)
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+        if layer.bias is not None:
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    elif isinstance(layer, SharedEmbedding):
+        layer.reset_parameters(generator)
+    elif isinstance(layer, nn.Embedding):
+        nn.init.normal_(layer.weight, generator=generator)
+    elif isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    else:
+        assert not list(layer.parameters(recurse=False)), f"{type(layer).__name__} has weights of its own"
 
 
 def _texts(prompt: str | Sequence[str]) -> list[str]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from minidiff.config import ModelConfig, VAEConfig
 from minidiff.errors import MinidiffError
 from minidiff.models.attention import Attention, attention
+from minidiff.undo import forward_hook
 
 
 def attention_in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -49,10 +52,13 @@ class _FoundError(Exception):
 @contextmanager
 def watched(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Inside, the first module that answers with a value that is not finite ends the pass with a
-    :class:`MinidiffError` that names it."""
+    :class:`MinidiffError` that names it. In this thread: what others do with the same modules goes on."""
+    mine = get_ident()
 
     def watch(name: str) -> Callable[..., None]:
         def look(module: nn.Module, _: Any, out: Any) -> None:
+            if get_ident() != mine:
+                return
             for tensor in out if isinstance(out, tuple) else (out,):
                 if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
                     raise _FoundError(f"{name} ({type(module).__name__}, {str(tensor.dtype).removeprefix('torch.')})")
@@ -60,8 +66,10 @@ def watched(parts: Mapping[str, nn.Module]) -> Iterator[None]:
         return look
 
     named = {f"{part}.{name}".rstrip("."): m for part, module in parts.items() for name, m in module.named_modules()}
-    handles = [module.register_forward_hook(watch(name)) for name, module in named.items()]
+    handles: list[RemovableHandle] = []
     try:
+        for name, module in named.items():
+            forward_hook(module, watch(name), handles)
         yield
     except _FoundError as e:
         raise MinidiffError(f"NaN or infinite values, first from {e}; {ADVICE}") from None

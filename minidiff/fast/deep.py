@@ -159,5 +159,5 @@ def later(t: Tensor | float, last: Tensor | float) -> bool:
     """
     if isinstance(t, Tensor) and isinstance(last, Tensor) and t._base is not None and last._base is not None:
         return t._base is last._base and bool(t.storage_offset() > last.storage_offset())
-    now, then = torch.as_tensor(t), torch.as_tensor(last)
+    now, then = (v if isinstance(v, Tensor) else torch.tensor(v, device="cpu") for v in (t, last))
     return now.shape == then.shape and bool((now < then).all())

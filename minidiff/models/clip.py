@@ -71,9 +71,9 @@ class SharedEmbedding(nn.Embedding):
         # Follows from the config and is no weight; on the CPU even while a model is built without memory.
         self.register_buffer("row_of", rows(vocab, kept), persistent=False)
 
-    def reset_parameters(self) -> None:
-        """Weights as they are before any training."""
-        super().reset_parameters()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Weights as they are before any training; drawn from ``generator``, or torch's own."""
+        nn.init.normal_(self.weight, generator=generator)
         with torch.no_grad():
             self.weight[0] = 0
         if "row_of" in self._buffers:  # memory that was made without contents

@@ -127,7 +127,7 @@ class Tokenizer:
                 warn(message, stacklevel=2)
             row = [self.start, *ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.length)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.length)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text of any length, without start, end and padding. A lone surrogate is read as U+FFFD."""

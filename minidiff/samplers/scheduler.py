@@ -199,7 +199,7 @@ class Scheduler:
 
         Methods that work in sigma or lambda know the timesteps of the current run (before ``set_timesteps``: all of
         training's); the others any timestep of training."""
-        times = torch.as_tensor(t).reshape(-1)
+        times = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")).reshape(-1)
         plan, sampler = self._rows, cast(Options, self.sampler)
         in_lambda = isinstance(plan, LambdaPlan) and not plan.noise_by_timestep
         if not in_lambda and not sampler.in_sigma:
