@@ -40,7 +40,7 @@ from minidiff.pipeline import StableDiffusion
 from tests.unit.tiny import tiny_ddpm, tiny_sd, tiny_xl
 
 THREADS = 8
-SWITCHES = [*fast.SWITCHES, "attention", "halves", "vae_slices"]
+SWITCHES = ["packed", "winograd", "memory", "attention", "halves"]  # what keeps something between two calls
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def _as_on_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def often() -> Iterator[None]:
     """Threads change places as often as Python can."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
 
@@ -78,7 +78,7 @@ REQUESTS: list[dict[str, Any]] = [
 def drawn(pipe: Any, request: dict[str, Any]) -> Tensor:
     if not isinstance(pipe, StableDiffusion):
         request = {"seed": request["seed"], "sampler": "ddim"}
-    found: Tensor = pipe.generate(**{"steps": 3, "output": "tensor", "progress": False, **request})
+    found: Tensor = pipe.generate(**{"steps": 2, "output": "tensor", "progress": False, **request})
     return found
 
 
@@ -102,7 +102,7 @@ def check_threads(make: Callable[[], Any]) -> None:
     shared = make()
 
     def work(k: int) -> list[bool]:
-        order = [(k + i) % len(REQUESTS) for i in range(3)]
+        order = [(k + i) % len(REQUESTS) for i in range(2)]
         return [torch.equal(drawn(shared, REQUESTS[i]), wanted[i]) for i in order]
 
     assert all(map(all, side_by_side(work)))
@@ -130,7 +130,7 @@ def test_threads_share_a_plain_model(make: Callable[[], Any]) -> None:
 
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("pays", [True, False], ids=["with AVX512", "without"])
-@pytest.mark.parametrize("make", [tiny_sd, tiny_xl, tiny_ddpm])
+@pytest.mark.parametrize("make", [tiny_sd, tiny_ddpm])
 def test_threads_share_an_optimized_model(make: Callable[[], Any], pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "pays", lambda *_: pays)
 
@@ -150,7 +150,7 @@ def test_threads_share_a_switch(switch: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize("how", [{"deep": 2}, {"merge": 0.5}, {"deep": 3, "merge": 0.25}], ids=str)
+@pytest.mark.parametrize("how", [{"deep": 2}, {"merge": 0.5}], ids=str)
 @pytest.mark.parametrize("switches", [(), tuple(fast.SWITCHES)], ids=["alone", "beside switches"])
 def test_threads_share_an_approximation(how: dict[str, Any], switches: tuple[str, ...]) -> None:
     def make() -> StableDiffusion:
@@ -173,8 +173,9 @@ def test_threads_share_tiles() -> None:
 
 
 @pytest.mark.usefixtures("often")
-@pytest.mark.parametrize("extra", ["plain", "switches", "approximate"])
-@pytest.mark.parametrize("how", ["low_memory", "offload"])
+@pytest.mark.parametrize(
+    ("how", "extra"), [("low_memory", "plain"), ("low_memory", "approximate"), ("offload", "switches")]
+)
 def test_threads_share_parts_that_take_turns(how: str, extra: str, tmp_path: Path) -> None:
     tiny_sd().save(tmp_path / "model.safetensors")
 
@@ -545,11 +546,11 @@ def test_runs_and_loads_leave_nothing_behind(tmp_path: Path) -> None:
         run = sd.steps("a horse", steps=2, seed=k)  # type: ignore[arg-type]
         next(run)
 
-    for k in range(10):
+    for k in range(6):
         once(k)
     gc.collect()
     threads, files, memory = held_by_the_process()
-    for k in range(30):
+    for k in range(20):
         once(k)
     gc.collect()
     after = held_by_the_process()
