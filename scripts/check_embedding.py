@@ -3,8 +3,8 @@
     python scripts/check_embedding.py                          # 200 runs and 200 loads, 500 interruptions
     python scripts/check_embedding.py --runs 20 --interruptions 60 --seed 1
 
-Prints what the process holds before and after (threads, file descriptors, kilobytes), and how many interruptions came in
-time; a promise that is broken ends it with an error.
+Prints what the process holds before and after (threads, file descriptors, kilobytes), and how many interruptions came
+in time; a promise that is broken ends it with an error.
 """
 
 from __future__ import annotations
