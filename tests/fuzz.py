@@ -365,7 +365,7 @@ def read(name: str, path: Path) -> tuple[str, dict[str, Tensor]]:
         word = read_embedding(path, SD)
         return word.name, dict(word.vectors)
     source = path.parent.parent if name == "folder" else path
-    target = path.with_suffix(".out")
+    target = path.with_name("out.safetensors")
     override = None if name in ("folder", "minidiff.safetensors") else OVERRIDE
     weights_convert.convert(source, target, config=override)
     found = checkpoint.read(target)
@@ -378,7 +378,7 @@ def read(name: str, path: Path) -> tuple[str, dict[str, Tensor]]:
 def verdict(case: Case, path: Path, sound: tuple[str, dict[str, Tensor]]) -> str:
     """ "refused", "equal" or "weights"; anything else is a fault of ours, in words. ``path``: where the file goes."""
     path.write_bytes(case.data)
-    target = path.with_suffix(".out")
+    target = path.with_name("out.safetensors")
     target.unlink(missing_ok=True)
     try:
         config, tensors = read(case.source, path)

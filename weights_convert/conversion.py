@@ -29,6 +29,7 @@ from weights_convert.swap import swap as swap_parts
 
 AnyPath = str | os.PathLike[str]
 LAYOUTS = ("minidiff", "diffusers", "original")
+SAFETENSORS, OTHER_FILES = (".safetensors", ".sft"), (".ckpt", ".pt", ".pth", ".bin", ".gguf", ".txt", ".json", ".zip")
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -118,8 +119,8 @@ def convert(
 ) -> Report:
     """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
 
-    ``to``: "minidiff" and "original" write one safetensors file, "diffusers" a pipeline folder, whose weights
-    ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
+    ``to``: "minidiff" and "original" write one safetensors file, to be named so, "diffusers" a pipeline folder, whose
+    weights ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
     floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
     whole or not at all. ``existing``: "replace" replaces a file that has the name, "refuse" raises
     :class:`ConfigError`, also if it got there meanwhile; a folder is never replaced. The other arguments:
@@ -134,6 +135,7 @@ def convert(
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
+    _check_name(Path(dst), to)
     if to != "diffusers":
         check_place(dst, existing)
     source = open_source(
@@ -179,6 +181,16 @@ def load(
     )
     tensors = checkpoint.copied(source.tensors, low_memory) if copy else source.tensors
     return assemble(source.config, tensors, device, dtype, os.fspath(src), low_memory=low_memory)
+
+
+def _check_name(dst: Path, to: str) -> None:
+    """Raise :class:`ConfigError` for a target whose name says that it is something else than the layout writes."""
+    suffix = dst.suffix.lower()
+    if to != "diffusers" and suffix not in ("", *SAFETENSORS):
+        why = "single files are written as safetensors, never as pickles or anything else"
+        raise ConfigError(f"{dst}: {why}; name it {dst.stem}.safetensors")
+    if to == "diffusers" and suffix in (*SAFETENSORS, *OTHER_FILES) and not dst.is_dir():
+        raise ConfigError(f"{dst}: to='diffusers' writes a folder; name it {dst.stem}")
 
 
 def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.files import Lazy
 from minidiff.reading import read_object
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET
+from weights_convert.report import page
 from weights_convert.single_schedule import evidence as marked
 from weights_convert.tensors import read_tensors
 
@@ -57,8 +58,8 @@ class Found:
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
 
     def __str__(self) -> str:
-        lines = [f"path      {self.path}", f"layout    {self.layout}", f"family    {self.family}"]
-        return "\n".join(lines + [f"          because {e}" for e in self.evidence])
+        lines = [("path", str(self.path)), ("layout", self.layout), ("family", self.family)]
+        return page(lines + [("", f"because {e}") for e in self.evidence])
 
 
 def detect(path: str | os.PathLike[str]) -> Found:

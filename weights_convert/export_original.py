@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from minidiff.checkpoint import CONFIG_KEY
 from minidiff.config import ModelConfig, TAESDConfig, to_json
-from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.errors import UnsupportedError
 from minidiff.files import Lazy, write_tensors
 from minidiff.writing import Existing
 from weights_convert import single_schedule
@@ -34,11 +34,8 @@ def write_original(
 ) -> str:
     """Write the model as the safetensors file ``dst``; returns its content hash. ``existing``: as for ``atomic``.
 
-    Raises :class:`UnsupportedError` for a model that the layout has no names for, :class:`ConfigError` for a target
-    that is named like a pickle.
+    Raises :class:`UnsupportedError` for a model that the layout has no names for.
     """
-    if os.fspath(dst).lower().endswith((".ckpt", ".pt", ".pth", ".bin")):
-        raise ConfigError(f"{dst}: single files are written as safetensors, never as pickles; name it .safetensors")
     config, tensors = full_tables(config, tensors, report)
     layout = _layout(config)
     pairs = key_pairs(config, TEXTS[layout], {})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from minidiff.config import from_json
-from minidiff.errors import ConfigError
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.reading import read_object
 from minidiff.samplers import sampler_from_config
 
 C = TypeVar("C")
@@ -24,14 +23,9 @@ def read_override(given: Override) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
     try:
-        found = json.loads(Path(given).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"config={os.fspath(given)!r} cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"config={os.fspath(given)!r}: not valid JSON ({e})") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"config={os.fspath(given)!r}: should hold a JSON object like {{'unet': {{...}}}}")
-    return found
+        return read_object(given)
+    except CheckpointError as e:
+        raise ConfigError(f"config={e}; it should hold a JSON object like {{'unet': {{...}}}}") from None
 
 
 def said(config: Override, prediction: str | None, sampler: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from minidiff.config import ModelConfig
+from minidiff.console import escaped
 from minidiff.files import Lazy
 from weights_convert.engine import Drop
 
@@ -38,16 +39,23 @@ class Report:
         return f"Report: {self.source}, {self.layout} layout, {self.family}, {counts}"
 
     def __str__(self) -> str:
-        lines = [f"source    {self.source}", f"layout    {self.layout}", f"family    {self.family}"]
-        lines += [f"          because {e}" for e in self.evidence]
-        lines += [f"mapped    {n:6d}  {part}" for part, n in self.mapped.items()]
-        lines += [f"dropped   {n:6d}  {name}: {reason}" for name, n, reason in self.dropped]
-        lines += [f"note      {note}" for note in self.notes]
-        if self.target is not None:
-            lines.append(f"written   {self.target}")
-        if self.hash is not None:
-            lines.append(f"hash      {self.hash}")
-        return "\n".join(lines)
+        lines: list[tuple[str, str | None]] = [
+            ("source", self.source),
+            ("layout", self.layout),
+            ("family", self.family),
+        ]
+        lines += [("", f"because {e}") for e in self.evidence]
+        lines += [("mapped", f"{n:6d}  {part}") for part, n in self.mapped.items()]
+        lines += [("dropped", f"{n:6d}  {name}: {reason}") for name, n, reason in self.dropped]
+        lines += [("note", note) for note in self.notes]
+        lines += [("written", self.target)] * (self.target is not None)
+        lines += [("hash", self.hash)] * (self.hash is not None)
+        return page(lines)
+
+
+def page(lines: Iterable[tuple[str, str | None]]) -> str:
+    """A word and a text on each line: one line it stays, whatever a file or a path may hold."""
+    return "\n".join(f"{word:<10}{escaped(text or '')}" for word, text in lines)
 
 
 @dataclass

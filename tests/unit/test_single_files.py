@@ -17,6 +17,7 @@ from torch import Tensor
 
 import minidiff
 import weights_convert
+import weights_convert.__main__
 from minidiff import CheckpointError, UnsupportedError, cli
 from minidiff.config import CLIPTextConfig, TAESDConfig
 from minidiff.files import TensorFile
@@ -349,3 +350,67 @@ def test_without_a_copy_it_is_mapped(tmp_path: Path, whole: Path) -> None:
         file.write(bytes(len(data)))
     assert all(not p.any() for p in [max(plain.unet.parameters(), key=Tensor.numel)])
     assert all(p.any() for p in [max(copied.unet.parameters(), key=Tensor.numel)])
+
+
+# --- names and texts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "words"),
+    [
+        ("foo.txt", "minidiff", r"never as pickles or anything else; name it foo\.safetensors"),
+        ("foo.ckpt", "minidiff", r"name it foo\.safetensors"),
+        ("foo.PNG", "minidiff", r"name it foo\.safetensors"),
+        ("foo.v1.5", "original", r"name it foo\.v1\.safetensors"),
+        ("foo.pt", "original", r"name it foo\.safetensors"),
+        ("foo.safetensors", "diffusers", "writes a folder; name it foo"),
+        ("foo.ckpt", "diffusers", "writes a folder; name it foo"),
+        ("foo.txt", "diffusers", "writes a folder; name it foo"),
+    ],
+)
+def test_a_target_is_named_for_its_layout(
+    tmp_path: Path, whole: Path, name: str, to: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(minidiff.ConfigError, match=words):
+        weights_convert.convert(whole, tmp_path / name, to=to)
+    assert cli.main(["convert", str(whole), str(tmp_path / name), "--to", to]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert weights_convert.__main__.main([str(whole), str(tmp_path / name), "--to", to]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_right(tmp_path: Path, whole: Path) -> None:
+    for name, to in (("A.SAFETENSORS", "minidiff"), ("b", "original"), ("model-v1.5", "diffusers")):
+        weights_convert.convert(whole, tmp_path / name, to=to)
+        assert (tmp_path / name).exists()
+
+
+STEERING = "\x1b[31mred\x1b[0m \x9b2J \u202egnp.exe \u2066 \x07\x00"
+
+
+def test_nothing_from_a_file_steers_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys, metadata, paths and a sampler's options, in what ``convert`` and ``info`` print on either stream."""
+    folder = tmp_path / ("a\x1b[2J\u202eb\nwritten   passwd" if os.name == "posix" else "a\u202eb")
+    folder.mkdir()
+    tensors = original_tensors()
+    save_file(tensors, folder / "one.safetensors")
+    save_file(tensors | {f"{UNET}{STEERING}": torch.ones(1)}, folder / "key.safetensors")
+    save_file({STEERING * 10_000: torch.ones(1)}, folder / "long.safetensors")
+    torch.save({"state_dict": tensors, STEERING: 3, "x" * 100_000: 4}, folder / "one.ckpt")
+    (tmp_path / "config.json").write_text(json.dumps({**OVERRIDE, "sampler": {"name": STEERING}}))
+    (tmp_path / "good.json").write_text(json.dumps(OVERRIDE))
+    good, bad = (["--config", str(tmp_path / name)] for name in ("good.json", "config.json"))
+    out = str(folder / "out.safetensors")
+    calls = [["info", str(folder / name)] for name in ("one.safetensors", "key.safetensors", "long.safetensors")]
+    calls += [["convert", str(folder / "one.ckpt"), out, "--force", *good], ["info", out], ["info", str(folder)]]
+    calls += [["convert", str(folder / f"{name}.safetensors"), out, *good] for name in ("key", "long")]
+    calls += [["convert", str(folder / "one.safetensors"), out, "--force", *bad]]
+    for call in calls:
+        cli.main(call)
+        printed = capsys.readouterr()
+        text = printed.out + printed.err
+        assert text, call
+        assert all(c.isprintable() or c == "\n" for c in text), call
+        assert not any(line.startswith("written   passwd") for line in text.splitlines()), call
+        assert max(map(len, text.splitlines())) < 3000, call
