@@ -403,7 +403,9 @@ def convert(args: Namespace) -> None:
     if not os.path.exists(args.src):
         raise CheckpointError(missing(Path(args.src), "file or folder"))
     import weights_convert
+    from weights_convert.conversion import check_name
 
+    check_name(args.dst, args.to)
     report = weights_convert.convert(
         args.src,
         args.dst,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from minidiff.arguments import PARTS
 from minidiff.console import LONGEST_LINE, Parser, guard, open_standard_streams, show
 from weights_convert import convert
-from weights_convert.conversion import FLOATS, LAYOUTS
+from weights_convert.conversion import FLOATS, LAYOUTS, check_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +34,7 @@ def _run(argv: Sequence[str]) -> None:
         parser.add_argument(option, metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
+    check_name(args.dst, args.to)
     swap = {part: getattr(args, part) for part in PARTS}
     options = {"ema": args.ema, "config": args.config, "variant": args.variant, "swap": swap, "sharded": args.sharded}
     options |= {"prediction": args.prediction, "sampler": args.sampler}

@@ -135,8 +135,8 @@ def convert(
     target, shard = _dtype(dtype), None if sharded is None else shard_size(sharded)
     if Path(dst).exists() and Path(src).exists() and os.path.samefile(src, dst):
         raise ConfigError(f"{dst}: would overwrite its own source; name another file")
-    _check_name(Path(dst), to)
     if to != "diffusers":
+        check_name(dst, to)
         check_place(dst, existing)
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
@@ -183,12 +183,16 @@ def load(
     return assemble(source.config, tensors, device, dtype, os.fspath(src), low_memory=low_memory)
 
 
-def _check_name(dst: Path, to: str) -> None:
-    """Raise :class:`ConfigError` for a target whose name says that it is something else than the layout writes."""
+def check_name(dst: AnyPath, to: str) -> None:
+    """Raise :class:`ConfigError` for a target whose name says that it is something else than the layout writes.
+
+    The command lines ask it of folders too; a program may call a folder what it likes.
+    """
+    dst = Path(dst)
     suffix = dst.suffix.lower()
     if to != "diffusers" and suffix not in ("", *SAFETENSORS):
         why = "single files are written as safetensors, never as pickles or anything else"
-        raise ConfigError(f"{dst}: {why}; name it {dst.stem}.safetensors")
+        raise ConfigError(f"{dst}: {why}; name it .safetensors")
     if to == "diffusers" and suffix in (*SAFETENSORS, *OTHER_FILES) and not dst.is_dir():
         raise ConfigError(f"{dst}: to='diffusers' writes a folder; name it {dst.stem}")
 
