@@ -126,6 +126,7 @@ class UNetConfig:
         within(1, WIDEST, in_channels=self.in_channels, out_channels=self.out_channels, context_dim=self.context_dim)
         within(1, WIDEST, added_dim=self.added_dim, guidance_dim=self.guidance_dim, sample_size=self.sample_size)
         within(1, WIDEST, groups=self.groups, layers=self.layers, sample_width=self.sample_width)
+        within(1, WIDEST, added_sinusoid=self.added_sinusoid)
         within(0, 1, eps=self.eps)
         within(0, 2, mid_layers=self.mid_layers)
         bare = self.mid_layers == 2 or self.mid.attention == "none"
@@ -298,6 +299,7 @@ class CLIPTextConfig:
         within(1, WIDEST, positions=self.positions)
         within(1, MOST_BLOCKS, layers=self.layers)
         within(1, MOST_TOKENS, vocab=self.vocab)
+        within(0, MOST_TOKENS, end_token=self.end_token)
         within(0, 1, eps=self.eps)
         check(self.width % self.heads == 0, f"heads={self.heads} does not divide width={self.width}")
         if self.kept is not None:

@@ -64,6 +64,9 @@ def sources(folder: Path) -> dict[str, Path]:
     safetensors.torch.save_file(tensors, found["original.safetensors"])
     torch.save({"state_dict": tensors, "epoch": 3}, found["zip.ckpt"])
     torch.save({"state_dict": tensors}, found["legacy.ckpt"], _use_new_zipfile_serialization=False)
+    found["float8.safetensors"] = folder / "float8.safetensors"
+    narrow = {k: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for k, t in tensors.items()}
+    safetensors.torch.save_file(narrow, found["float8.safetensors"])
     write_folder(folder / "folder")
     found["folder"] = folder / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -264,6 +267,34 @@ def other_config(table: dict[str, Any], rng: Random) -> None:
         wrong_shape(table, rng)
 
 
+def lying_config(table: dict[str, Any], rng: Random) -> None:
+    """A number in minidiff's own config that no model has, under a header that is said to be whole."""
+    given = table.get("__metadata__") or {}
+    if "minidiff.config" not in given:
+        return wrong_shape(table, rng)
+    for key in ("minidiff.header", "minidiff.hash"):
+        given.pop(key, None)
+    config = json.loads(given["minidiff.config"])
+    places = [(at, key) for at in inside(config) for key in keys_of(at) if type(at[key]) in (int, float)]
+    at, key = places[int(rng.integers(len(places)))]
+    lies: list[Any] = [2**63, -(10**30), 10**400, float("nan"), "9", {}, [[]], [0] * 100, -1e308]
+    at[key] = lies[int(rng.integers(len(lies)))]
+    given["minidiff.config"] = json.dumps(config)
+    return None
+
+
+def inside(found: Any) -> list[Any]:
+    """Every object and short list in parsed JSON."""
+    below = [found[key] for key in keys_of(found)]
+    return [found, *(x for b in below for x in inside(b))] if isinstance(found, (dict, list)) else []
+
+
+def keys_of(found: Any) -> list[Any]:
+    if isinstance(found, dict):
+        return list(found)
+    return list(range(len(found))) if isinstance(found, list) and len(found) < 100 else []
+
+
 def wrong_length(data: bytes, rng: Random, mark: Path) -> tuple[bytes, bool]:
     lies = [0, 1, body(data) - 9, body(data) - 7, len(data), len(data) - 8, 2**31, 2**62, 2**64 - 1]
     return struct.pack("<Q", lies[int(rng.integers(len(lies)))]) + data[8:], False
@@ -299,6 +330,45 @@ def opcodes(data: bytes, rng: Random, mark: Path) -> tuple[bytes, bool]:
     if rng.integers(2) and zipfile.is_zipfile(io.BytesIO(data)):
         return rezipped(data, {"data.pkl": code}), False
     return code, False
+
+
+def foreign_memory(data: bytes, rng: Random, mark: Path) -> tuple[bytes, bool]:
+    """Tensors over bytes that are not in the file, and keys whose hash takes for ever."""
+    name = [
+        b"torch\nFloatTensor",
+        b"torch\nTensor",
+        b"torch.storage\nUntypedStorage",
+        b"torch._utils\n_rebuild_parameter",
+    ]
+    made = b"c" + name[int(rng.integers(len(name)))] + b"\n"
+    deep = b")" + b"q\0h\0\x86" * int(rng.integers(60, 3000))
+    text = b"X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu"
+    count = int(rng.integers(2**31, 2**62))
+    far = b"ctorch._utils\n_rebuild_tensor_v2\n((" + text + b"\x8a\x08" + struct.pack("<q", count) + b"tQK\0"
+    code = [
+        b"\x80\2}X\1\0\0\0a" + made + b"K\4\x85Rs.",
+        b"\x80\2}X\1\0\0\0a" + made + b"K\4\x85\x81s.",
+        b"\x80\2}" + deep + b"Ns.",
+        b"\x80\2}X\1\0\0\0ctorch\nSize\n" + deep + b"\x85Rs.",
+        b"\x80\2}X\1\0\0\0a" + far + b"K\4\x85K\1\x85\x89}tRs.",
+        b"\x80\2}X\1\0\0\0a" + far + deep + deep + b"\x89}tRs.",
+        b"\x80\4" + deep + deep + b"\x93.",
+    ][int(rng.integers(7))]
+    if rng.integers(2) and zipfile.is_zipfile(io.BytesIO(data)):
+        return rezipped(data, {"data.pkl": code}), False
+    return code, False
+
+
+def short_record(data: bytes, rng: Random, mark: Path) -> tuple[bytes, bool]:
+    """A storage of which a part, or more than all, is in the archive."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return data[: -int(rng.integers(1, 40))], False
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [n for n in archive.namelist() if "/data/" in n]
+        name = names[int(rng.integers(len(names)))]
+        content = archive.read(name)
+    content = content[: -int(rng.integers(1, 9))] if rng.integers(2) else content + b"\0" * int(rng.integers(1, 9))
+    return rezipped(data, {name.partition("/")[2]: content}), False
 
 
 def bomb(data: bytes, rng: Random, mark: Path) -> tuple[bytes, bool]:
@@ -348,9 +418,19 @@ class _Bombs(dict[str, bytes]):
 
 BOMBS = _Bombs()
 ANY = {f.__name__: f for f in (truncate, grow, zero_a_run, flip_anywhere, flip_in_front)}
-TABLE = (wrong_dtype, wrong_shape, wrong_offsets, missing_entry, renamed_entry, odd_json, odd_metadata, other_config)
+TABLE = (
+    wrong_dtype,
+    wrong_shape,
+    wrong_offsets,
+    missing_entry,
+    renamed_entry,
+    odd_json,
+    odd_metadata,
+    other_config,
+    lying_config,
+)
 SAFETENSORS = ANY | {f.__name__: header(f) for f in TABLE} | {"wrong_length": wrong_length}
-PICKLES = ANY | {f.__name__: f for f in (hostile, opcodes, bomb, missing_record)}
+PICKLES = ANY | {f.__name__: f for f in (hostile, opcodes, bomb, missing_record, foreign_memory, short_record)}
 
 
 # --- what became of it -----------------------------------------------------------------------------------------------

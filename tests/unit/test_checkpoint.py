@@ -253,6 +253,11 @@ def test_files_that_are_not_minidiffs(tmp_path: Path) -> None:
         ({VERSION_KEY: "2"}, "format version '2', this minidiff reads '1'"),
         ({VERSION_KEY: ""}, "format version ''"),
         ({VERSION_KEY: "9" * 10_000}, "format version"),
+        ({CONFIG_KEY: to_json(tiny.SD).replace('"end_token":49407', f'"end_token":{10**30}')}, "end_token=1000"),
+        (
+            {CONFIG_KEY: to_json(tiny.SD).replace('"added_sinusoid":256', f'"added_sinusoid":{2**63}')},
+            "added_sinusoid=9",
+        ),
         ({CONFIG_KEY: ""}, "its config cannot be used (ModelConfig: not valid JSON"),
         ({CONFIG_KEY: "[" * 100_000}, "its config cannot be used"),
         ({CONFIG_KEY: "{}"}, "field family, schedule, unet is missing"),
