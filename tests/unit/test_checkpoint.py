@@ -52,7 +52,7 @@ def test_save_and_load_give_the_same_model(tmp_path: Path, make: Callable[[], St
         assert torch.equal(t, theirs[name]), name
     for part in found.parts.values():
         assert not part.training
-        assert all(p.requires_grad and p.is_leaf and not p.is_meta for p in part.parameters())
+        assert all(not p.requires_grad and p.is_leaf and not p.is_meta for p in part.parameters())
     metadata = TensorFile(path).metadata
     assert metadata.keys() == {"format", VERSION_KEY, CONFIG_KEY, HASH_KEY, HEADER_KEY}
     assert json.loads(metadata[CONFIG_KEY])["family"] == model.config.family

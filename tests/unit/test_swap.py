@@ -214,7 +214,7 @@ def test_no_such_part(model: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
     refused(model, "vae", tmp_path / "broken.safetensors", CheckpointError, "no readable safetensors file")
     (tmp_path / "empty").mkdir()
-    refused(model, "vae", tmp_path / "empty", CheckpointError, "cannot be read")
+    refused(model, "vae", tmp_path / "empty", CheckpointError, "no such file")
     tiny_ddpm().save(tmp_path / "ddpm.safetensors")
     refused(model, "vae", tmp_path / "ddpm.safetensors", CheckpointError, "family tiny ddpm, which has no vae")
     refused(tmp_path / "ddpm.safetensors", "vae", model, ConfigError, "it has unet")
