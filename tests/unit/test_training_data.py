@@ -42,12 +42,15 @@ def write_captions(folder: Path) -> None:
         file.with_suffix(".txt").write_text(f"all {file.stem}\n")
 
 
-@pytest.mark.parametrize("memory", [0, 2**20])
+WHOLE = 5 * 3 * 16**2  # bytes of five pictures
+
+
+@pytest.mark.parametrize("memory", [0, WHOLE - 1, WHOLE, 2**20])
 def test_a_folder(folder: Path, memory: int) -> None:
     """Whether its pictures are kept in memory or read again makes no difference."""
     pictures = ImageFolder(folder, 16, memory=memory)
     assert [f.name for f in pictures.files] == ["blue.webp", "black.gif", "lime.jpg", "red.png", "white.bmp"]
-    assert (pictures.pixels is None) == (memory == 0)
+    assert (pictures.pixels is None) == (memory < WHOLE)
     batch = pictures.take([3, 1, 4])
     assert batch.captions is None
     assert batch.pixels.shape == (3, 3, 16, 16)

@@ -165,3 +165,21 @@ def test_parts_are_quiet_until_the_last() -> None:
         with Replicas.quiet(Replicas.__new__(Replicas), told, last):
             seen.append(told.require_backward_grad_sync)
     assert seen == [False, False, True]
+
+
+def test_what_a_kill_left_of_the_state_before_is_not_in_the_way(tmp_path: Path) -> None:
+    """Killed after both renames, before the old slices are deleted: the next save is as any other."""
+    from tests.unit.test_training_loop import everything, pixel_trainer, run, same
+
+    keeper, trainer = ShardKeeper(), pixel_trainer()
+    run(trainer, 1)
+    keeper.save(trainer, tmp_path)
+    (tmp_path / ".state.old").mkdir()
+    (tmp_path / ".state.old" / "slice").touch()
+    run(trainer, 2)
+    keeper.save(trainer, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state"]
+    other = pixel_trainer()
+    keeper.resume(other, tmp_path)
+    assert other.done == 2
+    same(everything(other), everything(trainer))
