@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from weights_convert import keys_diffusers, keys_original
 from weights_convert.component import meta_model
 from weights_convert.engine import CONV1X1, SAME, expand
 from weights_convert.folder import rewrite
+from weights_convert.openclip import TRANSPOSED
 
 ROOT = Path(__file__).resolve().parents[2]
 PNDM = {"name": "pndm", "set_alpha_to_one": False, "steps_offset": 1, "runge_kutta": False}
@@ -89,8 +91,9 @@ def test_every_parameter_has_a_source_in_the_original_layout() -> None:
     assert keys_original.ema_key("model.diffusion_model.out.0.bias") == "model_ema.diffusion_modelout0bias"
 
 
-@pytest.mark.parametrize("form", [SAME, CONV1X1])
-@pytest.mark.parametrize("shape", [(6, 6), (6,)])
+@pytest.mark.parametrize(
+    ("form", "shape"), [(form, shape) for form in (SAME, CONV1X1) for shape in ((6, 6), (6,))] + [(TRANSPOSED, (6, 4))]
+)
 def test_forms_are_inverse(form: Any, shape: tuple[int, ...]) -> None:
     tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     stored = form.write(tensor)
@@ -154,6 +157,19 @@ def test_bare_ddpm_folder(tmp_path: Path) -> None:
     assert_same_weights(model, tiny_ddpm())
     assert comparable(model.config) == comparable(DDPM)
     assert "no scheduler_config.json" in str(report)
+
+
+def test_a_pipeline_of_ddim_samples_by_ddim_whatever_its_scheduler_was(tmp_path: Path) -> None:
+    """As diffusers' DDIMPipeline does with the scheduler that it is given."""
+    folder = sources.write_ddpm(tmp_path / "ddpm")
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler", "beta_end": 0.03}))
+    found = {}
+    for pipeline in ("DDPMPipeline", "DDIMPipeline"):
+        index = {"_class_name": pipeline, "unet": ["diffusers", "UNet2DModel"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+        found[pipeline] = weights_convert.open_source(folder).config
+    assert {name: c.sampler["name"] for name, c in found.items()} == {"DDPMPipeline": "ddpm", "DDIMPipeline": "ddim"}
+    assert all(c.schedule.beta_end == 0.03 for c in found.values())
 
 
 def test_sharded(copy: Path) -> None:

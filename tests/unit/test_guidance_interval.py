@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,9 @@ def test_it_is_told_as_a_part_of_the_way_is(name: str) -> None:
         part = choose_rows(plan, 12, sampler, 1000, start=low or None, end=high if high < 1 else None)
         assert set(rows) - set(rows_outside(plan, rows, low, high, 1000)) == set(part), (low, high)
     assert rows_outside(plan, range(4, 6), 0.0, 0.01, 1000) == [4, 5]
+    meets = SimpleNamespace(timesteps=torch.tensor([900, 500, 499, 100]))  # as choose_rows: the meeting row is before
+    assert rows_outside(meets, range(4), 0.5, 1.0, 1000) == [0, 1]
+    assert rows_outside(meets, range(4), 0.0, 0.5, 1000) == [2, 3]
 
 
 def test_it_goes_with_a_part_of_the_way(sd: StableDiffusion) -> None:

@@ -276,6 +276,17 @@ def test_rows_of_a_plan() -> None:
         assert choose_rows(plan, steps, sampler, 1000, **options) == want, (name, steps, options)  # type: ignore[arg-type]
 
 
+def test_latents_keep_their_own_height_and_width() -> None:
+    found = read(torch.zeros(1, 4, 3, 5), None, None, None, 8, 4, 3)
+    assert found is not None
+    assert found.encoded
+    assert found.pixels.shape == (1, 4, 3, 5)
+    with pytest.raises(ConfigError, match="width=24, but the image is latents of 40 pixels"):
+        read(torch.zeros(1, 4, 3, 5), None, 24, 24, 8, 4, 3)
+    with pytest.raises(ConfigError, match="height=40, but the image is latents of 24 pixels"):
+        read(torch.zeros(1, 4, 3, 5), None, 40, 40, 8, 4, 3)
+
+
 def plan_of(*timesteps: int) -> Any:
     return SimpleNamespace(timesteps=torch.tensor(timesteps), alpha_bars=1 - torch.tensor(timesteps) / 1000)
 
