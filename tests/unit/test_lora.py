@@ -211,7 +211,7 @@ def test_alpha_from_pefts_settings(sd: StableDiffusion, tmp_path: Path, settings
         ({"lora_alpha": None, "r": {"a": 1}}, CheckpointError, "r={'a': 1}; it must be a whole number"),
         ({"lora_alpha": [8]}, CheckpointError, "lora_alpha=.8.; it must be a finite number"),
         ({"lora_alpha": True}, CheckpointError, "lora_alpha=True"),
-        ({"lora_alpha": 10**400}, CheckpointError, "lora_alpha=1000.*; it must be a finite number"),
+        ({"lora_alpha": 10**400}, CheckpointError, "lora_alpha=10.*; it must be a finite number"),
         ({"lora_alpha": float("nan")}, CheckpointError, "lora_alpha=nan"),
         ({"use_rslora": "no"}, CheckpointError, "use_rslora='no'; it is true or false"),
         ({"r": 8}, CheckpointError, "says that down_blocks.*to_q has rank 8, and its matrices have 4"),
