@@ -125,4 +125,4 @@ def _check_type(name: str, value: Any, default: Any) -> None:
         fits = isinstance(value, (list, tuple)) and all(type(v) is int and abs(v) < MOST for v in value)
         check(fits, f"{name}={quote(value)} should be a list of numbers")
     elif isinstance(value, (int, float)):
-        check(abs(value) < 2**64 or math.isinf(value), f"{name}={quote(value)} is out of range")
+        check(abs(value) < 2**64 or abs(value) == math.inf, f"{name}={quote(value)} is out of range")
