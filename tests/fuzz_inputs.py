@@ -361,7 +361,8 @@ def drawn(rng: random.Random) -> tuple[str, bytes, Any]:
         buffer = io.BytesIO()
         grey.save(buffer, "PNG")
         return f"PNG for {how}", buffer.getvalue(), as_rgb(ramp)
-    certain = kind in LOSSLESS and not options and mode not in ("1", "P", "PA") and min(size) > 7
+    kept = mode not in deep or kind in ("PNG", "TIFF", "PPM")  # the others cut deep pictures off as they write them
+    certain = kind in LOSSLESS and kept and not options and mode not in ("1", "P", "PA") and min(size) > 7
     return how, buffer.getvalue(), as_rgb(ramp) if certain else None
 
 

@@ -18,6 +18,7 @@ from minidiff.config import Level, ModelConfig, ScheduleConfig, UNetConfig, chec
 from minidiff.console import say
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, random_model
+from minidiff.reading import read_object
 from minidiff.signals import Stop
 from minidiff.training.batch import Data
 from minidiff.training.data import FirstOf, PictureSet, ShapesStream, Shuffled, TorchvisionSet
@@ -159,10 +160,9 @@ def new_model(args: Namespace, seed: int) -> Pipe:
             8 <= size <= 256, f"--size {size}: the small pixel model works from 8 to 256; a larger one needs --config"
         )
         return random_model(small_model(size), seed)
-    path = Path(args.config)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; --config names a model's config as JSON")
-    return random_model(from_json(ModelConfig, path.read_text(encoding="utf-8")), seed)
+    if not os.path.exists(args.config):
+        raise CheckpointError(f"{args.config}: no such file; --config names a model's config as JSON")
+    return random_model(from_json(ModelConfig, read_object(args.config)), seed)
 
 
 def small_model(size: int) -> ModelConfig:

@@ -21,6 +21,7 @@ from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.blocks import ResBlock
 from minidiff.models.vae import VAE
+from minidiff.reading import read_text
 from minidiff.training.distributed import Replicas, is_main
 from minidiff.training.loop import Trainer
 from minidiff.training.state import Keeper, compare, contents, facts, parse_facts
@@ -92,7 +93,7 @@ class ShardKeeper(Keeper):
         """What the run in ``folder`` says of itself."""
         path = folder / self.name / FACTS
         try:
-            return parse_facts(path.read_text(encoding="utf-8"), path)
+            return parse_facts(read_text(path), path)
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
 
