@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minidiff.errors import Cancelled, ConfigError
 from minidiff.progress import Counter, check_progress
-from minidiff.samplers.base import Draw, Sampler
+from minidiff.samplers.method import Draw, Sampler
 
 
 class Prediction(NamedTuple):

@@ -27,7 +27,7 @@ from minidiff.models.unet import UNet
 from minidiff.picture import label, to_pil, to_unit
 from minidiff.precision import apply_policy, check_finite
 from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
-from minidiff.samplers.base import Sampler
+from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.start import Beginning, Start
 from minidiff.turns import Turns

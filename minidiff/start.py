@@ -20,7 +20,7 @@ from minidiff.config import check
 from minidiff.images import MASKED, Pictures, encode, spread
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
-from minidiff.samplers.base import Draw, Sampler
+from minidiff.samplers.method import Draw, Sampler
 from minidiff.wrapped import Wrapped
 
 

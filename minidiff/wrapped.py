@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minidiff.samplers.base import Draw, Sampler
+from minidiff.samplers.method import Draw, Sampler
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,7 @@ def work(name: str, number: int) -> Done:
 
 def recorded(path: Path) -> dict[tuple[str, int], Done]:
     """What the record holds; a new record is begun where there is none, or one of other sources."""
-    sources = [*sorted((ROOT / "minidiff").glob("samplers/*.py")), ROOT / "minidiff" / "schedule.py"]
+    sources = [*sorted((ROOT / "minidiff").glob("samplers/**/*.py")), ROOT / "minidiff" / "schedule.py"]
     sources += [ROOT / "tests" / "parity" / f"{name}.py" for name in ("axes", "grid", "sampler_twins")]
     stamp = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     lines = path.read_text().splitlines() if path.exists() else []

@@ -21,8 +21,8 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.files import Lazy, write_tensors
 from minidiff.models.clip import rows
 from minidiff.samplers import sampler_from_config
-from minidiff.samplers.readers import READERS
-from minidiff.samplers.to_diffusers import passed_to_call, sampler_to_diffusers
+from minidiff.samplers.diffusers.classes import READERS
+from minidiff.samplers.diffusers.write import passed_to_call, sampler_to_diffusers
 from minidiff.writing import atomic, atomic_folder
 from weights_convert import keys_diffusers as keys
 from weights_convert.component import AnyConfig, key_map, meta_model

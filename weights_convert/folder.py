@@ -27,8 +27,8 @@ from minidiff.files import Lazy
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.reading import read_object
 from minidiff.samplers import sampler_to_config, schedule_from_diffusers
-from minidiff.samplers.from_diffusers import read_sampler, unknown_fields
-from minidiff.samplers.readers import READERS
+from minidiff.samplers.diffusers.classes import READERS
+from minidiff.samplers.diffusers.read import read_sampler, unknown_fields
 from weights_convert.component import read_component
 from weights_convert.overlay import overlay
 from weights_convert.report import Report, Source
@@ -202,7 +202,7 @@ def _scheduler(
         schedule, sampler = schedule_from_diffusers(found), None if own_sampler else read_sampler(found)
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e}") from None
-    if sampler is not None and sampler.in_sigma and pipeline == "DDPMPipeline":
+    if sampler is not None and sampler.space == "sigma" and pipeline == "DDPMPipeline":
         kind = found["_class_name"]
         raise UnsupportedError(f"{file}: DDPMPipeline gives {kind} noise of the wrong size; choose a --sampler instead")
     return schedule, {} if sampler is None else sampler_to_config(sampler)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from minidiff.config import check
 from minidiff.conventions.levels import Table, levels, strided
 from minidiff.conventions.profiles import Method, Profile
 from minidiff.errors import ConfigError
-from minidiff.samplers.base import Plan
-from minidiff.samplers.sigma_plan import SigmaPlan
+from minidiff.samplers.method import Levels, Plan
 from minidiff.schedule import NoiseSchedule, check_steps
 from minidiff.wrapped import Wrapped
 
@@ -88,9 +85,9 @@ class ProgramSampler(Wrapped):
         largest = float(self.table.sigmas[-1])
         full = math.isclose(float(top), largest, rel_tol=1e-5) or float(top) > largest
         scale = unit if self.profile.scale.value == "max" and full else top
-        if not isinstance(plan, SigmaPlan):  # x keeps unit variance: the same sample, divided by sqrt(sigma**2 + 1)
+        if plan.space != "sigma":  # x keeps unit variance: the same sample, divided by sqrt(sigma**2 + 1)
             scale = scale / unit
-        return replace(plan, timesteps=way(sigmas), init_noise_sigma=scale)
+        return replace(plan, levels=plan.levels._replace(timesteps=way(sigmas), first=scale))
 
     def seeded(self, seeds: Sequence[int]) -> ProgramSampler:
         """With the seed of the Brownian tree, where the program takes it from the run's.
@@ -107,10 +104,9 @@ class ProgramSampler(Wrapped):
         return replace(self, inner=replace(self.inner, noise_seed=seeds[0]))  # type: ignore[type-var]
 
 
-def without_last_row(plan: Plan) -> Any:
-    """``plan`` without its last model call: every row tensor is one shorter."""
-    n = len(plan)
-    check(n > 1, "a1111 leaves out the step of timestep 1: with one step nothing remains; use more steps")
-    rows = {f.name: getattr(plan, f.name) for f in fields(plan)}
-    cut: dict[str, Any] = {k: v[:-1] for k, v in rows.items() if isinstance(v, Tensor) and v.ndim and len(v) == n}
-    return replace(plan, **cut)
+def without_last_row(plan: Plan[Any]) -> Plan[Any]:
+    """``plan`` without its last model call. Raises ConfigError for a plan of one."""
+    check(len(plan) > 1, "a1111 leaves out the step of timestep 1: with one step nothing remains; use more steps")
+    t, here, to, first, landing, *_ = plan.levels
+    levels = Levels(t[:-1], here[:-1], to[:-1], first, None if landing is None else landing[:-1])
+    return replace(plan, levels=levels, rows=type(plan.rows)(*(column[:-1] for column in plan.rows)))

@@ -77,7 +77,7 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
         if args.sampler is not None:
             reference, config = theirs.change_scheduler(reference, args.sampler)
             sampler = sampler_from_diffusers(config)
-            if isinstance(pipe, Unconditional) and getattr(sampler, "in_sigma", False):
+            if isinstance(pipe, Unconditional) and getattr(sampler, "space", "") == "sigma":
                 known = f"{type(reference).__name__} scales neither the noise nor what the model sees"
                 raise UnsupportedError(f"diffusers cannot run {args.sampler}: {known}; ddpm, ddim and pndm it can")
             request = replace(request, sampler=sampler, eta=getattr(sampler, "eta", 0.0))

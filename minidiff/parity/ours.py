@@ -13,7 +13,7 @@ from minidiff.parity.names import module_names
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64
 from minidiff.pipeline import StableDiffusion, Unconditional
-from minidiff.samplers.base import Draw, Sampler
+from minidiff.samplers.method import Draw, Sampler
 from minidiff.wrapped import Wrapped
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from minidiff.parity.ours import Request
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
 from minidiff.samplers import SAMPLERS, check_name
-from minidiff.samplers.readers import READERS
+from minidiff.samplers.diffusers.classes import READERS
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
 # Samplers that share a class of diffusers with another, and the option that makes the difference.

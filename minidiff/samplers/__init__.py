@@ -15,34 +15,27 @@ from typing import TYPE_CHECKING, Any, cast
 
 from minidiff.config import check, from_json, quote
 from minidiff.errors import ConfigError
-from minidiff.samplers.base import Draw, Options, Plan, Sampler
 from minidiff.samplers.elsewhere import suggestion
+from minidiff.samplers.method import Draw, Levels, Method, Plan, Sampler
 from minidiff.spelling import near
 
 if TYPE_CHECKING:
-    from minidiff.samplers.cm import CM
-    from minidiff.samplers.ddim import DDIM
-    from minidiff.samplers.ddim_inverse import DDIMInverse
+    from minidiff.samplers.consistency import CM, LCM, TCD
+    from minidiff.samplers.ddim import DDIM, DDIMInverse
     from minidiff.samplers.ddpm import DDPM
     from minidiff.samplers.deis import DEIS
+    from minidiff.samplers.diffusers.read import schedule_from_diffusers
+    from minidiff.samplers.diffusers.scheduler import Scheduler
     from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
-    from minidiff.samplers.dpm_inverse import DPMSolverInverse
     from minidiff.samplers.dpm_singlestep import DPMSolverSinglestep
-    from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE
+    from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE, DPMSolverInverse
     from minidiff.samplers.dpmpp_sde import DPMSDE
-    from minidiff.samplers.edm import EDMEuler
-    from minidiff.samplers.edm_multistep import EDMMultistep
-    from minidiff.samplers.euler import Euler
-    from minidiff.samplers.euler_ancestral import EulerAncestral
-    from minidiff.samplers.from_diffusers import schedule_from_diffusers
+    from minidiff.samplers.edm import EDMEuler, EDMMultistep
+    from minidiff.samplers.euler import Euler, EulerAncestral
     from minidiff.samplers.heun import Heun
-    from minidiff.samplers.ipndm import IPNDM
-    from minidiff.samplers.lcm import LCM
     from minidiff.samplers.lms import LMS
-    from minidiff.samplers.pndm import PNDM
+    from minidiff.samplers.pndm import IPNDM, PNDM
     from minidiff.samplers.sa_solver import SASolver
-    from minidiff.samplers.scheduler import Scheduler
-    from minidiff.samplers.tcd import TCD
     from minidiff.samplers.unipc import UniPC
 
 __all__ = [
@@ -71,7 +64,8 @@ __all__ = [
     "Euler",
     "EulerAncestral",
     "Heun",
-    "Options",
+    "Levels",
+    "Method",
     "Plan",
     "SASolver",
     "Sampler",
@@ -89,7 +83,7 @@ PLACES = {
     "ddim": ("ddim", "DDIM"),
     "pndm": ("pndm", "PNDM"),
     "euler": ("euler", "Euler"),
-    "euler_ancestral": ("euler_ancestral", "EulerAncestral"),
+    "euler_ancestral": ("euler", "EulerAncestral"),
     "heun": ("heun", "Heun"),
     "lms": ("lms", "LMS"),
     "dpmpp_2m": ("dpm_solver", "DPMSolver"),
@@ -99,21 +93,21 @@ PLACES = {
     "dpm2_ancestral": ("dpm2", "DPM2Ancestral"),
     "deis": ("deis", "DEIS"),
     "unipc": ("unipc", "UniPC"),
-    "lcm": ("lcm", "LCM"),
-    "tcd": ("tcd", "TCD"),
-    "ddim_inverse": ("ddim_inverse", "DDIMInverse"),
+    "lcm": ("consistency", "LCM"),
+    "tcd": ("consistency", "TCD"),
+    "ddim_inverse": ("ddim", "DDIMInverse"),
     "edm_euler": ("edm", "EDMEuler"),
-    "edm_dpmpp_2m": ("edm_multistep", "EDMMultistep"),
+    "edm_dpmpp_2m": ("edm", "EDMMultistep"),
     "dpmpp_2s": ("dpm_singlestep", "DPMSolverSinglestep"),
-    "dpmpp_2m_inverse": ("dpm_inverse", "DPMSolverInverse"),
-    "cm": ("cm", "CM"),
-    "ipndm": ("ipndm", "IPNDM"),
+    "dpmpp_2m_inverse": ("dpm_solver", "DPMSolverInverse"),
+    "cm": ("consistency", "CM"),
+    "ipndm": ("pndm", "IPNDM"),
     "sa_solver": ("sa_solver", "SASolver"),
     "dpmpp_sde": ("dpmpp_sde", "DPMSDE"),
 }
 HOMES = {kind: file for file, kind in PLACES.values()} | {
-    "Scheduler": "scheduler",
-    "schedule_from_diffusers": "from_diffusers",
+    "Scheduler": "diffusers.scheduler",
+    "schedule_from_diffusers": "diffusers.read",
 }
 
 
@@ -123,12 +117,12 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"minidiff.samplers.{HOMES[name]}"), name)
 
 
-class Registry(Mapping[str, type[Options]]):
+class Registry(Mapping[str, type[Method[Any, Any]]]):
     """Sampler classes by name, each imported when it is looked up."""
 
-    def __getitem__(self, name: str) -> type[Options]:
+    def __getitem__(self, name: str) -> type[Method[Any, Any]]:
         file, kind = PLACES[name]
-        return cast(type[Options], getattr(import_module(f"minidiff.samplers.{file}"), kind))
+        return cast(type[Method[Any, Any]], getattr(import_module(f"minidiff.samplers.{file}"), kind))
 
     def __contains__(self, name: object) -> bool:
         return name in PLACES
@@ -160,9 +154,9 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     Warns of options that no class of diffusers has, and passes them over. Raises UnsupportedError for a class that is
     not known and for flow matching, ConfigError for impossible options.
     """
-    from minidiff.samplers import from_diffusers
+    from minidiff.samplers.diffusers import read
 
-    return cast(Sampler[Any, Any], from_diffusers.sampler_from_diffusers(config))
+    return cast(Sampler[Any, Any], read.sampler_from_diffusers(config))
 
 
 def check_name(name: object) -> str:

@@ -2,57 +2,44 @@
 
 From the model's x0 and epsilon, the next sample is put together afresh (equation 12):
 
-    x_prev = sqrt(alpha_bar_prev) * x0  +  sqrt(1 - alpha_bar_prev - std**2) * epsilon  +  std * fresh noise
+    x_to = sqrt(alpha_bar_to) * x0  +  sqrt(1 - alpha_bar_to - std**2) * epsilon  +  std * fresh noise
 
-with std = eta * sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)) (equation 16). eta 0
-is deterministic, and eta 1 is DDPM.
+with std = eta * sqrt((1 - alpha_bar_to) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_to)) (equation 16). eta 0 is
+deterministic, and eta 1 is DDPM.
 
-After the last row there is no alpha_bar_prev. In other programs' prints its timestep is negative there (-19 after 1
-with 50 steps: one interval below); that stands for "past the end", where alpha_bar is 1 (``set_alpha_to_one``) or
-that of timestep 0, which Stable Diffusion ships.
+After the last row there is no timestep to land on. In other programs' prints it is negative there (-19 after 1 with 50
+steps: one interval below); that stands for "past the end", where alpha_bar is 1 (``set_alpha_to_one``) or that of
+timestep 0, which Stable Diffusion ships.
+
+Without noise the path can be walked either way (section 5.4): the inverse leads from a picture to the noise that DDIM
+would have made it of, with which editing by inversion begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.config import check
-from minidiff.samplers.base import (
-    Draw,
-    check_chosen,
-    check_no_pure_noise,
-    check_timesteps,
-    need_schedule,
-    root,
-    unit,
-    whole,
-)
-from minidiff.samplers.limits import LimitedOptions, LimitedPlan, from_noise
-from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_x0, spaced, to_epsilon
+from minidiff.config import Prediction, check
+from minidiff.samplers.levels import Timesteps, alpha_bar_at
+from minidiff.samplers.limits import Clipped, Limited
+from minidiff.samplers.method import Draw, Given, Levels, Plan, check_no_pure_noise, root, unit
+from minidiff.schedule import NoiseSchedule, epsilon_from_x0, to_epsilon
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DDIMPlan(LimitedPlan):
-    """Rows: ``prev`` the timestep at which each step lands (negative: past the end); the step is
-    ``signal_prev`` * x0 + ``direction`` * epsilon + ``std`` * fresh noise."""
+class Row(NamedTuple):
+    """A step is ``x0_coef`` * x0 + ``direction`` * epsilon + ``std`` * fresh noise."""
 
-    prev: Tensor
-    signal_prev: Tensor
+    x0_coef: Tensor
     direction: Tensor
     std: Tensor
 
-    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        own = {"signal_prev": self.signal_prev, "direction": self.direction, "std": self.std}
-        return super().columns() | {"prev": self.prev} | own
-
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM(LimitedOptions):
+class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
     """``eta``: how much fresh noise, 0 (none) to 1 (as DDPM). ``use_clipped``: derive epsilon again from the limited
     x0, as GLIDE does. ``set_alpha_to_one``: alpha_bar after the last row is 1 instead of that of timestep 0.
 
@@ -60,8 +47,8 @@ class DDIM(LimitedOptions):
     next row elsewhere, and refuses the rows where rounding makes it NaN.
     """
 
-    spacing: Spacing = "leading"
-    steps_offset: int = 1
+    takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
+
     set_alpha_to_one: bool = False
     eta: float = 0.0
     use_clipped: bool = False
@@ -70,72 +57,70 @@ class DDIM(LimitedOptions):
         super().__post_init__()
         check(self.eta >= 0, f"eta={self.eta} must not be negative")
 
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> DDIMPlan:
-        """``steps`` in 1..T, or falling whole ``timesteps`` (which the reference can't take)."""
-        schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", "timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        total = len(schedule)
-        t = torch.from_numpy(
-            spaced(self.spacing, total, steps or 0, self.steps_offset, like_diffusers=self.like_diffusers)
-            if timesteps is None
-            else whole(self, timesteps)
-        )
-        check_timesteps(self, t, total)
-        ratio = total // (steps or len(t))
-        prev_t = t - ratio if self.like_diffusers else torch.cat([t[1:], (t[-1:] - ratio).clamp(max=-1)])
-
-        alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, t, alpha_bar, schedule.prediction, self.bounds_infinity)
-        prev = alpha_bar_at(schedule, prev_t, self.set_alpha_to_one)
-        beta_bar = 1 - alpha_bar
-        variance = ((1 - prev) / beta_bar) * (1 - alpha_bar / prev)
-        std = self.eta * root(variance, self, "the variance")
-        return DDIMPlan(
-            timesteps=t,
-            alpha_bars=alpha_bar,
-            init_noise_sigma=unit(),
-            prediction=schedule.prediction,
-            prev=prev_t,
-            signal=alpha_bar**0.5,
-            noise=beta_bar**0.5,
-            from_noise=from_noise(alpha_bar, schedule.prediction),
-            signal_prev=prev**0.5,
-            direction=root(1 - prev - std**2, self, f"with eta={self.eta}, 1 - alpha_bar_prev - std**2"),
-            std=std,
-        )
-
-    def start(self) -> tuple[()]:
-        return ()
-
-    def scale_input(self, plan: DDIMPlan, i: int, x: Tensor) -> Tensor:
-        return x
-
-    def denoised(self, plan: DDIMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        return self.x0(plan, i, x, out)
-
     def step(
-        self, plan: DDIMPlan, i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
     ) -> tuple[Tensor, tuple[()]]:
-        signal, noise = plan.signal[i], plan.noise[i]
+        at, signal, noise = plan.at(i), plan.signal[i], plan.noise[i]
         x0 = self.denoised(plan, i, x, out, state)
         if self.use_clipped:
             epsilon = epsilon_from_x0(x, x0, signal, noise)
         else:
             epsilon = to_epsilon(plan.prediction, x, out, signal, noise)
-        prev = plan.signal_prev[i] * x0 + plan.direction[i] * epsilon
-        if self.eta > 0:
-            prev = prev + plan.std[i] * draw(out)
-        return prev, state
+        after = at.x0_coef * x0 + at.direction * epsilon
+        return after + at.std * draw(out) if self.eta > 0 else after, state
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        t, apart = self.visited(schedule, given)
+        landing = t - apart if self.like_diffusers else torch.cat([t[1:], (t[-1:] - apart).clamp(max=-1)])
+        to = alpha_bar_at(schedule, landing, self.set_alpha_to_one)
+        return Levels(t, schedule.alphas_cumprod[t], to, unit(), landing)
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        check_no_pure_noise(self, at.timesteps, at.here, prediction, self.bounds_infinity)
+        variance = ((1 - at.to) / (1 - at.here)) * (1 - at.here / at.to)
+        std = self.eta * root(variance, self, "the variance")
+        direction = root(1 - at.to - std**2, self, f"with eta={self.eta}, 1 - alpha_bar_to - std**2")
+        return Row(x0_coef=at.to**0.5, direction=direction, std=std)
 
 
-def alpha_bar_at(schedule: NoiseSchedule, t: Tensor, set_alpha_to_one: bool) -> Tensor:
-    """alpha_bar at timesteps ``t`` (any shape); below 0 it is 1, or that of timestep 0."""
-    past_end = unit() if set_alpha_to_one else schedule.alphas_cumprod[0]
-    return torch.where(t >= 0, schedule.alphas_cumprod[t.clamp(min=0)], past_end)
+@dataclass(frozen=True, kw_only=True)
+class DDIMInverse(Timesteps[Row, tuple[()]], Clipped[Row, tuple[()]]):
+    """DDIM run backwards. The rows rise from the picture on; the sample that comes in at a row has the noise of the row
+    before, and the model is told the timestep of the row at which the step lands, as is the custom.
+
+    ``set_alpha_to_one``: the picture's own alpha_bar, before the first row, is 1 instead of that of timestep 0.
+
+    ``like_diffusers`` takes the sample that comes in to lie T // steps below the row's timestep, where trailing
+    spacing puts the row before elsewhere; the row too many that trailing has for some numbers of steps, at timestep
+    -1, is taken for the last timestep of training.
+    """
+
+    set_alpha_to_one: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.spacing != "linspace" or not self.like_diffusers
+        check(known, "DDIMInverseScheduler has no timestep_spacing='linspace': use leading or trailing")
+
+    def step(
+        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+    ) -> tuple[Tensor, tuple[()]]:
+        at = plan.at(i)
+        x0 = self.denoised(plan, i, x, out, state)
+        epsilon = to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
+        return at.x0_coef * x0 + at.direction * epsilon, state
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        falling, apart = self.visited(schedule, given)
+        t = falling.flip(0)
+        before = t - apart if self.like_diffusers else torch.cat([torch.full_like(t[:1], -1), t[:-1]])
+        here = alpha_bar_at(schedule, before, self.set_alpha_to_one)
+        return Levels(t, here, schedule.alphas_cumprod[t], unit(), beside={"before": before})
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        check_no_pure_noise(self, at.beside["before"], at.here, prediction)
+        divides = prediction == "sample" and bool((at.here == 1).any())
+        check(
+            not divides, "DDIMInverse: a picture without noise has no epsilon: set_alpha_to_one=False, or epsilon or v"
+        )
+        return Row(x0_coef=at.to**0.5, direction=(1 - at.to) ** 0.5, std=torch.zeros_like(at.to))

@@ -15,26 +15,27 @@ A log rho has no value at rho 0: the last step lands on the smallest sigma of tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.samplers.base import Draw, check_chosen, need_schedule
-from minidiff.samplers.dpm_solver import History
-from minidiff.samplers.lambda_plan import LambdaOptions, LambdaPlan, highest_orders, lambda_rows, usable
-from minidiff.schedule import NoiseSchedule, epsilon_from_x0, to_x0
+from minidiff.config import Prediction
+from minidiff.samplers.dpm_solver import check_order
+from minidiff.samplers.levels import Lambdas
+from minidiff.samplers.method import Draw, Levels, Plan, earlier, rates
+from minidiff.samplers.multistep import Outputs, highest_orders, usable
+from minidiff.schedule import epsilon_from_x0
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class DEISPlan(LambdaPlan):
+class Row(NamedTuple):
     """A step of order 1 is ``x_coef`` * x + ``e_coef`` * epsilon. One of order 2 is ``to_signal`` * (x /
     ``from_signal`` + ``a1`` * epsilon + ``a2`` * the one before), and of order 3 the same with ``b1``, ``b2``,
-    ``b3``. ``orders``: the highest order of each row."""
+    ``b3``. ``order``: the highest of each row."""
 
+    order: Any
     x_coef: Tensor
     e_coef: Tensor
     to_signal: Tensor
@@ -44,73 +45,54 @@ class DEISPlan(LambdaPlan):
     b1: Tensor
     b2: Tensor
     b3: Tensor
-    orders: tuple[int, ...]
-
-    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        most = [min(order, i + 1) for i, order in enumerate(self.orders)]
-        own: dict[str, Tensor | Sequence[Any]] = {"order": most, "x_coef": self.x_coef, "e_coef": self.e_coef}
-        return super().columns() | own
 
 
 @dataclass(frozen=True, kw_only=True)
-class DEIS(LambdaOptions):
-    """The options are those of :class:`LambdaOptions`. ``lower_order_final``: with fewer than 15 steps the last two are
-    of order 1 and 2 at most.
+class DEIS(Lambdas[Row, Outputs]):
+    """The options are those of :class:`Lambdas`, and ``solver_order``: how many of the latest outputs a step uses.
+    ``lower_order_final``: with fewer than 15 steps the last two are of order 1 and 2 at most.
 
-    ``like_diffusers``: see :class:`LambdaOptions`; the last sigma of karras, exponential and beta is there twice, so
-    that the last step does nothing.
+    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta is there twice, so that the
+    last step does nothing.
     """
 
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> DEISPlan:
-        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
-        not take."""
-        schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        t, s = self.levels(schedule, steps, sigmas=sigmas, final="repeated")
-        rows = lambda_rows(t, s, schedule.prediction)
-        orders = highest_orders(len(t), self.solver_order, self.lower_order_final, first_at_last=False)
-        for order, coefs in enumerate(coefficients(rows["signal"], rows["noise"], rows["h"]), 1):
-            rows |= usable(self, orders, order, coefs)
-        return DEISPlan(**rows, orders=orders)
+    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "repeated"
 
-    def start(self) -> History:
-        return History()
+    solver_order: int = 2
 
-    def scale_input(self, plan: DEISPlan, i: int, x: Tensor) -> Tensor:
-        return x
-
-    def denoised(self, plan: DEISPlan, i: int, x: Tensor, out: Tensor, state: History) -> Tensor:
-        return self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_order(self.solver_order)
 
     def step(
-        self, plan: DEISPlan, i: int, x: Tensor, out: Tensor, state: History, draw: Draw
-    ) -> tuple[Tensor, History]:
+        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
+    ) -> tuple[Tensor, Outputs]:
         """Everything in the dtype of ``x``; epsilon is made of x0, also where the model predicts it."""
+        at = plan.at(i)
         m = epsilon_from_x0(x, self.denoised(plan, i, x, out, state), plan.signal[i], plan.noise[i])
-        outputs = (*state.outputs, m)[-self.solver_order :]
-        order = min(plan.orders[i], len(outputs))
+        outputs = (*state, m)[-self.solver_order :]
+        order = min(at.order, len(outputs))
         if order == 1:
-            return plan.x_coef[i] * x - plan.e_coef[i] * m, History(outputs)
+            return at.x_coef * x - at.e_coef * m, outputs
         if order == 2:
-            move = x / plan.from_signal[i] + plan.a1[i] * m + plan.a2[i] * outputs[-2]
+            move = x / at.from_signal + at.a1 * m + at.a2 * outputs[-2]
         else:
-            move = x / plan.from_signal[i] + plan.b1[i] * m + plan.b2[i] * outputs[-2] + plan.b3[i] * outputs[-3]
-        return plan.to_signal[i] * move, History(outputs)
+            move = x / at.from_signal + at.b1 * m + at.b2 * outputs[-2] + at.b3 * outputs[-3]
+        return at.to_signal * move, outputs
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        orders = highest_orders(len(at.here), self.solver_order, self.lower_order_final, first_at_last=False)
+        by_order = enumerate(coefficients(at), 1)
+        return Row(orders, **{k: v for order, coefs in by_order for k, v in usable(self, orders, order, coefs).items()})
 
 
-def coefficients(signal: Tensor, noise: Tensor, h: Tensor) -> list[dict[str, Tensor]]:
-    """The rows of :class:`DEISPlan` for steps of order 1, 2 and 3, from ``signal`` and ``noise`` (n + 1,)."""
-    rho = noise / signal
-    to, s0 = rho[1:], rho[:-1]
-    s1 = torch.cat([s0[:1], s0[:-1]])  # the first rows, which have no history, are there to keep the length
-    s2 = torch.cat([s1[:1], s1[:-1]])
+def coefficients(levels: Levels) -> list[dict[str, Tensor]]:
+    """The columns of :class:`Row` for steps of order 1, 2 and 3."""
+    (signal, noise), (to_signal, to_noise) = rates(levels.here), rates(levels.to)
+    h = levels.h
+    to, s0 = to_noise / to_signal, noise / signal
+    s1 = earlier(s0)  # the first rows, which have no history, are there to keep the length
+    s2 = earlier(s1)
 
     def over(*points: Tensor) -> Tensor:
         """The integral from s0 to the next rho of the polynomial that is 1 at the first point and 0 at the others."""
@@ -119,10 +101,10 @@ def coefficients(signal: Tensor, noise: Tensor, h: Tensor) -> list[dict[str, Ten
 
     return [
         {
-            "x_coef": signal[1:] / signal[:-1],
-            "e_coef": noise[1:] * (torch.exp(h) - 1.0),
-            "to_signal": signal[1:],
-            "from_signal": signal[:-1],
+            "x_coef": to_signal / signal,
+            "e_coef": to_noise * (torch.exp(h) - 1.0),
+            "to_signal": to_signal,
+            "from_signal": signal,
         },
         {"a1": over(s0, s1), "a2": over(s1, s0)},
         {"b1": over(s0, s1, s2), "b2": over(s1, s2, s0), "b3": over(s2, s0, s1)},

@@ -12,63 +12,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction, check
-from minidiff.samplers.base import PURE_NOISE, Options, Plan
-from minidiff.schedule import to_x0
-
-
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class LimitedPlan(Plan):
-    """Rows: the roots ``signal`` and ``noise`` of alpha_bar and 1 - alpha_bar. ``from_noise``: signal is 0 in the first
-    row, where the model says what the noise is (epsilon), so that its x0 is infinite until it is limited."""
-
-    signal: Tensor
-    noise: Tensor
-    from_noise: bool
-
-
-def from_noise(alpha_bars: Tensor, prediction: Prediction) -> bool:
-    """Whether :class:`LimitedPlan` divides by 0 in its first row."""
-    return prediction == "epsilon" and bool(alpha_bars[0] == 0)
+from minidiff.config import check
+from minidiff.samplers.method import PURE_NOISE, Method, Plan, R, S
 
 
 @dataclass(frozen=True, kw_only=True)
-class LimitedOptions(Options):
-    """Options of samplers that may limit x0.
-
-    ``clip`` clamps to -clip..clip (None: no clamp). ``threshold`` is the percentile of dynamic thresholding as a
-    fraction, 0.995 in the paper (None: none; it goes before ``clip``); its bound lies in 1..``threshold_max``.
-    """
+class Clipped(Method[R, S]):
+    """Methods that may clamp x0: ``clip`` clamps to -clip..clip (None: no clamp)."""
 
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.clip is None or self.clip > 0, f"clip={self.clip} must be positive, or None")
+
+    def limit(self, x0: Tensor) -> Tensor:
+        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholded(Method[R, S]):
+    """Methods that may threshold x0: ``threshold`` is the percentile of dynamic thresholding as a fraction, 0.995 in
+    the paper (None: none); its bound lies in 1..``threshold_max``."""
+
     threshold: float | None = None
     threshold_max: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.clip is None or self.clip > 0, f"clip={self.clip} must be positive, or None")
         fits = self.threshold is None or 0 <= self.threshold <= 1
         check(fits, f"threshold={self.threshold} is a fraction: it must lie in 0..1")
+
+    def limit(self, x0: Tensor) -> Tensor:
+        return (
+            super().limit(x0) if self.threshold is None else dynamic_threshold(x0, self.threshold, self.threshold_max)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limited(Thresholded[R, S], Clipped[R, S]):
+    """Methods that may do either. A threshold goes before the clamp."""
 
     @property
     def bounds_infinity(self) -> bool:
         """Whether an x0 of plus or minus infinity comes out finite."""
         return self.clip is not None and self.threshold is None
 
-    def x0(self, plan: LimitedPlan, i: int, x: Tensor, out: Tensor) -> Tensor:
-        """The picture in ``x`` at row ``i``, within the limits. ConfigError where it is 0 / 0, which no clamp bounds:
-        in the first row of a zero-SNR schedule, where an epsilon model answers the very noise that it sees."""
-        x0 = self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
-        if plan.from_noise and i == 0:
-            known = not bool(x0.isnan().any())
-            check(known, f"{type(self).__name__}: x0 is 0 / 0 where the model's answer equals x, {PURE_NOISE}")
+    def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
+        """The picture in ``x``, within the limits. ConfigError where it is 0 / 0, which no clamp bounds: in the first
+        row of a zero-SNR schedule, where an epsilon model answers the very noise that it sees."""
+        x0 = super().denoised(plan, i, x, out, state)
+        if i == 0 and plan.from_noise:
+            check(
+                not bool(x0.isnan().any()), f"{self.name}: x0 is 0 / 0 where the model's answer equals x, {PURE_NOISE}"
+            )
         return x0
-
-    def limit(self, x0: Tensor) -> Tensor:
-        """``x0`` (B, ...) within the chosen limits."""
-        if self.threshold is not None:
-            return dynamic_threshold(x0, self.threshold, self.threshold_max)
-        return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
 
 
 def dynamic_threshold(x0: Tensor, fraction: float, maximum: float) -> Tensor:

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.config import check
-from minidiff.samplers.base import Draw, check_chosen, check_finite, need_schedule
-from minidiff.samplers.sigma_plan import SigmaPlan, SpacedSigmas, sample_x0, sigma_rows
-from minidiff.schedule import NoiseSchedule
+from minidiff.config import Prediction, check
+from minidiff.samplers.levels import SpacedSigmas
+from minidiff.samplers.method import Draw, Levels, Plan, check_finite
 
 MAX_ORDER = 8  # the rule integrates polynomials up to degree 31; in float32 higher orders are noise
 
@@ -46,27 +45,20 @@ NODES = (
 )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class LMSPlan(SigmaPlan):
+class Row(NamedTuple):
     """``coefs`` (n, order, order): with m slopes known, entry [i, m - 1, k] is what the k-th latest of them is
     multiplied by in row i."""
 
     coefs: Tensor
 
-    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        n, order = self.coefs.shape[:2]
-        full = torch.stack([self.coefs[i, min(i + 1, order) - 1] for i in range(n)])
-        return super().columns() | {f"coef {k}": full[:, k] for k in range(order)}
-
 
 @dataclass(frozen=True, kw_only=True)
-class LMS(SpacedSigmas):
+class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):
     """The options: those of :class:`SpacedSigmas`, and ``solver_order``, how many slopes are used: 1 is Euler, 4 the
-    usual, 8 the most.
+    usual, 8 the most. The state is the slopes so far, oldest first.
 
     ``like_diffusers``: a run that starts at a later row (image to image) uses the weights of as many slopes as there
-    would be in a full run, although they are not known yet, so that the weights do not add up. And timestep T, which
-    1000 steps with an offset of 1 begin with, is let through.
+    would be in a full run, although they are not known yet, so that the weights do not add up. And see :class:`Sigmas`.
     """
 
     solver_order: int = 4
@@ -76,53 +68,28 @@ class LMS(SpacedSigmas):
         fits = 1 <= self.solver_order <= MAX_ORDER
         check(fits, f"solver_order={self.solver_order} must lie in 1..{MAX_ORDER}")
 
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> LMSPlan:
-        """``steps`` in 1..T, or falling ``sigmas``, one more than steps (which the reference can't take)."""
-        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        plan = self.unchecked(need_schedule(schedule, self), steps, sigmas)
-        check_finite(self, plan.coefs)
-        return plan
-
-    def unchecked(self, schedule: NoiseSchedule, steps: int | None, sigmas: Sequence[float] | None = None) -> LMSPlan:
-        """The plan, whether its coefficients are finite or not."""
-        times, levels, _ = self.levels(schedule, steps, None, sigmas)
-        t, s = torch.from_numpy(times).to(torch.float32), torch.from_numpy(levels)
-        rows = sigma_rows(t, s, self.spacing, schedule.prediction)
-        return LMSPlan(**rows, coefs=adams_bashforth_coefs(s, self.solver_order))
-
-    def start(self) -> tuple[Tensor, ...]:
-        """The slopes so far, oldest first, ``solver_order`` of them at most."""
-        return ()
-
-    def scale_input(self, plan: LMSPlan, i: int, x: Tensor) -> Tensor:
-        return x / plan.in_scale[i]
-
-    def denoised(self, plan: LMSPlan, i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        return sample_x0(plan.prediction, x, out, plan.sigmas[i], plan.variance[i], plan.c_out[i])
-
     def step(
-        self, plan: LMSPlan, i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...], draw: Draw
+        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...], draw: Draw
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        slope = (x - self.denoised(plan, i, x, out, state)) / plan.sigmas[i]
+        slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         slopes = (*state, slope)[-self.solver_order :]
         known = min(i + 1, self.solver_order) if self.like_diffusers else len(slopes)
-        coefs = plan.coefs[i, known - 1]
+        coefs = plan.at(i).coefs[known - 1]
         move = slope * coefs[0]  # in half precision a 0-dim tensor in front would be rounded to it first
         for k in range(1, len(slopes)):
             move = move + slopes[-1 - k] * coefs[k]
         return x + move, slopes
 
+    def require_usable(self, rows: Row) -> None:
+        check_finite(self, rows.coefs)
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        return Row(adams_bashforth_coefs(torch.cat([at.here, at.to[-1:]]), self.solver_order))
+
 
 def adams_bashforth_coefs(sigmas: Tensor, order: int) -> Tensor:
-    """(n, order, order) float32, as :class:`LMSPlan` describes them, for float32 ``sigmas`` (n + 1,); 0 where a row
-    has no such entry."""
+    """(n, order, order) float32, as :class:`Row` describes them, for float32 ``sigmas`` (n + 1,); 0 where a row has no
+    such entry."""
     n = len(sigmas) - 1
     start, end = sigmas[:-1].double(), sigmas[1:].double()
     center, half = 0.5 * (start + end), 0.5 * (end - start)

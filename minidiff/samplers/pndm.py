@@ -1,79 +1,70 @@
 """PNDM: a multistep method on the manifold of noisy pictures (Liu et al. 2022).
 
-The transfer of equation 9 carries a sample from any timestep to any other along a constant epsilon; it is DDIM's step
-with eta 0, written so that no x0 appears. What is to be found is a good epsilon for the whole interval:
+The transfer carries a sample from alpha_bar a to any other, b, along a constant epsilon (equation 9):
+
+    x_b = sqrt(b / a) * x_a  -  (b - a) / (a * sqrt(1 - b) + sqrt(a * (1 - a) * b)) * epsilon
+
+It is DDIM's step with eta 0, written so that no x0 appears. What is to be found is a good epsilon for the whole
+interval:
 
 * PLMS (what Stable Diffusion ships) combines the latest four epsilons with the weights of Adams and Bashforth. The
   first interval has no history, so it is walked twice: once with its own epsilon, then again from the same start with
-  the mean of that and the epsilon found at its end. This is why the second timestep is there twice (981, 961, 961,
-  941, ...), and n steps make n + 1 model calls.
+  the mean of that and the epsilon found at its end. This is why the second timestep is there twice, and n steps make
+  n + 1 model calls:
+
+      981 --> 961            with the epsilon of 981
+      981 ---------> 961     again, with the mean of those of 981 and 961
+                     961 --> 941 --> 921 ...
+
 * With ``runge_kutta`` the first three intervals are walked by the classical four-stage Runge-Kutta method instead
   (equation 12), two of the stages half-way: 12 calls, after which there is history enough.
+
+iPNDM is PNDM without the repeated interval, for models along the "crash" schedule (Dance Diffusion): the first steps
+have less history, and a lower order, instead ("improved PNDM", Zhang & Chen 2023, section 3.4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.samplers.base import (
+from minidiff.samplers.levels import Timesteps, alpha_bar_at
+from minidiff.samplers.method import (
     Draw,
-    Options,
+    Given,
+    Levels,
+    Method,
     Plan,
-    check_chosen,
     check_no_pure_noise,
     check_some_noise,
-    check_timesteps,
-    need_schedule,
+    earlier,
     unit,
-    whole,
 )
-from minidiff.samplers.ddim import alpha_bar_at
-from minidiff.schedule import NoiseSchedule, Spacing, epsilon_from_v, spaced, to_x0
+from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_v, x0_from_v
 
 WARM_UP = 12  # rows of the Runge-Kutta warm-up: four calls for each of three intervals
+MAX_STEPS = 1000
+SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise; there x0 times it is 0 by 0
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class PNDMPlan(Plan):
-    """Rows: alpha_bar where an ordinary step lands (``down``), where a Runge-Kutta stage that goes half-way lands
-    (``half``), and one interval above (``up``: where the walk that a repeated first row does again begins); ``prev``
-    is the timestep of ``down``, negative past the end. ``warm_up`` counts the Runge-Kutta rows."""
+class Row(NamedTuple):
+    """``call``: what the row does. alpha_bar where a Runge-Kutta stage that goes half-way lands (``half``), and one
+    interval above (``up``: where the walk that a repeated first row does again begins)."""
 
-    prev: Tensor
-    down: Tensor
+    call: Any
     half: Tensor
     up: Tensor
-    warm_up: int
-
-    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        start, end = self.alpha_bars.clone(), self.down.clone()
-        call = [f"RK {i % 4 + 1} of 4" if i < self.warm_up else "multistep" for i in range(len(self))]
-        for i in range(self.warm_up):
-            start[i] = self.alpha_bars[i // 4 * 4]
-            end[i] = self.alpha_bars[i] if i % 2 else self.half[i]
-        if not self.warm_up:
-            call[0] = "first"
-            if len(self) > 1:
-                call[1], start[1], end[1] = "first again", self.up[1], self.alpha_bars[1]
-        x_coef, numerator, denominator = coefficients(start, end)
-        return super().columns() | {
-            "call": call,
-            "to alpha_bar": end,
-            "x_coef": x_coef,
-            "epsilon_coef": -numerator / denominator,
-        }
 
 
-class PNDMState(NamedTuple):
-    """``calls`` made so far; the epsilons (raw outputs) kept, oldest ``first``; ``base``, the sample at which the
-    interval began; ``total``, the running sum of a Runge-Kutta interval."""
+class State(NamedTuple):
+    """``calls`` made so far; the epsilons (raw outputs) kept, oldest first; ``base``, the sample at which the interval
+    began; ``total``, the running sum of a Runge-Kutta interval."""
 
     calls: int = 0
     history: tuple[Tensor, ...] = ()
@@ -82,105 +73,42 @@ class PNDMState(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PNDM(Options):
-    """``runge_kutta``: warm up with Runge-Kutta (needs 4 steps or more). ``set_alpha_to_one`` as in DDIM.
+class PNDM(Timesteps[Row, State]):
+    """``runge_kutta``: warm up with Runge-Kutta (needs 4 steps or more). ``set_alpha_to_one`` as in DDIM. The model
+    predicts epsilon or v.
 
     ``like_diffusers``: a step lands T // steps below its timestep (and a half-way stage half of that), where
     trailing and linspace spacing put the next row elsewhere; and what a call does depends on how many were made, so
     that a run started in the middle (image to image) takes its second row for the repeated one.
     """
 
-    spacing: Spacing = "leading"
-    steps_offset: int = 1
+    takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
+
     set_alpha_to_one: bool = False
     runge_kutta: bool = False
 
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> PNDMPlan:
-        """``steps`` in 1..T, or 4..T with Runge-Kutta, or as many falling whole ``timesteps`` (which the reference
-        can't take); the model predicts epsilon or v."""
-        schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", "timesteps", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        known = schedule.prediction != "sample"
-        check(known, "PNDM combines epsilons: prediction='sample' is not possible, use ddim or euler")
-        total = len(schedule)
-        grid = torch.from_numpy(
-            spaced(self.spacing, total, steps or 0, self.steps_offset, like_diffusers=self.like_diffusers)
-            if timesteps is None
-            else whole(self, timesteps)
-        )
-        check_timesteps(self, grid, total)
-        n = steps or len(grid)
-        check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
+    def start(self) -> State:
+        return State()
 
-        ratio = total // n
-        if self.runge_kutta:
-            t = torch.cat([self._warm_up_rows(grid, ratio), grid[3:]])
-        else:
-            t = torch.cat([grid[:2], grid[1:]])
-        if self.like_diffusers:
-            prev, half, up = t - ratio, t - ratio // 2, (t + ratio).clamp(max=total - 1)
-        else:
-            prev = half = torch.cat([t[1:], (t[-1:] - ratio).clamp(max=-1)])
-            up = torch.cat([t[:1], t[:-1]])
-        alpha_bar = schedule.alphas_cumprod[t]
-        check_no_pure_noise(self, t, alpha_bar, "epsilon")
-        check_some_noise(self, t, alpha_bar)
-        return PNDMPlan(
-            timesteps=t,
-            alpha_bars=alpha_bar,
-            init_noise_sigma=unit(),
-            prediction=schedule.prediction,
-            prev=prev,
-            down=alpha_bar_at(schedule, prev, self.set_alpha_to_one),
-            half=alpha_bar_at(schedule, half, self.set_alpha_to_one),
-            up=schedule.alphas_cumprod[up],
-            warm_up=WARM_UP if self.runge_kutta else 0,
-        )
-
-    def _warm_up_rows(self, grid: Tensor, ratio: int) -> Tensor:
-        """(12,) the timesteps of three Runge-Kutta intervals: upper end, middle twice, lower end."""
-        upper, lower = grid[:3], grid[1:4]
-        middle = lower + (ratio // 2 if self.like_diffusers else (upper - lower) // 2)
-        return torch.stack([upper, middle, middle, lower], dim=1).flatten()
-
-    def start(self) -> PNDMState:
-        return PNDMState()
-
-    def scale_input(self, plan: PNDMPlan, i: int, x: Tensor) -> Tensor:
-        return x
-
-    def denoised(self, plan: PNDMPlan, i: int, x: Tensor, out: Tensor, state: PNDMState) -> Tensor:
-        alpha_bar = plan.alpha_bars[i]
-        return to_x0(plan.prediction, x, out, alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
-
-    def step(
-        self, plan: PNDMPlan, i: int, x: Tensor, out: Tensor, state: PNDMState, draw: Draw
-    ) -> tuple[Tensor, PNDMState]:
-        at = state.calls if self.like_diffusers else i
-        if at < plan.warm_up:
-            return self._runge_kutta(plan, i, at, x, out, state)
-        again = state.calls == 1 and plan.warm_up == 0 and (self.like_diffusers or i == 1)
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+        here, to = plan.levels.here[i], plan.levels.to[i]
+        call = state.calls if self.like_diffusers else i
+        if self.runge_kutta and call < WARM_UP:
+            return self._runge_kutta(plan, i, call, x, out, state)
+        again = state.calls == 1 and not self.runge_kutta and (self.like_diffusers or i == 1)
         if again:
             assert state.base is not None
             epsilon = (out + state.history[-1]) / 2
-            x = transfer(state.base, epsilon, plan.up[i], plan.alpha_bars[i], plan.prediction)
-            return x, PNDMState(2, state.history)
+            return transfer(state.base, epsilon, plan.at(i).up, here, plan.prediction), State(2, state.history)
         history = (*state.history[-3:], out)
-        prev = transfer(x, adams_bashforth(history), plan.alpha_bars[i], plan.down[i], plan.prediction)
-        return prev, PNDMState(state.calls + 1, history, base=x if state.calls == 0 else None)
+        after = transfer(x, adams_bashforth(history), here, to, plan.prediction)
+        return after, State(state.calls + 1, history, base=x if state.calls == 0 else None)
 
     def _runge_kutta(
-        self, plan: PNDMPlan, i: int, at: int, x: Tensor, out: Tensor, state: PNDMState
-    ) -> tuple[Tensor, PNDMState]:
-        """Stage ``at % 4`` of interval ``at // 4``: every stage starts at the interval's first sample."""
-        stage, history, base, total = at % 4, state.history, state.base, state.total
+        self, plan: Plan[Row], i: int, call: int, x: Tensor, out: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """Stage ``call % 4`` of interval ``call // 4``: every stage starts at the interval's first sample."""
+        stage, history, base, total = call % 4, state.history, state.base, state.total
         if stage == 0:
             history, base, epsilon = (*history, out), x, out
             total = 1 / 6 * out
@@ -191,9 +119,39 @@ class PNDM(Options):
         else:
             epsilon = out if stage < 3 else total + 1 / 6 * out
             total = total + 1 / 3 * out if stage < 3 else None
-        end = plan.alpha_bars[i] if at % 2 else plan.half[i]
-        prev = transfer(base, epsilon, plan.alpha_bars[at // 4 * 4], end, plan.prediction)
-        return prev, PNDMState(state.calls + 1, history, base, total)
+        here = plan.levels.here
+        end = here[i] if call % 2 else plan.at(i).half
+        after = transfer(base, epsilon, here[call // 4 * 4], end, plan.prediction)
+        return after, State(state.calls + 1, history, base, total)
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        grid, apart = self.visited(schedule, given)
+        n, total = given.steps or len(grid), len(schedule)
+        check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
+        begin = (self._warm_up(grid, apart), grid[3:]) if self.runge_kutta else (grid[:2], grid[1:])
+        t = torch.cat(begin)
+        if self.like_diffusers:
+            landing, halfway, above = t - apart, t - apart // 2, (t + apart).clamp(max=total - 1)
+        else:
+            landing = halfway = torch.cat([t[1:], (t[-1:] - apart).clamp(max=-1)])
+            above = earlier(t)
+        down, half = (alpha_bar_at(schedule, end, self.set_alpha_to_one) for end in (landing, halfway))
+        beside = {"half": half, "up": schedule.alphas_cumprod[above]}
+        return Levels(t, schedule.alphas_cumprod[t], down, unit(), landing, beside=beside)
+
+    def _warm_up(self, grid: Tensor, apart: int) -> Tensor:
+        """(12,) the timesteps of three Runge-Kutta intervals: upper end, middle twice, lower end."""
+        upper, lower = grid[:3], grid[1:4]
+        middle = lower + (apart // 2 if self.like_diffusers else (upper - lower) // 2)
+        return torch.stack([upper, middle, middle, lower], dim=1).flatten()
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        check(prediction != "sample", "PNDM combines epsilons: prediction='sample' is not possible, use ddim or euler")
+        check_no_pure_noise(self, at.timesteps, at.here, "epsilon")
+        check_some_noise(self, at.timesteps, at.here)
+        stages = [f"RK {k + 1} of 4" for k in (0, 1, 2, 3) * 3] if self.runge_kutta else ["first", "first again"]
+        stages += ["multistep"] * len(at.here)
+        return Row(call=tuple(stages[: len(at.here)]), half=at.beside["half"], up=at.beside["up"])
 
 
 def adams_bashforth(history: tuple[Tensor, ...]) -> Tensor:
@@ -207,16 +165,62 @@ def adams_bashforth(history: tuple[Tensor, ...]) -> Tensor:
     return (1 / 24) * (55 * history[-1] - 59 * history[-2] + 37 * history[-3] - 9 * history[-4])
 
 
-def coefficients(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of equation 9, from alpha_bar ``start`` to ``end``: x_coef, and numerator and denominator of epsilon's."""
-    x_coef = (end / start) ** 0.5
-    denominator = start * (1 - end) ** 0.5 + (start * (1 - start) * end) ** 0.5
-    return x_coef, end - start, denominator
-
-
 def transfer(x: Tensor, out: Tensor, start: Tensor, end: Tensor, prediction: Prediction) -> Tensor:
     """``x`` at alpha_bar ``start`` carried to alpha_bar ``end`` along the model output ``out`` (equation 9)."""
     if prediction == "v_prediction":
         out = epsilon_from_v(x, out, start**0.5, (1 - start) ** 0.5)
-    x_coef, numerator, denominator = coefficients(start, end)
-    return x_coef * x - numerator * out / denominator
+    denominator = start * (1 - end) ** 0.5 + (start * (1 - start) * end) ** 0.5
+    return (end / start) ** 0.5 * x - (end - start) * out / denominator
+
+
+class Crash(NamedTuple):
+    """``told_signal`` and ``told_noise``, the rates at each row, and ``to_signal`` and ``to_noise``, those where its
+    step lands; ``divisor``: the signal, where it is not 0."""
+
+    told_signal: Tensor
+    told_noise: Tensor
+    to_signal: Tensor
+    to_noise: Tensor
+    divisor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPNDM(Method[Crash, tuple[Tensor, ...]]):
+    """Time runs from 1 to 0, and the noise is by definition
+
+        noise = sin(pi t / 2)**2      signal = sqrt(1 - noise**2)      the model is told 2 / pi * atan2(noise, signal)
+
+    so no schedule of training is needed, and none counts. Each step makes epsilon of v, combines the latest four by the
+    weights of Adams and Bashforth, and follows that to the next time. No options: the model's answer is taken for v,
+    whatever the schedule says, and ``like_diffusers`` changes nothing. The state is the epsilons so far, oldest first,
+    three of them at most.
+    """
+
+    own_levels: ClassVar[bool] = True
+    predicts: ClassVar[Prediction | None] = "v_prediction"
+
+    def step(
+        self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...], draw: Draw
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        at = plan.at(i)
+        history = (*state, x * at.told_noise + out * at.told_signal)
+        epsilon = adams_bashforth(history)
+        x0 = (x - at.told_noise * epsilon) / at.divisor
+        return at.to_signal * x0 + epsilon * at.to_noise, history[-3:]
+
+    def denoised(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        at = plan.at(i)
+        return x0_from_v(x, out, at.told_signal, at.told_noise)
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        n = check_steps(given.steps, MAX_STEPS)
+        time = torch.linspace(1, 0, n + 1, dtype=torch.float32, device="cpu")
+        noise = torch.sin(time * math.pi / 2) ** 2
+        signal = (1.0 - noise**2) ** 0.5
+        told, beside = torch.atan2(noise, signal) / math.pi * 2, {"signal": signal, "noise": noise}
+        return Levels(told[:-1], signal[:-1] ** 2, signal[1:] ** 2, unit(), beside=beside)
+
+    def rows(self, at: Levels, prediction: Prediction) -> Crash:
+        signal, noise = at.beside["signal"], at.beside["noise"]
+        divisor = signal[:-1].clamp(min=SMALLEST_SIGNAL)
+        return Crash(signal[:-1], noise[:-1], signal[1:], noise[1:], divisor)

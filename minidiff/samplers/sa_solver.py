@@ -1,12 +1,12 @@
 """SA-Solver: Adams' multistep methods for the reverse stochastic equation, with a corrector (Xue et al. 2023).
 
 A whole family of equations leads from noise to the picture; tau says how much fresh noise goes in on the way, 0 for
-none (the ordinary equation) and 1 for as much as DDPM. In lambda (``lambda_plan.py``) the solution for x0 is
+none (the ordinary equation) and 1 for as much as DDPM. In lambda (levels.py) the solution for x0 is
 
-    x_next = exp(-tau**2 h) * noise_next / noise * x  +  noise_next * sqrt(1 - exp(-2 tau**2 h)) * fresh noise
-             + (1 + tau**2) * noise_next * exp(-tau**2 lambda_next) * integral of exp((1 + tau**2) u) x0(u) du
+    x_to = exp(-tau**2 h) * noise_to / noise * x  +  noise_to * sqrt(1 - exp(-2 tau**2 h)) * fresh noise
+             + (1 + tau**2) * noise_to * exp(-tau**2 lambda_to) * integral of exp((1 + tau**2) u) x0(u) du
 
-over u from lambda to lambda_next (equation 14). x0 under the integral becomes Lagrange's polynomial through the latest
+over u from lambda to lambda_to (equation 14). x0 under the integral becomes Lagrange's polynomial through the latest
 outputs (Adams and Bashforth: the predictor) or through the one at the new point as well (Adams and Moulton: the
 corrector, which walks the interval once more with the same noise, when the model has been asked there for the next
 step anyway). The integrals of u**k exp(u) are known (appendix). Two values have a weight of their own, more accurate
@@ -15,63 +15,60 @@ for small h. The same can be done with epsilon in the place of x0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from operator import add, mul
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.config import check
-from minidiff.samplers.base import Draw, check_chosen, need_schedule
-from minidiff.samplers.dpm_solver import meet
-from minidiff.samplers.lambda_plan import LambdaPlan, LambdaSpacing, lambda_rows, unclipped, usable
-from minidiff.schedule import NoiseSchedule, epsilon_from_x0, to_epsilon, to_x0, x0_from_epsilon
+from minidiff.config import Prediction, check
+from minidiff.samplers.dpm_solver import limited_epsilon
+from minidiff.samplers.levels import Lambdas
+from minidiff.samplers.method import Draw, Given, Levels, Plan, Put, lambda_of, meet, rates
+from minidiff.samplers.multistep import Outputs, unclipped, usable
+from minidiff.schedule import NoiseSchedule
 
 HIGHEST = 4
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class SASolverPlan(LambdaPlan):
-    """Rows, for the interval that begins there: ``tau``; a step is ``x_coef`` * x + ``fresh`` * noise + a sum over the
-    outputs, latest first, with weights ``predict`` or, the new output being the first, ``correct`` (4, 4, n): the
-    order less one, the output, the row. ``predict_orders`` and ``correct_orders``: the highest order of each row."""
+class Row(NamedTuple):
+    """For the interval that begins at the row: ``tau``; a step is ``x_coef`` * x + ``fresh`` * noise + a sum over the
+    outputs, latest first, with weights ``predict`` or, the new output being the first, ``correct`` (n, 4, 4): the row,
+    the order less one, the output. ``order`` and ``correct_order``: the highest of each row."""
 
+    order: Any
+    correct_order: Any
     tau: Tensor
     x_coef: Tensor
     fresh: Tensor
     predict: Tensor
     correct: Tensor
-    predict_orders: tuple[int, ...]
-    correct_orders: tuple[int, ...]
-
-    def columns(self) -> dict[str, Tensor | Sequence[Any]]:
-        most = [min(order, i + 1) for i, order in enumerate(self.predict_orders)]
-        own: dict[str, Tensor | Sequence[Any]] = {"order": most, "tau": self.tau, "x_coef": self.x_coef}
-        return super().columns() | own | {"fresh": self.fresh}
 
 
-class SASolverState(NamedTuple):
+class State(NamedTuple):
     """The latest outputs, oldest first; the (corrected) sample at the last row, the noise of the step from there, and
     the order with which it is to be corrected."""
 
-    outputs: tuple[Tensor, ...] = ()
+    outputs: Outputs = ()
     base: Tensor | None = None
     noise: Tensor | None = None
     order: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASolver(LambdaSpacing):
+class SASolver(Lambdas[Row, State]):
     """``predictor_order`` and ``corrector_order``: 1 to 4 outputs. ``algorithm``: combine x0 (data) or epsilon (noise).
     ``tau`` applies where the timestep lies in ``tau_start``..``tau_end``, and is 0 elsewhere. ``lambda_min_clipped``:
     timesteps of lower lambda are left out (with spacing by timesteps only).
 
-    ``like_diffusers``: see :class:`LambdaSpacing`; the last sigma of karras, exponential and beta is there twice, so
-    that the last step does nothing; and noise is added to a picture by the alpha_bar of a whole timestep.
+    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta is there twice, so that the
+    last step does nothing; and noise is added to a picture by the alpha_bar of a whole timestep.
     """
+
+    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "repeated"
 
     predictor_order: int = 2
     corrector_order: int = 2
@@ -91,54 +88,66 @@ class SASolver(LambdaSpacing):
     def predicts_x0(self) -> bool:
         return self.algorithm == "data_prediction"
 
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> SASolverPlan:
-        """``steps`` in 1..T, or ``sigmas``: falling, one more than there are to be steps, which the reference does
-        not take."""
-        schedule = need_schedule(schedule, self)
-        check_chosen(self, "steps", "sigmas", steps=steps, timesteps=timesteps, sigmas=sigmas)
-        last = unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
-        t, s = self.levels(schedule, steps, sigmas=sigmas, last=last, final="repeated")
-        n = len(t)
-        rows = lambda_rows(t, s, schedule.prediction)
-        if self.like_diffusers:
-            rows |= {"alpha_bars": schedule.alphas_cumprod[t], "noise_by_timestep": True}
-        signal, noise, h = rows["signal"], rows["noise"], rows["h"]
+    def start(self) -> State:
+        return State()
+
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+        """Everything in the dtype of ``x``. Noise is drawn at every step, also where tau is 0."""
+        combine = self.denoised if self.predicts_x0 else self._epsilon
+        m = combine(plan, i, x, out, state)  # from the sample that the model saw, before its correction
+        if state.base is not None and state.noise is not None:
+            before = plan.at(i - 1)
+            x = walk(before, state.base, state.noise, before.correct, (*state.outputs, m), state.order)
+        outputs = (*state.outputs, m)[-max(self.predictor_order, self.corrector_order - 1) :]
+        at, noise = plan.at(i), draw(out)
+        after = walk(at, x, noise, at.predict, outputs, min(at.order, len(state.outputs) + 1))
+        return after, State(outputs, x, noise, min(at.correct_order, len(state.outputs) + 2))
+
+    def _epsilon(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State) -> Tensor:
+        return limited_epsilon(self, plan, i, x, out)
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        at = super().levels(schedule, given)
+        put: Put | None = ("alpha_bar", schedule.alphas_cumprod[at.timesteps]) if self.like_diffusers else None
+        return at._replace(put=put)
+
+    def highest(self, schedule: NoiseSchedule) -> int:
+        return unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        n, t = len(at.here), at.timesteps
+        (signal, noise), (to_signal, to_noise) = rates(at.here), rates(at.to)
+        h = at.h
         tau = torch.where((t >= self.tau_start) & (t <= self.tau_end), self.tau, 0.0).to(torch.float32)
         if self.predicts_x0:
-            rows["x_coef"] = torch.exp(-(tau**2) * h) * (noise[1:] / noise[:-1])
-            rows["fresh"] = noise[1:] * torch.sqrt(1 - torch.exp(-2 * tau**2 * h))
+            x_coef = torch.exp(-(tau**2) * h) * (to_noise / noise)
+            fresh = to_noise * torch.sqrt(1 - torch.exp(-2 * tau**2 * h))
         else:
-            rows["x_coef"] = signal[1:] / signal[:-1]
-            rows["fresh"] = tau * noise[1:] * torch.sqrt(torch.exp(2 * h) - 1)
-        ends = self.lower_order_final
-        predict = tuple(min(self.predictor_order, n - i) if ends else self.predictor_order for i in range(n))
-        correct = tuple(min(self.corrector_order, n - i + 1) if ends else self.corrector_order for i in range(n))
-        return SASolverPlan(
-            **rows,
+            x_coef = to_signal / signal
+            fresh = tau * to_noise * torch.sqrt(torch.exp(2 * h) - 1)
+        left = [n - i if self.lower_order_final else HIGHEST for i in range(n)]  # how many steps there are still
+        predict = tuple(min(self.predictor_order, k, i + 1) for i, k in enumerate(left))
+        correct = tuple(min(self.corrector_order, k + 1, i + 2) for i, k in enumerate(left))
+        return Row(
+            order=predict,
+            correct_order=correct,
             tau=tau,
-            predict=self._weights(rows, tau, predict, 0),
-            correct=self._weights(rows, tau, (*correct[:-1], 0), 1),  # the last interval is never walked again
-            predict_orders=predict,
-            correct_orders=correct,
+            x_coef=x_coef,
+            fresh=fresh,
+            predict=self._weights(at, tau, predict, 0),
+            correct=self._weights(at, tau, (*correct[:-1], 0), 1),  # the last interval is never walked again
         )
 
-    def _weights(self, rows: dict[str, Any], tau: Tensor, orders: tuple[int, ...], ahead: int) -> Tensor:
-        """(4, 4, n): what the outputs are multiplied by in steps of every order, ``ahead`` 1 for the corrector."""
-        lambdas, n = rows["lambdas"], len(tau)
-        start, end = lambdas[:-1], lambdas[1:]
+    def _weights(self, at: Levels, tau: Tensor, orders: tuple[int, ...], ahead: int) -> Tensor:
+        """(n, 4, 4): what the outputs are multiplied by in steps of every order, ``ahead`` 1 for the corrector."""
+        start, end, n = lambda_of(at.here), lambda_of(at.to), len(tau)
+        to_signal, to_noise = rates(at.to)
         if self.predicts_x0:
-            scale = (1 + tau**2) * rows["noise"][1:] * torch.exp(-(tau**2) * end)
+            scale = (1 + tau**2) * to_noise * torch.exp(-(tau**2) * end)
         else:
-            scale = -(1 + tau**2) * rows["signal"][1:]
-        weights = torch.zeros(HIGHEST, HIGHEST, n, dtype=torch.float32, device="cpu")
-        now = torch.arange(n, device="cpu") + ahead
+            scale = -(1 + tau**2) * to_signal
+        weights = torch.zeros(n, HIGHEST, HIGHEST, dtype=torch.float32, device="cpu")
+        lambdas, now = torch.cat([start, end[-1:]]), torch.arange(n, device="cpu") + ahead
         for order in range(1, max(orders, default=0) + 1):
             points = [lambdas[(now - k).clamp(min=0)] for k in range(order)]
             integrals = [
@@ -149,53 +158,17 @@ class SASolver(LambdaSpacing):
             if order == 2 and self.predicts_x0:
                 extra = second_order(start, end, tau, None if ahead else points[1])
                 parts = [parts[0] + extra, parts[1] - extra]
-            coefs = {str(k): scale * part for k, part in enumerate(parts)}
-            found = usable(self, orders, order, coefs, 1 + ahead)
-            weights[order - 1, :order] = torch.stack(list(found.values()))
+            found = usable(self, orders, order, {str(k): scale * part for k, part in enumerate(parts)}, 1 + ahead)
+            weights[:, order - 1, :order] = torch.stack(list(found.values()), dim=1)
         return weights
 
-    def start(self) -> SASolverState:
-        return SASolverState()
 
-    def scale_input(self, plan: SASolverPlan, i: int, x: Tensor) -> Tensor:
-        return x
-
-    def denoised(self, plan: SASolverPlan, i: int, x: Tensor, out: Tensor, state: SASolverState) -> Tensor:
-        """From the sample that the model saw, before its correction."""
-        return self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
-
-    def step(
-        self, plan: SASolverPlan, i: int, x: Tensor, out: Tensor, state: SASolverState, draw: Draw
-    ) -> tuple[Tensor, SASolverState]:
-        """Everything in the dtype of ``x``. Noise is drawn at every step, also where tau is 0."""
-        m = self._convert(plan, i, x, out, state)
-        if state.base is not None and state.noise is not None:
-            weights = plan.correct[state.order - 1]
-            x = walk(plan, i - 1, state.base, state.noise, weights, (*state.outputs, m), state.order)
-        outputs = (*state.outputs, m)[-max(self.predictor_order, self.corrector_order - 1) :]
-        noise = draw(out)
-        order = min(plan.predict_orders[i], len(state.outputs) + 1)
-        after = walk(plan, i, x, noise, plan.predict[order - 1], outputs, order)
-        return after, SASolverState(outputs, x, noise, min(plan.correct_orders[i], len(state.outputs) + 2))
-
-    def _convert(self, plan: SASolverPlan, i: int, x: Tensor, out: Tensor, state: SASolverState) -> Tensor:
-        if self.predicts_x0:
-            return self.denoised(plan, i, x, out, state)
-        signal, noise = plan.signal[i], plan.noise[i]
-        epsilon = to_epsilon(plan.prediction, x, out, signal, noise)
-        if self.threshold is None:
-            return epsilon
-        return epsilon_from_x0(x, self.limit(x0_from_epsilon(x, epsilon, signal, noise)), signal, noise)
-
-
-def walk(
-    plan: SASolverPlan, i: int, x: Tensor, noise: Tensor, weights: Tensor, outputs: tuple[Tensor, ...], order: int
-) -> Tensor:
-    """The interval of row ``i`` from ``x``, with the ``weights`` (4, n) of the latest ``order`` outputs."""
-    total = weights[0, i] * outputs[-1]
+def walk(at: Row, x: Tensor, noise: Tensor, weights: Tensor, outputs: Outputs, order: int) -> Tensor:
+    """The interval of a row from ``x``, with the ``weights`` (4, 4) of the latest ``order`` outputs."""
+    total = weights[order - 1, 0] * outputs[-1]
     for k in range(1, order):
-        total = total + weights[k, i] * outputs[-k - 1]
-    return (plan.x_coef[i] * x + meet(total, x) + meet(plan.fresh[i] * noise, x)).to(x.dtype)
+        total = total + weights[order - 1, k] * outputs[-k - 1]
+    return (at.x_coef * x + meet(total, x) + meet(at.fresh * noise, x)).to(x.dtype)
 
 
 # --- weights: integrals over an interval of lambda, all (n,) ---------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 import weights_convert
 from minidiff.pipeline import StableDiffusion, load
 from minidiff.samplers import sampler_from_diffusers
-from minidiff.samplers.base import Sampler
+from minidiff.samplers.method import Sampler
 from tests.tolerances import assert_close
 
 PROMPT = "a red fox, sitting on a chair"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.samplers import sampler_from_diffusers
-from minidiff.samplers.readers import READERS
+from minidiff.samplers.diffusers.classes import READERS
 from tests.parity import grid
 from tests.parity.axes import SD
 from tests.parity.sampler_twins import DTYPES

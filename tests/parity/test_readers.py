@@ -10,7 +10,7 @@ import torch
 
 from minidiff.errors import MinidiffError, UnsupportedError
 from minidiff.samplers import Scheduler, sampler_from_diffusers, schedule_from_diffusers
-from minidiff.samplers.readers import READERS, SCHEDULE
+from minidiff.samplers.diffusers.classes import READERS, SCHEDULE
 from tests.parity.axes import BETAS
 from tests.parity.sampler_twins import compare, reference, walk_reference
 

@@ -67,7 +67,7 @@ def test_where_rounding_makes_the_last_step_of_the_reference_nan():
     for v in bad:
         with pytest.raises(ConfigError, match=r"root of a negative number or NaN at rows \[2\]"):
             Scheduler.from_diffusers(cm(sigma_min=v)).set_timesteps(3)
-        assert CM(sigma_min=v).plan(None, 3).fresh[-1] == 0
+        assert CM(sigma_min=v).plan(None, 3).rows.fresh[-1] == 0
     for v in good:
         compare(cm(sigma_min=v), 3)
 

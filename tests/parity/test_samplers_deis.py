@@ -88,5 +88,5 @@ def test_a_plan_by_name_lands_on_the_smallest_sigma_with_its_last_step():
     """In the reference karras is there before, and the last step does nothing."""
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     ours, theirs = (DEIS(sigma_spacing="karras", like_diffusers=like).plan(schedule, 10) for like in (False, True))
-    assert ours.h[-1] > 0.1 > theirs.h[-1] == 0
+    assert ours.levels.h[-1] > 0.1 > theirs.levels.h[-1] == 0
     assert torch.allclose(ours.sigmas[-1], theirs.sigmas[-1])

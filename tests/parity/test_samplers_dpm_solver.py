@@ -173,11 +173,11 @@ def test_third_order_sde_has_the_right_sign_unless_like_diffusers():
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     options = {"algorithm": "sde-dpmsolver++", "solver_order": 3}
     ours, theirs = (DPMSolver(**options, like_diffusers=like).plan(schedule, 50) for like in (False, True))
-    assert bool((ours.d2[2:-1] > 0).all())
-    gap = ours.d2 - theirs.d2
-    assert torch.allclose(gap[2:-1], ours.signal[3:-1])
-    phi = ours.d2[2:-1].double() / ours.signal[3:-1].double()
-    h = 2 * ours.h[2:-1].double()
+    assert bool((ours.rows.d2[2:-1] > 0).all())
+    gap = ours.rows.d2 - theirs.rows.d2
+    assert torch.allclose(gap[2:-1], ours.signal[3:])
+    phi = ours.rows.d2[2:-1].double() / ours.signal[3:].double()
+    h = 2 * ours.levels.h[2:-1].double()
     assert_close(phi, (-torch.expm1(-h) - h) / h**2 + 0.5, EXPANSION)
 
 
@@ -193,7 +193,7 @@ def test_a_plan_by_name_lands_on_the_smallest_sigma_with_its_last_step():
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     options = {"sigma_spacing": "karras", "final_sigma": "sigma_min"}
     ours, theirs = (DPMSolver(**options, like_diffusers=like).plan(schedule, 10) for like in (False, True))
-    assert ours.h[-1] > 0.1 > 1e-4 > theirs.h[-1].abs()
+    assert ours.levels.h[-1] > 0.1 > 1e-4 > theirs.levels.h[-1].abs()
     assert ours.sigmas[-1] == pytest.approx(float(theirs.sigmas[-1]))
 
 

@@ -86,7 +86,7 @@ def test_landing_on_sigma_min(c):
             compare(c, n)
             ran += 1
         else:
-            with pytest.raises(ConfigError, match="to itself: use final_sigma='zero'"):
+            with pytest.raises(ConfigError, match=r"no finite coefficients of order . at rows"):
                 Scheduler.from_diffusers(c).set_timesteps(n)
     assert ran >= 4
 

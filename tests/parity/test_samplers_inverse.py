@@ -134,7 +134,7 @@ def test_where_dpm_inverse_of_the_reference_gives_nan():
     with pytest.raises(ConfigError, match="no finite coefficients of order 2"):
         Scheduler.from_diffusers(c).set_timesteps(20)
     schedule = NoiseSchedule.from_config(ScheduleConfig())
-    assert DPMSolverInverse(spacing="trailing", solver_type="heun").plan(schedule, 20).h[-1] < -0.1
+    assert DPMSolverInverse(spacing="trailing", solver_type="heun").plan(schedule, 20).levels.h[-1] < -0.1
     with pytest.raises(ConfigError, match="visit a timestep twice"):
         Scheduler.from_diffusers(dpm()).set_timesteps(1000)
 

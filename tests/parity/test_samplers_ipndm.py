@@ -45,14 +45,14 @@ def test_trained_betas_are_refused():
 def test_a_perfect_model_gives_the_picture():
     sampler, plan = IPNDM(), IPNDM().plan(None, 12)
     x0, epsilon = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    x, state = plan.signal[0] * x0 + plan.noise[0] * epsilon, sampler.start()
+    x, state = plan.rows.told_signal[0] * x0 + plan.rows.told_noise[0] * epsilon, sampler.start()
     for i in range(12):
-        v = v_from_x0(x0, epsilon, plan.signal[i], plan.noise[i])
+        v = v_from_x0(x0, epsilon, plan.rows.told_signal[i], plan.rows.told_noise[i])
         if i:
             assert_close(sampler.denoised(plan, i, x, v, state), x0, Tolerance(1e-5, 0.0, "rounding of float32"))
         x, state = sampler.step(plan, i, x, v, state, torch.zeros_like)
         if i == 0:  # from pure noise nothing of the picture is known; the method takes it for 0
-            x = plan.signal[1] * x0 + plan.noise[1] * epsilon
+            x = plan.rows.to_signal[0] * x0 + plan.rows.to_noise[0] * epsilon
     assert_close(x, x0, Tolerance(1e-5, 0.0, "rounding of float32"))
 
 

@@ -79,7 +79,7 @@ def test_all_weights_add_up_to_the_interval(option):
     plan = Scheduler.from_diffusers(lms(**option))
     plan.set_timesteps(12)
     dt = (plan.sigmas[1:] - plan.sigmas[:-1])[3:]
-    sums = plan.plan.coefs[3:].sum(dim=2)
+    sums = plan.plan.rows.coefs[3:].sum(dim=2)
     assert_close(sums, dt[:, None].expand(-1, 4), WEIGHTS_SUM)
 
 

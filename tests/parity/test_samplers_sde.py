@@ -75,7 +75,7 @@ def test_a_run_can_not_begin_in_the_middle_of_an_interval():
 def test_without_a_seed_both_draws_of_an_interval_lie_on_one_path():
     sampler = DPMSDE()
     plan = sampler.plan(NoiseSchedule.from_config(ScheduleConfig()), 5)
-    torch.testing.assert_close(plan.first_part[1::2] ** 2 + plan.second_part[1::2] ** 2, torch.ones(4))
+    torch.testing.assert_close(plan.rows.first_part[1::2] ** 2 + plan.rows.second_part[1::2] ** 2, torch.ones(4))
     x, made = torch.zeros(1, 4, 64, 64), torch.Generator().manual_seed(0)
 
     def draw(like):
@@ -83,10 +83,12 @@ def test_without_a_seed_both_draws_of_an_interval_lie_on_one_path():
 
     middle, state = sampler.step(plan, 0, x, x, sampler.start(), draw)
     first = state.noise
-    end, _ = sampler.step(plan, 1, middle, middle / plan.sigma_in[1], state, draw)  # an x0 of 0, as in the first call
-    second = end / plan.sigma_up[1]
+    end, _ = sampler.step(
+        plan, 1, middle, middle / plan.levels.here[1], state, draw
+    )  # an x0 of 0, as in the first call
+    second = end / plan.rows.sigma_up[1]
     assert abs(float(second.std()) - 1) < 0.02
-    share = (plan.sigma_in[0] - plan.sigma_in[1]) / (plan.sigma_in[0] - plan.sigmas[1])
+    share = (plan.levels.here[0] - plan.levels.here[1]) / (plan.levels.here[0] - plan.sigmas[1])
     assert abs(float((first * second).mean()) - float(share**0.5)) < 0.03
 
 

@@ -10,6 +10,7 @@ import torch
 from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.samplers import DPMSolverSinglestep, Scheduler
+from minidiff.samplers.method import rates
 from minidiff.schedule import NoiseSchedule
 from tests.parity.axes import BETAS, COSINE, PREDICTIONS, SIGMAS, TO_MIN
 from tests.parity.lambda_twins import chains, refuses_to_step, starts, turn
@@ -92,6 +93,6 @@ def test_third_order_sde_has_the_right_sign_unless_like_diffusers():
     schedule = NoiseSchedule.from_config(ScheduleConfig())
     options = {"algorithm": "sde-dpmsolver++", "solver_order": 3, "solver_type": "heun"}
     ours, theirs = (DPMSolverSinglestep(**options, like_diffusers=like).plan(schedule, 31) for like in (False, True))
-    third = [i for i, order in enumerate(ours.orders) if order == 3]
-    assert torch.allclose((ours.d2 - theirs.d2)[2, third], ours.signal[1:][third])
-    assert bool((ours.d2[2, third] > 0).all())
+    third = [i for i, order in enumerate(ours.rows.order) if order == 3]
+    assert torch.allclose((ours.rows.d2 - theirs.rows.d2)[third, 2], rates(ours.levels.to)[0][third])
+    assert bool((ours.rows.d2[2, third] > 0).all())

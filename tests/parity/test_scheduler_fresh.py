@@ -11,7 +11,7 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
-from minidiff.samplers.readers import READERS
+from minidiff.samplers.diffusers.classes import READERS
 from tests.parity.sampler_twins import DTYPES, QUANTILES, SHAPE, STEP_OPTIONS, config, label, output
 from tests.tolerances import EXACT, assert_close
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from minidiff.config import ScheduleConfig
 from minidiff.samplers import SAMPLERS
-from minidiff.samplers.sigma_plan import SigmaPlan
 from minidiff.schedule import NoiseSchedule
 
 MEAN, SPREAD = 0.7, 0.8
@@ -113,21 +112,16 @@ def plan_of(run: Run, n: int) -> tuple[Any, int]:
 
 def scales(plan: Any, i: int) -> tuple[float, float]:
     """What the picture and its noise are multiplied by in the sample of row ``i``."""
-    if hasattr(plan, "signal"):
-        return float(plan.signal[i]), float(plan.noise[i])
-    if isinstance(plan, SigmaPlan):
-        return 1.0, float(plan.columns()["sigma"][i])
-    if hasattr(plan, "c_in"):
-        return 1.0, float(plan.sigmas[i])
-    alpha_bar = float(plan.alpha_bars[i])
-    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    if plan.space == "sigma":
+        return 1.0, float(plan.levels.here[i])
+    return float(plan.signal[i]), float(plan.noise[i])
 
 
 def answer(plan: Any, i: int, x: Tensor, signal: float, noise: float, spread: float) -> Tensor:
     """What a perfect model of the plan's kind says of ``x``."""
     x0 = x0_of(x, signal, noise, spread)
-    if hasattr(plan, "c_in"):  # EDM's wrapping
-        return (x0 - plan.c_skip[i] * x) / plan.c_out[i]
+    if hasattr(plan.rows, "c_in"):  # EDM's wrapping
+        return (x0 - plan.rows.c_skip[i] * x) / plan.rows.c_out[i]
     epsilon = (x - signal * x0) / noise
     return signal * epsilon - noise * x0 if plan.prediction == "v_prediction" else epsilon
 

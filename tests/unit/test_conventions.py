@@ -66,8 +66,8 @@ def test_ldm_timesteps(steps: int) -> None:
     for plan in (ddim, plms):
         rows = np.array([want[i] for i in range(len(want))])
         assert_close(plan.alpha_bars.unique(), torch.tensor(ALPHA_BAR[rows]).float().unique(), PROGRAM_FLOAT32)
-    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[0]).float().sqrt(), PROGRAM_FLOAT32)
-    assert_close(plms.down[-1], torch.tensor(ALPHA_BAR[0]).float(), PROGRAM_FLOAT32)
+    assert_close(ddim.rows.x0_coef[-1], torch.tensor(ALPHA_BAR[0]).float().sqrt(), PROGRAM_FLOAT32)
+    assert_close(plms.levels.to[-1], torch.tensor(ALPHA_BAR[0]).float(), PROGRAM_FLOAT32)
 
 
 def test_30_steps_are_31_rows() -> None:
@@ -182,8 +182,8 @@ def test_first_noise_of_the_methods_at_unit_variance(like: str, scale: str) -> N
 
 
 def test_dpmpp_2m_keeps_its_order_as_in_k_diffusion() -> None:
-    assert planned("k-diffusion", "dpmpp_3m_sde", 8).orders == (3,) * 7 + (1,)
-    assert planned("diffusers", "dpmpp_3m_sde", 8).orders == (3,) * 6 + (2, 1)
+    assert planned("k-diffusion", "dpmpp_3m_sde", 8).rows.order == (1, 2, 3, 3, 3, 3, 3, 1)
+    assert planned("diffusers", "dpmpp_3m_sde", 8).rows.order == (1, 2, 3, 3, 3, 3, 2, 1)
 
 
 @pytest.mark.parametrize("sampler", ["dpm2", "dpm2_ancestral", "dpmpp_3m_sde"])
@@ -200,7 +200,7 @@ def test_a1111_leaves_out_the_step_of_timestep_1() -> None:
     ddim, plms = planned("a1111", "ddim", 20), planned("a1111", "pndm", 20)
     assert ddim.timesteps.tolist() == list(range(951, 50, -50))
     assert plms.timesteps.tolist() == [951, 901, *range(901, 50, -50)]
-    assert_close(ddim.signal_prev[-1], torch.tensor(ALPHA_BAR[1]).float().sqrt(), PROGRAM_FLOAT32)
+    assert_close(ddim.rows.x0_coef[-1], torch.tensor(ALPHA_BAR[1]).float().sqrt(), PROGRAM_FLOAT32)
     with pytest.raises(ConfigError, match="with one step nothing remains"):
         planned("a1111", "ddim", 1)
 
@@ -252,8 +252,8 @@ def test_trap_dpm2_and_unipc_in_comfyui() -> None:
         np.testing.assert_allclose(sigmas_of(planned("comfyui", sampler, 9))[::2], full[:-1], rtol=ONCE.relative)
     unipc = planned("comfyui", "unipc", 9)
     np.testing.assert_allclose(unipc.sigmas.double().numpy(), [*full[:-1], 0.001], rtol=ONCE.relative)
-    assert unipc.orders == (3, 3, 3, 3, 3, 3, 3, 2, 1)
-    assert planned("comfyui", "unipc", 3).orders == (2, 2, 1)
+    assert unipc.rows.order == (1, 2, 3, 3, 3, 3, 3, 2, 1)
+    assert planned("comfyui", "unipc", 3).rows.order == (1, 2, 1)
     np.testing.assert_allclose(sigmas_of(planned("comfyui", "euler", 10)), full, rtol=ONCE.relative)
 
 
@@ -465,8 +465,8 @@ def test_what_is_given_wins() -> None:
     own = planned("a1111", "euler", 20, spacing="leading", steps_offset=1)
     want = sampler_from_config({"name": "euler", "spacing": "leading", "steps_offset": 1})
     assert_close(own.sigmas, want.plan(noise_table("rounded", SD).schedule, 20).sigmas)
-    assert bool((planned("k-diffusion", "euler", 8, s_churn=2.0).churn > 0).all())
-    assert planned("comfyui", "unipc", 9, solver_order=1).orders == (1,) * 9
+    assert bool((planned("k-diffusion", "euler", 8, s_churn=2.0).rows.churn > 0).all())
+    assert planned("comfyui", "unipc", 9, solver_order=1).rows.order == (1,) * 9
     sampler = read("a1111").sampler(SD, "euler")
     assert sampler.plan(None, timesteps=[900, 5]).timesteps.tolist() == [900, 5]
     np.testing.assert_allclose(sampler.plan(None, sigmas=[5.0, 1.0, 0.0]).sigmas, [5, 1, 0])

@@ -218,8 +218,10 @@ def test_brownian_trees_are_seeded_where_the_program_seeds_them(sd) -> None:
     common = {"steps": 3, "seed": 7, "sampler": "dpmpp_sde"}
     plan = sd.steps("a fox", like="comfyui", num_images=2, **common).plan
     own = read("comfyui").sampler(sd.config.schedule, {"name": "dpmpp_sde", "noise_seed": 7}).plan(None, 3)
-    assert plan.root == own.root is not None
-    assert sd.steps("a fox", like="a1111:cpu", **common).plan.root[0] == own.root[0]  # over other sigmas
-    assert sd.steps("a fox", like="k-diffusion", **common).plan.root is None
+    assert plan.rows.path[0][0] == own.rows.path[0][0]
+    assert (
+        sd.steps("a fox", like="a1111:cpu", **common).plan.rows.path[0][0][0] == own.rows.path[0][0][0]
+    )  # over other sigmas
+    assert sd.steps("a fox", like="k-diffusion", **common).plan.rows.path[0] is None
     with pytest.raises(ConfigError, match="a Brownian tree; make them one by one"):
         sd.steps("a fox", like="a1111", num_images=2, **common)

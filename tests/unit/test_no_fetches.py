@@ -23,6 +23,8 @@ from minidiff.samplers import DDIM, SAMPLERS
 from minidiff.start import Keeping
 
 FETCHES = {"item", "tolist", "numpy", "cpu", "nonzero"}
+# Asked in the first row alone, and only of an epsilon model on a schedule that begins in pure noise.
+ONCE = {"Limited.denoised: bool(x0.isnan().any())"}
 NUMBERS = {"float", "int", "bool", "complex"}
 
 
@@ -70,7 +72,7 @@ def fetches(function: Any, owner: Any = None) -> list[str]:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_step_fetches_a_value(name: str, method: str) -> None:
     kind = SAMPLERS[name]
-    assert fetches(getattr(kind, method), kind) == []
+    assert set(fetches(getattr(kind, method), kind)) <= ONCE
 
 
 @pytest.mark.parametrize("function", [denoise, Step.x0.fget, predictor, Keeping.step, guidance.guide, guidance.rescale])

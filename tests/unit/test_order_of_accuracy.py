@@ -52,9 +52,14 @@ def test_every_sampler_is_measured_or_named_with_its_reason():
     assert measured | {name for name in NOT_MEASURED if name in SAMPLERS} == set(SAMPLERS)
 
 
+def changed(plan, **columns):
+    """``plan`` with other columns."""
+    return replace(plan, rows=plan.rows._replace(**columns))
+
+
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "dpmsolver"])
 def test_the_third_order_multistep_step_lacks_a_factor_of_2(algorithm):
-    """Named in ``dpm_solver.py``: k-diffusion and diffusers take the second divided difference for the second
+    """Named in dpm_solver.py: k-diffusion and diffusers take the second divided difference for the second
     derivative. With twice that, the method is of order 3."""
     run = next(
         r for r in DETERMINISTIC if r.options.get("solver_order") == 3 and r.options.get("algorithm") == algorithm
@@ -62,7 +67,7 @@ def test_the_third_order_multistep_step_lacks_a_factor_of_2(algorithm):
     assert run.name == "dpmpp_2m"
     few = replace(run, steps=(8, 16, 24))
     assert 1.6 < slope_of(few, errors_of(few)) < 2.7
-    doubled = errors_of(few, lambda plan: replace(plan, inv_r=2 * plan.inv_r))
+    doubled = errors_of(few, lambda plan: changed(plan, inv_r=2 * plan.rows.inv_r))
     assert slope_of(few, doubled) > 2.8
     assert doubled[-1] < errors_of(few)[-1] / 4
 
@@ -80,11 +85,11 @@ def test_a_wrong_coefficient_shows():
     """Half the correction of Heun: no longer of order 2. And noise that is too large: a deviation that stays wrong."""
     euler = next(run for run in DETERMINISTIC if run.name == "euler")
     heun = next(run for run in DETERMINISTIC if run.name == "heun")
-    bent = errors_of(heun, lambda plan: replace(plan, dt=plan.dt * (1 + 0.2 / len(plan))))
+    bent = errors_of(heun, lambda plan: changed(plan, dt=plan.rows.dt * (1 + 0.2 / len(plan))))
     assert slope_of(heun, bent) < 1.5 < slope_of(heun, errors_of(heun))
     assert math.isclose(
         errors_of(euler)[0], errors_of(replace(euler, name="dpmpp_2m", options={"solver_order": 1}))[0], rel_tol=1e-3
     )
     ancestral = STOCHASTIC[0]
-    loud = errors_of(ancestral, lambda plan: replace(plan, sigma_up=plan.sigma_up * 1.2))
+    loud = errors_of(ancestral, lambda plan: changed(plan, sigma_up=plan.rows.sigma_up * 1.2))
     assert slope_of(ancestral, loud) < 0.3

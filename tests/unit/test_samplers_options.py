@@ -28,12 +28,13 @@ from minidiff.samplers import (
     Heun,
     Scheduler,
     UniPC,
-    readers,
     sampler_from_config,
     sampler_from_diffusers,
     sampler_to_config,
     schedule_from_diffusers,
 )
+from minidiff.samplers.diffusers.classes import READERS
+from minidiff.samplers.diffusers.classes import SCHEDULE as SCHEDULE_FIELDS
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import assert_close
 
@@ -179,11 +180,15 @@ def test_methods_at_unit_variance_take_timesteps(kind):
     """Those of the plan for 20 steps, given by hand, make the same plan."""
     plan = kind().plan(SCHEDULE, 20)
     given = kind().plan(SCHEDULE, timesteps=plan.timesteps.unique().flip(0).tolist())
-    for name, row in vars(plan).items():
-        if isinstance(row, torch.Tensor) and name != "prev":
-            assert torch.equal(getattr(given, name), row), name
-    assert (given.prev[-1] < 0) == (plan.prev[-1] < 0)
-    assert torch.equal(given.prev[:-1], plan.prev[:-1])
+    for a, b in ((given.levels, plan.levels), (given.rows, plan.rows)):
+        for name, row in b._asdict().items():
+            if isinstance(row, torch.Tensor) and name != "landing":
+                assert torch.equal(getattr(a, name), row), name
+    before, after = given.levels.landing, plan.levels.landing
+    assert (before is None) == (after is None)
+    if before is not None and after is not None:
+        assert (before[-1] < 0) == (after[-1] < 0)
+        assert torch.equal(before[:-1], after[:-1])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +256,7 @@ def test_the_last_step_of_two_calls_each_lands_on_the_last_sigma(kind, last):
     """Also above 0: the straight step of the last interval goes all of its way."""
     plan = kind().plan(SCHEDULE, sigmas=[10.0, 5.0, 2.0, last])
     assert len(plan) == 5
-    assert plan.dt[-1] == last - 2.0
+    assert plan.rows.dt[-1] == last - 2.0
 
 
 def test_first_noise_is_that_of_the_first_sigma_given():
@@ -347,8 +352,8 @@ def test_eta_too_large_for_the_variance():
 def test_rounding_below_0_counts_as_0_for_a_sampler_by_name():
     zero = NoiseSchedule.from_config(ScheduleConfig(zero_snr=True, prediction="v_prediction"))
     plan = DDIM(eta=1.0, spacing="trailing").plan(zero, 50)
-    assert plan.direction[0] == 0
-    assert bool(plan.direction.isfinite().all())
+    assert plan.rows.direction[0] == 0
+    assert bool(plan.rows.direction.isfinite().all())
 
 
 def test_diffusers_configs_of_known_checkpoints():
@@ -466,10 +471,10 @@ ODD = (10**400, 10**30, -(10**30), 1e300, -1.0, 0, 1e-320, float("nan"), float("
 ODD += ("x" * 500, [], [1], [None], [[0.1]], [float("nan")] * 3, {"a": 1}, b"x", 1j)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("name", readers.READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_settings_of_strangers_end_in_one_line_or_in_finite_samples(name):
     """Every field of every class, each with a third of the odd values."""
-    for k, field in enumerate(readers.SCHEDULE | readers.READERS[name].fields):
+    for k, field in enumerate(SCHEDULE_FIELDS | READERS[name].fields):
         for value in ODD[k % 3 :: 3]:
             said = two_steps({"_class_name": name, field: value})
             assert len(said.splitlines()) <= 1, (field, value)

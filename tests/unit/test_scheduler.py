@@ -49,7 +49,7 @@ def test_a_sampler_by_name_adds_the_noise_of_the_timestep_that_it_is_given(name)
     x0, noise = torch.randn(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for t in (99, 40):
         alpha_bar = SCHEDULE.alphas_cumprod[t]
-        scale = 1 if s.sampler.in_sigma else alpha_bar**0.5
+        scale = 1 if s.sampler.space == "sigma" else alpha_bar**0.5
         wanted = scale * (x0 + ((1 - alpha_bar) / alpha_bar) ** 0.5 * noise)
         torch.testing.assert_close(s.add_noise(x0, noise, t), wanted, rtol=2e-6, atol=2e-6)
 
@@ -84,7 +84,7 @@ def test_before_set_timesteps_a_run_of_every_timestep_can_be_walked(sampler):
 @pytest.mark.parametrize("name", ["ddim", "ddim_inverse", "pndm", "lcm", "tcd", "dpmpp_2m", "unipc", "edm_dpmpp_2m"])
 def test_a_step_that_needs_the_number_of_steps_says_so(name):
     s = Scheduler(SAMPLERS[name](), SCHEDULE)
-    assert_close(s.scale_model_input(X, 50) if not s.sampler.in_sigma else X, X)
+    assert_close(s.scale_model_input(X, 50) if s.sampler.space != "sigma" else X, X)
     wanted = r"can't step before it has timesteps: call set_timesteps\(50\) first"
     with pytest.raises(ConfigError, match=wanted):
         s.step(X, 50, X)

@@ -11,7 +11,7 @@ import torch
 from minidiff import StableDiffusion, config, conventions, fast
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import SAMPLERS, elsewhere, name_of, sampler_from_config, sampler_from_diffusers
-from minidiff.samplers.from_diffusers import READERS
+from minidiff.samplers.diffusers.classes import READERS
 from minidiff.spelling import near
 from minidiff.training.settings import TrainConfig
 from tests.unit.tiny import tiny_sd

@@ -1,4 +1,4 @@
-"""Reading diffusers' ``scheduler_config.json``: one engine for the tables of ``readers.py``.
+"""Reading diffusers' ``scheduler_config.json``: one engine for the tables of classes.py.
 
 Fields that only sibling classes have are ignored, as diffusers does when one scheduler is made from another's config;
 of a field that nobody has the reader warns, and goes on. What diffusers passes to ``step()`` (eta, s_churn, ...) may
@@ -14,8 +14,8 @@ from typing import Any
 
 from minidiff.config import ScheduleConfig, check, from_json, quote
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.samplers.base import Options
-from minidiff.samplers.readers import READERS, SCHEDULE, Config, Reader, one_of
+from minidiff.samplers.diffusers.classes import READERS, SCHEDULE, Config, Reader, one_of
+from minidiff.samplers.method import Method
 from minidiff.schedule import MAX_BETA
 from minidiff.spelling import near
 
@@ -31,7 +31,7 @@ SIBLINGS = frozenset(
 MOST = 10**6  # of anything that is counted in a scheduler's config; training has 1,000 timesteps
 
 
-def sampler_from_diffusers(config: Config) -> Options:
+def sampler_from_diffusers(config: Config) -> Method[Any, Any]:
     """The sampler that a ``scheduler_config.json`` (as a dict, with its ``_class_name``) describes, doing what
     diffusers 0.42.1 does, its slips included: it warns of a field that no scheduler has, and passes it over.
 
@@ -52,7 +52,7 @@ def unknown_fields(config: Config) -> list[Any]:
     return [key for key in config if key not in known and not str(key).startswith("_")]
 
 
-def read_sampler(config: Config) -> Options:
+def read_sampler(config: Config) -> Method[Any, Any]:
     """:func:`sampler_from_diffusers` without its warning."""
     reader, filled = _fill(config)
     options = {name: source(filled) if callable(source) else filled[source] for name, source in reader.options.items()}

@@ -10,7 +10,7 @@
 It keeps what that loop leaves out: the row that t stands for and the sampler's state. Code of one's own is better off
 with ``sampler.plan`` and ``sampler.step``, which hide nothing and never wait for the device to tell what t is.
 
-Before ``set_timesteps`` it knows all of training's timesteps (``fresh.py``): enough to train with.
+Before ``set_timesteps`` it knows all of training's timesteps (fresh.py): enough to train with.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from torch import Tensor
 from minidiff.config import check, quote
 from minidiff.errors import ConfigError
 from minidiff.noise import Generators, source
-from minidiff.samplers import habits
-from minidiff.samplers.base import Options, Plan, Sampler
-from minidiff.samplers.lambda_plan import LambdaPlan, rates
+from minidiff.samplers.diffusers import habits
+from minidiff.samplers.method import Method, Plan, Sampler, noisy
 from minidiff.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
-    from minidiff.samplers.fresh import Fresh
+    from minidiff.samplers.diffusers.fresh import Fresh
 
 
 class Scheduler:
@@ -48,14 +47,14 @@ class Scheduler:
         check(known, f"Scheduler needs a NoiseSchedule, got {quote(schedule)}: {habits.MAKE}")
         self.sampler = sampler
         self.schedule = schedule
-        self._plan: Plan | None = None  # of the run that set_timesteps began
+        self._plan: Plan[Any] | None = None  # of the run that set_timesteps began
         self._fresh: Fresh | None = None  # what there is before
         self._latest: tuple[int, Tensor, Tensor, Any] | None = None  # what the latest step was given
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Scheduler:
         """From a ``scheduler_config.json`` as a dict. Raises as :func:`sampler_from_diffusers` does."""
-        from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
+        from minidiff.samplers.diffusers.read import sampler_from_diffusers, schedule_from_diffusers
 
         check(isinstance(config, Mapping), f"config={quote(config)} must be a dict, as scheduler_config.json holds it")
         sampler = cast(Sampler[Any, Any], sampler_from_diffusers(config))
@@ -93,7 +92,7 @@ class Scheduler:
         self._begin(plan)
         self._plan = plan if device is None else plan.to(device)
 
-    def _begin(self, plan: Plan) -> None:
+    def _begin(self, plan: Plan[Any]) -> None:
         self._at: list[float] = plan.timesteps.tolist()
         self._next, self._state, self._latest = 0, self.sampler.start(), None
 
@@ -101,19 +100,19 @@ class Scheduler:
     def _before(self) -> Fresh:
         """What there is before ``set_timesteps``, made when it is first asked for."""
         if self._fresh is None:
-            from minidiff.samplers.fresh import fresh
+            from minidiff.samplers.diffusers.fresh import fresh
 
             self._fresh = fresh(self.sampler, self.schedule)
             self._begin(self._fresh.plan)
         return self._fresh
 
     @property
-    def _rows(self) -> Plan:
+    def _rows(self) -> Plan[Any]:
         """The plan that tells timesteps and noise, whether it can be walked or not."""
         return self._before.plan if self._plan is None else self._plan
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Plan[Any]:
         """The plan of the current run; print it. ConfigError before ``set_timesteps`` where there is no run yet."""
         if self._plan is None and not self._before.steps:
             raise ConfigError(f"{self._name} can't step before it has timesteps: call set_timesteps(50) first")
@@ -137,10 +136,10 @@ class Scheduler:
     def sigmas(self) -> Tensor:
         """(n + 1,), where the method works in sigma; else ConfigError. Before ``set_timesteps`` the methods in lambda
         have (n,), rising where they are read from diffusers' configs."""
-        sigmas = getattr(self._plan, "sigmas", None) if self._plan is not None else self._before.sigmas
+        sigmas = self._plan.sigmas if self._plan is not None else self._before.sigmas
         if sigmas is None:
             raise ConfigError(f"{self._name} has no sigmas: it works with alpha_bar")
-        return cast(Tensor, sigmas)
+        return sigmas
 
     @property
     def _name(self) -> str:
@@ -149,7 +148,7 @@ class Scheduler:
     @property
     def order(self) -> int:
         """Model calls per step."""
-        return cast(Options, self.sampler).order
+        return cast(Method[Any, Any], self.sampler).order
 
     @property
     def last_x0(self) -> Tensor | None:
@@ -200,20 +199,16 @@ class Scheduler:
         Methods that work in sigma or lambda know the timesteps of the current run (before ``set_timesteps``: all of
         training's); the others any timestep of training."""
         times = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")).reshape(-1)
-        plan, sampler = self._rows, cast(Options, self.sampler)
-        in_lambda = isinstance(plan, LambdaPlan) and not plan.noise_by_timestep
-        if not in_lambda and not sampler.in_sigma:
-            if not sampler.own_levels:  # any timestep of training will do
+        plan = self._rows
+        space = plan.levels.put[0] if plan.levels.put is not None else plan.space
+        if space == "alpha_bar":
+            if not cast(Method[Any, Any], self.sampler).own_levels:  # any timestep of training will do
                 return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
-            rows = [self._find(v, 0) for v in times.tolist()] * (len(x0) // len(times))
-            return torch.cat([plan.add_noise(x0[k : k + 1], noise[k : k + 1], i) for k, i in enumerate(rows)])
-        sigmas = self.sigmas.to(x0.dtype)
-        sigma = torch.stack([sigmas[self._second(v)] for v in times.tolist()]).to(x0.device)
-        sigma = sigma.reshape(-1, *(1 for _ in x0.shape[1:]))
-        if in_lambda:
-            signal, sigma = rates(sigma)
-            x0 = signal * x0
-        return x0 + noise * sigma
+            levels, find = plan.levels.here, self._first
+        else:
+            levels, find = self.sigmas, self._second
+        level = levels.to(x0.dtype)[[find(v) for v in times.tolist()]].to(x0.device)
+        return noisy(space, x0, noise, level.reshape(-1, *(1 for _ in x0.shape[1:])))
 
     def _row(self, t: Tensor | float) -> int:
         """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has
@@ -228,6 +223,9 @@ class Scheduler:
         """The later of two rows of ``value``, or the only one."""
         first = self._find(value, 0)
         return self._find(value, first + 1) if value in self._at[first + 1 :] else first
+
+    def _first(self, value: float) -> int:
+        return self._find(value, 0)
 
     def _find(self, value: float, first: int) -> int:
         if value in self._at[first:]:

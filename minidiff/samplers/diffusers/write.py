@@ -1,4 +1,4 @@
-"""Writing diffusers' ``scheduler_config.json``: the tables of ``readers.py``, read backwards.
+"""Writing diffusers' ``scheduler_config.json``: the tables of classes.py, read backwards.
 
 Where a table says that an option of ours *is* one of their fields, it is written there as it stands; where it says how
 the option is computed from their fields, ``INVERSE`` has the way back. Whatever comes out is read again before it is
@@ -13,9 +13,9 @@ from typing import Any
 
 from minidiff.config import ScheduleConfig
 from minidiff.errors import UnsupportedError
-from minidiff.samplers.base import Options
-from minidiff.samplers.from_diffusers import sampler_from_diffusers, schedule_from_diffusers
-from minidiff.samplers.readers import READERS, SCHEDULE, Reader
+from minidiff.samplers.diffusers.classes import READERS, SCHEDULE, Reader
+from minidiff.samplers.diffusers.read import sampler_from_diffusers, schedule_from_diffusers
+from minidiff.samplers.method import Method
 
 Fields = dict[str, Any]
 
@@ -36,7 +36,7 @@ def _sigma_spacing(kind: str) -> Fields:
     return {**chosen, "use_lu_lambdas": kind == "lu"}
 
 
-# Options that readers.py computes, as the fields from which it would compute them. A class that lacks one of the
+# Options that classes.py computes, as the fields from which it would compute them. A class that lacks one of the
 # fields does not get it.
 INVERSE: dict[str, Callable[[Any], Fields]] = {
     "algorithm": lambda v: {"algorithm_type": v},
@@ -91,7 +91,7 @@ def _reader(sampler: Any) -> tuple[str, Reader]:
     """The class for a sampler: that of its own type, or (the SDE variants of DPM++) of the type it derives from."""
     exact = [(n, r) for n, r in READERS.items() if type(sampler) is r.sampler]
     found = exact or [(n, r) for n, r in READERS.items() if isinstance(sampler, r.sampler)]
-    if not found or not isinstance(sampler, Options):
+    if not found or not isinstance(sampler, Method):
         raise UnsupportedError(f"diffusers has no scheduler class for the sampler {type(sampler).__name__}")
     return found[0]
 

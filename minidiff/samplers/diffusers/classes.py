@@ -1,7 +1,7 @@
 """What each scheduler class of diffusers calls its fields, what they are unless given, and what we call them.
 
 A :class:`Reader` lists the fields that the class has, with the class's own defaults (they differ: DDIM clips and
-Euler is linspace unless told otherwise), and says which option of ours each becomes. ``from_diffusers.py`` is the
+Euler is linspace unless told otherwise), and says which option of ours each becomes. read.py is the
 engine that applies them; a new class is one entry here.
 """
 
@@ -13,28 +13,21 @@ from typing import Any
 
 from minidiff.config import check, quote
 from minidiff.config import one_of as config_one_of
-from minidiff.samplers.base import Options
-from minidiff.samplers.cm import CM
-from minidiff.samplers.ddim import DDIM
-from minidiff.samplers.ddim_inverse import DDIMInverse
+from minidiff.samplers.consistency import CM, LCM, TCD
+from minidiff.samplers.ddim import DDIM, DDIMInverse
 from minidiff.samplers.ddpm import DDPM, FIXED_LARGE_LOG
 from minidiff.samplers.deis import DEIS
 from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
-from minidiff.samplers.dpm_inverse import DPMSolverInverse
 from minidiff.samplers.dpm_singlestep import DPMSolverSinglestep
-from minidiff.samplers.dpm_solver import DPMSolver
+from minidiff.samplers.dpm_solver import DPMSolver, DPMSolverInverse
 from minidiff.samplers.dpmpp_sde import DPMSDE
-from minidiff.samplers.edm import EDMEuler
-from minidiff.samplers.edm_multistep import EDMMultistep
-from minidiff.samplers.euler import Euler
-from minidiff.samplers.euler_ancestral import EulerAncestral
+from minidiff.samplers.edm import EDMEuler, EDMMultistep
+from minidiff.samplers.euler import Euler, EulerAncestral
 from minidiff.samplers.heun import Heun
-from minidiff.samplers.ipndm import IPNDM
-from minidiff.samplers.lcm import LCM
 from minidiff.samplers.lms import LMS
-from minidiff.samplers.pndm import PNDM
+from minidiff.samplers.method import Method
+from minidiff.samplers.pndm import IPNDM, PNDM
 from minidiff.samplers.sa_solver import SASolver
-from minidiff.samplers.tcd import TCD
 from minidiff.samplers.unipc import UniPC
 
 Config = Mapping[str, Any]
@@ -87,7 +80,7 @@ DEIS_LANDS = "algorithm_type='deis' (read as dpmsolver++) needs final_sigmas_typ
 class Reader:
     """How one scheduler class is read: our ``sampler``, the class's ``fields`` with defaults, the ``options``."""
 
-    sampler: type[Options]
+    sampler: type[Method[Any, Any]]
     fields: dict[str, Any]
     options: dict[str, Source]
     predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")

@@ -1,0 +1,316 @@
+"""Consistency: models that see the whole way to the picture in one call, and the steps that ask them more than once.
+
+A consistency function is the model's x0, mixed with the sample so that nothing changes where the path ends:
+
+    f(x) = c_out * x0 + c_skip * x
+
+One step is f itself. More are taken by adding fresh noise to f, as much as the next level has, and asking again (Song
+et al. 2023, algorithm 1). Three kinds of model are asked so:
+
+* LCM, distilled from a latent diffusion model (Luo et al. 2023, "Latent Consistency Models"), with
+  c_skip = s**2 / ((10 t)**2 + s**2) and c_out = 10 t / sqrt((10 t)**2 + s**2), s = 0.5;
+* TCD, whose steps land somewhere on the path instead of at its end (Zheng et al. 2024, "Trajectory Consistency
+  Distillation", algorithm 4, strategic stochastic sampling);
+* CM, trained in sigma (Song et al. 2023), with s = sigma_data and
+
+      seen = x / sqrt(sigma**2 + s**2)      f(x, sigma) = c_out * out + c_skip * x
+      c_skip = s**2 / ((sigma - sigma_min)**2 + s**2)      c_out = (sigma - sigma_min) * s / sqrt(sigma**2 + s**2)
+
+A distilled model is asked at some of the timesteps that it was distilled at, and no others: there can't be more steps
+than those, 50 for the published models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minidiff.config import Prediction, check
+from minidiff.samplers.levels import Floats
+from minidiff.samplers.limits import Limited
+from minidiff.samplers.method import (
+    Draw,
+    Given,
+    Levels,
+    Method,
+    Plan,
+    R,
+    S,
+    Space,
+    check_no_pure_noise,
+    check_timesteps,
+    root,
+    unit,
+    whole,
+)
+from minidiff.schedule import NoiseSchedule, check_steps, to_epsilon
+
+SIGMA_DATA = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Method[R, S]):
+    """``original_steps``: at how many evenly spaced timesteps the model was distilled; None: at all of training's.
+    ``strength``: only the lower part of them is visited, for image to image.
+
+    ``like_diffusers``: where strength cuts off given timesteps, the last step is not known as such.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+
+    original_steps: int | None = 50
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        some = self.original_steps is None or self.original_steps >= 1
+        check(some, f"{self.name}: original_steps={self.original_steps} must be positive")
+        check(0 < self.strength <= 1, f"{self.name}: strength={self.strength} must lie above 0, up to 1")
+
+    def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Tensor, bool]:
+        """(n,) falling int64 timesteps, and whether the last of them is not taken for the last."""
+        total = len(schedule)
+        if given.timesteps is None:
+            return torch.from_numpy(self._spaced(check_steps(given.steps, total), total)), False
+        check_timesteps(self, given.timesteps, total)
+        t = whole(self, given.timesteps, lowest=0)
+        kept = int(len(t) * self.strength)
+        check(kept >= 1, f"{self.name}: strength={self.strength} leaves none of {len(t)} timesteps")
+        return torch.from_numpy(t[len(t) - kept :]), self.like_diffusers and kept < len(t)
+
+    def _spaced(self, steps: int, total: int) -> NDArray[Any]:
+        """(steps,) falling int64: some of the timesteps of distillation, evenly spaced by their number."""
+        original = self.original_steps
+        if original is None:
+            origin = np.arange(int(total * self.strength))
+        else:
+            known = original <= total
+            check(known, f"{self.name}: original_steps={original} exceeds the {total} timesteps of training")
+            origin = np.arange(1, int(original * self.strength) + 1) * (total // original) - 1
+        share = "" if self.strength == 1 else f" with strength={self.strength}"
+        what = "timesteps of training" if original is None else "original_steps"
+        check(
+            steps <= len(origin),
+            f"{self.name}: steps={steps} is more than the {len(origin)} {what}{share} that the model was distilled at",
+        )
+        chosen = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(np.int64)
+        return origin[::-1][chosen].astype(np.int64)
+
+
+class LCMRow(NamedTuple):
+    """``c_out`` and ``c_skip`` of the consistency function; ``to_signal`` and ``to_noise``, with which it is made noisy
+    again where ``noisy`` says so: not after the last row, where they are 1 and 0."""
+
+    c_out: Tensor
+    c_skip: Tensor
+    to_signal: Tensor
+    to_noise: Tensor
+    noisy: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
+    """``timestep_scaling``: the 10 above; the other options are those of :class:`Distilled` and :class:`Limited`.
+
+    ``like_diffusers``: a last step that is not known as such makes the picture as noisy again as it was.
+    """
+
+    original_steps: int = 50
+    timestep_scaling: float = 10.0
+
+    def step(
+        self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+    ) -> tuple[Tensor, tuple[()]]:
+        at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
+        return at.to_signal * x0 + at.to_noise * draw(x0) if at.noisy else x0, state
+
+    def denoised(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+        """The consistency function: the model's x0, limited, and mixed with ``x``."""
+        at = plan.at(i)
+        return at.c_out * super().denoised(plan, i, x, out, state) + at.c_skip * x
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        t, goes_on = self.visited(schedule, given)
+        here = schedule.alphas_cumprod[t]
+        return Levels(t, here, torch.cat([here[1:], here[-1:] if goes_on else unit()[None]]), unit())
+
+    def rows(self, at: Levels, prediction: Prediction) -> LCMRow:
+        check_no_pure_noise(self, at.timesteps, at.here, prediction, self.bounds_infinity)
+        scaled = at.timesteps * self.timestep_scaling
+        return LCMRow(
+            c_out=scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
+            c_skip=SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
+            to_signal=at.to.sqrt(),
+            to_noise=(1 - at.to).sqrt(),
+            noisy=(*(True for _ in at.here[1:]), bool(at.to[-1] < 1)),
+        )
+
+
+class TCDRow(NamedTuple):
+    """``middle``, the timestep s, and its roots ``signal_middle`` and ``noise_middle``; ``keep`` and ``fresh``, what
+    x_s and fresh noise are multiplied by on the way up, and ``noisy``, whether there is any: not in the last row, nor
+    with eta 0."""
+
+    middle: Tensor
+    signal_middle: Tensor
+    noise_middle: Tensor
+    keep: Tensor
+    fresh: Tensor
+    noisy: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class TCD(Distilled[TCDRow, tuple[()]]):
+    """From timestep t, on the way to the next one p, the model's x0 and epsilon are put together at s = (1 - eta) p,
+    which is less noisy than p; fresh noise then leads from s back up to p:
+
+        x_s = sqrt(alpha_bar_s) * x0 + sqrt(1 - alpha_bar_s) * epsilon
+        x_p = sqrt(alpha_bar_p / alpha_bar_s) * x_s + sqrt(1 - alpha_bar_p / alpha_bar_s) * fresh noise
+
+    ``eta``: how much fresh noise, 0 to 1 (the paper's gamma): 0 is DDIM along the distilled timesteps, and 1 goes to
+    timestep 0 and back each time, as LCM does. The last step lands on timestep 0 and draws nothing. Like the reference,
+    TCD does not limit x0, whatever clip_sample and thresholding say in its config.
+
+    ``like_diffusers``: a last step that is not known as such draws noise too, which counts for nothing.
+    """
+
+    eta: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.eta <= 1, f"eta={self.eta} must lie in 0..1")
+
+    def step(
+        self, plan: Plan[TCDRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+    ) -> tuple[Tensor, tuple[()]]:
+        at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
+        epsilon = to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
+        landed = at.signal_middle * x0 + at.noise_middle * epsilon
+        return at.keep * landed + at.fresh * draw(landed) if at.noisy else landed, state
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        t, goes_on = self.visited(schedule, given)
+        landing = torch.cat([t[1:], torch.zeros_like(t[:1])])
+        middle = torch.floor((1 - self.eta) * landing).to(torch.int64)
+        here, to, at_middle = (schedule.alphas_cumprod[rows] for rows in (t, landing, middle))
+        noisy = torch.tensor([self.eta > 0] * (len(t) - 1) + [self.eta > 0 and goes_on], device="cpu")
+        return Levels(t, here, to, unit(), beside={"middle": middle, "alpha_bar": at_middle, "noisy": noisy})
+
+    def rows(self, at: Levels, prediction: Prediction) -> TCDRow:
+        check_no_pure_noise(self, at.timesteps, at.here, prediction)
+        middle = at.beside["alpha_bar"]
+        return TCDRow(
+            middle=at.beside["middle"],
+            signal_middle=middle.sqrt(),
+            noise_middle=(1 - middle).sqrt(),
+            keep=(at.to / middle).sqrt(),
+            fresh=(1 - at.to / middle).sqrt(),
+            noisy=tuple(at.beside["noisy"].tolist()),
+        )
+
+
+class CMRow(NamedTuple):
+    """``scale``: what the model's input is divided by; ``skip`` and ``scaled``, the c_skip and c_out above; ``fresh``,
+    what the noise of the way up is multiplied by. One row alone draws no noise."""
+
+    scale: Tensor
+    skip: Tensor
+    scaled: Tensor
+    fresh: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CM(Limited[CMRow, tuple[()]]):
+    """``train_steps``: at how many sigmas, from ``sigma_max`` to ``sigma_min``, the model was trained, evenly spaced in
+    sigma**(1/rho) (Karras et al. 2022); a run visits some of them, and the model is told 250 * log(sigma). ``s_noise``
+    scales the fresh noise. ``clip`` is 1 unless told otherwise: these models make pixels. Given timesteps number the
+    sigmas of training from the top, so that 0 is sigma_max. The model's schedule plays no part.
+
+    ``like_diffusers`` refuses the values of sigma_min where rounding makes the last step NaN, and begins with noise
+    times sigma_max, also where given timesteps begin lower.
+    """
+
+    space: ClassVar[Space] = "sigma"
+    own_levels: ClassVar[bool] = True
+    predicts: ClassVar[Prediction | None] = "epsilon"
+    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+
+    train_steps: int = 40
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    s_noise: float = 1.0
+    rho: float = 7.0
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_karras(self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
+        check(self.train_steps >= 2, f"train_steps={self.train_steps} must be 2 or more")
+
+    def step(
+        self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
+    ) -> tuple[Tensor, tuple[()]]:
+        x0 = self.denoised(plan, i, x, out, state)
+        noise = draw(out) if len(plan) > 1 else torch.zeros_like(out)
+        return x0 + (noise * self.s_noise) * plan.at(i).fresh, state
+
+    def scale_input(self, plan: Plan[CMRow], i: int, x: Tensor) -> Tensor:
+        return x / plan.at(i).scale
+
+    def denoised(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+        """The consistency function, limited."""
+        at = plan.at(i)
+        return self.limit(at.scaled * out + at.skip * x)
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        s = self._visited(given)
+        sigmas = torch.from_numpy(np.append(s, self.sigma_min).astype(np.float32))
+        lower = given.timesteps is not None and not self.like_diffusers
+        return self.between(s, sigmas, sigmas[0].item() if lower else self.sigma_max)
+
+    def between(self, s: Floats, sigmas: Tensor, highest: float) -> Levels:
+        """The levels of ``sigmas`` (n + 1,), whose first noise is times ``highest``; ``s`` (n,): in float64."""
+        first = torch.tensor(highest, dtype=torch.float32, device="cpu")
+        return Levels(torch.from_numpy(1000 * 0.25 * np.log(s + 1e-44)), sigmas[:-1], sigmas[1:], first)
+
+    def _visited(self, given: Given) -> Floats:
+        """(n,) float64, falling."""
+        total = self.train_steps
+        if given.timesteps is None:
+            steps = check_steps(given.steps, total)
+            rows = np.arange(steps) * (total // steps)
+        else:
+            check_timesteps(self, given.timesteps, total)
+            rows = whole(self, given.timesteps, lowest=0)[::-1]
+        return self.karras(rows / (total - 1))
+
+    def karras(self, places: Floats) -> Floats:
+        """(n,) float64: the sigmas at ``places`` between sigma_max (0) and sigma_min (1)."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        sigmas: Floats = (high + places * (low - high)) ** self.rho
+        return sigmas
+
+    def rows(self, at: Levels, prediction: Prediction) -> CMRow:
+        above = at.here - self.sigma_min
+        scale = (at.here**2 + self.sigma_data**2) ** 0.5
+        to = at.to.clamp(min=self.sigma_min, max=self.sigma_max)
+        return CMRow(
+            scale=scale,
+            skip=self.sigma_data**2 / (above**2 + self.sigma_data**2),
+            scaled=above * self.sigma_data / scale,
+            fresh=root(to**2 - self.sigma_min**2, self, "what fresh noise is multiplied by"),
+        )
+
+
+def check_karras(sigma_min: float, sigma_max: float, sigma_data: float, rho: float) -> None:
+    """Raise ConfigError unless the options of a model that was trained in sigma make sense (Karras et al. 2022)."""
+    falls = 0 < sigma_min < sigma_max
+    check(falls, f"sigma_min={sigma_min} and sigma_max={sigma_max} must rise from above 0")
+    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive")
+    check(rho > 0, f"rho={rho} must be positive")

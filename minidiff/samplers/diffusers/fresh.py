@@ -1,0 +1,124 @@
+"""What a scheduler is before ``set_timesteps``: as diffusers makes it, with all of training's timesteps.
+
+Most programs that use one so early train: they draw a timestep and add its noise. Three kinds are told apart:
+
+* a run of every timestep, which can be walked: DDPM, all that work in sigma (Euler and its family), EDM's Euler, CM
+  and iPNDM;
+* timesteps and noise, but no step: DDIM and its inverse, LCM, TCD, and the solvers in lambda;
+* noise alone: PNDM has no timesteps yet.
+
+The reference's slips come with a sampler that is read from its config (``like_diffusers``): Euler forgets its sigma
+spacing and where it should land, until it is told a number of steps; and the solvers in lambda list their sigmas rising
+beside timesteps that fall, so that ``add_noise`` takes each timestep for its opposite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidiff.errors import ConfigError
+from minidiff.samplers.consistency import CM, LCM, TCD
+from minidiff.samplers.ddim import DDIM, DDIMInverse
+from minidiff.samplers.ddpm import DDPM
+from minidiff.samplers.dpm2 import DPM2
+from minidiff.samplers.dpm_solver import DPMSolverInverse
+from minidiff.samplers.dpmpp_sde import DPMSDE
+from minidiff.samplers.edm import MAX_STEPS, EDMEuler, EDMMultistep
+from minidiff.samplers.euler import Euler, EulerAncestral
+from minidiff.samplers.heun import Heun
+from minidiff.samplers.levels import Lambdas, sigma_table
+from minidiff.samplers.lms import LMS
+from minidiff.samplers.method import NOTHING, Given, Levels, Method, Plan, Sampler, unit
+from minidiff.samplers.pndm import IPNDM, PNDM
+from minidiff.samplers.sa_solver import SASolver
+from minidiff.schedule import NoiseSchedule
+
+
+class Fresh(NamedTuple):
+    """``plan`` has a row for each timestep of training; only where ``steps`` is a step of it possible. ``timesteps``
+    and ``sigmas`` are what the scheduler lists: None where it has none."""
+
+    plan: Plan[Any]
+    steps: bool
+    timesteps: Tensor | None
+    sigmas: Tensor | None
+
+
+def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
+    """The state of ``sampler`` before it knows how many steps there are to be. ConfigError where it has none."""
+    options = cast(Method[Any, Any], sampler)
+    if not options.like_diffusers and hasattr(options, "steps_offset"):
+        options = replace(cast(Any, options), steps_offset=0)  # which would lead beyond the last timestep
+    total = MAX_STEPS if schedule is None else len(schedule)
+    falling = range(total - 1, -1, -1)
+    if isinstance(options, DDPM):
+        return _walkable(options.plan(schedule, timesteps=falling))
+    if isinstance(options, (Heun, DPM2, IPNDM)):
+        return _walkable(options.plan(schedule, total))
+    if isinstance(options, (LMS, DPMSDE)):
+        known = options.schedule_of(schedule)
+        made: Plan[Any] = options.planned(options.levels(known, Given(total, None, None)), known.prediction)
+        return _walkable(made)._replace(steps=_usable(options, made))
+    if isinstance(options, Euler):
+        plain = replace(options, sigma_spacing="timesteps", interpolation="linear", final_sigma="zero", steps_offset=0)
+        return _walkable((plain if options.like_diffusers else options).plan(schedule, total))
+    if isinstance(options, EulerAncestral):
+        plan = replace(options, steps_offset=0).plan(schedule, total)
+        listed = _walkable(plan)
+        return listed._replace(timesteps=plan.timesteps.double()) if options.like_diffusers else listed
+    if isinstance(options, CM):
+        if not options.like_diffusers:
+            return _walkable(options.plan(schedule, options.train_steps))
+        s = options.karras(np.linspace(0, 1, options.train_steps))  # in float64; the last step lands on the last
+        every = options.between(s, torch.from_numpy(np.append(s, s[-1:])), options.sigma_max)
+        return _walkable(options.planned(every, "epsilon"))._replace(sigmas=every.here)
+    if isinstance(options, (EDMEuler, EDMMultistep)):
+        prediction = (schedule or NOTHING).prediction
+        if isinstance(options, EDMEuler):
+            levels = options.landed(
+                options.sigmas_at(torch.arange(total + 1, dtype=torch.float64, device="cpu") / total)
+            )
+            return _walkable(options.planned(options.between(levels, options.sigma_max), prediction))
+        levels = options.sigmas_at(torch.linspace(0, 1, total, dtype=torch.float32, device="cpu"))
+        every = options.between(torch.cat([levels, torch.zeros_like(levels[:1])]), options.sigma_max)
+        return _walkable(_unwalked(options, every, options.wrapping(every.here, prediction)))._replace(steps=False)
+    if isinstance(options, (DDIM, DDIMInverse, LCM, TCD, PNDM, Lambdas)):
+        return _listed(options, options.schedule_of(schedule))
+    raise ConfigError("the scheduler has no timesteps yet: call set_timesteps(50) first")
+
+
+def _walkable(plan: Plan[Any]) -> Fresh:
+    return Fresh(plan, True, plan.timesteps, None if plan.space == "alpha_bar" else plan.sigmas)
+
+
+def _usable(method: Method[Any, Any], plan: Plan[Any]) -> bool:
+    """Whether the rows can be walked."""
+    try:
+        method.require_usable(plan.rows)
+    except ConfigError:
+        return False
+    return True
+
+
+def _listed(method: Method[Any, Any], schedule: NoiseSchedule) -> Fresh:
+    """Timesteps and noise levels, of which no step can be made."""
+    upward = torch.arange(len(schedule), dtype=torch.int64, device="cpu")
+    t = upward if isinstance(method, (DDIMInverse, DPMSolverInverse)) else upward.flip(0)
+    alpha_bars = schedule.alphas_cumprod[t]
+    if not isinstance(method, Lambdas):
+        plan = _unwalked(method, Levels(t, alpha_bars, alpha_bars, unit()))
+        return Fresh(plan, False, None if isinstance(method, PNDM) else t, None)
+    table = torch.from_numpy(sigma_table(schedule, method.last_alpha_bar))
+    listed = table if method.like_diffusers else table[t]
+    put = ("alpha_bar", alpha_bars) if isinstance(method, SASolver) else None
+    plan = _unwalked(method, Levels(t.float(), listed, listed, unit(), sigmas=listed, put=cast(Any, put)))
+    return Fresh(plan, False, plan.timesteps, listed)
+
+
+def _unwalked(method: Method[Any, Any], levels: Levels, rows: tuple[Any, ...] = ()) -> Plan[Any]:
+    return Plan(method=method.name, space=method.space, levels=levels, prediction="epsilon", rows=rows)
