@@ -59,6 +59,8 @@ def command() -> NoReturn:
 
 
 def _run(argv: list[str]) -> int | None:
+    if any("\0" in word for word in argv):  # which no shell hands over, and no system takes in a path
+        raise ConfigError("an argument holds a null character; leave it out")
     args = parser().parse_args(arranged(argv))
     commands: dict[str, Callable[[Namespace], int | None]] = {
         "generate": generate,

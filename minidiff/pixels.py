@@ -4,8 +4,9 @@ Pillow opens far more than pictures are kept in, and for some of it starts anoth
 whatever the file is called): only ``FORMATS`` are tried. What a file is, its content says and not its name.
 
 Deep pictures are scaled to 8 bits, not cut off at 255 as Pillow's own ``convert`` does. How bright the brightest value
-is, a file says (16 bits reach to 65535); of a picture in memory, and of floats, it is the narrowest of the usual ranges
-that holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for floats.
+is, a file of up to 16 bits says (65535). Of a picture in memory, of 32 bits and of floats it is the narrowest of the
+usual ranges that holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for
+floats.
 Colour profiles are not applied.
 """
 
@@ -166,8 +167,10 @@ def _range(image: Image.Image) -> tuple[Any, float, bool]:
         raise ValueError(f"it has float values up to {most:g}; 0..1, 0..255 and 0..65535 are read")
     if tags:
         bits, signed = tags.get(BITS, (16,))[0], tags.get(SIGNED, (1,))[0] == 2
-        unsigned = bits == 32 and not signed  # which Pillow reads as if they were signed
-        return values.view(np.uint32) if unsigned else values, float(2 ** (bits - signed) - 1), inverted
-    if image.format is not None:
+        if bits < 32:
+            return values, float(2 ** (bits - signed) - 1), inverted
+        if not signed:  # which Pillow reads as if they were
+            values = values.view(np.uint32)
+    elif image.format is not None:
         return values, DEEP, False
-    return values, next(white for white in (255, DEEP, 2**31 - 1) if int(values.max()) <= white), False
+    return values, next(w for w in (255, DEEP, 2**31 - 1, 2**32 - 1) if int(values.max()) <= w), inverted

@@ -166,6 +166,8 @@ FILES: dict[str, tuple[bytes, list[int]]] = {
     "white8.tif": (tiff(8, 0, ROW.astype(np.uint8).tobytes(), 5, 1), [255, 254, 127, 1, 0]),
     "twelve.tif": (tiff(12, 1, b"\xff\xf8\x08", 2, 1), [255, 128]),
     "whole.tif": (tiff(32, 1, np.array([0, 2**31, 2**32 - 1], dtype="<u4").tobytes(), 3, 1), [0, 128, 255]),
+    "whole16.tif": (tiff(32, 1, (ROW * 257).astype("<i4").tobytes(), 5, 1, 2), [0, 1, 128, 254, 255]),
+    "whole8.tif": (tiff(32, 1, ROW.astype("<u4").tobytes(), 5, 1), [0, 1, 128, 254, 255]),
     "signed.tif": (tiff(16, 1, np.array([-5, 0, 16384, 32767], dtype="<i2").tobytes(), 4, 1, 2), [0, 0, 128, 255]),
     "float.tif": (tiff(32, 1, np.array([0, 0.5, 1], dtype="<f4").tobytes(), 3, 1, 3), [0, 128, 255]),
     "deep.pgm": (b"P5 3 1 1023\n" + np.array([0, 512, 1023], dtype=">u2").tobytes(), [0, 128, 255]),

@@ -22,6 +22,15 @@ def test_the_name_of_a_scheduler_is_a_name(name: Any) -> None:
         sampler_from_diffusers({"_class_name": name})
 
 
+def test_a_null_character_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    for argv in (
+        ["train", "--data", "shapes", "--out", "a\0b", "--resume"],
+        ["convert", "a", "b\0c", "--to", "diffusers"],
+    ):
+        assert main(argv) == 2
+        assert capfd.readouterr().err == "minidiff: error: an argument holds a null character; leave it out\n"
+
+
 def test_configs_that_are_no_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "list.json").write_text("[]")
