@@ -5,8 +5,7 @@
     image = sd.generate("a large red star on a blue background", seed=0)[0]
     minidiff.save_png(image, "star.png")
 
-A public name is imported when it is first used: whoever imports minidiff, or asks it for `--help`, does not wait for
-PyTorch.
+Public names are imported on first use, so ``import minidiff`` and ``minidiff --help`` do not wait for PyTorch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The UNet with everything bound but picture and time: what :func:`minidiff.denoise.denoise` calls at every step.
+"""Prediction functions for :func:`minidiff.denoise.denoise`: the UNet with all inputs bound but sample and timestep.
 
 Classifier-free guidance needs two predictions, one with the prompt and one with the negative prompt (Ho & Salimans
-2022). They are computed in one batch, the negative half first: the bits of a batch depend on its size and order. A
-model that was distilled for few steps (LCM, Luo et al. 2023) has learned the guided prediction itself, and is told the
-scale instead.
+2022). They are computed in one batch, the negative half first, because the exact bits of a result depend on the size
+and order of its batch. A model distilled for few steps (LCM, Luo et al. 2023) has learned the guided prediction itself
+and takes the guidance scale as an input instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minidiff.models.unet import UNet
 
 
 class Conditions(NamedTuple):
-    """For every image of a batch: ``context`` (B, L, D); ``pooled`` (B, D') and ``ids`` (B, 5 or 6) of SDXL."""
+    """Conditioning of a batch: ``context`` (B, L, D); for SDXL also ``pooled`` (B, D') and ``ids`` (B, 5 or 6)."""
 
     context: Tensor
     pooled: Tensor | None = None
@@ -27,11 +27,11 @@ class Conditions(NamedTuple):
 
     @property
     def added(self) -> tuple[Tensor, Tensor] | None:
-        """Pooled text and sizes as the UNet takes them."""
+        """Pooled text and sizes in the form that the UNet takes."""
         return None if self.pooled is None or self.ids is None else (self.pooled, self.ids)
 
     def after(self, first: Conditions) -> Conditions:
-        """One batch of twice the size, ``first`` in front."""
+        """Concatenate ``first`` and this batch into one of twice the size."""
         pairs = zip(first, self, strict=True)
         return Conditions(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 
@@ -44,10 +44,10 @@ def predictor(
     beside: Tensor | None = None,
     rescaled: float = 0.0,
 ) -> Predict:
-    """(scaled x, t) -> :class:`Prediction`; guided by ``scale`` where there is a ``negative``.
+    """Return a function (scaled x, t) -> :class:`Prediction`, guided by ``scale`` if ``negative`` is given.
 
-    ``beside`` (B, C', h, w): what the UNet reads in further channels, mask and masked picture. ``rescaled``: how much
-    of the spread that guidance adds is taken back (:func:`~minidiff.guidance.rescale`).
+    ``beside`` (B, C', h, w): further input channels of the UNet, mask and masked picture. ``rescaled``: the amount of
+    guidance rescaling (:func:`~minidiff.guidance.rescale`).
     """
     guidance: Tensor | None = None
     if unet.config.guidance_dim is not None:
@@ -74,11 +74,12 @@ def predictor(
 
 
 def guidance_code(scale: float, dim: int) -> Tensor:
-    """The sinusoid of a guidance scale, (1, dim), for a UNet that is told it (Meng et al. 2023, section 3; Luo et al.
-    2023). It codes 1000 * w with w = scale - 1, the scale as the authors count it; an odd ``dim`` ends in a 0."""
+    """Return the sinusoidal embedding of a guidance scale, (1, dim), for a UNet that takes it as an input (Meng et al.
+    2023, section 3; Luo et al. 2023). It encodes 1000 * w with w = scale - 1, the scale of the papers. An odd ``dim``
+    is padded with a 0."""
     w = torch.tensor(scale - 1, dtype=torch.float32, device="cpu") * 1000.0
     half = dim // 2
-    # not by math.log: rounded to float32 before the division, as the reference does
+    # torch.log, not math.log: the logarithm is rounded to float32 before the division, as in the reference
     step = torch.log(torch.tensor(10000.0, dtype=torch.float32, device="cpu")) / (half - 1)
     angles = w * torch.exp(torch.arange(half, dtype=torch.float32, device="cpu") * -step)[None]
     code = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)

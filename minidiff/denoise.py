@@ -1,7 +1,7 @@
-"""The loop that makes a picture: from pure noise, one model call after another, towards x0.
+"""Denoising loop: from pure noise towards x0, one model call after another.
 
-It is a generator: every model call yields a :class:`Step`, and whoever consumes it (the progress bar, a preview, a
-recording, your own loop) may look at it, keep it, change ``step.x``, or stop.
+The loop is a generator. It yields a :class:`Step` after every model call, and its consumer (the progress bar, a
+preview, a recording, your own loop) may inspect the step, keep it, change ``step.x``, or stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minidiff.samplers.method import Draw, Sampler
 
 
 class Prediction(NamedTuple):
-    """What the model said: ``out`` is what the sampler takes, guided from the two others where there was guidance."""
+    """Model output: ``out`` goes to the sampler. With guidance it is computed from the two other fields."""
 
     out: Tensor
     conditional: Tensor | None = None
@@ -33,24 +33,24 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 
 class Work:
-    """What one run is to those that work for it: whether it was cancelled, and what they keep between two calls."""
+    """Shared state of one run: its cancellation flag, and data that model calls keep from one step to the next."""
 
     def __init__(self) -> None:
-        self.kept: dict[object, Any] = {}  # by who keeps it: what approximations know of the latest step
+        self.kept: dict[object, Any] = {}  # key: the owner; data that approximations keep of the latest step
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """End the run before its next call of the model. From any thread."""
+        """End the run before its next model call. May be called from any thread."""
         self._cancelled.set()
 
     def check(self) -> None:
-        """Raise :class:`Cancelled` if it was."""
+        """Raise :class:`Cancelled` if the run was cancelled."""
         if self._cancelled.is_set():
             raise Cancelled("the run was cancelled")
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Inside, :func:`work` is this one, in the calling thread."""
+        """Context manager: inside it, :func:`work` returns this object in the calling thread."""
         before = _now.get()
         try:
             _now.set(self)
@@ -59,16 +59,16 @@ class Work:
             _now.set(before)
 
 
-_now: ContextVar[Work | None] = ContextVar("minidiff_work", default=None)  # of each thread its own
+_now: ContextVar[Work | None] = ContextVar("minidiff_work", default=None)  # one per thread
 
 
 def work() -> Work | None:
-    """The run that the calling thread works for."""
+    """Return the :class:`Work` of the run that the calling thread computes, or None."""
     return _now.get()
 
 
 def check_cancelled() -> None:
-    """Raise :class:`Cancelled` if the run that the calling thread works for was cancelled."""
+    """Raise :class:`Cancelled` if the run that the calling thread computes was cancelled."""
     now = _now.get()
     if now is not None:
         now.check()
@@ -76,10 +76,10 @@ def check_cancelled() -> None:
 
 @dataclass
 class Step:
-    """One model call: row ``i`` of the plan at timestep ``t`` took the sample to ``x`` (B, C, H, W).
+    """Result of one model call: row ``i`` of the plan, at timestep ``t``, took the sample to ``x`` (B, C, H, W).
 
-    ``x`` may be assigned to: the next step goes on from there. ``x`` is still noisy until the last step, ``x0`` is what
-    the model expects to see in the end: preview that one.
+    ``x`` may be assigned to; the next step continues from the new value. ``x`` is noisy until the last step. For
+    previews use ``x0``, the model's current estimate of the result.
     """
 
     i: int
@@ -97,7 +97,7 @@ class Step:
 
     @property
     def x0(self) -> Tensor | None:
-        """The denoised estimate of this step, computed when read; None where the method has none."""
+        """Denoised estimate of this step, computed on access; None if the method has no such estimate."""
         with torch.no_grad():
             return self._x0()
 
@@ -115,15 +115,16 @@ def choose_rows(
     start: float | None = None,
     end: float | None = None,
 ) -> range:
-    """The rows of ``plan``, made for ``steps``, that a run takes: all of them by default.
+    """Select the rows of ``plan``, made for ``steps``, that a run executes; all of them by default.
 
-    ``strength`` in 0..1: the last int(steps * strength) steps, for a run that begins with a noisy picture. ``start``
-    and ``end``, fractions of the way from noise to picture: what one model leaves to another, told by the timesteps, so
-    that two models with different plans meet at the same noise. Raises :class:`ConfigError` if no row is left.
+    ``strength`` in 0..1 selects the last int(steps * strength) steps, for a run that begins with a noisy picture.
+    ``start`` and ``end`` are fractions of the way from noise to picture, for handing over from one model to another.
+    They are compared by timestep, so that two models with different plans meet at the same noise level. Raises
+    :class:`ConfigError` if no row is left.
     """
     n = len(plan.timesteps)
     first, stop = 0, n
-    order = getattr(sampler, "order", 1)  # a method of two calls a step is entered at a whole step only
+    order = getattr(sampler, "order", 1)  # a method with two calls per step can only be entered at the first
     if start is not None:
         left = int((plan.timesteps < cutoff(start, train_steps)).sum())
         first = n - left - (1 if order == 2 and left % 2 == 0 else 0)
@@ -140,13 +141,16 @@ def choose_rows(
 
 
 def cutoff(fraction: float, train_steps: int) -> int:
-    """The timestep at ``fraction`` of the way from pure noise (0) to the picture (1)."""
+    """Return the timestep at ``fraction`` of the way from pure noise (0) to the picture (1)."""
     return round(train_steps - fraction * train_steps)
 
 
 def rows_outside(plan: Any, rows: range, low: float, high: float, train_steps: int) -> list[int]:
-    """Those of ``rows`` that ``plan`` runs before ``low`` or from ``high`` on, fractions of the way from noise (0) to
-    picture (1), told by the timesteps as in :func:`choose_rows`. Of 0 to 1 nothing is outside."""
+    """Return the ``rows`` of ``plan`` that lie before ``low`` or from ``high`` on.
+
+    ``low`` and ``high`` are fractions of the way from noise (0) to picture (1), compared by timestep as in
+    :func:`choose_rows`. No row lies outside 0 to 1.
+    """
     early, late = cutoff(low, train_steps), cutoff(high, train_steps)
     t = plan.timesteps
     return [i for i in rows if (low > 0 and t[i] >= early) or (high < 1 and t[i] < late)]
@@ -165,14 +169,15 @@ def denoise(
     instead: Mapping[int, Predict] | None = None,
     work: Work | None = None,
 ) -> Generator[Step, None, None]:
-    """Run ``plan`` from row ``first`` up to ``stop`` on ``x`` (B, C, H, W), noise at the first row's level; yields each
-    :class:`Step`. ``instead``: the rows that call another model than ``predict``, and which. ``work``: by which it may
-    be cancelled.
+    """Run ``plan`` from row ``first`` up to, not including, ``stop``, and yield a :class:`Step` for each row.
 
-    Gradients are off inside and as the caller has them between two steps. Raises :class:`Cancelled`.
+    ``x`` (B, C, H, W) has the noise level of the first row. ``instead`` maps rows to a model that is called there
+    in place of ``predict``. ``work`` allows the run to be cancelled.
+
+    Gradients are disabled inside; between two steps the caller's setting applies. Raises :class:`Cancelled`.
     """
     work = work or Work()
-    plan = plan.to(x.device)  # once: a host timestep would be copied, and waited for, at every step
+    plan = plan.to(x.device)  # once: copying a timestep from the host at every step would synchronize
     state = sampler.start()
     for i in range(first, len(plan.timesteps) if stop is None else stop):
         before, before_state = x, state
@@ -193,13 +198,13 @@ def denoise(
 
 
 class Run(Iterator[Step]):
-    """A denoising that is ready to go: iterate over its steps, or let it run to the end.
+    """A prepared denoising run: iterate over its steps, or call :meth:`last` to run it to the end.
 
-    ``plan`` is what it will do (print it), or the ``rows`` of it if not all; ``recipes`` say, image by image, how to
-    get the same again. ``again`` makes the same denoising anew, noise and all. ``work`` is what its model calls know of
-    it.
+    ``plan`` lists the model calls (print it), of which ``rows`` are executed. ``recipes`` hold, for each image, the
+    settings that reproduce it. ``again`` starts the same denoising over, with the same noise. ``work`` is the state
+    shared with the model calls.
 
-    Whoever iterates and stops early calls :meth:`close`, or lets go of the run: its memory goes with it.
+    To stop early and free the memory, call :meth:`close` or drop the run.
     """
 
     def __init__(
@@ -224,7 +229,7 @@ class Run(Iterator[Step]):
         return f"Run: {done} of {len(self)} model calls done, {len(self.recipes)} pictures; {self.plan!r}"
 
     def __len__(self) -> int:
-        """Model calls, in all."""
+        """Total number of model calls."""
         return len(self.rows)
 
     def __next__(self) -> Step:
@@ -241,21 +246,25 @@ class Run(Iterator[Step]):
         return self._latest
 
     def cancel(self) -> None:
-        """End the run, from any thread: whoever iterates over it, or waits for its pictures, gets :class:`Cancelled`
-        raised as soon as the model call that is under way is done; in a decoding, the tile or the slice."""
+        """Cancel the run. May be called from any thread.
+
+        The thread that iterates over the run, or waits for its pictures, gets :class:`Cancelled` as soon as the current
+        model call is done; during decoding, as soon as the current tile or slice is.
+        """
         self.work.cancel()
 
     def close(self) -> None:
-        """Stop where it is, and let go of what the run holds. From the thread that iterates."""
+        """Stop the run and free its memory. Call it from the thread that iterates."""
         self.trail.close()
         self.again = None
         self.work.kept.clear()
 
     def last(self, progress: Progress = False) -> Step:
-        """Run what is left; gives the last step. ``progress``: None for a bar on a terminal or in a notebook and
-        nothing elsewhere, True for a line now and then there, False for nothing, or a function of each step.
+        """Run the remaining steps and return the last one.
 
-        Raises :class:`ConfigError` for a run that was closed before its first step.
+        ``progress``: None shows a bar on a terminal or in a notebook and nothing elsewhere; True also prints a line
+        now and then elsewhere; False shows nothing; a function is called with each step. Raises :class:`ConfigError`
+        if the run was closed before its first step.
         """
         check_progress(progress)
         told = progress if callable(progress) else None

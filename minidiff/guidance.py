@@ -1,7 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022): exaggerate what the prompt changes.
+"""Classifier-free guidance (Ho & Salimans 2022): amplify the effect of the prompt.
 
-The network predicts twice, with the prompt and with the negative (or empty) one; the guided prediction walks from the
-second through the first and ``scale`` times as far. At 1 the negative prompt cancels out, at 0 the prompt does.
+The network predicts twice, with the prompt and with the negative (or empty) prompt. The guided prediction starts at the
+second and goes ``scale`` times the difference towards the first. At scale 1 the negative prompt cancels out, at 0 the
+prompt does.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from torch import Tensor
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """u + scale * (c - u), all of one shape (Ho & Salimans 2022, equation 6, with scale = 1 + w)."""
+    """Return u + scale * (c - u), all of the same shape (Ho & Salimans 2022, equation 6, with scale = 1 + w)."""
     return unconditional + scale * (conditional - unconditional)
 
 
 def rescale(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
-    """Bring the spread of each guided picture back towards the conditional one's (Lin et al. 2023, section 3.4).
+    """Rescale each guided prediction towards the standard deviation of the conditional one (Lin et al. 2023, 3.4).
 
-    Strong guidance overexposes; ``amount`` in [0, 1] mixes the rescaled prediction in (0.7 is the paper's advice).
+    Strong guidance overexposes pictures. ``amount`` in [0, 1] is the share of the rescaled prediction in the result;
+    the paper recommends 0.7.
     """
     axes = list(range(1, guided.ndim))
     std, wanted = guided.std(dim=axes, keepdim=True), conditional.std(dim=axes, keepdim=True)

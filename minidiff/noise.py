@@ -1,9 +1,10 @@
-"""Where every random number comes from.
+"""Sources of random numbers.
 
-A seed gives every image a stream of its own: image k of a run with seed s draws from ``Generator().manual_seed(s + k)``
-on the CPU, its first noise and whatever its sampler asks for later, in float32. So the noise of an image is the same
-bits in any batch, on any device, in any dtype. A generator that the caller brings is used as diffusers uses it: one for
-the whole batch in one draw, or a list with one for each image, on the generator's device and in the sample's dtype.
+With a seed, every image has a stream of its own. Image k of a run with seed s draws from
+``Generator().manual_seed(s + k)`` on the CPU, in float32: first its initial noise, then all noise that its sampler asks
+for. The noise of an image is therefore bit-identical in any batch, on any device and in any dtype. A generator passed
+by the caller is used as in diffusers: one for the whole batch in a single draw, or a list with one for each image, on
+the generator's device and in the sample's dtype.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ Mark = list[Tensor | int]
 
 @dataclass(frozen=True)
 class Source:
-    """Called with (shape, dtype, device) it gives standard normal noise, for a whole batch at once.
+    """Source of standard normal noise: call it with (shape, dtype, device) for the noise of a whole batch.
 
     ``shared``: one stream draws all images together; otherwise stream k draws image k, and the first entry of shape is
-    their number. ``keep``: it is drawn in the dtype that is asked for, not in float32 and converted.
+    the number of images. ``keep``: draw in the requested dtype, instead of drawing in float32 and converting.
     """
 
     streams: tuple[Stream, ...]
@@ -44,11 +45,11 @@ class Source:
         return torch.cat([_draw(stream, row, own) for stream in self.streams]).to(device=device, dtype=dtype)
 
     def mark(self) -> Mark:
-        """Where its streams are, for :meth:`rewind`."""
+        """Return the positions of the streams, for :meth:`rewind`."""
         return [s.offset if isinstance(s, CudaStream) else s.get_state() for s in self.streams]
 
     def rewind(self, mark: Mark) -> None:
-        """Back to where the streams were: the same noise once more."""
+        """Set the streams back to ``mark``, so that the same noise is drawn again."""
         for stream, where in zip(self.streams, mark, strict=True):
             if isinstance(stream, CudaStream):
                 stream.offset = int(where)
@@ -58,15 +59,15 @@ class Source:
 
 def _draw(stream: Stream, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if isinstance(stream, CudaStream):
-        return stream.randn(shape).to(dtype)  # on the card too it is drawn in float32
+        return stream.randn(shape).to(dtype)  # CUDA draws in float32 too
     return torch.randn(shape, generator=stream, dtype=dtype, device=stream.device)
 
 
 def source(count: int, seed: int | Sequence[int] | None, generator: Generators | None) -> Source:
-    """The noise for a batch of ``count``.
+    """Return the noise source for a batch of ``count`` images.
 
-    Raises :class:`ConfigError` if seed and generator are both given, a list of them has another length than ``count``,
-    or is no list of such. Without either, torch's global generator is drawn from once for a seed.
+    Without a seed or generator, the seed is drawn from torch's global generator. Raises :class:`ConfigError` if both
+    are given, if a list does not have ``count`` entries, or if an entry has the wrong type.
     """
     check(seed is None or generator is None, "seed and generator are both given; a run has one source of noise")
     if isinstance(generator, torch.Generator):
@@ -81,9 +82,9 @@ def source(count: int, seed: int | Sequence[int] | None, generator: Generators |
 
 
 def seeds_of(count: int, seed: int | Sequence[int] | None) -> list[int]:
-    """The seed of each image: ``seed + k``, the list as it is, or a fresh random start.
+    """Return the seed of each image: ``seed + k`` for image k, the given list, or seeds counted from a random start.
 
-    Raises :class:`ConfigError` for a list of another length, or a seed that is no whole number of 64 bits.
+    Raises :class:`ConfigError` for a list of another length, or a seed that is not a whole number of 64 bits.
     """
     if seed is None:
         seed = int(torch.randint(2**31, (), device="cpu"))

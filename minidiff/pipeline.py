@@ -1,4 +1,4 @@
-"""Prompt to picture: the only place where all parts meet.
+"""The pipelines: from prompt to picture. This is the only module that combines all parts.
 
 prompt --tokenizer--> ids --text_encoder--> context
 seed --noise--> x_T --+
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from minidiff.images import Picture
 
 BUNDLED = "assets/shapes.safetensors"
-BUNDLED_SCALE = 2.0  # the guidance scale that it is right most often with (README, "The bundled model")
+BUNDLED_SCALE = 2.0  # the guidance scale with the most correct pictures (README, "The bundled model")
 
 
 class StableDiffusion(Pipeline):
-    """Text to picture. Made by :func:`minidiff.load` or ``weights_convert.load``."""
+    """Text-to-image pipeline. Create it with :func:`minidiff.load` or ``weights_convert.load``."""
 
     def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
         super().__init__(config, parts, hash)
@@ -70,13 +70,13 @@ class StableDiffusion(Pipeline):
         low_memory: bool = False,
         copy: bool = False,
     ) -> StableDiffusion:
-        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, and for a model without
+        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, also for a model without
         text."""
         return cast(StableDiffusion, _open(path, StableDiffusion, device, dtype, low_memory, copy))
 
     @property
     def encoders(self) -> list[Encoder]:
-        """The tokenizers with their text encoders: one for SD1 and SD2, two for SDXL, its second alone in a refiner."""
+        """Pairs of tokenizer and text encoder: one for SD1 and SD2, two for SDXL, only the second for its refiner."""
         names = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
         return [(getattr(self, t), getattr(self, e)) for t, e in names if hasattr(self, e)]
 
@@ -84,10 +84,11 @@ class StableDiffusion(Pipeline):
     def encode_prompt(
         self, texts: str | Sequence[str], clip_skip: int = 0, texts_2: str | Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(context, pooled or None) as the UNet takes them: (B, 77, context_dim) and, for SDXL, (B, D'), in its dtype.
+        """Encode texts for the UNet: context (B, 77, context_dim) and, for SDXL, pooled (B, D'), else None.
 
-        ``clip_skip``: read the text encoders that many layers earlier than the family does. ``texts_2``: what the
-        second of two encoders reads, one for each of ``texts`` or one for all; None is the same as the first.
+        Both have the dtype of the UNet. ``clip_skip``: take the output that many layers earlier than is usual for the
+        family. ``texts_2``: input of the second text encoder, one for each of ``texts`` or one for all; None means the
+        same texts.
         """
         each = [_texts(texts)] * len(self.encoders)
         if texts_2 is not None:
@@ -202,42 +203,46 @@ class StableDiffusion(Pipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
     ) -> list[Image.Image] | Tensor:
-        """Pictures for one prompt or several, ``num_images`` of each, prompt by prompt.
+        """Generate ``num_images`` pictures for each prompt, in the order of the prompts.
 
-        ``prompt``: text, or None with ``prompt_embeds`` (P, 77, context_dim) given. ``negative_prompt``: what not to
-        show; None is the empty text, or, for a model that was trained so (SDXL base), no text at all.
-        ``steps``: 1 and up. ``guidance_scale``: how much the prompt counts; None is the model's own (7.5, the bundled
-        model's 2), 1 the plain prediction, 0 ignores the prompt. (Few-step models such as SDXL-Turbo want 1; what
-        diffusers does with 0 is our 1.)
+        ``prompt``: one text or several, or None if ``prompt_embeds`` (P, 77, context_dim) is given.
+        ``negative_prompt``: content to avoid; None means the empty text or, for a model trained that way (SDXL base),
+        zeros in place of a text.
+        ``steps``: 1 or more. ``guidance_scale``: strength of the prompt; None takes the model's default (7.5, or 2 for
+        the bundled model), 1 is the plain conditional prediction, 0 ignores the prompt. (Few-step models such as
+        SDXL-Turbo need 1, which corresponds to 0 in diffusers.)
         ``sampler``: None for the checkpoint's own, a name from ``SAMPLERS``, {"name": ..., options}, or a Sampler.
-        ``seed``: image k draws from ``Generator().manual_seed(seed + k)``, or a list, one seed an image; None draws a
-        fresh one. ``generator``: instead of a seed, one for the whole batch as diffusers does it, or one an image.
-        ``height``, ``width``: pixels, divisible by 8; the training size by default, or that of ``image``.
-        ``latents``: the first noise from outside, unit variance, (B, C, height / 8, width / 8).
+        ``seed``: image k draws from ``Generator().manual_seed(seed + k)``; a list gives one seed per image; None picks
+        a random seed. ``generator``: in place of a seed, one for the whole batch as in diffusers, or one per image.
+        ``height``, ``width``: pixels, divisible by 8; by default the training size, or the size of ``image``.
+        ``latents``: initial noise of unit variance, (B, C, height / 8, width / 8).
         ``output``: "pil" for a list of PIL images that carry their recipe, "tensor" for float (B, 3, H, W) in [0, 1],
-        "latent" for (B, C, h, w). ``progress``: None for a bar on a terminal or in a notebook and nothing elsewhere,
-        True for a line now and then there, False for nothing, or a function that is given each :class:`Step`.
+        "latent" for (B, C, h, w). ``progress``: None shows a bar on a terminal or in a notebook and nothing elsewhere;
+        True also prints a line now and then elsewhere; False shows nothing; a function is called with each
+        :class:`Step`.
 
-        ``image``: begin from a picture: a path, a PIL image, a list of them, a tensor (N, 3, H, W) in [0, 1], or
-        latents (N, C, h, w). PIL images are resized by Lanczos, tensors by nearest neighbour. ``strength`` in 0..1
-        (None: 0.8, with a mask 1): the last int(steps * strength) steps are done, from as much noise as belongs there.
-        ``mask``, with ``image`` and of its size: white (from 0.5 up) is painted anew, black is kept.
-        ``denoising_end``, ``denoising_start``: stop, or begin with the latents ``image``, at that fraction of the way
-        from noise to picture: how SDXL's base hands over to its refiner, both at 0.8 for instance.
-        ``sizes``, ``negative_sizes``: what SDXL is told of the picture's size. ``pooled_prompt_embeds``: goes with
-        ``prompt_embeds`` for SDXL, (P, D'). ``clip_skip``: read the prompt (not the negative one, as in diffusers) that
-        many layers earlier.
-        ``like``: as another program would do it: "diffusers", "ldm", "k-diffusion", "a1111" or "comfyui"
-        (``minidiff.conventions``): its noise levels, its noise and its rule for guidance; what is given here wins.
-        ``prompt_2``, ``negative_prompt_2``: what SDXL's second text encoder reads, if not the same as the first; one
-        for each prompt, or one for all. ``guidance_rescale`` in 0..1: strong guidance overexposes; take back so much of
-        it (Lin et al. 2023, section 3.4, which advises 0.7). ``guidance_interval``: (low, high), fractions of the way
-        from noise (0) to picture (1), as in ``denoising_end``; outside it the prompt alone is asked, for half the work
-        (Kynkäänniemi et al. 2024). Another picture, not the same one sooner: on Stable Diffusion's schedule their
-        interval for SDXL, sigma 5.42 to 0.28, is (0.19, 0.93).
+        ``image``: picture to start from (img2img): a path, a PIL image, a list of them, a tensor (N, 3, H, W) in
+        [0, 1], or latents (N, C, h, w). PIL images are resized with Lanczos, tensors with nearest neighbour.
+        ``strength`` in 0..1 (None: 0.8, or 1 with a mask): noise is added to the picture, and the last
+        int(steps * strength) steps are run.
+        ``mask`` (inpainting), of the size of ``image``: white (0.5 and above) is repainted, black is kept.
+        ``denoising_end``, ``denoising_start``: stop, or start with the latents ``image``, at that fraction of the way
+        from noise to picture. SDXL's base hands over to its refiner this way, for instance with 0.8 for both.
+        ``sizes``, ``negative_sizes``: the picture sizes that condition SDXL. ``pooled_prompt_embeds`` (P, D'): goes
+        with ``prompt_embeds`` for SDXL. ``clip_skip``: encode the prompt (not the negative one, as in diffusers) with
+        that many layers fewer.
+        ``like``: reproduce another program, "diffusers", "ldm", "k-diffusion", "a1111" or "comfyui"
+        (``minidiff.conventions``): its noise levels, its noise and its rule for guidance. Explicit arguments take
+        precedence.
+        ``prompt_2``, ``negative_prompt_2``: texts for SDXL's second text encoder if they differ from the first; one
+        for each prompt, or one for all. ``guidance_rescale`` in 0..1: amount of rescaling against the overexposure of
+        strong guidance (Lin et al. 2023, section 3.4, recommend 0.7). ``guidance_interval``: (low, high), fractions of
+        the way from noise (0) to picture (1), as in ``denoising_end``. Outside it, only the conditional prediction is
+        computed, at half the cost (Kynkäänniemi et al. 2024). The result is a different picture, not the same one
+        sooner. On Stable Diffusion's schedule the paper's interval for SDXL, sigma 5.42 to 0.28, is (0.19, 0.93).
 
-        Raises :class:`ConfigError` for any value that cannot work, before the first model call, and
-        :class:`MinidiffError` where a number overflows on the way, naming the module.
+        Raises :class:`ConfigError` for invalid values, before the first model call, and :class:`MinidiffError` if a
+        value overflows during the run, naming the module.
         """
         check_output(output)
         check_progress(progress)
@@ -305,10 +310,10 @@ class StableDiffusion(Pipeline):
         guidance_rescale: float = 0.0,
         guidance_interval: Sequence[float] | None = None,
     ) -> Run:
-        """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call.
+        """Return the denoising of :meth:`generate` as an iterator with one :class:`Step` per model call.
 
-        Arguments are checked, the prompt and the image are encoded before it returns. The last step's ``x`` holds the
-        finished latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
+        Arguments are checked and the prompt and the image are encoded before it returns. ``x`` of the last step holds
+        the finished latents, (B, C, height / 8, width / 8); :meth:`decode` turns them into pixels.
         """
         strength = usual_strength(mask is not None) if strength is None else strength
         convention = None if like is None else read(like)
@@ -333,7 +338,7 @@ class StableDiffusion(Pipeline):
         check_count("num_images", num_images)
         check_sides(self.vae.config.factor, height, width)
         wanted = num_images * (len(prompt_embeds) if isinstance(prompt_embeds, Tensor) else len(_texts(prompt or "")))
-        unsaid = None if image is None else self.vae.config.factor  # the picture will say, and it may be small
+        unsaid = None if image is None else self.vae.config.factor  # the picture decides, and may be small
         self._check_memory(wanted, self._latent_shape(height or unsaid, width or unsaid, None))
         pictures = asked.pictures(self.config, height, width)
         shape = self._latent_shape(height, width, pictures)
@@ -341,7 +346,7 @@ class StableDiffusion(Pipeline):
         scale = self.own_scale if guidance_scale is None else finite("guidance_scale", guidance_scale)
 
         given = self._prompt(prompt, prompt_embeds, pooled_prompt_embeds, "prompt", prompt_2, clip_skip)
-        # At exactly 1 the negative prompt cancels out: half the work. A model that is told the scale needs none at all.
+        # At exactly 1 the negative prompt cancels out: half the work. A model that takes the scale as input needs none.
         guided = scale != 1 if convention is None else convention.guided(scale)
         guided = guided and self.unet.config.guidance_dim is None
         against = self._negative(
@@ -397,22 +402,22 @@ class StableDiffusion(Pipeline):
 
     @property
     def own_scale(self) -> float:
-        """The guidance scale where none is given: 7.5, and less for the bundled model and what was trained from it."""
+        """Default guidance scale: 7.5, or 2 for the bundled model and models trained from it."""
         return BUNDLED_SCALE if self.config.family == "shapes" else 7.5
 
     @property
     def reads_mask(self) -> bool:
-        """Whether the UNet was trained for inpainting: it reads the mask and the masked picture in further channels."""
+        """True if the UNet was trained for inpainting: further input channels take the mask and the masked picture."""
         return self.unet.config.in_channels != self.vae.config.latent_channels
 
     @torch.no_grad()
     def _raw_pixels(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
-        # Divided by the factor: its reciprocal, multiplied, would round differently.
+        # Division by the factor: multiplication by its reciprocal would round differently.
         return self.vae.decode(latents / self.vae.config.scaling_factor)
 
     def _check_memory(self, count: int, shape: tuple[int, int, int]) -> None:
-        """Raise :class:`ConfigError` for ``count`` pictures of latents ``shape`` that this machine cannot hold."""
+        """Raise :class:`ConfigError` if ``count`` pictures with latents of ``shape`` do not fit into memory."""
         factor = self.vae.config.factor
         sliced, tiled = "vae_slices" in self.fast, "vae_tiles" in self.approximations
         sides, at_once = (shape[1] * factor, shape[2] * factor), 0 if tiled else 1 if sliced else count
@@ -436,8 +441,8 @@ class StableDiffusion(Pipeline):
         second: str | Sequence[str] | None = None,
         clip_skip: int = 0,
     ) -> Prompt:
-        """A prompt encoded, or taken as it was encoded outside; with the texts, for the recipe. ``second``: what the
-        second encoder reads instead."""
+        """Return the encoded prompt, or the given embeddings, with the texts for the recipe. ``second``: text for the
+        second encoder if it differs."""
         if embeds is None:
             if given is None:
                 raise ConfigError(f"{name} is None and {name}_embeds is not given; one of them is needed")
@@ -460,7 +465,7 @@ class StableDiffusion(Pipeline):
         return Prompt(embeds.to(self.device, self.dtype), pooled, [None] * len(embeds))
 
     def _second(self, given: str | Sequence[str], count: int) -> list[str]:
-        """What the second encoder reads: one text for each of ``count`` prompts."""
+        """Return the texts for the second encoder, one for each of ``count`` prompts."""
         check(len(self.encoders) > 1, f"a second prompt is given, and this {self.config.family} has one text encoder")
         texts = _texts(given)
         texts = texts * count if len(texts) == 1 else texts
@@ -477,7 +482,7 @@ class StableDiffusion(Pipeline):
         *,
         encoded: bool,
     ) -> Prompt:
-        """The negative prompt for every prompt; only its texts count unless ``encoded``."""
+        """Return the negative prompt for every prompt. Unless ``encoded``, only its texts matter."""
         n = len(positive.context)
         if given is None and embeds is None and self.config.zero_empty:
             silent = "negative_prompt_2 is given and negative_prompt is not: zeros stand for both; give '' to read it"
@@ -490,14 +495,14 @@ class StableDiffusion(Pipeline):
             others = None if second is None else self._second(second, len(texts))
             return Prompt(positive.context, positive.pooled, list(texts), others)
         if embeds is None and len(texts) == 1:
-            texts = texts * n  # a batch of its own size, as the reference encodes it: bits depend on that
+            texts = texts * n  # encoded in a batch of this size, as in the reference: the bits depend on it
         found = self._prompt(texts, embeds, pooled, "negative_prompt", second)
         return Prompt(*_match(found, positive), found.texts, found.texts_2)
 
     def _conditions(
         self, prompt: Prompt, num_images: int, shape: tuple[int, int, int], sizes: Sizes | None, score: float
     ) -> Conditions:
-        """What the UNet is told of a prompt, for each of its images."""
+        """Return the conditioning of the UNet for ``num_images`` pictures of each prompt."""
         check(sizes is None or prompt.pooled is not None, "sizes are given, and this UNet reads none (SDXL does)")
         context = prompt.context.repeat_interleave(num_images, dim=0)
         if prompt.pooled is None:
@@ -509,7 +514,7 @@ class StableDiffusion(Pipeline):
 
 
 class Unconditional(Pipeline):
-    """Pictures from nothing but noise: the models of Ho et al. 2020, which know no prompt and work on pixels."""
+    """Unconditional pipeline: the models of Ho et al. 2020, which take no prompt and work on pixels."""
 
     @classmethod
     def load(
@@ -521,7 +526,7 @@ class Unconditional(Pipeline):
         low_memory: bool = False,
         copy: bool = False,
     ) -> Unconditional:
-        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, and for a model with
+        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, also for a model with
         text."""
         return cast(Unconditional, _open(path, Unconditional, device, dtype, low_memory, copy))
 
@@ -566,10 +571,10 @@ class Unconditional(Pipeline):
         progress: Progress = None,
         **others: Any,
     ) -> list[Image.Image] | Tensor:
-        """``batch_size`` pictures; the arguments are those of :meth:`StableDiffusion.generate`.
+        """Generate ``batch_size`` pictures. The arguments have the same meaning as in :meth:`StableDiffusion.generate`.
 
-        ``steps``: by default every timestep of the training for DDPM, 50 for the faster methods. ``others`` that
-        :meth:`StableDiffusion.generate` takes (``image``, ``prompt``, ...) raise :class:`ConfigError`.
+        ``steps``: by default every training timestep for DDPM, 50 for the faster methods. Other arguments of
+        :meth:`StableDiffusion.generate` (``image``, ``prompt``, ...) raise :class:`ConfigError`.
         """
         self._refuse(others)
         check_output(output)
@@ -586,7 +591,7 @@ class Unconditional(Pipeline):
         latents: Tensor | None = None,
         **others: Any,
     ) -> Run:
-        """The denoising of :meth:`generate` as an iterator: one :class:`Step` a model call."""
+        """Return the denoising of :meth:`generate` as an iterator with one :class:`Step` per model call."""
         self._refuse(others)
         check_count("batch_size", batch_size)
         sampler = self.sampler(sampler)
@@ -604,7 +609,7 @@ class Unconditional(Pipeline):
         return self._run(lambda x, t: Prediction(self.unet(x, t)), begin, begin.from_noise(), labels, origins, steps)
 
     def _refuse(self, others: Mapping[str, Any]) -> None:
-        """Arguments that this kind of model has no use for, or nobody has."""
+        """Raise :class:`ConfigError` for arguments that this kind of model does not use, and for unknown ones."""
         for name in others:
             known = name in inspect.signature(StableDiffusion.generate).parameters
             why = "begins from noise alone, and reads no text" if known else "has no such argument"
@@ -620,11 +625,12 @@ def assemble(
     hash: str = "",
     low_memory: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """A pipeline from a config and tensors by name ("unet.conv_in.weight", ...), from wherever they come.
+    """Build a pipeline from a config and tensors by name ("unet.conv_in.weight", ...), whatever their origin.
 
-    ``device`` None: CUDA if there is one, else the CPU. ``dtype`` None: float32 on the CPU, the tensors' own on CUDA.
-    ``low_memory``: parts take turns (:mod:`minidiff.turns`): each reads its tensors when it is called, and lets go of
-    them when another is. The same bits; who calls parts to and fro pays with reading.
+    ``device``: None for CUDA if available, else the CPU. ``dtype``: None for float32 on the CPU and the dtype of the
+    tensors on CUDA. ``low_memory``: the parts take turns in memory (:mod:`minidiff.turns`): each reads its tensors when
+    it is called and frees them when another part is called. The results are bit-identical, but alternating between
+    parts costs time for reading.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -638,7 +644,7 @@ def assemble(
         pipe.source = identify(config, tensors)
         return pipe
     checkpoint.sketch(parts, tensors, dtype, source)
-    pipe = from_parts(config, parts, hash)  # which decides what stays in float32
+    pipe = from_parts(config, parts, hash)  # decides which modules stay in float32
     pipe.source = identify(config, tensors)
     pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
     pipe.turns.begin()
@@ -646,10 +652,11 @@ def assemble(
 
 
 def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> StableDiffusion | Unconditional:
-    """The pipeline that fits a config: with a text encoder, or without.
+    """Return the pipeline that fits ``config``: :class:`StableDiffusion` with a text encoder, else
+    :class:`Unconditional`.
 
-    Raises :class:`UnsupportedError` for a model that no pipeline runs: a text UNet without text, channels of other
-    kinds than a mask and a masked picture.
+    Raises :class:`UnsupportedError` for a model that no pipeline runs, such as a text UNet without a text encoder, or
+    input channels other than a mask and a masked picture.
     """
     unet, vae, kind = config.unet, config.vae, _kind(config)
     if kind is Unconditional and (unet.context_dim is not None or vae is not None):
@@ -662,7 +669,7 @@ def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = 
         channels = f"in_channels={unet.in_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
         raise UnsupportedError(f"{config.family}: {channels}; only mask and masked picture can come beside the latents")
     for part in parts.values():
-        part.requires_grad_(False)  # training turns on what learns
+        part.requires_grad_(False)  # training enables it where needed
     return kind(config, parts, hash)
 
 
@@ -674,16 +681,18 @@ def load(
     low_memory: bool = False,
     copy: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """Open a minidiff file; the arguments are those of :func:`assemble`. With ``low_memory`` the file stays open.
+    """Open a minidiff file. ``device``, ``dtype`` and ``low_memory`` are described in :func:`assemble`.
 
-    :meth:`StableDiffusion.load` and :meth:`Unconditional.load` say which kind it is, to readers and type checkers.
+    :meth:`StableDiffusion.load` and :meth:`Unconditional.load` do the same for a known kind of model, and have that
+    return type.
 
-    Weights that need no other device or dtype stay in the file, which is mapped: whoever truncates it or writes into it
-    meanwhile changes them, and the system ends the process (SIGBUS) when it reaches for what is gone. To replace the
-    file by another of its name is safe. ``copy`` reads everything at once into memory of the process's own.
+    Weights that need no conversion to another device or dtype are memory-mapped. Writing into the file while it is in
+    use changes them, and truncating it ends the process with SIGBUS on the next access. Replacing the file by another
+    of the same name is safe. ``copy`` reads everything into memory at once instead. With ``low_memory`` the file stays
+    open.
 
-    Raises :class:`CheckpointError` for what is not a minidiff file, and :class:`ConfigError` for ``copy`` with
-    ``low_memory``.
+    Raises :class:`CheckpointError` if ``path`` is not a minidiff file, and :class:`ConfigError` for ``copy`` together
+    with ``low_memory``.
     """
     return _open(path, None, device, dtype, low_memory, copy)
 
@@ -696,7 +705,7 @@ def _open(
     low_memory: bool,
     copy: bool,
 ) -> StableDiffusion | Unconditional:
-    """The model in a file, which is of ``kind`` if that is given."""
+    """Open a minidiff file. Raises :class:`CheckpointError` if ``kind`` is given and the model is of the other kind."""
     found = checkpoint.read(path)
     try:
         own = _kind(found.config)
@@ -709,7 +718,7 @@ def _open(
         return assemble(found.config, tensors, device, dtype, str(path), found.hash, low_memory)
     finally:
         if not low_memory:
-            found.file.close()  # tensors that were converted need the map no longer; the others hold it themselves
+            found.file.close()  # converted tensors no longer need the map; the others hold it themselves
 
 
 def _kind(config: ModelConfig) -> type[StableDiffusion] | type[Unconditional]:
@@ -720,10 +729,11 @@ def _kind(config: ModelConfig) -> type[StableDiffusion] | type[Unconditional]:
 def bundled(
     device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, low_memory: bool = False
 ) -> StableDiffusion:
-    """The small model that ships with minidiff: 64 x 64 pictures of coloured shapes, "a red star on a blue background".
+    """Load the small model that ships with minidiff: 64 x 64 pictures of coloured shapes from captions such as "a red
+    star on a blue background".
 
-    What it was trained on, and how well it draws, stands in the README; ``scripts/train_shapes.py`` makes it from
-    nothing. The arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` where it is missing.
+    The README describes its training data and its accuracy; ``scripts/train_shapes.py`` trains it from scratch. The
+    arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` if the model is not installed.
     """
     asset = files("minidiff") / BUNDLED
     if not asset.is_file():
@@ -733,7 +743,7 @@ def bundled(
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:
-    """An untrained model with weights drawn from ``seed``: for trying things out, and where training starts."""
+    """Return an untrained model with random weights drawn from ``seed``, for experiments and as a start of training."""
     generator = torch.Generator("cpu").manual_seed(seed)
     parts = {name: part.to_empty(device="cpu") for name, part in checkpoint.build(config).items()}
     for part in parts.values():
@@ -743,8 +753,8 @@ def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Uncond
 
 
 def first_weights(layer: nn.Module, generator: torch.Generator) -> None:
-    """What ``layer.reset_parameters()`` gives, drawn from ``generator`` instead of the process's own."""
-    if isinstance(layer, (nn.Linear, nn.Conv2d)):  # uniform, the variance a third of 1 / inputs (He et al. 2015)
+    """Initialize ``layer`` as ``layer.reset_parameters()`` does, but from ``generator`` instead of the global one."""
+    if isinstance(layer, (nn.Linear, nn.Conv2d)):  # uniform, with variance 1 / (3 * inputs) (He et al. 2015)
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         if layer.bias is not None:
             bound = 1 / math.sqrt(layer.weight[0].numel())
@@ -770,13 +780,13 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
 
 
 def _second_texts(given: Prompt, against: Prompt, k: int) -> dict[str, str]:
-    """What the second encoder read for prompt ``k``, for the recipe, where it was told otherwise than the first."""
+    """Return the second encoder's texts for prompt ``k``, for the recipe, if they differ from the first encoder's."""
     both = {"prompt_2": given.texts_2, "negative_prompt_2": against.texts_2}
     return {name: texts[k % len(texts)] for name, texts in both.items() if texts is not None}
 
 
 def _match(negative: Prompt, positive: Prompt) -> tuple[Tensor, Tensor | None]:
-    """One negative row for every prompt: a single one serves all."""
+    """Return one negative row for every prompt; a single row is expanded to all."""
     context, pooled = negative.context, negative.pooled
     if len(context) == 1:
         context = context.expand(len(positive.context), -1, -1)

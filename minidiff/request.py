@@ -1,6 +1,6 @@
-"""What a run was asked for beside its prompt: a picture to begin from, a mask, a part of the way, sizes to be told.
+"""Settings of a run besides its prompt: a picture to start from, a mask, a part of the denoising, SDXL's sizes.
 
-Everything is checked here, before a model is called.
+All of them are checked here, before any model call.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 def usual_strength(masked: bool) -> float:
-    """How much of a picture may change where nothing is said: with a mask all of what it lets through, as the
-    reference's inpainting pipelines have it (1 for Stable Diffusion, 0.9999 for SDXL)."""
+    """Return the default strength: 0.8, or 1 with a mask, as in the reference's inpainting pipelines (1 for Stable
+    Diffusion, 0.9999 for SDXL)."""
     return 1.0 if masked else 0.8
 
 
-MOST_PIXELS = 10**9  # of a side
+MOST_PIXELS = 10**9  # per side
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The arguments of :meth:`minidiff.StableDiffusion.generate` by the same names."""
+    """Arguments of :meth:`minidiff.StableDiffusion.generate`, under the same names."""
 
     image: Picture | None = None
     strength: float = 0.8
@@ -47,8 +47,8 @@ class Request:
     guidance_interval: Sequence[float] | None = None
 
     def begun(self, convention: Convention | None, sampler: Any, steps: int, total: int) -> Start | None:
-        """Where another program would begin from a picture; None where there is none, or it goes on from another
-        model's."""
+        """Return the point at which another program would start from the picture; None if there is no picture, or if
+        it was handed over by another model."""
         if convention is None or self.image is None or self.denoising_start is not None:
             return None
         check(0 <= finite("strength", self.strength) <= 1, f"strength={self.strength} must lie in 0..1")
@@ -57,9 +57,9 @@ class Request:
     def rows(
         self, plan: Any, steps: int, sampler: Any, config: ModelConfig, *, reads_mask: bool, begun: Start | None = None
     ) -> range:
-        """The rows of the plan that are run, those of ``begun`` where a program has its own rule.
+        """Return the rows of the plan to run, given by ``begun`` if a program has its own rule.
 
-        Raises :class:`ConfigError` for what cannot work together.
+        Raises :class:`ConfigError` for settings that do not go together.
         """
         start, end, family = self.denoising_start, self.denoising_end, config.family
         check(0 <= finite("strength", self.strength) <= 1, f"strength={self.strength} must lie in 0..1")
@@ -84,9 +84,9 @@ class Request:
         return choose_rows(plan, steps, sampler, config.schedule.steps, strength=strength, start=start, end=end)
 
     def unguided(self, plan: Any, rows: range, sampler: Any, config: ModelConfig) -> list[int]:
-        """Those of ``rows`` at which the guidance interval leaves the prompt alone.
+        """Return the ``rows`` outside the guidance interval, which use the conditional prediction alone.
 
-        Raises :class:`ConfigError` for an interval that is none, and for a sampler without the model's timesteps.
+        Raises :class:`ConfigError` for an invalid interval, and for a sampler that does not use the model's timesteps.
         """
         given = self.guidance_interval
         if given is None:
@@ -100,7 +100,7 @@ class Request:
         return rows_outside(plan, rows, low, high, config.schedule.steps)
 
     def pictures(self, config: ModelConfig, height: int | None, width: int | None) -> Pictures | None:
-        """The image and the mask, read and resized; None without an image."""
+        """Return the image and the mask, read and resized; None without an image."""
         c = config.vae
         assert c is not None
         if self.image is None:
@@ -108,7 +108,7 @@ class Request:
         return read(self.image, self.mask, height, width, c.factor, c.latent_channels, c.image_channels)
 
     def noted(self) -> dict[str, Any]:
-        """What of it goes into the recipe: what was given."""
+        """Return the recipe entries of the settings that were given."""
         noted: dict[str, Any] = {}
         if self.image is not None:
             noted |= {"image": _name(self.image), "strength": self.strength}
@@ -143,5 +143,5 @@ def check_sides(factor: int, height: int | None, width: int | None) -> None:
 
 
 def _name(picture: Any) -> str | None:
-    """The name of a file, without its folder; None for a picture that came otherwise."""
+    """Return the file name without its folder; None for a picture that is not given as a path."""
     return os.path.basename(picture) if isinstance(picture, (str, os.PathLike)) else None

@@ -1,6 +1,6 @@
-"""What every pipeline is: parts on a device, a sampler by choice, and the way from a start to a finished picture.
+"""Base class of the pipelines: model parts on a device, the choice of a sampler, and the run from start to picture.
 
-The two kinds, with text and without, stand in ``pipeline.py``.
+Its two subclasses, with text and without, are defined in ``pipeline.py``.
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
 Like = str | Convention | None
 
 
-MOST = 10**9  # pictures of a run
-Own = TypeVar("Own", bound="Pipeline")  # typing.Self, which Python 3.10 has not
+MOST = 10**9  # pictures per run
+Own = TypeVar("Own", bound="Pipeline")  # typing.Self needs Python 3.11
 
 
 class Pipeline:
-    """What the two kinds of pipeline share: the parts, their device and dtype, and the way from noise to a result."""
+    """Base class of the pipelines: the parts, their device and dtype, and the way from noise to a result."""
 
     def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
-        """``parts`` by name, as :func:`checkpoint.build` gives them; ``hash`` of the file they came from."""
+        """Initialize from ``parts`` by name, as :func:`checkpoint.build` returns them; ``hash``: that of their file."""
         self.config = config
         self.parts = dict(parts)
         self.hash = hash
-        self.source = ""  # the identity of the checkpoint that the weights came from, while they are as they came
+        self.source = ""  # identity of the checkpoint that the weights came from, as long as they are unchanged
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
-        self.fast: tuple[str, ...] = ()  # what was put on from outside (minidiff.fast): for the recipe
-        self.approximations: dict[str, Any] = {}  # the same, of what changes the result
-        self.turns: Turns | None = None  # where the parts are not all in memory at once
+        self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
+        self.approximations: dict[str, Any] = {}  # active approximations, which change the result
+        self.turns: Turns | None = None  # set if the parts take turns in memory
         apply_policy(config, parts)
 
     def __repr__(self) -> str:
-        """Family, parts with their sizes, and what is switched on, in a few lines."""
+        """Summary in a few lines: family, parts with their sizes, and active speed-ups."""
         sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
         parts = ", ".join(f"{name} {count / 1e6:.4g} M" for name, count in sizes.items())
         factor = 1 if self.config.vae is None else self.config.vae.factor
@@ -84,27 +84,27 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the UNet lives."""
+        """Device of the UNet."""
         return self.unet.conv_in.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the UNet computes in."""
+        """Dtype in which the UNet computes."""
         return self.unet.conv_in.weight.dtype
 
     @property
     def identity(self) -> str:
-        """What pictures call this model (``identity.py``): that of the checkpoint it came from, or of the weights in
-        memory where they came from none or have been trained since."""
+        """Identity of the model in recipes (``identity.py``): that of its checkpoint, or that of the weights in memory
+        if they came from no checkpoint or have been trained since."""
         return self.source or identify(self.config, self._tensors())
 
     def _tensors(self) -> dict[str, Lazy]:
         return {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
 
     def to(self: Own, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Own:
-        """Move and convert every part, in place; what overflows in float16 stays in float32 (``precision.py``).
+        """Move and convert every part in place. Modules that overflow in float16 stay in float32 (``precision.py``).
 
-        Raises :class:`ConfigError` while parts take turns in memory.
+        Raises :class:`ConfigError` if the parts take turns in memory (``low_memory``).
         """
         check(
             self.turns is None, f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final"
@@ -115,13 +115,13 @@ class Pipeline:
         return self
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write everything as one minidiff file; returns its content hash. Raises :class:`CheckpointError`."""
+        """Write the model to one minidiff file and return its content hash. Raises :class:`CheckpointError`."""
         self.hash = checkpoint.write(path, self.config, self._tensors())
         return self.hash
 
     def sampler(self, choice: SamplerChoice = None, like: Convention | None = None) -> Sampler[Any, Any]:
-        """The sampler meant by ``choice``: a name, {"name": ..., options}, one that is ready, or None for the
-        checkpoint's own; with ``like``, that program's sampler of the name."""
+        """Return the sampler for ``choice``: a name, {"name": ..., options}, a Sampler, or None for the checkpoint's
+        own. With ``like``, return that program's version of the named sampler."""
         if like is not None:
             choice = str(self.config.sampler.get("name")) if choice is None else choice
             if not isinstance(choice, (str, Mapping)):
@@ -137,14 +137,15 @@ class Pipeline:
         return choice
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The finished sample of a run -> pixels (B, 3, H, W) in [0, 1]. Without a VAE they are the same thing."""
+        """Decode the finished sample of a run to pixels (B, 3, H, W) in [0, 1]. Without a VAE the sample is pixels
+        already, and only its range changes."""
         return to_unit(self._raw_pixels(latents))
 
     def finish(self, run: Run, progress: Progress = None) -> Tensor:
-        """Run to the end and decode: pixels (B, 3, H, W) in [0, 1]. ``progress``: see :meth:`Run.last`.
+        """Run to the end and decode to pixels (B, 3, H, W) in [0, 1]. ``progress``: see :meth:`Run.last`.
 
-        Raises :class:`MinidiffError` if they are not finite, naming the module that made the first such value, and
-        :class:`Cancelled` if ``run`` was cancelled, from another thread too.
+        Raises :class:`MinidiffError` if the pixels are not finite, naming the module that produced the first such
+        value, and :class:`Cancelled` if ``run`` was cancelled, possibly from another thread.
         """
         latents = self._last(run, progress)
         with run.work.going_on():
@@ -157,7 +158,7 @@ class Pipeline:
         return latents
 
     def _last(self, run: Run, progress: Progress) -> Tensor:
-        """The finished sample of a run, which is finite."""
+        """Return the finished sample of a run, checked to be finite."""
         x = run.last(progress).x
         check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
         return x
@@ -172,8 +173,8 @@ class Pipeline:
         steps: int,
         instead: Mapping[int, Predict] | None = None,
     ) -> Run:
-        """The run from ``start``; ``labels`` and ``origins``: what to note, by image, the latter of its noise;
-        ``instead``: rows that call another model."""
+        """Return the run from ``start``. ``labels`` and ``origins``: recipe entries of each image, the latter about its
+        noise. ``instead``: rows that call another model."""
         rows, draw = begin.rows, begin.later
         work = Work()
         marks = [source.mark() for source in (begin.draw, draw)]
@@ -223,9 +224,11 @@ class Pipeline:
         streams: Streams | None = None,
         noised: int | None = None,
     ) -> tuple[Beginning, list[dict[str, Any]]]:
-        """Where the noise of a run comes from, and what to note of it for each image: its seed, where that says all.
+        """Return the beginning of a run with its noise source, and the recipe entries about the noise of each image:
+        its seed, if the seed alone determines it.
 
-        ``streams`` replace ``seed`` and ``generator``: another program's noise. ``noised``: see :class:`Beginning`.
+        ``streams``: another program's noise, in place of ``seed`` and ``generator``. ``noised``: see
+        :class:`Beginning`.
         """
         check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
         seeds = noise.seeds_of(shape[0], seed) if generator is None and streams is None else seed
@@ -245,7 +248,7 @@ class Pipeline:
         return begin, [{"seed": s} for s in says_all]
 
     def _deliver(self, run: Run, output: Output, progress: Progress) -> list[Image.Image] | Tensor:
-        """Run to the end and hand over what was asked for."""
+        """Run to the end and return the requested ``output``."""
         if output == "latent":
             return self._last(run, progress)
         pixels = self.finish(run, progress)
@@ -270,7 +273,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def note(sampler: Any) -> dict[str, Any]:
-    """A sampler for the recipe: its name and options, or what it is called where it is the caller's own."""
+    """Return the recipe entry of a sampler: its name and options, or class name and text form for a caller's own."""
     if isinstance(sampler, ProgramSampler):
         return sampler.note
     if name_of(sampler) is None:

@@ -1,17 +1,17 @@
-"""What training fixed about the noise, and the arithmetic between noise, picture and model output.
+"""The noise schedule of training, and the conversions between noise, picture and model output.
 
 A diffusion model is trained on pictures to which noise was added (Ho et al. 2020, equation 4):
 
     x_t = signal * x0 + noise * epsilon        signal = sqrt(alpha_bar_t),  noise = sqrt(1 - alpha_bar_t)
 
-``alpha_bar`` (``alphas_cumprod``) falls from nearly 1 at timestep 0 to nearly 0 at the last one. Three words name the
-same thing: the *timestep* t is the row of the table and what the model is told; *alpha_bar* says how much of the
-picture's variance is left there; *sigma* = noise / signal is the noise on a picture that is kept at its own scale, as
-Karras et al. 2022 write it. A model predicts *epsilon* (the noise), *x0* (the picture, called "sample") or *v*
-(signal * epsilon - noise * x0, Salimans & Ho 2022); with x_t at hand each follows from any other.
+``alpha_bar`` (``alphas_cumprod``) falls from nearly 1 at timestep 0 to nearly 0 at the last one. A noise level has
+three names: the *timestep* t is the row of the table and an input of the model; *alpha_bar* is the picture's remaining
+share of the variance; *sigma* = noise / signal is the standard deviation of the noise when the picture keeps its own
+scale, as in Karras et al. 2022. A model predicts *epsilon* (the noise), *x0* (the picture, called "sample") or *v*
+(signal * epsilon - noise * x0, Salimans & Ho 2022). Given x_t, each of them follows from any other.
 
-Nothing here depends on how many steps a sampler takes, except :func:`spaced`, which picks the timesteps to visit.
-All tables are torch float32, in this order of operations: float64 or numpy changes nearly every entry.
+Nothing here depends on the number of sampling steps, except :func:`spaced`, which picks the timesteps to visit.
+All tables are computed in torch float32, in this order of operations: float64 or numpy changes nearly every entry.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from minidiff.config import Prediction, ScheduleConfig, check, one_of
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
-MAX_BETA = 0.999  # the cosine and laplace curves would reach 1, where nothing of the picture is left
+MAX_BETA = 0.999  # the cosine and laplace curves would reach 1, which leaves nothing of the picture
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
-    """``alphas_cumprod``: float32, shape (T,), entries in 0..1; ``prediction``: what the model's output means.
+    """Noise schedule of a model.
 
-    Betas and alphas are not kept: every sampler gets them, bit for bit, as quotients of neighbours in the table.
+    ``alphas_cumprod``: float32, shape (T,), entries in 0..1. ``prediction``: the quantity that the model predicts.
+    Betas and alphas are not stored: samplers recover them, bit for bit, as quotients of neighbouring table entries.
     """
 
     alphas_cumprod: Tensor
@@ -65,20 +66,20 @@ class NoiseSchedule:
         return f"NoiseSchedule: {len(self)} timesteps, {ends}, prediction {self.prediction}, on {a.device}"
 
     def __len__(self) -> int:
-        """T, the number of timesteps in training."""
+        """Number T of training timesteps."""
         return len(self.alphas_cumprod)
 
     @property
     def sigmas(self) -> Tensor:
-        """(T,): noise / signal at every timestep; infinite where alpha_bar is 0. Stable Diffusion's last is 14.6146."""
+        """noise / signal at every timestep, (T,); infinite where alpha_bar is 0. Stable Diffusion ends at 14.6146."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
-        """The same schedule with its table on ``device``: for training loops, which look up a batch of timesteps."""
+        """Return the schedule with its table on ``device``, for training loops that look up a batch of timesteps."""
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
     def rates(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(signal, noise) at timesteps ``t`` (an int, scalar or (B,)), shaped (B, 1, ...) to multiply ``like``.
+        """Return (signal, noise) at timesteps ``t`` (an int, scalar or (B,)), shaped (B, 1, ...) to multiply ``like``.
 
         The table is rounded to the dtype of ``like`` before the roots are taken, as the reference does.
         """
@@ -89,21 +90,21 @@ class NoiseSchedule:
         return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """x_t for clean ``x0`` and standard normal ``noise`` (both (B, ...)) at timesteps ``t`` (Ho 2020, eq. 4)."""
-        signal, sigma = self.rates(t, x0)
-        return signal * x0 + sigma * noise
+        """Return x_t for clean ``x0`` and standard normal ``noise``, both (B, ...), at ``t`` (Ho 2020, equation 4)."""
+        signal, noise_rate = self.rates(t, x0)
+        return signal * x0 + noise_rate * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
-        """v at timesteps ``t``: the training target of v-prediction (Salimans & Ho 2022, section 4)."""
-        signal, sigma = self.rates(t, x0)
-        return signal * noise - sigma * x0
+        """Return v at timesteps ``t``: the training target of v-prediction (Salimans & Ho 2022, section 4)."""
+        signal, noise_rate = self.rates(t, x0)
+        return signal * noise - noise_rate * x0
 
 
 # --- beta schedules -----------------------------------------------------------------------------------------------
 
 
 def betas(config: ScheduleConfig) -> Tensor:
-    """(T,) float32: the variance of the noise that each timestep adds, before any zero-SNR rescale."""
+    """Return the variance of the noise that each timestep adds, (T,) float32, before any zero-SNR rescaling."""
     if config.betas is not None:
         return torch.tensor(config.betas, dtype=torch.float32, device="cpu")
     start, end, n = config.beta_start, config.beta_end, config.steps
@@ -121,12 +122,12 @@ def betas(config: ScheduleConfig) -> Tensor:
 
 
 def _cosine(u: float) -> float:
-    """alpha_bar at the fraction ``u`` of the way (Nichol & Dhariwal 2021, equation 17)."""
+    """Return alpha_bar at the fraction ``u`` of the way (Nichol & Dhariwal 2021, equation 17)."""
     return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def _laplace(u: float) -> float:
-    """The curve of Hang et al. 2024 with mean 0 and scale 0.5, as the reference has it (a root of alpha_bar)."""
+    """Return the curve of Hang et al. 2024 with mean 0 and scale 0.5, as in the reference (the root of alpha_bar)."""
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * math.fabs(0.5 - u) + 1e-6)
     snr = math.exp(log_snr)
     return math.sqrt(snr / (1 + snr))
@@ -138,8 +139,11 @@ def _betas_from_curve(curve: Callable[[float], float], n: int) -> Tensor:
 
 
 def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas whose last timestep is pure noise (Lin et al. 2023, algorithm 1): sqrt(alpha_bar) is shifted so that it
-    ends at 0 and scaled so that its first entry stays. An epsilon model can learn nothing there: use v-prediction."""
+    """Rescale betas so that the last timestep is pure noise (Lin et al. 2023, algorithm 1).
+
+    sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first entry. An epsilon model can learn nothing at
+    pure noise: use v-prediction.
+    """
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     check(bool(first != last), f"zero_snr needs at least two different timesteps, got {len(betas)}")
@@ -147,11 +151,11 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
-# --- which timesteps a sampler visits --------------------------------------------------------------------------------
+# --- the timesteps that a sampler visits -----------------------------------------------------------------------------
 
 
 def check_steps(steps: Any, train_steps: int) -> int:
-    """``steps`` as an int. Raises ConfigError unless it is a whole number in 1..train_steps."""
+    """Return ``steps`` as an int. Raises ConfigError unless it is a whole number in 1..train_steps."""
     whole = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
     check(whole, f"steps={steps!r} must be a whole number")
     check(1 <= steps <= train_steps, f"steps={steps} must lie in 1..{train_steps}, the timesteps of training")
@@ -167,18 +171,18 @@ def spaced(
     whole: bool = True,
     like_diffusers: bool = False,
 ) -> NDArray[Any]:
-    """The timesteps to visit, falling: int64 of shape (steps,), or float32 unless ``whole`` (Lin 2023, table 2).
+    """Return the timesteps to visit, falling: int64 (steps,), or float32 if not ``whole`` (Lin 2023, table 2).
 
-    Of 1000 timesteps, 50 steps are
+    For 50 steps of 1000 timesteps:
 
-    * leading: 980, 960, ..., 0. Every interval's lower end, so the highest timestep is never seen. Stable Diffusion
-      adds ``offset`` 1, which is why it starts at 981 and not at 999. Only this spacing uses the offset.
-    * trailing: 999, 979, ..., 19. Every interval's upper end: the choice for few steps and for zero terminal SNR.
-    * linspace: 999, 979 (978.6), ..., 0. Both ends.
+    * leading: 980, 960, ..., 0. The lower end of every interval, so the highest timestep is never visited. Stable
+      Diffusion adds ``offset`` 1, and therefore starts at 981. Only this spacing uses the offset.
+    * trailing: 999, 979, ..., 19. The upper end of every interval; preferable for few steps and zero terminal SNR.
+    * linspace: 999, 979 (978.6), ..., 0. Both ends included.
 
-    ``like_diffusers`` repeats two slips of the reference: one step of linspace is timestep 0 instead of the last
-    one, and trailing has one row too many, at timestep -1, for 62 of the numbers below 1000 (61 is the first).
-    Raises ConfigError for ``steps`` that are no whole number in 1..train_steps, or an unknown spacing.
+    ``like_diffusers`` reproduces two slips of the reference: a single step of linspace is timestep 0 instead of the
+    last one, and trailing has one row too many, at timestep -1, for 62 step counts below 1000 (61 is the first).
+    Raises ConfigError for ``steps`` that are not a whole number in 1..train_steps, or for an unknown spacing.
     """
     n = check_steps(steps, train_steps)
     if spacing == "leading":
@@ -195,43 +199,43 @@ def spaced(
     return t.astype(np.int64 if whole else np.float32)
 
 
-# --- from one prediction to another: x = signal * x0 + noise * epsilon, v = signal * epsilon - noise * x0 ------------
+# --- conversions of predictions: x = signal * x0 + noise * epsilon, v = signal * epsilon - noise * x0 ----------------
 
 
 def x0_from_epsilon(x: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """(x - noise * epsilon) / signal: Ho 2020, equation 15. ``signal`` and ``noise`` broadcast against ``x``."""
+    """Return (x - noise * epsilon) / signal (Ho 2020, eq. 15). ``signal`` and ``noise`` broadcast against ``x``."""
     return (x - noise * epsilon) / signal
 
 
 def x0_from_v(x: Tensor, v: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """signal * x - noise * v, since signal**2 + noise**2 = 1."""
+    """Return signal * x - noise * v, which holds since signal**2 + noise**2 = 1."""
     return signal * x - noise * v
 
 
 def epsilon_from_x0(x: Tensor, x0: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """(x - signal * x0) / noise."""
+    """Return (x - signal * x0) / noise."""
     return (x - signal * x0) / noise
 
 
 def epsilon_from_v(x: Tensor, v: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """signal * v + noise * x."""
+    """Return signal * v + noise * x."""
     return signal * v + noise * x
 
 
 def v_from_x0(x0: Tensor, epsilon: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """signal * epsilon - noise * x0: the definition of v."""
+    """Return signal * epsilon - noise * x0, the definition of v."""
     return signal * epsilon - noise * x0
 
 
 def to_x0(prediction: Prediction, x: Tensor, out: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """The picture that model output ``out`` at sample ``x`` stands for."""
+    """Convert model output ``out`` at sample ``x`` to x0."""
     if prediction == "epsilon":
         return x0_from_epsilon(x, out, signal, noise)
     return out if prediction == "sample" else x0_from_v(x, out, signal, noise)
 
 
 def to_epsilon(prediction: Prediction, x: Tensor, out: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-    """The noise that model output ``out`` at sample ``x`` stands for."""
+    """Convert model output ``out`` at sample ``x`` to epsilon."""
     if prediction == "epsilon":
         return out
     return epsilon_from_x0(x, out, signal, noise) if prediction == "sample" else epsilon_from_v(x, out, signal, noise)

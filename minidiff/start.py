@@ -1,10 +1,10 @@
-"""Where a run begins: from noise, from a picture made noisy (image to image), or from a picture with a hole in it.
+"""Starting point of a run: noise, a noised picture (img2img), or a picture and a mask (inpainting).
 
-Image to image (Meng et al. 2022, SDEdit) adds as much noise to a picture as some row of the plan expects, and runs from
-there. Inpainting does the same, and keeps what the mask does not cover, in one of two ways: an ordinary model is shown,
-after every step, the known part of the picture at the noise of the next step (Lugmayr et al. 2022, without its
-resampling); a model that was trained for it (Rombach et al. 2022, section 4.5) reads mask and masked picture as five
-further channels.
+Img2img (Meng et al. 2022, SDEdit) adds as much noise to a picture as a row of the plan expects, and runs from that row.
+Inpainting does the same, and keeps the part that the mask does not cover in one of two ways. With an ordinary model,
+the known part of the picture is put back after every step, at the noise level of the next one (Lugmayr et al. 2022,
+without resampling). A model trained for inpainting (Rombach et al. 2022, section 4.5) reads the mask and the masked
+picture as five further channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minidiff.wrapped import Wrapped
 
 
 class Start(NamedTuple):
-    """The first sample (B, C, h, w), the sampler that goes on from it, and what the UNet reads beside (B, 5, h, w)."""
+    """The first sample (B, C, h, w), the sampler for the run, and further UNet channels (B, 5, h, w) or None."""
 
     x: Tensor
     sampler: Sampler[Any, Any]
@@ -34,10 +34,10 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Keeping(Wrapped):
-    """A sampler that, after every step, puts the known part of a picture back: what an ordinary model inpaints with.
+    """Sampler that puts the known part of a picture back after every step, for inpainting with an ordinary model.
 
-    ``clean`` are the picture's latents and ``noise`` the same in every step, both (B, C, h, w); ``mask`` (B, 1, h, w)
-    is 1 where the model paints. After row ``last`` the picture goes in as it is.
+    ``clean`` holds the picture's latents and ``noise`` is the same in every step, both (B, C, h, w). ``mask``
+    (B, 1, h, w) is 1 where the model paints. After row ``last`` the picture is put back without noise.
     """
 
     clean: Tensor
@@ -53,10 +53,11 @@ class Keeping(Wrapped):
 
 @dataclass(frozen=True)
 class Beginning:
-    """What every start needs: ``rows`` of ``plan`` are run by ``sampler``; noise comes from ``draw``, unless ``given``,
-    and that of the steps from ``later``. A picture gets the noise of row ``noised``, which most programs run first.
+    """Common inputs of all starting points.
 
-    ``like`` is a tensor of the sample's shape (B, C, h, w), dtype and device; its values mean nothing.
+    ``sampler`` runs ``rows`` of ``plan``. Initial noise is ``given`` or drawn from ``draw``; noise of the steps comes
+    from ``later``. A picture gets the noise of row ``noised``, in most programs the first row that is run. ``like`` is
+    a tensor with the shape (B, C, h, w), dtype and device of the sample; its values are unused.
     """
 
     plan: Any
@@ -69,28 +70,28 @@ class Beginning:
     noised: int
 
     def noise(self) -> Tensor:
-        """Standard normal noise, drawn or given."""
+        """Return the initial standard normal noise, drawn or given."""
         return self._draw(tuple(self.like.shape)) if self.given is None else self.given
 
     def from_noise(self) -> Start:
-        """Text to image: noise, at the level that the plan starts from."""
-        # Euler counts noise in units of the picture (x = x0 + sigma * noise) and so starts from sigma_max * noise,
-        # 14.6146 for SD; DDIM and PNDM keep the variance at 1 (x = a * x0 + s * noise) and start from plain noise.
+        """Start text-to-image: noise at the level of the plan's first row."""
+        # Euler keeps the picture at its own scale (x = x0 + sigma * noise) and starts from sigma_max * noise,
+        # 14.6146 for SD. DDIM and PNDM keep the variance at 1 (x = a * x0 + s * noise) and start from plain noise.
         return Start(self.noise() * self.plan.init_noise_sigma, self.sampler)
 
     def from_picture(self, pictures: Pictures, vae: VAE, *, handed_over: bool) -> Start:
-        """Image to image: the picture with as much noise as the first row expects.
+        """Start img2img: the picture with as much noise as the first row expects.
 
-        ``handed_over``: it comes from another model that stopped just there, with its noise in it.
+        ``handed_over``: the picture comes from another model that stopped at this row, and has its noise already.
         """
         clean = spread(self._latents(pictures, vae), len(self.like), "image")
         return Start(clean if handed_over else self._noisy(clean, self.noise()), self.sampler)
 
     def from_hole(self, pictures: Pictures, vae: VAE, *, strength: float, handed_over: bool, reads_mask: bool) -> Start:
-        """Inpainting; ``reads_mask``: the UNet has the five channels more. At ``strength`` 1 it begins from pure noise.
+        """Start inpainting. ``reads_mask``: the UNet has five further channels. At ``strength`` 1 it is pure noise.
 
-        Every draw of the reference is drawn, also the one that it does not use: a sampler that draws in its steps
-        gets the same noise.
+        All draws of the reference are made, including one whose result it does not use, so that samplers that draw
+        noise in their steps get the same noise.
         """
         assert pictures.mask is not None
         count, size = len(self.like), self.like.shape[2:]
