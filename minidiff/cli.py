@@ -59,9 +59,9 @@ def command() -> NoReturn:
 
 
 def _run(argv: list[str]) -> int | None:
-    if any("\0" in word for word in argv):  # which no shell hands over, and no system takes in a path
-        raise ConfigError("an argument holds a null character; leave it out")
     args = parser().parse_args(arranged(argv))
+    if any("\0" in (getattr(args, name, None) or "") for name in ("out", "dst")):
+        raise ConfigError("the name of what is to be written holds a null character, which no system takes")
     commands: dict[str, Callable[[Namespace], int | None]] = {
         "generate": generate,
         "info": info,

@@ -28,7 +28,8 @@ def test_a_null_character_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
         ["convert", "a", "b\0c", "--to", "diffusers"],
     ):
         assert main(argv) == 2
-        assert capfd.readouterr().err == "minidiff: error: an argument holds a null character; leave it out\n"
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "holds a null character" in line
 
 
 def test_configs_that_are_no_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
