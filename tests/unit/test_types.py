@@ -16,7 +16,7 @@ from minidiff import StableDiffusion, Unconditional, conventions, fast, pipeline
 from minidiff.config import ScheduleConfig
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import random_model
-from minidiff.samplers import SAMPLERS, Options, sampler_from_config
+from minidiff.samplers import SAMPLERS, Method, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
@@ -133,7 +133,7 @@ def test_every_sampler_is_a_sampler() -> None:
 
     for name, kind in SAMPLERS.items():
         sampler = kind()
-        assert isinstance(sampler, Options)
+        assert isinstance(sampler, Method)
         for method in ("plan", "start", "scale_input", "denoised", "step"):
             assert getattr(kind, method).__qualname__.split(".")[0] != "Sampler", (name, method)
         assert sampler == sampler_from_config({"name": name})
