@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from minidiff.images import Picture
 
 BUNDLED = "assets/shapes.safetensors"
-BUNDLED_SCALE = 2.0  # the guidance scale with the most correct pictures (README, "The bundled model")
+BUNDLED_SCALE = 2.0  # the guidance scale with the most correct pictures (training/README.md)
 
 
 class StableDiffusion(Pipeline):
@@ -732,8 +732,9 @@ def bundled(
     """Load the small model that ships with minidiff: 64 x 64 pictures of coloured shapes from captions such as "a red
     star on a blue background".
 
-    The README describes its training data and its accuracy; ``scripts/train_shapes.py`` trains it from scratch. The
-    arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` if the model is not installed.
+    ``minidiff/training/README.md`` describes its training data and its accuracy; ``scripts/train_shapes.py`` trains it
+    from scratch. The arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` if the model is not
+    installed.
     """
     asset = files("minidiff") / BUNDLED
     if not asset.is_file():

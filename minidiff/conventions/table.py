@@ -38,7 +38,7 @@ def side_by_side(plans: Mapping[str, Any]) -> str:
 
 
 def markdown() -> str:
-    """The table of all facts for the README: a row for each field, a column for each program, and the sources."""
+    """The table of all facts for the README beside it: a row for each field, a column for each program; the sources."""
     sources: list[Source] = []
 
     def cell(name: str, field: str) -> str:

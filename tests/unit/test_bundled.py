@@ -71,7 +71,7 @@ def test_it_is_small_and_knows_the_language_of_the_captions(sd: StableDiffusion)
 
 @pytest.mark.parametrize("kind", ["single", "two"])
 def test_it_draws_what_it_is_told(sd: StableDiffusion, kind: shapes.Kind) -> None:
-    """Of prompts that no one chose. How many are right by and large stands in the README; chance gives none."""
+    """Prompts that no one chose. minidiff/training/README.md says how many are right in all; chance gives none."""
     prompts = [item.caption for item in shapes.items(1, 0, 12, kind)]
     pictures = sd.generate(prompts, seed=0, output="tensor", **QUIET)
     assert sum(right(p[None], c) for p, c in zip(pictures, prompts, strict=True)) >= 7

@@ -492,7 +492,8 @@ def test_names_and_choices() -> None:
 
 def test_the_readmes_table_is_made_from_the_data() -> None:
     """When it fails: put ``python -c "from minidiff.conventions.table import markdown; print(markdown())"`` there."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    page = Path(__file__).resolve().parents[2] / "minidiff" / "conventions" / "README.md"
+    text = page.read_text(encoding="utf-8")
     start, end = "<!-- conventions: made by minidiff/conventions/table.py -->\n", "\n\n<!-- conventions: end -->"
     assert text.count(start) == text.count(end) == 1
     assert text.split(start)[1].split(end)[0] == markdown()

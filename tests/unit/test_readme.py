@@ -1,4 +1,5 @@
-"""The code blocks of README.md run, from top to bottom, in a folder that holds what the text takes as given.
+"""The code blocks of the READMEs and of CONTRIBUTING.md run, each page from top to bottom, in a folder that holds what
+the page takes as given.
 
 * ```python blocks share one namespace, as if typed into one session.
 * In ```console and ```bash blocks the lines that call `minidiff`, `python -m minidiff` or `python -m weights_convert`
@@ -6,7 +7,8 @@
 * A block right below `<!-- not run: REASON -->` is left out.
 * What a block made is held against what the text says of it: see SAID. All Python blocks pass `mypy --strict`.
 
-Of a checkpoint that a reader has on disk a tiny random one of the same kind and name lies in the folder: see GIVEN.
+Of a checkpoint that a reader has on disk a tiny random one of the same kind and name lies in the folder: see PAGES.
+Links and file names in the pages lead somewhere, and the front page stays short.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import _judge
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+LONGEST = 200  # lines of the front page
 # The commands are started in another folder, and find the checkout even where it is not installed.
 ENVIRONMENT = {
     **os.environ,
@@ -118,7 +120,7 @@ def minidiff_file(path: Path) -> None:
 
 def diffusers_folder(path: Path) -> None:
     """A tiny Stable Diffusion 1 in the layout of diffusers; without diffusers the test is skipped."""
-    pytest.importorskip("diffusers", reason="the README converts a folder that diffusers writes")
+    pytest.importorskip("diffusers", reason="the page converts a folder that diffusers writes")
     from tests.parity.twins import folder_twin
 
     folder_twin(path)
@@ -157,68 +159,136 @@ def slip(names: dict[str, Any], folder: Path) -> None:
     assert names["report"].first.stage == "mid.res1.norm1"
 
 
-def plain_again(names: dict[str, Any], folder: Path) -> None:
+def quick(names: dict[str, Any], folder: Path) -> None:
+    """The plain model is plain again, and the pictures made with switches on show the same."""
     assert names["sd"].fast == ()
-    image = names["sd"].generate(STAR, steps=20, seed=0)[0]
-    assert np.array_equal(np.asarray(image), np.asarray(Image.open(folder / "star.png")))
+    again = names["sd"].generate(STAR, steps=20, seed=0, output="tensor")
+    assert torch.equal(again, names["plain"])
+    assert shows(names["quick"])
 
 
-# A line of the block, and what must be true of what it made.
-SAID: dict[str, Check] = {
-    'minidiff.save_png(image, "star.png")': first_picture,
-    '"sigma_spacing": "karras"': lambda names, folder: _check(shows(names["image"])),
-    "preview = sd.decode(step.x0)": previews,
-    "pixels = sd.decode(x)": loop,
-    'like="a1111:cpu"': lambda names, folder: _check(shows(names["image"])),
-    "mine.mid.res1.norm1.eps = 1e-5": slip,
-    "fast.restore(sd)  # the plain model, bit for bit": plain_again,
-    "guidance_interval=(0.2, 0.8)": lambda names, folder: _check(shows(names["image"])),
+def own_sampler(names: dict[str, Any], folder: Path) -> None:
+    """The sampler of the worked example is DDIM."""
+    want = names["sd"].generate("a red star on a blue background", sampler="ddim", steps=4, seed=0, output="latent")
+    assert torch.equal(names["latents"], want)
+
+
+def own_switch(names: dict[str, Any], folder: Path) -> None:
+    assert len(names["layers"]) > 10
+    assert torch.equal(names["again"], names["latents"])
+    assert all("forward" not in vars(layer) for layer in names["layers"])
+
+
+def learned(names: dict[str, Any], folder: Path) -> None:
+    assert 0 < names["loss"].item() < 3
+
+
+def shown(names: dict[str, Any], folder: Path) -> None:
+    assert shows(names["image"])
+
+
+@dataclass(frozen=True)
+class Page:
+    """``given``: what its reader has already, a name in one of the blocks that run, and how to make it. ``said``: a
+    line of a block, and what must be true of what the block made."""
+
+    given: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    said: Mapping[str, Check] = field(default_factory=dict)
+
+
+PAGES = {
+    "README.md": Page(
+        {"stable-diffusion-v1-5": diffusers_folder},
+        {
+            'minidiff.save_png(image, "star.png")': first_picture,
+            "pixels = sd.decode(x)": loop,
+            "loss.backward()": learned,
+        },
+    ),
+    "minidiff/README.md": Page(
+        said={'"sigma_spacing": "karras"': shown, "preview = sd.decode(step.x0)": previews},
+    ),
+    "minidiff/samplers/README.md": Page(),
+    "minidiff/conventions/README.md": Page({"sd15.safetensors": minidiff_file}, {'like="a1111:cpu"': shown}),
+    "minidiff/parity/README.md": Page({"sd15.safetensors": minidiff_file}, {"mine.mid.res1.norm1.eps = 1e-5": slip}),
+    "minidiff/fast/README.md": Page(
+        said={"fast.restore(sd)  # the plain model, bit for bit": quick, "guidance_interval=(0.2, 0.8)": shown},
+    ),
+    "minidiff/training/README.md": Page(),
+    "weights_convert/README.md": Page({"stable-diffusion-v1-5": diffusers_folder}),
+    "CONTRIBUTING.md": Page(said={"latents = sd.generate(": own_sampler, "layers = put_on(": own_switch}),
 }
 
 
-def _check(ok: bool) -> None:
-    assert ok
-
-
-# What the README's reader has already: a name in one of its blocks that run, and how to make it. A name that the page
-# makes itself, before it is used, does not belong here.
-GIVEN: dict[str, Callable[[Path], None]] = {
-    "stable-diffusion-v1-5": diffusers_folder,
-    "model.safetensors": minidiff_file,
-}
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("default")
-def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", PAGES)
+def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, page = read(name), PAGES[name]
     used = "".join(block.code for block in blocks(text) if block.run)
-    for name, make in GIVEN.items():
-        if re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", used):
-            make(tmp_path / name)
+    for given, make in page.given.items():
+        assert re.search(rf"(?<![\w.-]){re.escape(given)}(?![\w.-])", used), f"no block of {name} uses {given}"
+        make(tmp_path / given)
     monkeypatch.chdir(tmp_path)
-    assert run(text, "README.md", tmp_path, {"__name__": "__main__"}, SAID) > 0, "the README has no block that runs"
+    assert run(text, name, tmp_path, {"__name__": "__main__"}, page.said) > 0, f"{name} has no block that runs"
 
 
 def test_python_blocks_are_typed(tmp_path: Path) -> None:
-    """As one program, those that are not run too: what a reader types is what a type checker knows."""
+    """Each page as one program, with the blocks that are not run: what a reader types is what a type checker knows."""
     pytest.importorskip("mypy", reason="checks types")
-    text = README.read_text(encoding="utf-8")
-    found = [block for block in blocks(text) if block.language == "python"]
-    assert any(not block.run for block in found)
-    session = tmp_path / "session.py"
-    session.write_text("\n".join(block.code for block in found), encoding="utf-8")
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(session)]
-    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    session.write_text("import minidiff\nminidiff.StableDiffusion.load('a').generate('a', output='latent').sharpen()\n")
-    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "MYPYPATH": str(ROOT)}, capture_output=True, text=True)
-    assert '"Tensor" has no attribute "sharpen"' in done.stdout
+    pages = {name: [block for block in blocks(read(name)) if block.language == "python"] for name in PAGES}
+    assert any(not block.run for found in pages.values() for block in found)
+    sessions = [tmp_path / f"session{k}.py" for k in range(len(pages))]
+    for session, found in zip(sessions, pages.values(), strict=True):
+        session.write_text("\n".join(block.code for block in found), encoding="utf-8")
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import minidiff\nminidiff.StableDiffusion.load('a').generate('a', output='latent').sharpen()\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
+    command.append("--allow-untyped-calls")  # torch's Tensor.backward has no types
+    done = subprocess.run(
+        [*command, *map(str, [*sessions, wrong])],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    told = [line for line in done.stdout.splitlines() if ": error:" in line]
+    assert len(told) == 1, f"pages in the order of {list(PAGES)}:\n{done.stdout}{done.stderr}"
+    assert '"Tensor" has no attribute "sharpen"' in told[0]
 
 
 def test_readme_names_the_two_commands() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = read("README.md")
     assert "python3 scripts/demo.py" in text
     assert "python3 scripts/test.py" in text
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= LONGEST
+
+
+def heading(line: str) -> str:
+    """The anchor that a heading of Markdown gets."""
+    return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_file_names_lead_somewhere(name: str) -> None:
+    text, folder = FENCE.sub("", read(name)), (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = folder / path if path else ROOT / name
+        assert target.exists(), f"{name}: {link}"
+        if anchor:
+            lines = target.read_text(encoding="utf-8").splitlines()
+            assert anchor in [heading(line) for line in lines if line.startswith("#")], f"{name}: {link}"
+    named = re.findall(r"`(?:python3? )?((?:minidiff|weights_convert|scripts|tests)/[\w./]+)", read(name))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert links or named
 
 
 PAGE = """
