@@ -1,9 +1,9 @@
 """Samplers by name, as JSON, or from diffusers' scheduler configs; one file per method.
 
-A sampler chosen by name follows the mathematics, with defaults that suit Stable Diffusion; one that is read from a
-scheduler_config.json does what diffusers does, its slips included (``like_diffusers``).
+A sampler chosen by name follows the mathematics, with defaults for Stable Diffusion. A sampler read from a
+scheduler_config.json does what diffusers does, including its slips (``like_diffusers``).
 
-``SAMPLERS`` is the registry. A method's file is imported when it is first asked for: there are many, a run needs one.
+``SAMPLERS`` is the registry. The module of a method is imported on first use, since a run needs only one of them.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ SAMPLERS = Registry()
 
 
 def name_of(sampler: Any) -> str | None:
-    """The name under which the class of ``sampler`` is registered; None for a sampler from elsewhere."""
+    """Return the name under which the class of ``sampler`` is registered; None for any other sampler."""
     kind = type(sampler)
     names = (n for n, (file, own) in PLACES.items() if (f"minidiff.samplers.{file}", own) == _place(kind))
     return next(names, None)
@@ -149,10 +149,10 @@ def _place(kind: type) -> tuple[str, str]:
 
 
 def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
-    """The sampler that a ``scheduler_config.json`` (as a dict) describes: ``_class_name`` and its options.
+    """Create a sampler from a ``scheduler_config.json``, given as a dict with ``_class_name`` and options.
 
-    Warns of options that no class of diffusers has, and passes them over. Raises UnsupportedError for a class that is
-    not known and for flow matching, ConfigError for impossible options.
+    Warns about options that no class of diffusers has, and ignores them. Raises UnsupportedError for an unknown class
+    and for flow matching, ConfigError for invalid options.
     """
     from minidiff.samplers.diffusers import read
 
@@ -160,7 +160,7 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
 
 
 def check_name(name: object) -> str:
-    """``name``, if a sampler is called so; else ConfigError with what to ask for instead."""
+    """Return ``name`` if a sampler has it. Raises ConfigError with a suggestion otherwise."""
     if isinstance(name, str) and name in SAMPLERS:
         return name
     raise ConfigError(
@@ -169,7 +169,7 @@ def check_name(name: object) -> str:
 
 
 def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
-    """The sampler of ``{"name": "pndm", ...options}``; options that are left out have their defaults.
+    """Create a sampler from ``{"name": "pndm", ...options}``; omitted options have their defaults.
 
     Raises ConfigError for an unknown name or option, quoting the known ones.
     """
@@ -184,7 +184,7 @@ def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
 
 
 def sampler_to_config(sampler: Any) -> dict[str, Any]:
-    """The sampler as a dict that :func:`sampler_from_config` reads back equal, every option spelled out."""
+    """Return the sampler as a dict with all options, which :func:`sampler_from_config` reads back to an equal one."""
     name = name_of(sampler)
     if name is not None:
         options = dataclasses.asdict(sampler).items()

@@ -1,4 +1,4 @@
-"""The quantiles of a Beta(a, b) distribution in float64, without scipy: for sampler plans of "beta" spacing.
+"""Quantiles of the Beta(a, b) distribution in float64, without scipy, for sampler plans with "beta" spacing.
 
 I_x(a, b), the regularised incomplete beta function, is the probability that a Beta(a, b) variable is below x
 (Abramowitz & Stegun 26.5). It is evaluated by its continued fraction with Lentz' method, which converges fast for
@@ -20,7 +20,7 @@ TINY = 1e-300
 
 
 def betainc(a: float, b: float, x: Any) -> Floats:
-    """I_x(a, b) for a, b > 0 and x in 0..1, any shape."""
+    """Return I_x(a, b) for a, b > 0 and x in 0..1, any shape."""
     x = np.asarray(x, dtype=np.float64)
     split = (a + 1) / (a + b + 2)
     upper = x > split
@@ -30,7 +30,7 @@ def betainc(a: float, b: float, x: Any) -> Floats:
 
 
 def inverse_betainc(a: float, b: float, p: Any) -> Floats:
-    """The x in 0..1 with I_x(a, b) = p, for p in 0..1 of any shape: the quantile function of Beta(a, b)."""
+    """Return the x in 0..1 with I_x(a, b) = p, for p in 0..1 of any shape: the quantile function of Beta(a, b)."""
     p = np.asarray(p, dtype=np.float64)
     split = (a + 1) / (a + b + 2)
     upper = p > betainc(a, b, split)
@@ -41,20 +41,20 @@ def inverse_betainc(a: float, b: float, p: Any) -> Floats:
 
 
 def _log_front(a: float, b: float, x: Floats) -> Floats:
-    """log of x**a (1-x)**b / B(a, b)."""
+    """Return the logarithm of x**a (1-x)**b / B(a, b)."""
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
     value: Floats = a * np.log(np.maximum(x, TINY)) + b * np.log1p(-x) - log_beta
     return value
 
 
 def _lower(a: float, b: float, x: Floats) -> Floats:
-    """I_x(a, b) where the continued fraction converges fast: 0 <= x <= (a + 1) / (a + b + 2)."""
+    """Return I_x(a, b) where the continued fraction converges fast: 0 <= x <= (a + 1) / (a + b + 2)."""
     value: Floats = np.where(x > 0, np.exp(_log_front(a, b, x)) / a * _fraction(a, b, x), 0.0)
     return value
 
 
 def _fraction(a: float, b: float, x: Floats) -> Floats:
-    """1 / (1 + d1 / (1 + d2 / (1 + ...))) of Abramowitz & Stegun 26.5.8, by the modified Lentz method."""
+    """Evaluate 1 / (1 + d1 / (1 + d2 / (1 + ...))) of Abramowitz & Stegun 26.5.8 by the modified Lentz method."""
     c = np.ones_like(x)
     d = 1 / _away_from_zero(1 - (a + b) * x / (a + 1))
     value: Floats = d.copy()
@@ -76,7 +76,7 @@ def _away_from_zero(x: Floats) -> Floats:
 
 
 def _invert_lower(a: float, b: float, p: Floats, split: float) -> Floats:
-    """The x in 0..split with I_x(a, b) = p, for p up to I_split; where p is 0, 0."""
+    """Return the x in 0..split with I_x(a, b) = p, for p up to I_split; 0 where p is 0."""
     positive = np.where(p > 0, p, 1e-3)
     log_p = np.log(positive)
     log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
@@ -93,7 +93,7 @@ def _invert_lower(a: float, b: float, p: Floats, split: float) -> Floats:
         if done:
             break
     x = np.exp(log_x)
-    for _ in range(2):  # the exponential cost a few digits: polish the root itself
+    for _ in range(2):  # the exponential costs a few digits: refine the root itself
         density = np.exp(_log_front(a, b, x)) / (x * (1 - x))
         x = x - (_lower(a, b, x) - positive) / density
     return np.where(p > 0, x, 0.0)

@@ -1,11 +1,11 @@
-"""A Brownian path from a seed, the same wherever and in whatever order it is looked at.
+"""Brownian path from a seed, reproducible for any interval and in any order of access.
 
-The path over the whole range is one normal draw. Halving the range, the left half's increment given the whole one's is
-normal again (a Brownian bridge), and so on down: a binary tree in which every node has a seed of its own, made of the
-path's seed and the node's place (Kidger et al. 2021, "Efficient and Accurate Gradients for Neural SDEs", section 4).
-An increment over any interval is the sum over the few nodes that make it up. The draws are those of the torchsde
-package for the same seed. Which nodes and seeds an interval needs is worked out beforehand, as numbers: what is left to
-a sampler's step is to draw.
+The increment over the whole range is one normal draw. When the range is halved, the increment of the left half given
+that of the whole is normal again (a Brownian bridge), and so on recursively: a binary tree in which every node has a
+seed of its own, derived from the path's seed and the node's position (Kidger et al. 2021, "Efficient and Accurate
+Gradients for Neural SDEs", section 4). The increment over an interval is the sum over the few nodes that cover it. The
+draws are those of the torchsde package for the same seed. The nodes and seeds of an interval are determined in
+advance, as plain numbers; a sampler's step only has to draw.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DIGITS = 6  # the ends of intervals are rounded to these
+DIGITS = 6  # the ends of intervals are rounded to this many decimals
 POOL = 24
 
 
@@ -35,7 +35,7 @@ class Bridge(NamedTuple):
 
 
 class Node(NamedTuple):
-    """An interval of the tree and how to get to it: the halvings on the way from the top."""
+    """An interval of the tree, and the halvings that lead to it from the top."""
 
     start: float
     end: float
@@ -45,12 +45,12 @@ class Node(NamedTuple):
 
 
 Increment = tuple[tuple[Bridge, ...], ...]
-"""The nodes that make up an interval, from left to right."""
+"""The nodes that cover an interval, from left to right."""
 
 
 @dataclass(frozen=True)
 class BrownianTree:
-    """The path of ``seed`` over ``start``..``end``."""
+    """Brownian path of ``seed`` over ``start``..``end``."""
 
     start: float
     end: float
@@ -58,12 +58,12 @@ class BrownianTree:
 
     @property
     def root(self) -> tuple[int, float]:
-        """The seed of the whole range's draw, and its standard deviation."""
+        """Seed and standard deviation of the draw for the whole range."""
         seeds = np.random.SeedSequence(entropy=self.seed, pool_size=POOL).generate_state(3)
         return int(seeds[0]), math.sqrt(self.end - self.start)
 
     def increment(self, a: float, b: float) -> Increment:
-        """The nodes for the interval ``a``..``b``, which must rise."""
+        """Return the nodes for the interval ``a``..``b``, with a < b."""
         top = Node(round(self.start, DIGITS), round(self.end, DIGITS), 0, 0, ())
         a, b = (round(min(max(t, top.start), top.end), DIGITS) for t in (a, b))
         return tuple(node.way for node in self._cover(top, a, b))
@@ -92,15 +92,15 @@ class BrownianTree:
         )
 
 
-@lru_cache(maxsize=2**14)  # programs that make many pictures, each with its seed, must not grow
+@lru_cache(maxsize=2**14)  # bounded, for programs that make many pictures with a seed each
 def _seed(entropy: int, key: int, depth: int) -> int:
     sequence = np.random.SeedSequence(entropy=entropy, spawn_key=(key, depth), pool_size=POOL)
     return int(sequence.generate_state(4)[0])
 
 
 def draw_increment(root: tuple[int, float], nodes: Increment, like: Tensor) -> Tensor:
-    """The path's increment over an interval, in the shape and dtype of ``like`` and drawn on its device: normal, with
-    the interval's length as variance."""
+    """Draw the increment over an interval, in the shape and dtype of ``like`` and on its device: normal, with the
+    interval's length as variance."""
     seen: dict[tuple[Bridge, ...], Tensor] = {(): seeded(root[0], like) * root[1]}
     total = torch.zeros_like(like)
     for k, way in enumerate(nodes):
@@ -114,6 +114,6 @@ def draw_increment(root: tuple[int, float], nodes: Increment, like: Tensor) -> T
 
 
 def seeded(seed: int, like: Tensor) -> Tensor:
-    """Standard normal noise of a seed."""
+    """Draw standard normal noise from a seed."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)

@@ -1,23 +1,23 @@
-"""Consistency: models that see the whole way to the picture in one call, and the steps that ask them more than once.
+"""Samplers for consistency models, which predict the end of the path to the picture in one call.
 
-A consistency function is the model's x0, mixed with the sample so that nothing changes where the path ends:
+A consistency function is the model's x0, mixed with the sample such that it is the identity at the end of the path:
 
     f(x) = c_out * x0 + c_skip * x
 
-One step is f itself. More are taken by adding fresh noise to f, as much as the next level has, and asking again (Song
-et al. 2023, algorithm 1). Three kinds of model are asked so:
+One step is f itself. For more steps, fresh noise at the next level is added to f and the model is called again (Song
+et al. 2023, algorithm 1). There are three kinds of such models:
 
 * LCM, distilled from a latent diffusion model (Luo et al. 2023, "Latent Consistency Models"), with
   c_skip = s**2 / ((10 t)**2 + s**2) and c_out = 10 t / sqrt((10 t)**2 + s**2), s = 0.5;
-* TCD, whose steps land somewhere on the path instead of at its end (Zheng et al. 2024, "Trajectory Consistency
+* TCD, whose steps land at any point of the path instead of at its end (Zheng et al. 2024, "Trajectory Consistency
   Distillation", algorithm 4, strategic stochastic sampling);
 * CM, trained in sigma (Song et al. 2023), with s = sigma_data and
 
       seen = x / sqrt(sigma**2 + s**2)      f(x, sigma) = c_out * out + c_skip * x
       c_skip = s**2 / ((sigma - sigma_min)**2 + s**2)      c_out = (sigma - sigma_min) * s / sqrt(sigma**2 + s**2)
 
-A distilled model is asked at some of the timesteps that it was distilled at, and no others: there can't be more steps
-than those, 50 for the published models.
+A distilled model is called only at timesteps at which it was distilled, so their number, 50 for the published models,
+bounds the number of steps.
 """
 
 from __future__ import annotations
@@ -55,10 +55,12 @@ SIGMA_DATA = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Method[R, S]):
-    """``original_steps``: at how many evenly spaced timesteps the model was distilled; None: at all of training's.
-    ``strength``: only the lower part of them is visited, for image to image.
+    """Base class of the methods for distilled models.
 
-    ``like_diffusers``: where strength cuts off given timesteps, the last step is not known as such.
+    ``original_steps``: number of evenly spaced timesteps at which the model was distilled; None: all of training's.
+    ``strength``: only the lower part of them is visited, for img2img.
+
+    ``like_diffusers``: if strength cuts off given timesteps, the last step is not recognized as the last.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
@@ -73,7 +75,7 @@ class Distilled(Method[R, S]):
         check(0 < self.strength <= 1, f"{self.name}: strength={self.strength} must lie above 0, up to 1")
 
     def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Tensor, bool]:
-        """(n,) falling int64 timesteps, and whether the last of them is not taken for the last."""
+        """Return (n,) falling int64 timesteps, and True if the last of them is not recognized as the last."""
         total = len(schedule)
         if given.timesteps is None:
             return torch.from_numpy(self._spaced(check_steps(given.steps, total), total)), False
@@ -84,7 +86,7 @@ class Distilled(Method[R, S]):
         return torch.from_numpy(t[len(t) - kept :]), self.like_diffusers and kept < len(t)
 
     def _spaced(self, steps: int, total: int) -> NDArray[Any]:
-        """(steps,) falling int64: some of the timesteps of distillation, evenly spaced by their number."""
+        """Return (steps,) falling int64: a subset of the timesteps of distillation, evenly spaced by index."""
         original = self.original_steps
         if original is None:
             origin = np.arange(int(total * self.strength))
@@ -103,8 +105,8 @@ class Distilled(Method[R, S]):
 
 
 class LCMRow(NamedTuple):
-    """``c_out`` and ``c_skip`` of the consistency function; ``to_signal`` and ``to_noise``, with which it is made noisy
-    again where ``noisy`` says so: not after the last row, where they are 1 and 0."""
+    """``c_out`` and ``c_skip`` of the consistency function; ``to_signal`` and ``to_noise``, the rates with which noise
+    is added again where ``noisy`` is set: not after the last row, where they are 1 and 0."""
 
     c_out: Tensor
     c_skip: Tensor
@@ -115,9 +117,10 @@ class LCMRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
-    """``timestep_scaling``: the 10 above; the other options are those of :class:`Distilled` and :class:`Limited`.
+    """LCM sampler. ``timestep_scaling``: the 10 above; for the other options see :class:`Distilled` and
+    :class:`Limited`.
 
-    ``like_diffusers``: a last step that is not known as such makes the picture as noisy again as it was.
+    ``like_diffusers``: a last step that is not recognized as such makes the picture as noisy again as it was.
     """
 
     original_steps: int = 50
@@ -130,7 +133,7 @@ class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
         return at.to_signal * x0 + at.to_noise * draw(x0) if at.noisy else x0, state
 
     def denoised(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        """The consistency function: the model's x0, limited, and mixed with ``x``."""
+        """Return the consistency function: the model's x0, limited, and mixed with ``x``."""
         at = plan.at(i)
         return at.c_out * super().denoised(plan, i, x, out, state) + at.c_skip * x
 
@@ -152,8 +155,8 @@ class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
 
 
 class TCDRow(NamedTuple):
-    """``middle``, the timestep s, and its roots ``signal_middle`` and ``noise_middle``; ``keep`` and ``fresh``, what
-    x_s and fresh noise are multiplied by on the way up, and ``noisy``, whether there is any: not in the last row, nor
+    """``middle``: the timestep s; ``signal_middle`` and ``noise_middle``: its rates; ``keep`` and ``fresh``: factors of
+    x_s and of fresh noise on the way up; ``noisy``: True if there is fresh noise, which is not so in the last row nor
     with eta 0."""
 
     middle: Tensor
@@ -166,17 +169,17 @@ class TCDRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TCD(Distilled[TCDRow, tuple[()]]):
-    """From timestep t, on the way to the next one p, the model's x0 and epsilon are put together at s = (1 - eta) p,
-    which is less noisy than p; fresh noise then leads from s back up to p:
+    """TCD sampler. On the way from timestep t to the next one, p, the model's x0 and epsilon are combined at
+    s = (1 - eta) p, which is less noisy than p. Fresh noise then leads from s back up to p:
 
         x_s = sqrt(alpha_bar_s) * x0 + sqrt(1 - alpha_bar_s) * epsilon
         x_p = sqrt(alpha_bar_p / alpha_bar_s) * x_s + sqrt(1 - alpha_bar_p / alpha_bar_s) * fresh noise
 
-    ``eta``: how much fresh noise, 0 to 1 (the paper's gamma): 0 is DDIM along the distilled timesteps, and 1 goes to
-    timestep 0 and back each time, as LCM does. The last step lands on timestep 0 and draws nothing. Like the reference,
-    TCD does not limit x0, whatever clip_sample and thresholding say in its config.
+    ``eta``: amount of fresh noise, 0 to 1 (the paper's gamma). 0 is DDIM along the distilled timesteps; 1 goes to
+    timestep 0 and back in every step, as LCM does. The last step lands on timestep 0 and draws nothing. As in the
+    reference, TCD does not limit x0, and ignores clip_sample and thresholding in its config.
 
-    ``like_diffusers``: a last step that is not known as such draws noise too, which counts for nothing.
+    ``like_diffusers``: a last step that is not recognized as such draws noise too, with factor 0.
     """
 
     eta: float = 0.3
@@ -215,8 +218,8 @@ class TCD(Distilled[TCDRow, tuple[()]]):
 
 
 class CMRow(NamedTuple):
-    """``scale``: what the model's input is divided by; ``skip`` and ``scaled``, the c_skip and c_out above; ``fresh``,
-    what the noise of the way up is multiplied by. One row alone draws no noise."""
+    """``scale``: divisor of the model's input; ``skip`` and ``scaled``: the c_skip and c_out above; ``fresh``: factor
+    of the fresh noise. A plan of a single row draws no noise."""
 
     scale: Tensor
     skip: Tensor
@@ -226,13 +229,15 @@ class CMRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CM(Limited[CMRow, tuple[()]]):
-    """``train_steps``: at how many sigmas, from ``sigma_max`` to ``sigma_min``, the model was trained, evenly spaced in
-    sigma**(1/rho) (Karras et al. 2022); a run visits some of them, and the model is told 250 * log(sigma). ``s_noise``
-    scales the fresh noise. ``clip`` is 1 unless told otherwise: these models make pixels. Given timesteps number the
-    sigmas of training from the top, so that 0 is sigma_max. The model's schedule plays no part.
+    """Sampler for consistency models trained in sigma.
 
-    ``like_diffusers`` refuses the values of sigma_min where rounding makes the last step NaN, and begins with noise
-    times sigma_max, also where given timesteps begin lower.
+    ``train_steps``: number of sigmas of training, from ``sigma_max`` to ``sigma_min``, evenly spaced in
+    sigma**(1/rho) (Karras et al. 2022). A run visits some of them; the model's time input is 250 * log(sigma).
+    ``s_noise`` scales the fresh noise. ``clip`` is 1 by default, since these models work on pixels. Given timesteps are
+    indices of the training sigmas counted from the top, so that 0 is sigma_max. The model's schedule is not used.
+
+    ``like_diffusers`` rejects values of sigma_min for which rounding makes the last step NaN, and starts with noise
+    times sigma_max even if the given timesteps start lower.
     """
 
     space: ClassVar[Space] = "sigma"
@@ -264,7 +269,7 @@ class CM(Limited[CMRow, tuple[()]]):
         return x / plan.at(i).scale
 
     def denoised(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        """The consistency function, limited."""
+        """Return the consistency function, limited."""
         at = plan.at(i)
         return self.limit(at.scaled * out + at.skip * x)
 
@@ -275,12 +280,12 @@ class CM(Limited[CMRow, tuple[()]]):
         return self.between(s, sigmas, sigmas[0].item() if lower else self.sigma_max)
 
     def between(self, s: Floats, sigmas: Tensor, highest: float) -> Levels:
-        """The levels of ``sigmas`` (n + 1,), whose first noise is times ``highest``; ``s`` (n,): in float64."""
+        """Return the levels of ``sigmas`` (n + 1,), with first noise times ``highest``. ``s`` (n,): in float64."""
         first = torch.tensor(highest, dtype=torch.float32, device="cpu")
         return Levels(torch.from_numpy(1000 * 0.25 * np.log(s + 1e-44)), sigmas[:-1], sigmas[1:], first)
 
     def _visited(self, given: Given) -> Floats:
-        """(n,) float64, falling."""
+        """Return the sigmas to visit, (n,) float64, falling."""
         total = self.train_steps
         if given.timesteps is None:
             steps = check_steps(given.steps, total)
@@ -291,7 +296,7 @@ class CM(Limited[CMRow, tuple[()]]):
         return self.karras(rows / (total - 1))
 
     def karras(self, places: Floats) -> Floats:
-        """(n,) float64: the sigmas at ``places`` between sigma_max (0) and sigma_min (1)."""
+        """Return the sigmas, (n,) float64, at ``places`` between sigma_max (0) and sigma_min (1)."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         sigmas: Floats = (high + places * (low - high)) ** self.rho
         return sigmas
@@ -309,7 +314,7 @@ class CM(Limited[CMRow, tuple[()]]):
 
 
 def check_karras(sigma_min: float, sigma_max: float, sigma_data: float, rho: float) -> None:
-    """Raise ConfigError unless the options of a model that was trained in sigma make sense (Karras et al. 2022)."""
+    """Raise ConfigError unless the options of a model trained in sigma are consistent (Karras et al. 2022)."""
     falls = 0 < sigma_min < sigma_max
     check(falls, f"sigma_min={sigma_min} and sigma_max={sigma_max} must rise from above 0")
     check(sigma_data > 0, f"sigma_data={sigma_data} must be positive")

@@ -1,18 +1,18 @@
-"""DDIM: the same marginals as DDPM, but a path that needs no new noise (Song et al. 2021).
+"""DDIM: the marginals of DDPM, along a path that needs no fresh noise (Song et al. 2021).
 
-From the model's x0 and epsilon, the next sample is put together afresh (equation 12):
+The next sample is composed of the model's x0 and epsilon (equation 12):
 
     x_to = sqrt(alpha_bar_to) * x0  +  sqrt(1 - alpha_bar_to - std**2) * epsilon  +  std * fresh noise
 
 with std = eta * sqrt((1 - alpha_bar_to) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_to)) (equation 16). eta 0 is
 deterministic, and eta 1 is DDPM.
 
-After the last row there is no timestep to land on. In other programs' prints it is negative there (-19 after 1 with 50
-steps: one interval below); that stands for "past the end", where alpha_bar is 1 (``set_alpha_to_one``) or that of
-timestep 0, which Stable Diffusion ships.
+After the last row there is no timestep to land on. Other programs list a negative one (-19 after 1 with 50 steps, one
+interval below). It means "past the end", where alpha_bar is 1 (``set_alpha_to_one``) or that of timestep 0, as Stable
+Diffusion is configured.
 
-Without noise the path can be walked either way (section 5.4): the inverse leads from a picture to the noise that DDIM
-would have made it of, with which editing by inversion begins.
+Without noise the path can be followed in both directions (section 5.4). The inverse leads from a picture to the noise
+from which DDIM would generate it, the starting point of editing by inversion.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
-    """``eta``: how much fresh noise, 0 (none) to 1 (as DDPM). ``use_clipped``: derive epsilon again from the limited
-    x0, as GLIDE does. ``set_alpha_to_one``: alpha_bar after the last row is 1 instead of that of timestep 0.
+    """DDIM sampler. ``eta``: amount of fresh noise, 0 (none) to 1 (as DDPM). ``use_clipped``: derive epsilon again from
+    the limited x0, as GLIDE does. ``set_alpha_to_one``: alpha_bar after the last row is 1 instead of that of timestep
+    0.
 
-    ``like_diffusers`` lands every step T // steps below its timestep, where trailing and linspace spacing put the
-    next row elsewhere, and refuses the rows where rounding makes it NaN.
+    ``like_diffusers``: every step lands T // steps below its timestep, although trailing and linspace spacing have
+    their next row elsewhere, and rows for which rounding gives NaN are rejected.
     """
 
     takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
@@ -85,14 +86,14 @@ class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
 
 @dataclass(frozen=True, kw_only=True)
 class DDIMInverse(Timesteps[Row, tuple[()]], Clipped[Row, tuple[()]]):
-    """DDIM run backwards. The rows rise from the picture on; the sample that comes in at a row has the noise of the row
-    before, and the model is told the timestep of the row at which the step lands, as is the custom.
+    """DDIM run backwards. The rows rise, starting at the picture. The input sample of a row has the noise level of the
+    row before, and the model is called with the timestep at which the step lands, as is customary.
 
-    ``set_alpha_to_one``: the picture's own alpha_bar, before the first row, is 1 instead of that of timestep 0.
+    ``set_alpha_to_one``: the picture's alpha_bar, before the first row, is 1 instead of that of timestep 0.
 
-    ``like_diffusers`` takes the sample that comes in to lie T // steps below the row's timestep, where trailing
-    spacing puts the row before elsewhere; the row too many that trailing has for some numbers of steps, at timestep
-    -1, is taken for the last timestep of training.
+    ``like_diffusers``: the input sample is assumed to lie T // steps below the row's timestep, although trailing
+    spacing has the previous row elsewhere. The surplus row of trailing for some step counts, at timestep -1, is taken
+    for the last timestep of training.
     """
 
     set_alpha_to_one: bool = False

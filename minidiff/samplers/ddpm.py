@@ -1,4 +1,4 @@
-"""DDPM: walk the training process backwards, one Gaussian at a time (Ho et al. 2020).
+"""DDPM: the training process in reverse, one Gaussian at a time (Ho et al. 2020).
 
 Given x_t and the model's x0, the sample one row further down is Gaussian with a known mean (equation 7):
 
@@ -26,7 +26,7 @@ from minidiff.schedule import NoiseSchedule
 
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
-MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is wanted
+MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is needed
 FIXED_LARGE_LOG = "variance_type='fixed_large_log' gives NaN in diffusers 0.42.1: use fixed_large, which it stands for"
 
 
@@ -44,10 +44,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
-    """``variance``: fixed_small, fixed_large, their _log forms (the same by way of the logarithm), learned, or
-    learned_range; the learned ones need a model with twice the channels, whose second half is the variance.
+    """DDPM sampler. ``variance``: fixed_small, fixed_large, their _log forms (the same, computed through the
+    logarithm), learned, or learned_range. The learned ones need a model with twice the channels, whose second half is
+    the variance.
 
-    ``like_diffusers`` refuses fixed_large_log, which is NaN there.
+    ``like_diffusers`` rejects fixed_large_log, which is NaN in diffusers.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
@@ -92,18 +93,18 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
         )
 
     def _std(self, small: Tensor, beta: Tensor) -> Tensor:
-        """(n,) what noise is multiplied by; for a learned variance the model says, and this row only shows a bound."""
+        """Return the factors of the noise, (n,). For a learned variance they come from the model; these are a bound."""
         if self.variance in ("fixed_small_log", "fixed_large_log"):
             return torch.exp(0.5 * torch.log(small if self.variance == "fixed_small_log" else beta))
         return (beta if self.variance == "fixed_large" else small) ** 0.5
 
     def _split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The prediction and, where the variance is learned, the model's word on it."""
+        """Return the prediction, and the model's variance output if the variance is learned."""
         learned = self.variance.startswith("learned")
         return split_variance(x, out, f"variance={self.variance!r}") if learned else (out, out)
 
     def _deviation(self, at: Row, learned: Tensor) -> Tensor:
-        """The standard deviation of a row: a 0-dim entry, or what the model says for every pixel."""
+        """Return the standard deviation of a row: a 0-dim entry, or one predicted for every pixel."""
         if self.variance == "learned":
             return learned**0.5
         if self.variance == "learned_range":
@@ -113,8 +114,8 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
 
 
 def split_variance(x: Tensor, out: Tensor, option: str) -> tuple[Tensor, Tensor]:
-    """The prediction and the variance in ``out`` (B, 2C, ...) for ``x`` (B, C, ...). Raises ConfigError for another
-    number of channels, naming the ``option`` that asks for them."""
+    """Split ``out`` (B, 2C, ...) for ``x`` (B, C, ...) into prediction and variance. Raises ConfigError for another
+    number of channels, naming the ``option`` that requires them."""
     wanted = 2 * x.shape[1]
     check(out.shape[1] == wanted, f"{option} needs {wanted} output channels, got {out.shape[1]}")
     mean, variance = torch.split(out, x.shape[1], dim=1)

@@ -1,16 +1,16 @@
 """DEIS: exponential integration with a polynomial in log rho (Zhang & Chen 2023, "Fast Sampling of Diffusion Models").
 
-With rho = noise / signal (sigma, as it is called elsewhere), the sample divided by its signal moves by
+With rho = noise / signal (called sigma elsewhere), the sample divided by its signal changes by
 
     d (x / signal) = epsilon d rho
 
 DEIS replaces epsilon by the polynomial in log rho through its latest one to three values ("log-rho", section 4 and
-appendix). Each of them then counts with the integral, over the step, of Lagrange's polynomial in log rho:
+appendix). The weight of each value is the integral, over the step, of Lagrange's polynomial in log rho:
 
     2 values: integral of (log t - log c) / (log b - log c) dt        = t (log t - log c - 1) / (log b - log c)
     3 values: integral of (log t - log c)(log t - log d) / ((log b - log c)(log b - log d)) dt
 
-A log rho has no value at rho 0: the last step lands on the smallest sigma of training.
+log rho is not defined at rho 0, so the last step lands on the smallest sigma of training.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DEIS(Lambdas[Row, Outputs]):
-    """The options are those of :class:`Lambdas`, and ``solver_order``: how many of the latest outputs a step uses.
-    ``lower_order_final``: with fewer than 15 steps the last two are of order 1 and 2 at most.
+    """DEIS sampler. Options: those of :class:`Lambdas`, and ``solver_order``, the number of latest outputs that a step
+    uses. ``lower_order_final``: with fewer than 15 steps the last two are of order 2 and 1 at most.
 
-    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta is there twice, so that the
+    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
     last step does nothing.
     """
 
@@ -67,7 +67,7 @@ class DEIS(Lambdas[Row, Outputs]):
     def step(
         self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
     ) -> tuple[Tensor, Outputs]:
-        """Everything in the dtype of ``x``; epsilon is made of x0, also where the model predicts it."""
+        """Compute in the dtype of ``x``. epsilon is derived from x0, even if the model predicts epsilon."""
         at = plan.at(i)
         m = epsilon_from_x0(x, self.denoised(plan, i, x, out, state), plan.signal[i], plan.noise[i])
         outputs = (*state, m)[-self.solver_order :]
@@ -87,15 +87,15 @@ class DEIS(Lambdas[Row, Outputs]):
 
 
 def coefficients(levels: Levels) -> list[dict[str, Tensor]]:
-    """The columns of :class:`Row` for steps of order 1, 2 and 3."""
+    """Return the columns of :class:`Row` for steps of order 1, 2 and 3."""
     (signal, noise), (to_signal, to_noise) = rates(levels.here), rates(levels.to)
     h = levels.h
     to, s0 = to_noise / to_signal, noise / signal
-    s1 = earlier(s0)  # the first rows, which have no history, are there to keep the length
+    s1 = earlier(s0)  # the first rows have no history, and only keep the length
     s2 = earlier(s1)
 
     def over(*points: Tensor) -> Tensor:
-        """The integral from s0 to the next rho of the polynomial that is 1 at the first point and 0 at the others."""
+        """Integrate, from s0 to the next rho, the polynomial that is 1 at the first point and 0 at the others."""
         integral = integral_of_two if len(points) == 2 else integral_of_three
         return integral(to, *points) - integral(s0, *points)
 
@@ -123,5 +123,5 @@ def integral_of_three(t: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def log(x: Tensor) -> Tensor:
-    """numpy's logarithm, in float32 as torch's, with other last bits."""
+    """Return numpy's float32 logarithm, whose last bits differ from torch's."""
     return torch.from_numpy(np.log(x.numpy()))

@@ -5,9 +5,9 @@ middle, the geometric mean of both sigmas; the slope there serves for the whole 
 
     x_mid = x + slope(x, sigma) * (sigma_mid - sigma)          x_to = x + slope(x_mid, sigma_mid) * (sigma_to - sigma)
 
-sigma_to is the next sigma, or, for the ancestral form, the sigma_down from which fresh noise leads back up to the next
-(see euler.py). The model is asked at the timesteps of the middles too, which lie between those of the plan's ends. n
-steps make 2n - 1 calls: the last interval, to sigma 0, has no middle and is a single Euler step (as it is where given
+sigma_to is the next sigma or, for the ancestral form, the sigma_down from which fresh noise leads back up to the next
+(see euler.py). The model is also called at the timesteps of the middles, which lie between those of the intervals'
+ends. n steps make 2n - 1 calls: the last interval, to sigma 0, has no middle and is a single Euler step (also if given
 sigmas end above 0).
 """
 
@@ -28,16 +28,16 @@ from minidiff.schedule import NoiseSchedule
 
 
 class Row(NamedTuple):
-    """``dt``: what the slope is multiplied by, from the start of the interval; ``sigma_up``: what fresh noise is
-    multiplied by at the end of an interval (0 unless ancestral)."""
+    """``dt``: factor of the slope, from the start of the interval; ``sigma_up``: factor of fresh noise at the end of an
+    interval (0 unless ancestral)."""
 
     dt: Tensor
     sigma_up: Tensor
 
 
 class Split(NamedTuple):
-    """Of each interval, (n,) each: the middle sigma (of the last one its end, since it has no middle), where the step
-    lands, and the sigma of fresh noise."""
+    """For each interval, (n,) each: the middle sigma (for the last interval its end, since it has no middle), the sigma
+    on which the step lands, and the sigma of fresh noise."""
 
     middle: Tensor
     to: Tensor
@@ -46,13 +46,13 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DPM2(SpacedSigmas[Row, "Tensor | None"]):
-    """The options are those of :class:`SpacedSigmas`. The state, in the middle of an interval, is the sample at its
+    """DPM2 sampler. Options: see :class:`SpacedSigmas`. In the middle of an interval, the state is the sample at its
     start.
 
     ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
-    middles), although the sigmas are not; the timesteps of all but "timesteps" are float64; a picture gets the noise of
-    an interval's end in its middle; and see :class:`Sigmas`. (In the reference a run that starts in the middle of an
-    interval goes astray; here that is an error.)
+    middles), although the sigmas are not; timesteps are float64 with every sigma spacing but "timesteps"; a picture
+    that is put back in the middle of an interval gets the noise of its end; and see :class:`Sigmas`. (In the reference,
+    a run that starts in the middle of an interval gives a wrong result; here it is an error.)
     """
 
     order: ClassVar[int] = 2
@@ -72,7 +72,7 @@ class DPM2(SpacedSigmas[Row, "Tensor | None"]):
         return self.arrive(at, state + slope * at.dt, out, draw), None
 
     def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        """``x`` at the end of an interval."""
+        """Return ``x`` at the end of an interval."""
         return x
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -91,7 +91,7 @@ class DPM2(SpacedSigmas[Row, "Tensor | None"]):
         return at._replace(put=put, beside={"up": interleave(torch.zeros_like(up), up)})
 
     def split(self, s: Tensor) -> Split:
-        """The intervals between ``s`` (n + 1,)."""
+        """Return the intervals between the sigmas ``s`` (n + 1,)."""
         middle = s.log().lerp(s.roll(1).log(), 0.5).exp()[1:]
         middle[-1] = s[-1]
         return Split(middle, s[1:], torch.zeros_like(middle))
@@ -103,8 +103,8 @@ class DPM2(SpacedSigmas[Row, "Tensor | None"]):
 
 @dataclass(frozen=True, kw_only=True)
 class DPM2Ancestral(DPM2):
-    """The options and ``like_diffusers`` are those of :class:`DPM2`. Noise is drawn at the end of every interval but
-    the last."""
+    """Ancestral DPM2. Options and ``like_diffusers``: see :class:`DPM2`. Noise is drawn at the end of every interval
+    but the last."""
 
     def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
         return x + draw(out) * at.sigma_up
@@ -127,13 +127,13 @@ class DPM2Ancestral(DPM2):
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
-    """(2n - 1,): the entries of two (n,) rows by turns, the last of ``second`` left out."""
+    """Interleave two (n,) rows to (2n - 1,), leaving out the last entry of ``second``."""
     return torch.stack([first, second], dim=1).flatten()[:-1]
 
 
 def timesteps_between(sigmas: Tensor, logs: Tensor) -> Tensor:
-    """(n,): the fractional timesteps at which training's log sigmas ``logs`` (T,) are those of ``sigmas`` (n,): as
-    ``to_timesteps`` in levels.py, but all in float32, as the reference does it for the middles."""
+    """Return the fractional timesteps, (n,), at which training's log sigmas ``logs`` (T,) are those of ``sigmas``
+    (n,). Like ``to_timesteps`` in levels.py, but in float32, as the reference computes the middles."""
     log_sigma = torch.from_numpy(np.log(sigmas.clamp(min=1e-10).numpy()))
     below = (log_sigma[None] - logs[:, None] >= 0).cumsum(dim=0).argmax(dim=0).clip(max=len(logs) - 2)
     low, high = logs[below], logs[below + 1]

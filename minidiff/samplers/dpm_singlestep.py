@@ -1,10 +1,10 @@
 """DPM-Solver and DPM-Solver++, singlestep (Lu et al. 2022a, algorithms 1 and 2; 2022b, algorithm 1: "2S").
 
-Where the multistep method remembers, this one starts afresh: the calls come in groups of one to three, and each step
-of a group goes from the group's first sample, with one output more than the step before, to its own point. So the
-last call of a group of k gives a step of order k over all of its interval: four calls in groups of 2 have the orders
-1, 2, 1, 2. With D0 the group's first output, D1 and D2 its differences in units of h, the coefficients are those of
-dpm_solver.py.
+Unlike the multistep method, this one keeps no history across groups. The calls form groups of one to three, and each
+step of a group goes from the group's first sample to its own point, with one more output than the step before. The
+last call of a group of k thus gives a step of order k over its whole interval: four calls in groups of 2 have the
+orders 1, 2, 1, 2. With D0 the group's first output, and D1 and D2 its differences in units of h, the coefficients are
+those of dpm_solver.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The latest outputs, oldest first, and the sample with which the group began."""
+    """The latest outputs, oldest first, and the sample at the start of the group."""
 
     outputs: Outputs = ()
     base: Tensor | None = None
@@ -45,11 +45,12 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverSinglestep(DPMOptions[Row, Group]):
-    """Options as in :class:`DPMOptions`, but for algorithm "sde-dpmsolver", euler_at_final and sigma spacing "lu".
+    """Singlestep DPM-Solver. Options as in :class:`DPMOptions`, except algorithm "sde-dpmsolver", euler_at_final and
+    sigma spacing "lu".
 
-    ``lower_order_final``: the last groups are smaller, so that any number of steps can be had; without it, a number
-    that groups of ``solver_order`` do not divide, and any way to sigma 0, has them nevertheless. In a run that begins
-    inside a group (image to image) that group is smaller.
+    ``lower_order_final``: the last groups are smaller, which allows any number of steps. Without it they are smaller
+    only if ``solver_order`` does not divide the number of steps, or if the run ends at sigma 0. In a run that starts
+    inside a group (img2img), that group is smaller.
 
     ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ (heun) has -1/2 where it should be +1/2, and see
     :class:`Lambdas`.
@@ -64,7 +65,7 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
         return Group()
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Group, draw: Draw) -> tuple[Tensor, Group]:
-        """Everything in the dtype of ``x``."""
+        """Compute in the dtype of ``x``."""
         m, at = self.convert(plan, i, x, out, state), plan.at(i)
         outputs = (*state.outputs, m)[-self.solver_order :]
         order = min(at.order, len(outputs))
@@ -91,7 +92,7 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
         return Row(orders, **{name: torch.stack([c[name] for c in by_order], dim=1) for name in by_order[0]})
 
     def _coefficients(self, k: int, at: Levels, orders: tuple[int, ...]) -> dict[str, Tensor]:
-        """The columns of steps of order ``k``, (n,) each."""
+        """Return the columns of steps of order ``k``, (n,) each."""
         now = torch.arange(len(orders), device="cpu")
         first, second = (now - (k - 1)).clamp(min=0), (now - (k - 2)).clamp(min=0, max=len(orders) - 1)
         lambdas, h = lambda_of(at.here), lambda_of(at.to) - lambda_of(at.here)[first]

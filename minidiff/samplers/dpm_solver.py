@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, multistep (Lu et al. 2022a, 2022b): x's own part solved exactly, the model's by Taylor.
+"""DPM-Solver and DPM-Solver++, multistep (Lu et al. 2022a, 2022b): exponential integrators in lambda.
 
 From lambda to lambda + h (levels.py), the equation for x with the model's x0 has the solution
 
@@ -9,15 +9,15 @@ latest value, D1 and D2 its divided differences in units of h. Then the integral
 
     (1 - exp(-h)) D0 + ((exp(-h) - 1) / h + 1) D1 - ((exp(-h) - 1 + h) / h**2 - 1/2) D2      of order 1, 2, 3
 
-("heun" takes that D1; "midpoint" takes (1 - exp(-h)) / 2, equal up to O(h**2)). For the third order Taylor's formula
-has the second derivative where D2 stands here, which is twice as much: k-diffusion and diffusers leave the 2 out, and
-so does this, as it is what goes by the name of 3M. On a Gaussian its error falls with order 2, a little below that of
-2M; twice the D2 would make it 3 (tests/unit/test_order_of_accuracy.py). DPM-Solver (2022a) does the same with
-epsilon, where signal and noise change places and h its sign. The sde forms solve the reverse stochastic equation
-(2022b, appendix): twice the h in the exponentials, and fresh noise at every step.
+("heun" uses this D1 term; "midpoint" uses (1 - exp(-h)) / 2, equal up to O(h**2)). For the third order, Taylor's
+formula has the second derivative in place of D2, which is 2 * D2. k-diffusion and diffusers omit the factor 2, and so
+does this module, since that is the method known as 3M. On a Gaussian its error falls with order 2, a little below that
+of 2M; with the factor the order would be 3 (tests/unit/test_order_of_accuracy.py). DPM-Solver (2022a) does the same
+with epsilon: signal and noise are exchanged, and h changes its sign. The sde forms solve the reverse stochastic
+equation (2022b, appendix): the exponentials have 2h, and every step adds fresh noise.
 
-The equation without fresh noise is the same in both directions: the inverse takes the same steps with negative h, from
-a picture to the noise it could have been made of, for editing by inversion.
+The equation without fresh noise can be solved in both directions. The inverse takes the same steps with negative h,
+from a picture to the noise that would generate it, for editing by inversion.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Multistep(NamedTuple):
 
 
 def multistep(at: Any, x: Tensor, outputs: Outputs) -> Tensor:
-    """The step of one row of :class:`Multistep` but for fresh noise, summed in the wider dtype."""
+    """Compute the step of one row of :class:`Multistep` without the fresh noise, summed in the wider dtype."""
     m, order = outputs[-1], min(at.order, len(outputs))
     after: Tensor = at.x_coef * x + meet(at.d0 * m, x)
     if order == 2:
@@ -75,14 +75,14 @@ def multistep(at: Any, x: Tensor, outputs: Outputs) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DPMOptions(Lambdas[R, S]):
-    """What the multistep and the singlestep method have in common.
+    """Base class of the multistep and the singlestep method.
 
-    ``solver_order``: how many of the latest outputs a step uses. ``algorithm``: "++" predicts x0, without it epsilon;
-    "sde" adds fresh noise at every step. ``solver_type`` as above, for order 2. ``euler_at_final``: the last step is of
-    order 1 always, as it is for ``final_sigma`` "zero", which epsilon can't reach. ``sigma_spacing`` "lu" is even in
-    lambda, over all of training (sigma_min and sigma_max play no part). ``lambda_min_clipped``: timesteps of lower
-    lambda are left out (cosine schedules; with spacing by timesteps only). ``learned_variance``: the model has twice
-    the channels, the second half unused.
+    ``solver_order``: number of latest outputs that a step uses. ``algorithm``: the names with "++" combine x0, the
+    others epsilon; "sde" adds fresh noise at every step. ``solver_type`` as above, for order 2. ``euler_at_final``: the
+    last step is always of order 1, as it is for ``final_sigma`` "zero", which epsilon cannot reach. ``sigma_spacing``
+    "lu" is even in lambda, over all of training (sigma_min and sigma_max are not used). ``lambda_min_clipped``:
+    timesteps with lower lambda are left out (cosine schedules; only with spacing by timesteps). ``learned_variance``:
+    the model has twice the channels, and the second half is not used.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
@@ -122,18 +122,18 @@ class DPMOptions(Lambdas[R, S]):
         return super().denoised(plan, i, x, self._mean(x, out), state)
 
     def convert(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
-        """The model output as what the algorithm combines: x0, or epsilon."""
+        """Convert the model output to the quantity that the algorithm combines: x0 or epsilon."""
         if self.predicts_x0:
             return self.denoised(plan, i, x, out, state)
         return limited_epsilon(self, plan, i, x, self._mean(x, out))
 
     def _mean(self, x: Tensor, out: Tensor) -> Tensor:
-        """The prediction without the learned variance."""
+        """Return the prediction without the learned variance."""
         return split_variance(x, out, "learned_variance=True")[0] if self.learned_variance else out
 
 
 def limited_epsilon(method: Lambdas[Any, Any], plan: Plan[Any], i: int, x: Tensor, out: Tensor) -> Tensor:
-    """The epsilon that ``out`` stands for, after the threshold of its x0 if there is one."""
+    """Convert ``out`` to epsilon, after thresholding its x0 if that is enabled."""
     signal, noise = plan.signal[i], plan.noise[i]
     epsilon = to_epsilon(plan.prediction, x, out, signal, noise)
     if method.threshold is None:
@@ -142,13 +142,13 @@ def limited_epsilon(method: Lambdas[Any, Any], plan: Plan[Any], i: int, x: Tenso
 
 
 def check_order(order: int) -> None:
-    """Raise ConfigError for an order that no formula is there for."""
+    """Raise ConfigError for an order without a formula."""
     check(1 <= order <= 3, f"solver_order={order} must be 1, 2 or 3")
 
 
 def lu(table: Floats, n: int) -> Floats:
-    """(n,) float64 falling over all of ``table``, evenly spaced in lambda = -log sigma (Lu et al. 2022): as the
-    exponential curve, from logarithms in float32."""
+    """Return (n,) float64 sigmas falling over all of ``table``, evenly spaced in lambda = -log sigma (Lu et al. 2022):
+    the exponential curve, computed from float32 logarithms."""
     high, low = float(np.log(table[-1:])[0]), float(np.log(table[:1])[0])
     sigmas: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
     return sigmas
@@ -156,8 +156,8 @@ def lu(table: Floats, n: int) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolver(DPMOptions[Multistep, Outputs]):
-    """DPM++ 2M as it stands; the options make the others of the family. ``lower_order_final``: with fewer than 15 steps
-    the last two are of order 1 and 2 at most.
+    """DPM++ 2M by default; the options give the rest of the family. ``lower_order_final``: with fewer than 15 steps
+    the last two are of order 2 and 1 at most.
 
     ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ has -1/2 where the expansion of the exponential (and
     k-diffusion) has +1/2; with lambda_min_clipped, trailing spacing has fewer rows than steps; "lu" rounds its
@@ -167,7 +167,7 @@ class DPMSolver(DPMOptions[Multistep, Outputs]):
     def step(
         self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
     ) -> tuple[Tensor, Outputs]:
-        """x0 is made in the model's dtype; the sum is in float32."""
+        """Compute x0 in the model's dtype, and the sum in float32."""
         m, at = self.convert(plan, i, x, out, state), plan.at(i)
         outputs = (*state, m)[-self.solver_order :]
         after = multistep(at, upcast(x), outputs)
@@ -191,21 +191,21 @@ class DPMSolver2MSDE(DPMSolver):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolver3MSDE(DPMSolver2MSDE):
-    """DPM++ 3M SDE: the same of order 3."""
+    """DPM++ 3M SDE: :class:`DPMSolver2MSDE` with order 3."""
 
     solver_order: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSolverInverse(DPMSolver):
-    """Options as in :class:`DPMSolver`, but for the sde algorithms (their noise can't be taken back) and sigma spacing
-    "lu". ``final_sigma`` is where the walk begins: "sigma_min" always. The last step lands on the largest sigma of
-    training.
+    """DPM-Solver run backwards, from a picture to noise. Options as in :class:`DPMSolver`, except the sde algorithms
+    (their noise cannot be undone) and sigma spacing "lu". ``final_sigma`` is the start of the run, always "sigma_min".
+    The last step lands on the largest sigma of training.
 
-    ``like_diffusers``: steps are made in the dtype of x, half precision too, whose rounding they blow up; karras,
-    exponential, beta and trailing are there a step before, so that the last one does nothing; sigma_min and sigma_max
-    change places; and where rounding makes two timesteps of karras equal, one is dropped from the timesteps, but not
-    from the sigmas, which go with the wrong rows from there on.
+    ``like_diffusers``: steps are computed in the dtype of x, even in half precision, whose rounding errors they
+    amplify; karras, exponential, beta and trailing reach the end one step early, so that the last step does nothing;
+    sigma_min and sigma_max are exchanged; and if rounding makes two timesteps of karras equal, one is dropped from the
+    timesteps but not from the sigmas, which are off by one row from there on.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps",)
@@ -223,14 +223,14 @@ class DPMSolverInverse(DPMSolver):
     def step(
         self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
     ) -> tuple[Tensor, Outputs]:
-        """In float32, since the first steps multiply the difference of x and x0 by 10 and more."""
+        """Compute in float32, since the first steps multiply the difference of x and x0 by 10 and more."""
         seen, said = (x, out) if self.like_diffusers else (upcast(x), upcast(out))
         outputs = (*state, self.convert(plan, i, seen, said, state))[-self.solver_order :]
         after = multistep(plan.at(i), seen, outputs)
         return after if self.like_diffusers else after.to(out.dtype), outputs
 
     def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
-        """From the picture up."""
+        """Return the timesteps and sigmas to visit, from the picture upwards."""
         n = check_steps(given.steps, len(table))
         if self.sigma_spacing == "timesteps":
             t = self.spaced(len(table), n, last)
@@ -244,12 +244,12 @@ class DPMSolverInverse(DPMSolver):
         return t, sigmas.astype(np.float32)
 
     def spaced(self, total: int, steps: int | None, last: int) -> Floats:
-        """(n,) int64, rising: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
+        """Return (n,) int64, rising: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
         n = check_steps(steps, total)
         if self.spacing == "trailing":
             step = total / n if self.like_diffusers else last / (n + 1)
             t = np.arange(last, 0, -step).round()[::-1] - 1
-            t = t if self.like_diffusers else t[-n - 1 : -1]  # without the top, where the last step lands
+            t = t if self.like_diffusers else t[-n - 1 : -1]  # without the top, on which the last step lands
         elif self.spacing == "leading":
             t = np.arange(n) * (last // (n + 1)) + self.steps_offset
         else:
@@ -257,11 +257,11 @@ class DPMSolverInverse(DPMSolver):
         return self.visited_once(t.astype(np.int64), n)
 
     def curve(self, n: int, table: Floats) -> Floats:
-        """(n,) float64 sigmas of the chosen spacing, from the bottom up."""
+        """Return (n,) float64 sigmas of the chosen spacing, from the bottom up."""
         low_and_high = (self.sigma_max, self.sigma_min) if self.like_diffusers else (self.sigma_min, self.sigma_max)
         low, high = (float(table[k]) if end is None else end for k, end in zip((0, -1), low_and_high, strict=True))
         check(self.like_diffusers or low <= high, f"{self.name}: sigma_min={low:g} is above sigma_max={high:g}")
-        return CURVES[self.sigma_spacing](high, low, n)  # upside down
+        return CURVES[self.sigma_spacing](high, low, n)  # the ends are exchanged on purpose: the curve rises
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
         t = to_timesteps(sigmas, table)
@@ -278,7 +278,7 @@ class DPMSolverInverse(DPMSolver):
 
 
 class Exponentials(NamedTuple):
-    """What x, D0, D1 (of both solver types), D2 and fresh noise are multiplied by, (n,) each."""
+    """Factors of x, D0, D1 (for both solver types), D2 and fresh noise, (n,) each."""
 
     x_coef: Tensor
     d0: Tensor
@@ -292,7 +292,7 @@ Rates = tuple[Tensor, Tensor]
 
 
 def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_diffusers: bool) -> Exponentials:
-    """The coefficients of steps of length ``h`` from one (signal, noise) to another, all (n,)."""
+    """Return the coefficients of steps of length ``h`` from one (signal, noise) to another, all (n,)."""
     (signal, noise), (to_signal, to_noise) = here, to
     fresh = torch.zeros_like(h)
     if algorithm == "dpmsolver++":
@@ -321,8 +321,8 @@ def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_d
 
 
 def multistep_rows(method: Any, orders: tuple[int, ...], parts: Exponentials, h: Tensor, kind: SolverType) -> Multistep:
-    """The rows for steps of length ``h`` (n,). Raises ConfigError where one that is used is not finite."""
-    h_0 = earlier(h)  # the first row, which has no history, is there to keep the length
+    """Return the rows for steps of length ``h`` (n,). Raises ConfigError if a coefficient in use is not finite."""
+    h_0 = earlier(h)  # the first row has no history, and only keeps the length
     r0, r1 = h_0 / h, earlier(h_0) / h
     d1 = parts.d1_midpoint if kind == "midpoint" else parts.d1_heun
     share, inv_r = r0 / (r0 + r1), 1.0 / (r0 + r1)

@@ -1,10 +1,10 @@
 """DPM++ SDE: the second-order singlestep method with fresh noise (k-diffusion's sample_dpmpp_sde, Katherine Crowson).
 
-Each interval from sigma to sigma_to takes two model calls: one at its start, from which an ancestral step (as Euler
-ancestral splits it, but along the exact solution in log sigma) leads to the middle, halfway in log sigma; and one
-there, whose x0 takes the place of the first in a step over the whole interval. The noise of both comes from one
-Brownian path with sigma as its time: the second step's holds the first's. n steps make 2n - 1 model calls, the last of
-which, to sigma 0, is Euler's.
+Each interval from sigma to sigma_to takes two model calls. From the first, at its start, an ancestral step (split as in
+Euler ancestral, but along the exact solution in log sigma) leads to the middle, halfway in log sigma. The x0 of the
+second call, in the middle, replaces the first in a step over the whole interval. The noise of both steps comes from one
+Brownian path with sigma as its time, so that the noise of the second step includes that of the first. n steps make
+2n - 1 model calls; the last step, to sigma 0, is an Euler step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minidiff.samplers.method import Draw, Given, Levels, Plan, Put, check_finit
 from minidiff.schedule import NoiseSchedule
 
 Path = tuple[tuple[int, float], Increment]
-"""The seed and deviation of a Brownian path's first draw, and the nodes that make up one increment."""
+"""Seed and standard deviation of a Brownian path's first draw, and the nodes of one increment."""
 
 
 class Row(NamedTuple):
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class State(NamedTuple):
-    """Inside an interval: the sample at which it began, and the noise drawn there. Between intervals: None."""
+    """Inside an interval: the sample at its start, and the noise drawn there. Between intervals: None."""
 
     base: Tensor | None = None
     noise: Tensor | None = None
@@ -51,12 +51,13 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMSDE(SpacedSigmas[Row, State]):
-    """The options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``: the path is that
-    of this seed, as torchsde draws it, one for the whole batch (None: it is made of the run's own draws).
+    """DPM++ SDE sampler. Options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``:
+    seed of the Brownian path, drawn as in torchsde, one for the whole batch (None: the path consists of the run's own
+    draws).
 
     ``like_diffusers``: timesteps are float64; a picture that is put back in the middle of an interval has the noise of
-    its end; and see :class:`Sigmas`. diffusers without a seed takes one from torch's global generator: those pictures
-    can't be had again there, and not here.
+    its end; and see :class:`Sigmas`. Without a seed, diffusers takes one from torch's global generator: such pictures
+    cannot be reproduced, neither there nor here.
     """
 
     order: ClassVar[int] = 2
@@ -72,7 +73,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         return State()
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
-        """Everything in the dtype of ``x``."""
+        """Compute in the dtype of ``x``."""
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
         if i == len(plan) - 1:  # to sigma 0
             return x + (x - x0) / plan.levels.here[i] * at.dt, state
@@ -84,7 +85,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         return after, State() if i % 2 else State(x, noise)
 
     def _noise(self, at: Row, x: Tensor, state: State, draw: Draw) -> Tensor:
-        """Standard normal: the path's increment over the row's step by the root of its length."""
+        """Return standard normal noise: the path's increment over the row's step, divided by the root of its length."""
         if at.path is not None:
             root, increment = at.path
             return draw_increment(root, increment, x) * -1.0 / at.root_dt
@@ -92,7 +93,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         return fresh if state.noise is None else at.first_part * state.noise + at.second_part * fresh
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        """2n - 1 rows, the middles among them."""
+        """Return the levels of 2n - 1 rows, including the middles."""
         table = sigma_table(schedule, self.last_alpha_bar)
         t, sigmas = self.visited(table, given)  # of the ends, in float64
         logs = -np.log(sigmas[:-1])
@@ -112,7 +113,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         return at._replace(put=put, beside={"start": start, "end": end})
 
     def visited(self, table: Floats, given: Given) -> tuple[Floats, Floats]:
-        """Timesteps (n,) and float64 sigmas (n + 1,)."""
+        """Return timesteps (n,) and float64 sigmas (n + 1,)."""
         if given.sigmas is not None:
             t, sigmas = super().visited(table, given)
             sigmas = sigmas.astype(np.float64)
@@ -136,7 +137,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         up = torch.minimum(at.to, (at.to**2 * (start**2 - at.to**2) / start**2) ** 0.5)
         down = -((at.to**2 - up**2) ** 0.5).log()
         length = (at.to - start).abs()
-        half = torch.cat([length[:1], length[:-1]])  # of an odd row: of the half before
+        half = torch.cat([length[:1], length[:-1]])  # odd rows: that of the half before
         coefs = {"x_coef": torch.exp(-down) / torch.exp(-now), "x0_coef": torch.expm1(now - down), "sigma_up": up}
         return Row(
             **{name: torch.cat([column[:-1], torch.zeros_like(column[-1:])]) for name, column in coefs.items()},
@@ -148,7 +149,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         )
 
     def _path(self, at: Levels, starts: list[float]) -> tuple[Path | None, ...]:
-        """The seeds of the draws for each row, which walks from a start down to where it lands; the last draws none."""
+        """Return the seeds of the draws for each row, from its start to where it lands; the last row draws none."""
         if self.noise_seed is None:
             return (None,) * len(starts)
         ends = torch.cat([at.beside["start"], at.beside["end"]])

@@ -1,14 +1,15 @@
-"""EDM: models that were trained in sigma itself (Karras et al. 2022), by Euler and by DPM-Solver++.
+"""EDM: samplers for models trained in sigma (Karras et al. 2022), by Euler's method and by DPM-Solver++.
 
-Such a model has no schedule of timesteps: it is trained at any sigma, told log(sigma) / 4, and wrapped so that what it
-sees and what it answers have unit variance (Karras, table 1; s is ``sigma_data``, the pictures' standard deviation):
+Such a model has no schedule of timesteps. It is trained at any sigma, takes log(sigma) / 4 as its time input, and is
+wrapped so that its input and output have unit variance (Karras, table 1; s is ``sigma_data``, the standard deviation of
+the pictures):
 
     seen = x / sqrt(sigma**2 + s**2)        x0 = c_skip * x + c_out * out
     c_skip = s**2 / (sigma**2 + s**2)       c_out = sigma * s / sqrt(sigma**2 + s**2)      (-c_out for v-prediction)
 
-So their samplers bring their own sigmas, and take from a schedule no more than what the model predicts: here "epsilon"
-and "v_prediction" are the two signs of c_out, and "sample" a model that answers x0 itself. Euler's step is that of
-euler.py; DPM-Solver++'s (Lu et al. 2022b, algorithm 2) that of dpm_solver.py, with signal 1 and noise sigma.
+The samplers therefore define their own sigmas, and use only the prediction type of a schedule: "epsilon" and
+"v_prediction" are the two signs of c_out, and "sample" is a model that predicts x0 itself. The Euler step is that of
+euler.py; the DPM-Solver++ step (Lu et al. 2022b, algorithm 2) is that of dpm_solver.py, with signal 1 and noise sigma.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ class Wrapping(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMOptions(Limited[R, S]):
-    """Options that both methods for such models share.
+    """Options common to both methods for such models.
 
-    ``sigma_spacing`` goes from ``sigma_max`` to ``sigma_min``: "karras" evenly in sigma**(1/rho), "exponential" evenly
-    in log sigma. ``final_sigma``: after that the last step lands on 0, or the last of the spacing is where it lands.
+    ``sigma_spacing`` goes from ``sigma_max`` to ``sigma_min``: "karras" is even in sigma**(1/rho), "exponential" in
+    log sigma. ``final_sigma``: the last step lands on 0 after the spacing, or on the last sigma of the spacing.
 
-    ``like_diffusers``: with final_sigma="sigma_min" the last step goes from there to itself; and given sigmas are
-    taken for places between sigma_max (0) and sigma_min (1), or, with exponential spacing, only counted. The first
-    noise is that of sigma_max, wherever they begin.
+    ``like_diffusers``: with final_sigma="sigma_min" the last step goes from there to itself. Given sigmas are taken for
+    positions between sigma_max (0) and sigma_min (1) or, with exponential spacing, only counted. The first noise is
+    that of sigma_max, even if they start lower.
     """
 
     space: ClassVar[Space] = "sigma"
     own_levels: ClassVar[bool] = True
-    places_in: ClassVar[torch.dtype]  # what the places of the sigmas are computed in
+    places_in: ClassVar[torch.dtype]  # the dtype in which the positions of the sigmas are computed
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -69,7 +70,7 @@ class EDMOptions(Limited[R, S]):
         check_karras(self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
 
     def wrapping(self, sigma: Tensor, prediction: Prediction) -> Wrapping:
-        """The columns at ``sigma`` (n,)."""
+        """Return the columns at ``sigma`` (n,)."""
         variance = sigma**2 + self.sigma_data**2
         c_in = 1 / variance**0.5
         if prediction == "sample":
@@ -91,12 +92,12 @@ class EDMOptions(Limited[R, S]):
         return self.between(s, highest)
 
     def between(self, s: Tensor, highest: float) -> Levels:
-        """The levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""
+        """Return the levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""
         top = torch.tensor(highest, dtype=torch.float64, device="cpu")
         return Levels(0.25 * torch.log(s[:-1]), s[:-1], s[1:], ((top**2 + 1) ** 0.5).float())
 
     def _spaced(self, given: Given) -> Tensor:
-        """(n + 1,) float32: the sigmas of the run, and where it lands."""
+        """Return the sigmas of the run and the one on which it lands, (n + 1,) float32."""
         if given.sigmas is None:
             n = check_steps(given.steps, MAX_STEPS)
             n += self.final_sigma == "sigma_min" and not self.like_diffusers  # one more, to land on
@@ -109,7 +110,7 @@ class EDMOptions(Limited[R, S]):
         return self.landed(sigmas)
 
     def sigmas_at(self, places: Tensor) -> Tensor:
-        """(n,) float32: the sigmas at ``places`` between sigma_max (0) and sigma_min (1)."""
+        """Return the sigmas, (n,) float32, at ``places`` between sigma_max (0) and sigma_min (1)."""
         if self.sigma_spacing == "karras":
             low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
             sigmas: Tensor = (high + places * (low - high)) ** self.rho
@@ -118,13 +119,13 @@ class EDMOptions(Limited[R, S]):
         return torch.linspace(low, high, len(places), dtype=torch.float32, device="cpu").exp().flip(0)
 
     def landed(self, sigmas: Tensor) -> Tensor:
-        """``sigmas`` and where the run lands: 0; the last of them; or what the reference takes for it."""
+        """Return ``sigmas`` with the one on which the run lands: 0, the last of them, or that of the reference."""
         if self.final_sigma == "zero":
             return torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
         return torch.cat([sigmas, self.last(sigmas).reshape(1)]) if self.like_diffusers else sigmas
 
     def last(self, sigmas: Tensor) -> Tensor:
-        """Where the reference's last step lands, with final_sigma="sigma_min"."""
+        """Return the sigma on which the reference's last step lands with final_sigma="sigma_min"."""
         return sigmas[-1]
 
 
@@ -145,7 +146,7 @@ class EulerRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMEuler(Churning, EDMOptions[EulerRow, tuple[()]]):
-    """The options: those of :class:`EDMOptions`, and the churn of :class:`~minidiff.samplers.euler.Euler`."""
+    """Euler sampler for EDM. Options: :class:`EDMOptions`, and the churn of :class:`~minidiff.samplers.euler.Euler`."""
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "sigmas")
     places_in: ClassVar[torch.dtype] = torch.float64
@@ -168,7 +169,7 @@ class EDMEuler(Churning, EDMOptions[EulerRow, tuple[()]]):
         return (x + slope * at.dt).to(out.dtype), state
 
     def denoised(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        """From the sample that the model saw, before any churn."""
+        """Compute x0 from the sample that the model saw, before any churn."""
         at, x = plan.at(i), upcast(x)
         return self.limit(at.c_skip * x + meet(at.c_out * out, x))
 
@@ -200,11 +201,11 @@ class MultistepRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
-    """The options: those of :class:`EDMOptions`, and
+    """DPM-Solver++ for EDM. Options: those of :class:`EDMOptions`, and
 
-    ``solver_order`` 1 to 3; ``sde``: with fresh noise at every step, up to order 2; ``heun``: another second-order
-    weight, where the default is the midpoint's. ``lower_order_final`` lowers the order of the last two steps where
-    there are fewer than 15, ``euler_at_final`` that of the last one always, as a landing on sigma 0 does anyway.
+    ``solver_order`` 1 to 3; ``sde``: fresh noise at every step, up to order 2; ``heun``: Heun's second-order weight
+    instead of the midpoint's. ``lower_order_final`` lowers the order of the last two steps if there are fewer than 15;
+    ``euler_at_final`` always lowers that of the last step, as landing on sigma 0 does in any case.
     """
 
     places_in: ClassVar[torch.dtype] = torch.float32

@@ -1,7 +1,7 @@
-"""What other programs call the samplers: AUTOMATIC1111, ComfyUI and k-diffusion, and the classes of diffusers.
+"""Names of the samplers in other programs: AUTOMATIC1111, ComfyUI, k-diffusion, and the classes of diffusers.
 
-Only for the line that refuses such a name: it says what to ask for here. No name is translated in silence, because the
-same method visits other noise levels there (``minidiff.conventions`` does as another program does).
+They are used only in error messages, to suggest the name here. No name is translated silently, because the same method
+visits other noise levels there (``minidiff.conventions`` reproduces other programs).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from minidiff.spelling import near
 
 Method = tuple[str, Mapping[str, Any]]
 
-# Spelt without capitals and signs, "++" as "pp": see _plain. A program's levels (Karras, Exponential) come behind.
+# In lower case and without punctuation, "++" as "pp": see _plain. The name of the levels (Karras, Exponential) follows.
 METHODS: Mapping[str, Method] = {
-    # A1111's and ComfyUI's, where they are not ours already
+    # names of A1111 and ComfyUI that differ from ours
     "eulera": ("euler_ancestral", {}),
     "eulerancestral": ("euler_ancestral", {}),
     "plms": ("pndm", {}),
@@ -51,10 +51,10 @@ METHODS: Mapping[str, Method] = {
     "tcdscheduler": ("tcd", {}),
 }
 LEVELS = {"karras": "karras", "ka": "karras", "exponential": "exponential", "beta": "beta"}
-# Ours that have no such levels, or choose among others.
+# Samplers here without such levels, or with a choice of others.
 OTHER_LEVELS: tuple[str, ...] = ("ddpm", "ddim", "pndm", "euler_ancestral", "lcm", "tcd", "cm", "ipndm", "ddim_inverse")
 OTHER_LEVELS += ("edm_euler", "edm_dpmpp_2m")
-# Methods that are not here at all, and which of ours is the nearest.
+# Methods that are not implemented, and the nearest one that is.
 ABSENT: Mapping[str, str] = {
     "dpmpp2sa": "dpmpp_2s",
     "dpmpp2sancestral": "dpmpp_2s",
@@ -67,7 +67,7 @@ ABSENT: Mapping[str, str] = {
 
 
 def meant(name: str, own: Collection[str]) -> tuple[str, dict[str, Any]] | None:
-    """The sampler of ours, one of ``own``, with its options, that other programs call ``name``; None for no such."""
+    """Return the sampler, one of ``own``, and the options that other programs call ``name``; None if there is none."""
     plain = _plain(name)
     ours: dict[str, Method] = {_plain(known): (known, {}) for known in own}
     methods = {**ours, **{called: method for called, method in METHODS.items() if method[0] in own}}
@@ -81,13 +81,13 @@ def meant(name: str, own: Collection[str]) -> tuple[str, dict[str, Any]] | None:
 
 
 def absent(name: str, own: Collection[str]) -> str | None:
-    """The nearest of ``own`` to a method of other programs that is not here; None for any other name."""
+    """Return the one of ``own`` that is nearest to a method not implemented here; None for any other name."""
     found = ABSENT.get(re.sub(f"({'|'.join(LEVELS)})$", "", _plain(name)))
     return found if found in own else None
 
 
 def suggestion(name: object, own: Collection[str]) -> str:
-    """The end of a line that refuses ``name``: which of ``own`` it is here, or may have meant; "" for none."""
+    """Return the end of an error message about ``name`` with a suggestion from ``own``; "" if there is none."""
     found = meant(name, own) if isinstance(name, str) else None
     if found is None:
         other = absent(name, own) if isinstance(name, str) else None

@@ -1,18 +1,18 @@
-"""Euler: solve the probability-flow equation in sigma by straight lines (Karras et al. 2022, algorithms 1 and 2).
+"""Euler's method for the probability-flow equation in sigma (Karras et al. 2022, algorithms 1 and 2).
 
-The path back to the picture is dx / d sigma = (x - x0) / sigma; a step follows that slope to the next sigma, the last
-of which is 0. With ``s_churn`` a step first adds a little noise, up to sigma_hat (algorithm 2, lines 4 to 6); as in
-the reference, the model has been asked before that.
+The path to the picture is dx / d sigma = (x - x0) / sigma. A step follows this slope to the next sigma, the last of
+which is 0. With ``s_churn`` a step first adds a little noise, up to sigma_hat (algorithm 2, lines 4 to 6); as in the
+reference, the model is called before that.
 
-The step is x0 = x - sigma * epsilon, then x + (x - x0) / sigma * (sigma_to - sigma). That is
-x + epsilon * (sigma_to - sigma) but for rounding, and the short form differs from the reference at every step.
+The step is x0 = x - sigma * epsilon, then x + (x - x0) / sigma * (sigma_to - sigma). Except for rounding this equals
+x + epsilon * (sigma_to - sigma), but the short form would differ from the reference at every step.
 
 Euler ancestral goes further down and then adds fresh noise, back up to the next sigma (k-diffusion's sample_euler_a):
 
     sigma_up**2   = sigma_to**2 * (sigma**2 - sigma_to**2) / sigma**2      fresh noise
-    sigma_down**2 = sigma_to**2 - sigma_up**2                              where the straight step lands
+    sigma_down**2 = sigma_to**2 - sigma_up**2                              the deterministic step lands here
 
-which is DDPM's step written in sigma. Noise is drawn at every step, the last too, where it counts for nothing.
+This is the step of DDPM written in sigma. Noise is drawn at every step, including the last, where its factor is 0.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ MAX_GAMMA = 2**0.5 - 1  # churn at most doubles the variance in one step
 
 
 class Churn(NamedTuple):
-    """``sigma_hat``, sigma after the churn; ``churn``, what its noise is multiplied by, and ``churned``, whether there
-    is any; ``dt``, from sigma_hat to the next sigma."""
+    """``sigma_hat``: sigma after the churn; ``churn``: factor of its noise; ``churned``: True if there is any churn;
+    ``dt``: from sigma_hat to the next sigma."""
 
     sigma_hat: Tensor
     churn: Tensor
@@ -52,8 +52,8 @@ class Churn(NamedTuple):
 
 
 class Churning:
-    """What the methods with churn share. ``s_churn`` (0: none) is spread over all steps and works where sigma lies in
-    ``s_tmin``..``s_tmax`` (None: no upper bound), with its noise times ``s_noise``."""
+    """Base class of the methods with churn. ``s_churn`` (0: none) is spread over all steps and applies where sigma lies
+    in ``s_tmin``..``s_tmax`` (None: no upper bound); its noise is multiplied by ``s_noise``."""
 
     s_churn: float
     s_tmin: float
@@ -61,7 +61,7 @@ class Churning:
     s_noise: float
 
     def churn(self, at: Levels, steps: int) -> Churn:
-        """The columns for so many ``steps``."""
+        """Return the columns for a run of ``steps`` steps."""
         gamma = min(self.s_churn / steps, MAX_GAMMA)
         churned = (at.here >= self.s_tmin) & (gamma > 0)
         if self.s_tmax is not None:
@@ -71,7 +71,7 @@ class Churning:
         return Churn(sigma_hat, churn, tuple(churned.tolist()), at.to - sigma_hat)
 
     def stir(self, at: Any, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        """Float32 ``x`` with the noise of a row that is churned."""
+        """Return ``x`` in float32 with the noise of a churned row."""
         if at.churned:
             x = x + meet((draw(out) * self.s_noise) * at.churn, x)
         return x
@@ -79,16 +79,16 @@ class Churning:
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
-    """The options.
+    """Euler sampler.
 
-    ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta" go
-    from ``sigma_max`` to ``sigma_min`` (None: the ends that ``spacing`` reaches). ``interpolation``: "log_linear"
-    spaces the sigmas of all of training evenly in their logarithm. ``continuous``: a v-prediction model is told
-    log(sigma) / 4 instead of a timestep, as in EDM and Stable Video Diffusion. ``final_sigma``: the last step lands on
-    0, or on training's smallest. ``s_churn`` and what belongs to it: see :class:`Churning`.
+    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
+    go from ``sigma_max`` to ``sigma_min`` (None: the ends that ``spacing`` reaches). ``interpolation``: "log_linear"
+    spaces the sigmas of all of training evenly in their logarithm. ``continuous``: the time input of a v-prediction
+    model is log(sigma) / 4 instead of a timestep, as in EDM and Stable Video Diffusion. ``final_sigma``: the last step
+    lands on 0, or on training's smallest sigma. ``s_churn`` and related options: see :class:`Churning`.
 
-    ``like_diffusers``: log_linear has a sigma too many, so that the last step stops at training's smallest, and keeps
-    the timesteps of ``spacing``, or those given, which are not where its sigmas are; and see :class:`Sigmas`.
+    ``like_diffusers``: log_linear has one sigma too many, so that the last step stops at training's smallest, and keeps
+    the timesteps of ``spacing``, or the given ones, which do not match its sigmas; and see :class:`Sigmas`.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps", "sigmas")
@@ -117,7 +117,7 @@ class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
         return (x + slope * at.dt).to(out.dtype), state
 
     def denoised(self, plan: Plan[Churn], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        """From the sample that the model saw, before any churn."""
+        """Compute x0 from the sample that the model saw, before any churn."""
         return sigma_x0(plan, i, upcast(x), out, plan.levels.here[i])
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -155,7 +155,7 @@ class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
 
 
 class Ancestral(NamedTuple):
-    """``dt``, from sigma to sigma_down; ``sigma_up``, what the fresh noise is multiplied by."""
+    """``dt``: from sigma to sigma_down; ``sigma_up``: factor of the fresh noise."""
 
     dt: Tensor
     sigma_up: Tensor
@@ -163,7 +163,7 @@ class Ancestral(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EulerAncestral(Sigmas[Ancestral, tuple[()]]):
-    """The options and ``like_diffusers`` are those of :class:`Sigmas`."""
+    """Euler ancestral sampler. Options and ``like_diffusers``: see :class:`Sigmas`."""
 
     def step(
         self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw

@@ -1,12 +1,12 @@
-"""Heun: Euler's step, corrected by the slope at its end (Karras et al. 2022, algorithm 1).
+"""Heun's method: an Euler step, corrected by the slope at its end (Karras et al. 2022, algorithm 1).
 
 Each interval from sigma to sigma_to takes two model calls. The first gives the slope at its start, and an Euler step to
-its end; the second gives the slope there, and the interval is walked again from its start with the mean of the two:
+its end. The second gives the slope at the end, and the step is repeated from the start with the mean of the two:
 
     x_to = x + (slope(x, sigma) + slope(x_euler, sigma_to)) / 2 * (sigma_to - sigma)
 
-which is of second order. So each timestep but the first is there twice, once as the end of an interval and once as the
-start of the next: n steps make 2n - 1 model calls, since the last interval, to sigma 0, has no slope at its end.
+This is of second order. Each timestep but the first therefore occurs twice, as the end of an interval and as the start
+of the next. n steps make 2n - 1 model calls, since the last interval, to sigma 0, has no slope at its end.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from minidiff.schedule import NoiseSchedule
 
 
 class Row(NamedTuple):
-    """``dt``, from sigma to that of the next row: 0 where an interval ends and the next begins."""
+    """``dt``: from sigma to that of the next row; 0 where an interval ends and the next begins."""
 
     call: Any
     dt: Tensor
 
 
 class State(NamedTuple):
-    """Inside an interval: the sample at which it began and the slope there. Between intervals: None."""
+    """Inside an interval: the sample at its start and the slope there. Between intervals: None."""
 
     base: Tensor | None = None
     slope: Tensor | None = None
@@ -41,10 +41,10 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(SpacedSigmas[Row, State], Clipped[Row, State]):
-    """The options are those of :class:`SpacedSigmas` and :class:`Clipped`. 2n - 1 rows for n steps.
+    """Heun sampler. Options: those of :class:`SpacedSigmas` and :class:`Clipped`. n steps have 2n - 1 rows.
 
-    ``like_diffusers``: whether a call starts or ends an interval depends on the calls made so far, so that a run that
-    begins at an odd row (image to image) goes nowhere; without it that is an error. And see :class:`Sigmas`.
+    ``like_diffusers``: the number of calls so far decides if a call starts or ends an interval, so that a run that
+    starts at an odd row (img2img) makes no progress; without it that is an error. And see :class:`Sigmas`.
     """
 
     order: ClassVar[int] = 2
