@@ -1,9 +1,9 @@
-"""Which noise levels a run visits: by timesteps, by sigma, and by lambda.
+"""Noise levels of a run: by timestep, by sigma, and by lambda.
 
-Training fixed a table: one alpha_bar, and so one sigma, for every timestep. A run of n steps visits n of those levels
-(``spaced`` in schedule.py: leading, trailing, linspace), or levels between them that follow a curve in sigma: karras,
-exponential, beta. This is numpy on the host, in float64 where the reference has float64. ``table`` is the training
-schedule's sigma at every timestep, rising: sqrt((1 - alpha_bar) / alpha_bar).
+The training schedule defines one alpha_bar, and so one sigma, for every timestep. A run of n steps visits n of those
+levels (``spaced`` in schedule.py: leading, trailing, linspace), or levels between them that follow a curve in sigma:
+karras, exponential, beta. The computation is done by numpy on the host, in float64 where the reference uses float64.
+``table`` is the training schedule's sigma at every timestep, rising: sqrt((1 - alpha_bar) / alpha_bar).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ Final = Literal["zero", "sigma_min"]
 
 @dataclass(frozen=True, kw_only=True)
 class Timesteps(Method[R, S]):
-    """Methods that go from timestep to timestep of training.
+    """Base class of the methods that visit training's timesteps.
 
-    ``like_diffusers``: trailing has a row too many, at timestep -1, for some numbers of steps.
+    ``like_diffusers``: trailing has one row too many, at timestep -1, for some step counts.
     """
 
     spacing: Spacing = "leading"
     steps_offset: int = 1
 
     def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Tensor, int]:
-        """(n,) int64 timesteps, falling, and how many of training's lie between two of them."""
+        """Return (n,) int64 timesteps, falling, and the number of training's timesteps from one to the next."""
         total, like = len(schedule), self.like_diffusers
         t = (
             spaced(self.spacing, total, given.steps or 0, self.steps_offset, like_diffusers=like)
@@ -56,7 +56,7 @@ class Timesteps(Method[R, S]):
 
 
 def alpha_bar_at(schedule: NoiseSchedule, t: Tensor, set_alpha_to_one: bool) -> Tensor:
-    """alpha_bar at timesteps ``t`` (any shape); below 0 it is 1, or that of timestep 0."""
+    """Return alpha_bar at timesteps ``t`` (any shape); below 0 it is 1, or that of timestep 0."""
     past_end = unit() if set_alpha_to_one else schedule.alphas_cumprod[0]
     return torch.where(t >= 0, schedule.alphas_cumprod[t.clamp(min=0)], past_end)
 
@@ -65,8 +65,8 @@ def alpha_bar_at(schedule: NoiseSchedule, t: Tensor, set_alpha_to_one: bool) -> 
 
 
 def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
-    """(T,) float32. Where the schedule ends in pure noise (zero terminal SNR), sigma would be infinite:
-    ``last_alpha_bar`` stands in for the 0."""
+    """Return the sigmas of training, (T,) float32. If the schedule ends in pure noise (zero terminal SNR), where sigma
+    would be infinite, ``last_alpha_bar`` replaces the 0."""
     alpha_bar = schedule.alphas_cumprod.clone()
     if alpha_bar[-1] == 0:
         alpha_bar[-1] = last_alpha_bar
@@ -75,15 +75,15 @@ def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
 
 
 def at_timesteps(timesteps: Floats, table: Floats) -> Floats:
-    """(n,) float64: ``table`` interpolated at float32 ``timesteps``."""
+    """Interpolate ``table`` at float32 ``timesteps``: (n,) float64."""
     sigmas: Floats = np.interp(timesteps, np.arange(len(table)), table)
     return sigmas
 
 
 def to_timesteps(sigmas: Floats, table: Floats) -> Floats:
-    """(n,) float64: the fractional timesteps at which ``table`` has these sigmas, by interpolation in log sigma.
+    """Return the fractional timesteps, (n,) float64, at which ``table`` has these sigmas, interpolated in log sigma.
 
-    Below and above the table it is the first and the last timestep."""
+    Sigmas outside the table give the first or the last timestep."""
     logs = np.log(table)
     log_sigma = np.log(np.maximum(sigmas, np.asarray(1e-10, dtype=sigmas.dtype)))
     below = np.cumsum(log_sigma[None] - logs[:, None] >= 0, axis=0).argmax(axis=0).clip(max=len(table) - 2)
@@ -94,20 +94,20 @@ def to_timesteps(sigmas: Floats, table: Floats) -> Floats:
 
 
 def karras(low: float, high: float, n: int, rho: float = 7.0) -> Floats:
-    """(n,) float64 falling from ``high`` to ``low``, evenly spaced in sigma**(1/rho) (Karras et al. 2022, eq. 5)."""
+    """Return (n,) float64 from ``high`` down to ``low``, even in sigma**(1/rho) (Karras et al. 2022, equation 5)."""
     a, b = high ** (1 / rho), low ** (1 / rho)
     sigmas: Floats = (a + np.linspace(0, 1, n) * (b - a)) ** rho
     return sigmas
 
 
 def exponential(low: float, high: float, n: int) -> Floats:
-    """(n,) float64 falling from ``high`` to ``low``, evenly spaced in log sigma."""
+    """Return (n,) float64 from ``high`` down to ``low``, evenly spaced in log sigma."""
     sigmas: Floats = np.exp(np.linspace(math.log(high), math.log(low), n))
     return sigmas
 
 
 def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Floats:
-    """(n,) float64 falling from ``high`` to ``low`` at the quantiles of a Beta(a, b) distribution, which puts more
+    """Return (n,) float64 from ``high`` down to ``low`` at the quantiles of a Beta(a, b) distribution, which puts more
     steps at both ends (Lee et al. 2024, "Beta Sampling is All You Need")."""
     sigmas: Floats = low + inverse_betainc(a, b, 1 - np.linspace(0, 1, n)) * (high - low)
     return sigmas
@@ -118,8 +118,8 @@ CURVES: dict[str, Callable[[float, float, int], Floats]] = {"karras": karras, "e
 
 
 def given_sigmas(sigmas: Sequence[float]) -> Floats:
-    """(n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and stay above 0 up to the
-    last, which may be 0."""
+    """Return given sigmas as (n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and are
+    above 0 except for the last, which may be 0."""
     levels: Floats = np.array(sigmas, dtype=np.float32)
     check(levels.ndim == 1 and len(levels) >= 2, f"sigmas={list(sigmas)[:6]}: at least 2 are needed, for one step")
     falls = bool(np.all(levels[:-1] > levels[1:])) and float(levels[-1]) >= 0
@@ -129,14 +129,14 @@ def given_sigmas(sigmas: Sequence[float]) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmas(Method[R, S]):
-    """Methods whose x is the picture plus noise of standard deviation sigma, at the picture's scale.
+    """Base class of the methods whose x is the picture, at its own scale, plus noise of standard deviation sigma.
 
-    Two things follow from that and puzzle readers. The first noise is multiplied by the largest sigma (14.6146 for
-    Stable Diffusion at timestep 999; 1 for DDIM and PNDM, whose x keeps unit variance). And the model, trained on unit
-    variance, is shown x / sqrt(sigma**2 + 1): ``scale_input``, which the familiar loop calls ``scale_model_input``.
+    This has two consequences. The first noise is multiplied by the largest sigma (14.6146 for Stable Diffusion at
+    timestep 999; 1 for DDIM and PNDM, whose x keeps unit variance). And the model, trained on unit variance, gets
+    x / sqrt(sigma**2 + 1): see ``scale_input``, called ``scale_model_input`` in diffusers.
 
     ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma would be infinite.
-    ``like_diffusers``: timestep T, which 1000 steps with an offset of 1 begin with, is let through.
+    ``like_diffusers``: timestep T, the first of 1000 steps with an offset of 1, is accepted.
     """
 
     space: ClassVar[Space] = "sigma"
@@ -156,15 +156,15 @@ class Sigmas(Method[R, S]):
         return self.between(torch.from_numpy(times).to(torch.float32), s[:-1], s[1:])
 
     def between(self, timesteps: Tensor, here: Tensor, to: Tensor, sigmas: Tensor | None = None) -> Levels:
-        """Levels whose first noise has standard deviation sigma where the spacing starts at the last timestep, as
-        k-diffusion has it; for leading, which starts lower, sqrt(sigma**2 + 1): the picture's own variance is no longer
-        negligible there."""
+        """Return the levels of a run. The first noise has standard deviation sigma if the spacing starts at the last
+        timestep, as in k-diffusion. Leading spacing starts lower, where the picture's own variance is no longer
+        negligible, so there it is sqrt(sigma**2 + 1)."""
         top = here.max()
         first = top if self.spacing in ("linspace", "trailing") else (top**2 + 1) ** 0.5
         return Levels(timesteps, here, to, first, sigmas=sigmas)
 
     def visited(self, table: Floats, given: Given) -> tuple[Floats, Floats]:
-        """Timesteps (n,) and float32 sigmas (n + 1,), the last of them 0 unless they are given."""
+        """Return timesteps (n,) and float32 sigmas (n + 1,), the last of them 0 unless sigmas are given."""
         if given.sigmas is not None:
             levels = given_sigmas(given.sigmas)
             return to_timesteps(levels[:-1], table), levels
@@ -172,7 +172,7 @@ class Sigmas(Method[R, S]):
         return times, np.concatenate([sigmas, [self.landing(table)]]).astype(np.float32)
 
     def times(self, table: Floats, given: Given) -> Floats:
-        """(n,) float32: those that are given, or of ``spacing``."""
+        """Return the timesteps, (n,) float32: the given ones, or those of ``spacing``."""
         like = self.like_diffusers
         if given.timesteps is not None:
             t: Floats = np.array(given.timesteps, dtype=np.float32)
@@ -182,21 +182,23 @@ class Sigmas(Method[R, S]):
         return t
 
     def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
-        """Timesteps and sigmas (n,) of the run that would visit ``timesteps``."""
+        """Return timesteps and sigmas, (n,) each, of the run that would visit ``timesteps``."""
         sigmas = at_timesteps(timesteps, table)
         for row in np.flatnonzero(~(np.isfinite(sigmas) & (sigmas > 0))):
             raise ConfigError(f"sigma is {sigmas[row]:g} at row {row}: the betas leave no picture there, or no noise")
         return timesteps, sigmas
 
     def landing(self, table: Floats) -> float:
-        """The sigma of the last step's end."""
+        """Return the sigma on which the last step lands."""
         return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpacedSigmas(Sigmas[R, S]):
-    """``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta"
-    space them between the same ends in their own ways."""
+    """Base class of the methods with a choice of spacing in sigma.
+
+    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
+    space them along a curve between the same ends."""
 
     sigma_spacing: SigmaSpacing = "timesteps"
 
@@ -209,14 +211,14 @@ class SpacedSigmas(Sigmas[R, S]):
         return self.bent(*super().curved(timesteps, table), table)
 
     def bent(self, timesteps: Floats, sigmas: Floats, table: Floats) -> tuple[Floats, Floats]:
-        """Those, or as many along the chosen curve between the same ends."""
+        """Return ``timesteps`` and ``sigmas``, or as many along the chosen curve between the same ends."""
         if self.sigma_spacing == "timesteps":
             return timesteps, sigmas
         curve = CURVES[self.sigma_spacing](*self.ends(sigmas), len(timesteps))
         return to_timesteps(curve, table), curve
 
     def ends(self, sigmas: Floats) -> tuple[float, float]:
-        """The lowest and the highest sigma of the curve, which has those of the timesteps ``sigmas`` unless told."""
+        """Return the lowest and the highest sigma of the curve: as set by the options, else those of ``sigmas``."""
         return float(sigmas[-1]), float(sigmas[0])
 
 
@@ -225,28 +227,29 @@ class SpacedSigmas(Sigmas[R, S]):
 
 @dataclass(frozen=True, kw_only=True)
 class Lambdas(Thresholded[R, S]):
-    """DPM-Solver, UniPC, DEIS and SA-Solver: they keep x at unit variance, and reckon in lambda.
+    """Base class of DPM-Solver, UniPC, DEIS and SA-Solver, which keep x at unit variance and work in lambda.
 
     lambda = log(signal / noise) is half the logarithm of the signal-to-noise ratio (Lu et al. 2022, "DPM-Solver",
-    section 3). In lambda the linear part of the equation has a solution in closed form, and only the model's output
-    remains to be approximated: by a polynomial through its latest values, whose steps h = lambda_to - lambda are what
-    the coefficients are made of. The last step, to sigma 0, has h infinite: a first-order step that returns x0 itself.
-    Unlike the rest of the family these methods divide training into n + 1 points and leave out the lowest, where the
-    last step lands.
+    section 3). In lambda the linear part of the equation has a solution in closed form, and only the model's output has
+    to be approximated, by a polynomial through its latest values. The coefficients are functions of the steps
+    h = lambda_to - lambda. The last step, to sigma 0, has infinite h: a first-order step that returns x0 itself. Unlike
+    the other methods, these divide training into n + 1 points and leave out the lowest, on which the last step lands.
 
-    ``sigma_spacing``: "timesteps" takes the sigmas at ``spacing``'s timesteps; "karras", "exponential" and "beta" go
-    from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
+    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
+    go from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
     outputs. ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma is infinite.
 
-    ``like_diffusers``: the timesteps of the other sigma spacings are made whole: rounded for karras (cut with
-    ``cut_timesteps``, as for the cosine schedule in some classes), cut for exponential and beta. trailing has a row
-    too many, at timestep -1, for some numbers of steps. And where the last step lands on training's smallest sigma,
-    those spacings have reached it before, so that the last step does (next to) nothing.
+    ``like_diffusers``: the timesteps of the other sigma spacings are whole numbers: rounded for karras (truncated with
+    ``cut_timesteps``, as for the cosine schedule in some classes), truncated for exponential and beta. trailing has one
+    row too many, at timestep -1, for some step counts. And if the last step lands on training's smallest sigma, those
+    spacings have reached it one step before, so that the last step does (next to) nothing.
     """
 
     space: ClassVar[Space] = "lambda"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
-    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "zero"  # the last of a curve once more: diffusers
+    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = (
+        "zero"  # repeated: a curve's last once more (diffusers)
+    )
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
@@ -264,7 +267,7 @@ class Lambdas(Thresholded[R, S]):
 
     @property
     def final(self) -> Literal["zero", "sigma_min", "repeated"]:
-        """Where the last step lands: on 0, on training's smallest sigma, or on the last of a curve once more."""
+        """Return where the last step lands: on 0, on training's smallest sigma, or on the last of a curve again."""
         return self.lands_on
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -278,11 +281,11 @@ class Lambdas(Thresholded[R, S]):
         return Levels(torch.from_numpy(t), s[: len(t)], s[1 : len(t) + 1], unit(), sigmas=s)
 
     def highest(self, schedule: NoiseSchedule) -> int:
-        """How many of training's timesteps, the lowest ones, are in use."""
+        """Return the number of training's timesteps in use, counted from the lowest."""
         return len(schedule)
 
     def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
-        """Timesteps (n,), int64 or float32, and float32 sigmas (n + 1,)."""
+        """Return timesteps (n,), int64 or float32, and float32 sigmas (n + 1,)."""
         times, lands = given.timesteps, self.final
         if self.sigma_spacing == "timesteps":
             t = whole(self, times) if times is not None else self.spaced(len(table), given.steps, last)
@@ -300,7 +303,7 @@ class Lambdas(Thresholded[R, S]):
         return t, np.concatenate([sigmas, [landing]]).astype(np.float32)
 
     def spaced(self, total: int, steps: int | None, last: int) -> Floats:
-        """(n,) int64, falling: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
+        """Return (n,) int64, falling: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
         n = check_steps(steps, total)
         if self.spacing == "trailing":
             t = np.arange(last, 0, -((total if self.like_diffusers else last) / n)).round() - 1
@@ -312,17 +315,17 @@ class Lambdas(Thresholded[R, S]):
         return self.visited_once(t.astype(np.int64), n)
 
     def visited_once(self, t: Floats, steps: int) -> Floats:
-        """``t`` as it is. Raises ConfigError where rounding makes two neighbours equal."""
+        """Return ``t`` unchanged. Raises ConfigError if rounding makes two neighbours equal."""
         repeated = len(t) > 1 and bool((np.abs(np.diff(t)) < 1).any())
         check(not repeated, f"{self.name}: steps={steps} of spacing={self.spacing!r} visit a timestep twice; use fewer")
         return t
 
     def curve(self, n: int, table: Floats) -> Floats:
-        """(n,) float64 sigmas of the chosen spacing, from the top down."""
+        """Return (n,) float64 sigmas of the chosen spacing, from the top down."""
         return CURVES[self.sigma_spacing](*ends(self, self.sigma_min, self.sigma_max, table), n)
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
-        """The timesteps at which training has these sigmas: float32, or made whole as diffusers does."""
+        """Return the timesteps at which training has these sigmas: float32, or whole numbers as in diffusers."""
         t = to_timesteps(sigmas, table)
         if not self.like_diffusers:
             return t.astype(np.float32)
@@ -339,7 +342,8 @@ def check_ends(sigma_min: float | None, sigma_max: float | None) -> None:
 def ends(
     method: Method[Any, Any], sigma_min: float | None, sigma_max: float | None, sigmas: Floats
 ) -> tuple[float, float]:
-    """The lowest and highest sigma of a curve: as told, else those of rising ``sigmas``. ConfigError if they fall."""
+    """Return the lowest and highest sigma of a curve: as set by the options, else those of rising ``sigmas``. Raises
+    ConfigError if the highest is not above the lowest."""
     low = float(sigmas[0]) if sigma_min is None else sigma_min
     high = float(sigmas[-1]) if sigma_max is None else sigma_max
     check(low <= high, f"{method.name}: sigma_min={low:g} is above sigma_max={high:g}")

@@ -1,8 +1,8 @@
-"""Keeping the estimate of the picture in range, for models that work on pixels.
+"""Limits on the estimate x0, for models that work on pixels.
 
-Pixels lie in -1..1, so an x0 outside is known to be wrong and may be clamped. Latents have no such bound: for Stable
-Diffusion leave both limits off. Dynamic thresholding (Saharia et al. 2022, section 2.3) goes further for large
-guidance scales: it takes a high percentile of |x0| in each image as the bound, and divides by it.
+Pixels lie in -1..1, so an x0 outside that range is wrong and may be clamped. Latents have no such bound: leave both
+limits off for Stable Diffusion. Dynamic thresholding (Saharia et al. 2022, section 2.3) goes further, for large
+guidance scales: the bound is a high percentile of |x0| in each image, and x0 is divided by it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minidiff.samplers.method import PURE_NOISE, Method, Plan, R, S
 
 @dataclass(frozen=True, kw_only=True)
 class Clipped(Method[R, S]):
-    """Methods that may clamp x0: ``clip`` clamps to -clip..clip (None: no clamp)."""
+    """Base class of methods that may clamp x0 to -``clip``..``clip`` (None: no clamp)."""
 
     clip: float | None = None
 
@@ -32,8 +32,8 @@ class Clipped(Method[R, S]):
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholded(Method[R, S]):
-    """Methods that may threshold x0: ``threshold`` is the percentile of dynamic thresholding as a fraction, 0.995 in
-    the paper (None: none); its bound lies in 1..``threshold_max``."""
+    """Base class of methods that may threshold x0. ``threshold``: percentile of dynamic thresholding as a fraction,
+    0.995 in the paper (None: no thresholding); the bound lies in 1..``threshold_max``."""
 
     threshold: float | None = None
     threshold_max: float = 1.0
@@ -51,16 +51,16 @@ class Thresholded(Method[R, S]):
 
 @dataclass(frozen=True, kw_only=True)
 class Limited(Thresholded[R, S], Clipped[R, S]):
-    """Methods that may do either. A threshold goes before the clamp."""
+    """Base class of methods that may do either. A threshold takes precedence over the clamp."""
 
     @property
     def bounds_infinity(self) -> bool:
-        """Whether an x0 of plus or minus infinity comes out finite."""
+        """Return True if the limits make an infinite x0 finite."""
         return self.clip is not None and self.threshold is None
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
-        """The picture in ``x``, within the limits. ConfigError where it is 0 / 0, which no clamp bounds: in the first
-        row of a zero-SNR schedule, where an epsilon model answers the very noise that it sees."""
+        """Return x0, within the limits. Raises ConfigError if it is 0 / 0, which no clamp bounds: in the first row of a
+        zero-SNR schedule, if an epsilon model returns exactly the noise that it sees."""
         x0 = super().denoised(plan, i, x, out, state)
         if i == 0 and plan.from_noise:
             check(

@@ -1,16 +1,17 @@
 """LMS: linear multistep, a polynomial through the latest slopes, integrated over the next interval (k-diffusion's LMS).
 
-The path is dx / d sigma = slope(x, sigma), the slope being (x - x0) / sigma. Adams and Bashforth put the polynomial
-through the latest m known slopes in the place of the unknown one ahead. Their weights are integrals of Lagrange's,
+The path is dx / d sigma = slope(x, sigma) with slope (x - x0) / sigma. The Adams-Bashforth method replaces the unknown
+slope ahead by the polynomial through the latest m known ones. The weights are integrals of Lagrange polynomials,
 
     coef[k] = integral from sigma_i to sigma_{i+1} of  prod_{j != k} (tau - sigma_{i-j}) / (sigma_{i-k} - sigma_{i-j})
 
-which depend on the sigmas alone and belong to the plan. One model call a step, of order 4 once four slopes are known.
+which depend on the sigmas alone and are part of the plan. Each step takes one model call, and is of order 4 once four
+slopes are known.
 
 The reference integrates by scipy's adaptive quadrature, with the integrand in float32. On polynomials of this degree
-that stops after one application of the 21-point Gauss-Kronrod rule (Piessens et al. 1983, QUADPACK's qk21), which is
-done here: in float32, so that the rounding of the integrand is the same. The closed form of the integral is more
-accurate, and up to 9e-5 away.
+the quadrature stops after one application of the 21-point Gauss-Kronrod rule (Piessens et al. 1983, QUADPACK's qk21).
+The same rule is applied here, in float32, so that the integrand is rounded equally. The closed form of the integral
+would be more accurate, but differs by up to 9e-5.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ NODES = (
 
 
 class Row(NamedTuple):
-    """``coefs`` (n, order, order): with m slopes known, entry [i, m - 1, k] is what the k-th latest of them is
-    multiplied by in row i."""
+    """``coefs`` (n, order, order): with m slopes known, entry [i, m - 1, k] is the weight of the k-th latest of them in
+    row i."""
 
     coefs: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):
-    """The options: those of :class:`SpacedSigmas`, and ``solver_order``, how many slopes are used: 1 is Euler, 4 the
-    usual, 8 the most. The state is the slopes so far, oldest first.
+    """LMS sampler. Options: those of :class:`SpacedSigmas`, and ``solver_order``, the number of slopes: 1 is Euler, 4
+    is usual, 8 is the maximum. The state is the slopes so far, oldest first.
 
-    ``like_diffusers``: a run that starts at a later row (image to image) uses the weights of as many slopes as there
-    would be in a full run, although they are not known yet, so that the weights do not add up. And see :class:`Sigmas`.
+    ``like_diffusers``: a run that starts at a later row (img2img) uses the weights for as many slopes as a full run
+    would have there, although they are not known, so that the weights do not add up. And see :class:`Sigmas`.
     """
 
     solver_order: int = 4
@@ -88,8 +89,8 @@ class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):
 
 
 def adams_bashforth_coefs(sigmas: Tensor, order: int) -> Tensor:
-    """(n, order, order) float32, as :class:`Row` describes them, for float32 ``sigmas`` (n + 1,); 0 where a row has no
-    such entry."""
+    """Return the weights, (n, order, order) float32, described in :class:`Row`, for float32 ``sigmas`` (n + 1,); 0
+    where a row has no such entry."""
     n = len(sigmas) - 1
     start, end = sigmas[:-1].double(), sigmas[1:].double()
     center, half = 0.5 * (start + end), 0.5 * (end - start)
@@ -109,7 +110,7 @@ def adams_bashforth_coefs(sigmas: Tensor, order: int) -> Tensor:
 
 
 def _lagrange(tau: Tensor, past: Sequence[Tensor], k: int) -> Tensor:
-    """The polynomial that is 1 at ``past[k]`` and 0 at the others, at float64 ``tau`` (rows,): computed in float32."""
+    """Evaluate the polynomial that is 1 at ``past[k]`` and 0 at the others, at float64 ``tau`` (rows,), in float32."""
     at = tau.float()
     value = torch.ones_like(at)
     for j, other in enumerate(past):

@@ -1,20 +1,20 @@
-"""A sampler in three parts: which noise levels it visits, the numbers of each row, and a step that is a pure function.
+"""Base classes of the samplers: noise levels, a plan with the coefficients of each row, and a pure step function.
 
 A sampler turns noise into a picture by calling the model a few dozen times.
 
-* :class:`Levels` say at which noise levels the model is asked, and on which each step lands. Whoever chooses them (our
-  spacings, diffusers' slips, timesteps or sigmas that are given, another program) builds nothing else.
-* A :class:`Method` is the mathematics. Its options are a frozen dataclass, as good as its JSON; ``rows`` computes every
-  coefficient from the levels, before the first step; ``step`` applies one row.
-* A :class:`Plan` is the levels and the rows: data, one row for each model call. ``print(plan)`` shows all of it.
-* The state is what a step hands to the next one: ``()`` for one-step methods, the history for multistep ones. There are
-  no hidden counters: any step can be run alone, from any row.
+* :class:`Levels` are the noise levels at which the model is called and on which each step lands. They are all that has
+  to be chosen, be it by a spacing, a slip of diffusers, given timesteps or sigmas, or another program.
+* A :class:`Method` is the mathematics. Its options are the fields of a frozen dataclass, equivalent to JSON. ``rows``
+  computes every coefficient from the levels, before the first step; ``step`` applies one row.
+* A :class:`Plan` combines levels and rows as data, one row for each model call. ``print(plan)`` shows all of it.
+* The state is passed from one step to the next: ``()`` for one-step methods, the history for multistep methods. There
+  are no hidden counters: any step can be run alone, from any row.
 
-``x`` is the current noisy sample and ``out`` what the model answered to ``scale_input(plan, i, x)``: the raw output, so
-that each call can be held against ``scheduler.step`` of the reference.
+``x`` is the current noisy sample, and ``out`` the raw model output for ``scale_input(plan, i, x)``, so that each call
+can be compared to ``scheduler.step`` of the reference.
 
-Coefficients are 0-dim float32 tensors on the host, read from the plan by the row number: as Python floats they would
-be rounded at other places, and on the device they would have to be fetched. A CUDA sample takes them without waiting.
+Coefficients are 0-dim float32 tensors on the host, indexed by row. Python floats would be rounded in other places, and
+tensors on the device would have to be fetched. A CUDA sample is multiplied by them without synchronization.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ Draw = Callable[[Tensor], Tensor]
 """Standard normal noise with the shape, dtype and device of the tensor it is given. Called only when noise is used."""
 
 Space = Literal["alpha_bar", "sigma", "lambda"]
-"""How a method measures noise, and the scale of its x: ``alpha_bar``, with x of unit variance; ``sigma`` = noise /
+"""Measure of noise of a method, and scale of its x: ``alpha_bar``, with x of unit variance; ``sigma`` = noise /
 signal, with x at the picture's own scale plus noise; ``lambda`` = -log sigma, from sigma, with x of unit variance."""
 
 Put = tuple[Space, Tensor]
-"""A level, and how it is measured."""
+"""A level and its measure."""
 
 R = TypeVar("R", bound=tuple[Any, ...])
 S = TypeVar("S")
@@ -65,14 +65,13 @@ S = TypeVar("S")
 class Levels(NamedTuple):
     """The noise levels of a run: alpha_bar, or sigma for the methods that work in sigma or lambda.
 
-    ``timesteps`` (n,): what the model is told, int64 or float32 as in the reference. ``here`` (n,): the level of the
-    sample at each row. ``to`` (n,): the level that each step lands on. ``first`` (0-dim): what standard normal noise is
-    multiplied by to give the first x: 1 where x keeps unit variance (DDPM, DDIM, PNDM), the largest sigma where x is
-    the picture plus noise (Euler: 14.6146 for Stable Diffusion, its sigma at timestep 999). ``landing`` (n,): the
-    timestep of ``to`` where there is one; negative: past the end. ``sigmas``: all of them as diffusers lists them, if
-    that is not ``here`` and the last of ``to``. ``put``: the level at which a picture is put back (inpainting) where
-    the reference takes another than ``here``, and how it measures that. ``beside``: further levels that a method asks
-    for by name.
+    ``timesteps`` (n,): the model's time input, int64 or float32 as in the reference. ``here`` (n,): the level of the
+    sample at each row. ``to`` (n,): the level on which each step lands. ``first`` (0-dim): factor of the standard
+    normal noise in the first x: 1 if x keeps unit variance (DDPM, DDIM, PNDM), the largest sigma if x is the picture
+    plus noise (Euler: 14.6146 for Stable Diffusion, its sigma at timestep 999). ``landing`` (n,): the timestep of
+    ``to`` if there is one; negative: past the end. ``sigmas``: all sigmas as diffusers lists them, if they are not
+    ``here`` and the last of ``to``. ``put``: level and measure at which a picture is put back (inpainting), if the
+    reference uses another than ``here``. ``beside``: further levels that a method needs, by name.
     """
 
     timesteps: Tensor
@@ -86,17 +85,17 @@ class Levels(NamedTuple):
 
     @property
     def h(self) -> Tensor:
-        """(n,): how far each step goes in lambda, for levels in sigma."""
+        """Length of each step in lambda, (n,), for levels in sigma."""
         return lambda_of(self.to) - lambda_of(self.here)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Plan(Generic[R]):
-    """Every number of one run: row i belongs to the i-th model call.
+    """Levels and coefficients of one run: row i belongs to the i-th model call.
 
-    ``rows``: a NamedTuple of the method's own columns, (n, ...) each: a tensor on the host or a tuple. Made from the
-    levels, (n,) each: ``signal`` and ``noise``, with x = signal * x0 + noise * epsilon where x has unit variance;
-    ``variance`` = sigma**2 + 1, ``in_scale``, its root, and ``c_out``, which belong to a sample at the picture's scale.
+    ``rows``: a NamedTuple of the method's own columns, (n, ...) each, tensors on the host or tuples. Computed from the
+    levels, (n,) each: ``signal`` and ``noise``, with x = signal * x0 + noise * epsilon if x has unit variance;
+    ``variance`` = sigma**2 + 1, its root ``in_scale``, and ``c_out``, for samples at the picture's own scale.
     """
 
     method: str
@@ -104,7 +103,7 @@ class Plan(Generic[R]):
     levels: Levels
     prediction: Prediction
     rows: R
-    on_device: tuple[str, ...] = ()  # the columns that meet the samples in products of matrices
+    on_device: tuple[str, ...] = ()  # the columns that are used in matrix products with samples
     from_noise: bool = field(init=False)  # the first row divides by a signal of 0: x0 is infinite until it is limited
     signal: Tensor = field(init=False)
     noise: Tensor = field(init=False)
@@ -127,47 +126,48 @@ class Plan(Generic[R]):
 
     @property
     def timesteps(self) -> Tensor:
-        """(n,): what the model is told."""
+        """Time input of the model at each row, (n,)."""
         return self.levels.timesteps
 
     @property
     def init_noise_sigma(self) -> Tensor:
-        """0-dim: what standard normal noise is multiplied by to give the first x."""
+        """Factor of the standard normal noise in the first x, 0-dim."""
         return self.levels.first
 
     @property
     def sigmas(self) -> Tensor:
-        """(n + 1 or more,), as diffusers lists them. Raises ConfigError for a method that works with alpha_bar."""
+        """Sigmas as diffusers lists them, (n + 1 or more,). Raises ConfigError for a method that works with
+        alpha_bar."""
         check(self.space != "alpha_bar", f"{self.method} has no sigmas: it works with alpha_bar")
         listed = self.levels.sigmas
         return torch.cat([self.levels.here, self.levels.to[-1:]]) if listed is None else listed
 
     @property
     def alpha_bars(self) -> Tensor:
-        """(n,): the picture's share of the variance at each row."""
+        """alpha_bar, the picture's share of the variance, at each row, (n,)."""
         if self.space == "alpha_bar":
             return self.levels.here
         return 1 / self.variance if self.space == "sigma" else self.signal**2
 
     def at(self, i: int) -> R:
-        """Row ``i`` of the method's columns."""
+        """Return row ``i`` of the method's columns."""
         return type(self.rows)(*(column[i] for column in self.rows))
 
     def to(self, device: torch.device | str) -> Plan[R]:
-        """The plan with its timesteps on ``device``, moved once before the loop. The coefficients stay on the host."""
+        """Return the plan with its timesteps on ``device``, to be called before the loop; the rest stays on the host."""
         moved = {name: getattr(self.rows, name).to(device) for name in self.on_device}
-        plan = copy(self)  # what follows from the levels stays as it is
+        plan = copy(self)  # everything computed from the levels stays unchanged
         object.__setattr__(plan, "levels", self.levels._replace(timesteps=self.timesteps.to(device)))
         object.__setattr__(plan, "rows", cast(Any, self.rows)._replace(**moved))
         return plan
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
-        """Clean ``x0`` with as much ``noise`` as the sample has at row ``i``: where image to image begins."""
+        """Add ``noise`` to clean ``x0`` at the level of row ``i``, as at the start of img2img."""
         space, level = self.levels.put or (self.space, self.levels.here)
         return noisy(space, x0, noise, level[i].to(x0.dtype))
 
     def columns(self) -> dict[str, Sequence[Any] | Tensor]:
-        """The columns of the printed table, (n,) each: name -> values. Those that are 0 throughout are left out."""
+        """Return the columns of the printed table by name, (n,) each. Columns that are 0 throughout are left out."""
         t, here, to, _, landing, *_ = self.levels
         found: dict[str, Any] = {"timestep": t, "sigma": here, "alpha_bar": self.alpha_bars}
         if self.space == "alpha_bar":
@@ -202,19 +202,19 @@ def _cell(value: Any) -> str:
 
 
 def lambda_of(sigma: Tensor) -> Tensor:
-    """lambda = log(signal / noise) at ``sigma`` (n,): half the logarithm of the signal-to-noise ratio."""
+    """Return lambda = log(signal / noise) at ``sigma`` (n,): half the logarithm of the signal-to-noise ratio."""
     signal, noise = rates(sigma)
     return torch.log(signal) - torch.log(noise)
 
 
 def rates(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(signal, noise) where noise / signal is ``sigma`` (any shape) and signal**2 + noise**2 is 1."""
+    """Return (signal, noise) with noise / signal = ``sigma`` (any shape) and signal**2 + noise**2 = 1."""
     signal = 1 / (sigma**2 + 1) ** 0.5
     return signal, sigma * signal
 
 
 def noisy(space: Space, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """``x0`` with ``noise`` at ``level``, which broadcasts against both and has their dtype."""
+    """Add ``noise`` to ``x0`` at ``level``, which broadcasts against both and has their dtype."""
     if space == "sigma":
         return x0 + noise * level
     signal, amount = rates(level) if space == "lambda" else (level**0.5, (1 - level) ** 0.5)
@@ -222,7 +222,7 @@ def noisy(space: Space, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 
 class Sampler(Protocol[R, S]):
-    """The methods of a sampler. ``i`` is a row of the plan, x and out are (B, ...) tensors on one device."""
+    """Interface of a sampler. ``i`` is a row of the plan; x and out are (B, ...) tensors on one device."""
 
     def plan(
         self,
@@ -232,28 +232,28 @@ class Sampler(Protocol[R, S]):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Plan[R]:
-        """One row per model call, for exactly one of ``steps``, ``timesteps`` and ``sigmas``.
+        """Return the plan, one row per model call, for exactly one of ``steps``, ``timesteps`` and ``sigmas``.
 
-        Raises ConfigError for a number or list that the method can't run, quoting the limit."""
+        Raises ConfigError for a number or list that the method cannot run, quoting the limit."""
 
     def start(self) -> S:
-        """The state before the first step, whichever row that is."""
+        """Return the state before the first step, whichever row that is."""
 
     def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor:
-        """What the model sees for sample ``x``: models are trained on unit variance, and where x is picture plus
-        noise (Euler) its variance is sigma**2 + 1, so it is divided by the root of that. Else x itself."""
+        """Return the model input for sample ``x``. Models are trained on unit variance. If x is the picture plus noise
+        (Euler), its variance is sigma**2 + 1, and x is divided by the root of that; otherwise it is returned as is."""
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor | None:
-        """The picture x0 that the model sees in ``x``; None where the method has no such estimate. Previews show
-        this: x itself is noisy until the end."""
+        """Return the model's estimate x0 of the picture; None if the method has no such estimate. Use it for previews:
+        x itself is noisy until the end."""
 
     def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> tuple[Tensor, S]:
-        """The sample at the next row and the state that goes with it."""
+        """Return the sample at the next row and the new state."""
 
 
 class Given(NamedTuple):
-    """What a run is planned for: one of the three; ``timesteps`` as the model knows them, ``sigmas`` one more than
-    there are to be steps, both falling."""
+    """Input of a plan, exactly one of the three: ``steps``; ``timesteps`` of the model; ``sigmas``, one more than the
+    number of steps. Both lists fall."""
 
     steps: int | None
     timesteps: Sequence[float] | None
@@ -262,18 +262,18 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Sampler[R, S]):
-    """The base of every sampler. Its fields are its options, which are checked when they are given.
+    """Base class of the samplers. Its fields are the options, which are checked on construction.
 
-    ``like_diffusers`` repeats the places where the pinned reference departs from the mathematics (each method says
-    which). It is set for samplers that are read from a scheduler_config.json, and off for those chosen by name.
+    ``like_diffusers`` reproduces the deviations of the pinned reference from the mathematics; each method lists them.
+    It is set for samplers that are read from a scheduler_config.json, and off for those chosen by name.
     """
 
     order: ClassVar[int] = 1  # model calls per step, where a step takes several
     space: ClassVar[Space] = "alpha_bar"
-    own_levels: ClassVar[bool] = False  # whether it brings its own noise levels, and needs no NoiseSchedule
-    predicts: ClassVar[Prediction | None] = None  # what the model must predict, whatever the schedule says
-    takes: ClassVar[tuple[str, ...]] = ("steps",)  # of steps, timesteps and sigmas, what the reference can take
-    takes_more: ClassVar[tuple[str, ...]] = ()  # and what a sampler that was chosen by name can take beside
+    own_levels: ClassVar[bool] = False  # True if the method defines its own noise levels and needs no NoiseSchedule
+    predicts: ClassVar[Prediction | None] = None  # the prediction type of the model, whatever the schedule says
+    takes: ClassVar[tuple[str, ...]] = ("steps",)  # those of steps, timesteps and sigmas that the reference accepts
+    takes_more: ClassVar[tuple[str, ...]] = ()  # those that a sampler chosen by name accepts in addition
 
     like_diffusers: bool = False
 
@@ -283,7 +283,7 @@ class Method(Sampler[R, S]):
 
     @property
     def name(self) -> str:
-        """The name of the class, for messages."""
+        """Name of the class, for messages."""
         return type(self).__name__
 
     @property
@@ -299,7 +299,7 @@ class Method(Sampler[R, S]):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Plan[R]:
-        """See :class:`Sampler`. ``takes`` says which of the three the reference can take, ``takes_more`` the rest."""
+        """See :class:`Sampler`. ``takes`` and ``takes_more`` list which of the three are accepted."""
         given = Given(steps, timesteps, sigmas)
         takes = self.takes if self.like_diffusers else (*self.takes, *self.takes_more)
         chosen = [name for name, value in given._asdict().items() if value is not None]
@@ -312,13 +312,13 @@ class Method(Sampler[R, S]):
         return made
 
     def schedule_of(self, schedule: NoiseSchedule | None) -> NoiseSchedule:
-        """The schedule with its table on the host. Raises ConfigError for None, unless the method brings its levels."""
+        """Return the schedule with its table on the host. Raises ConfigError for None unless ``own_levels``."""
         if schedule is None and not self.own_levels:
             raise ConfigError(f"{self.name} needs the model's noise schedule, got None")
         return NOTHING if schedule is None else schedule.to("cpu")
 
     def planned(self, at: Levels, prediction: Prediction) -> Plan[R]:
-        """The plan for levels of any origin."""
+        """Return the plan for levels of any origin."""
         rows = self.rows(at, prediction)
         return Plan(
             method=self.name,
@@ -330,15 +330,15 @@ class Method(Sampler[R, S]):
         )
 
     def require_usable(self, rows: R) -> None:
-        """Raise ConfigError for rows that are there and can't be walked."""
+        """Raise ConfigError for rows that exist but cannot be run."""
 
     @abstractmethod
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        """The levels that a run visits. Raises ConfigError for a number or list that can't be run."""
+        """Return the levels that a run visits. Raises ConfigError for a number or list that cannot be run."""
 
     @abstractmethod
     def rows(self, at: Levels, prediction: Prediction) -> R:
-        """Every coefficient of the steps between these levels. Raises ConfigError where one is not finite."""
+        """Return all coefficients of the steps between these levels. Raises ConfigError if one is not finite."""
 
     def start(self) -> S:
         """See :class:`Sampler`; one-step methods need no state."""
@@ -349,7 +349,7 @@ class Method(Sampler[R, S]):
         return x / plan.in_scale[i] if self.space == "sigma" else x
 
     def limit(self, x0: Tensor) -> Tensor:
-        """``x0`` within the limits that the options set; see limits.py."""
+        """Return ``x0`` within the limits set by the options; see limits.py."""
         return x0
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
@@ -364,10 +364,10 @@ class Method(Sampler[R, S]):
 
 
 NOTHING = NoiseSchedule(torch.ones(1, dtype=torch.float32, device="cpu"))
-"""What stands in for the schedule of a method that brings its own levels."""
+"""Placeholder for the schedule of a method that defines its own levels."""
 
 
-LARGEST = 1e9  # of a number in an option: its square and more are to be finite in float32
+LARGEST = 1e9  # bound of numeric options: the square and more must be finite in float32
 
 
 @cache
@@ -400,36 +400,36 @@ def _check_option(name: str, value: Any, kind: Any) -> None:
 
 
 def sigma_x0(plan: Plan[Any], i: int, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
-    """The picture in ``x`` at row ``i``, whose noise has standard deviation ``sigma`` (0-dim): in the wider dtype."""
+    """Return x0 for ``x`` at row ``i``, whose noise has standard deviation ``sigma`` (0-dim), in the wider dtype."""
     if plan.prediction == "epsilon":
         return x - meet(sigma * out, x)
     return meet(out * plan.c_out[i], x) + x / plan.variance[i] if plan.prediction == "v_prediction" else out
 
 
 def upcast(x: Tensor) -> Tensor:
-    """``x`` in float32: in half precision the sum of picture and noise would lose the picture at large sigma."""
+    """Return ``x`` in float32: in half precision the sum of picture and noise would lose the picture at large sigma."""
     return x.to(torch.float32)
 
 
 def meet(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in the wider dtype of both: what their sum makes of it anyway, written down."""
+    """Convert ``y`` to the wider dtype of both, as their sum would."""
     return y.to(torch.promote_types(y.dtype, x.dtype))
 
 
 def unit() -> Tensor:
-    """A 0-dim 1 on the host, whatever torch's default device and dtype are at the moment."""
+    """Return a 0-dim 1 on the host, whatever torch's current default device and dtype are."""
     return torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 def earlier(column: Tensor) -> Tensor:
-    """``column`` (n,) one row later: each entry is that of the row before. The first, which has none, stays."""
+    """Shift ``column`` (n,) by one row: each entry becomes that of the row before. The first one stays."""
     return torch.cat([column[:1], column[:-1]])
 
 
 def root(x: Tensor, method: Method[Any, Any], what: str) -> Tensor:
-    """sqrt(x) of a (n,) row that rounding may have pushed below 0, where the reference gives NaN.
+    """Return sqrt(x) of a (n,) row that rounding may have pushed below 0, for which the reference gives NaN.
 
-    Entries down to -1e-6 count as 0 for a sampler chosen by name; anything else below 0 is a ConfigError."""
+    For a sampler chosen by name, entries down to -1e-6 count as 0. Raises ConfigError for other negative entries."""
     lowest = 0.0 if method.like_diffusers else -1e-6
     bad = (~(x >= lowest)).nonzero().flatten().tolist()
     check(not bad, f"{method.name}: {what} is the root of a negative number or NaN at rows {bad[:4]}")
@@ -437,7 +437,7 @@ def root(x: Tensor, method: Method[Any, Any], what: str) -> Tensor:
 
 
 def whole(method: Method[Any, Any], timesteps: Sequence[float], lowest: int | None = None) -> NDArray[Any]:
-    """``timesteps`` as int64. Raises ConfigError for fractions, and for any below ``lowest``."""
+    """Return ``timesteps`` as int64. Raises ConfigError for fractions, and for any below ``lowest``."""
     fits = all(float(t).is_integer() and (lowest is None or t >= lowest) for t in timesteps)
     range_ = "" if lowest is None else f", {lowest} or above"
     check(fits, f"{method.name}: timesteps must be whole numbers{range_}, got {list(timesteps)[:6]}")
@@ -447,7 +447,7 @@ def whole(method: Method[Any, Any], timesteps: Sequence[float], lowest: int | No
 def check_timesteps(method: Method[Any, Any], timesteps: Any, train_steps: int) -> None:
     """Raise ConfigError unless ``timesteps`` (a list or array) fall strictly and lie in 0..train_steps - 1.
 
-    The reference has a last row of -1 for some step counts of trailing spacing, and only there (see ``spaced``)."""
+    The reference has a last row of -1 for some step counts of trailing spacing only (see ``spaced``)."""
     t = [float(v) for v in timesteps]
     check(len(t) > 0, f"{method.name}: timesteps is empty")
     falls = all(a > b for a, b in pairwise(t))
@@ -461,7 +461,7 @@ def check_timesteps(method: Method[Any, Any], timesteps: Any, train_steps: int) 
 
 
 def check_finite(method: Method[Any, Any], column: Tensor) -> None:
-    """Raise ConfigError where a ``column`` (n, ...) of coefficients is not finite: 0 / 0, at two equal sigmas. The
+    """Raise ConfigError if a ``column`` (n, ...) of coefficients is not finite: 0 / 0, from two equal sigmas. The
     reference gives NaN there."""
     finite = column.reshape(len(column), -1).isfinite().all(dim=1)
     bad = (~finite).nonzero().flatten().tolist()[:4]
@@ -470,7 +470,7 @@ def check_finite(method: Method[Any, Any], column: Tensor) -> None:
 
 
 def check_some_noise(method: Method[Any, Any], timesteps: Tensor, alpha_bars: Tensor) -> None:
-    """Raise ConfigError where a method that divides by 1 - alpha_bar visits a timestep at which there is no noise."""
+    """Raise ConfigError if a method that divides by 1 - alpha_bar visits a timestep without noise."""
     rows = (alpha_bars == 1).nonzero().flatten().tolist()
     where = f"row {rows[0]}, timestep {timesteps[rows[0]].item():g}" if rows else ""
     check(not rows, f"{method.name}: alpha_bar is 1 at {where}: no noise to take away; use betas above 0")
@@ -485,10 +485,10 @@ PURE_NOISE = (
 def check_no_pure_noise(
     method: Method[Any, Any], timesteps: Tensor, alpha_bars: Tensor, prediction: Prediction, bounded: bool = False
 ) -> None:
-    """Raise ConfigError where an epsilon model is asked for the picture in pure noise (alpha_bar 0: zero terminal
-    SNR), which divides by 0. ``bounded``: x0 is clamped, so that the first row may: there x is fresh noise, and x0
-    infinite. Later (trailing spacing may end with a row at timestep -1) x is a picture that the model's answer meets,
-    and 0 / 0 can't be clamped."""
+    """Raise ConfigError if x0 of an epsilon model is needed at pure noise (alpha_bar 0: zero terminal SNR), which
+    divides by 0. ``bounded``: x0 is clamped, and the first row is allowed, where x is fresh noise and x0 infinite. In
+    later rows (trailing spacing may end with a row at timestep -1) x is a picture that may equal the model's output,
+    and 0 / 0 cannot be clamped."""
     pure = (alpha_bars == 0).nonzero().flatten().tolist()
     rows = [row for row in pure if row > 0 or not bounded]
     if prediction == "epsilon" and rows:

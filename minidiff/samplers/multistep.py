@@ -1,4 +1,4 @@
-"""What the multistep methods in lambda share: how many outputs each step uses, and which coefficients are usable."""
+"""Helpers of the multistep methods in lambda: the order of each step, and checks of its coefficients."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from minidiff.schedule import NoiseSchedule
 FEW = 15  # runs of fewer steps end with steps of lower order, which are more stable there
 
 Outputs = tuple[Tensor, ...]
-"""The latest outputs, converted to what a method combines, oldest first."""
+"""The latest outputs, converted to the quantity that a method combines, oldest first."""
 
 
 def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: bool) -> tuple[int, ...]:
-    """(n,) the highest order of each step of a multistep method: ``order``, or as many outputs as there are; but 2 and
-    1 at most for the last two where ``lower_order_final`` and the steps are few, and 1 for the last where
-    ``first_at_last``."""
+    """Return the highest order of each step of a multistep method, (n,): ``order``, or the number of outputs so far if
+    that is lower. With ``lower_order_final`` and few steps, the last two have order 2 and 1 at most; with
+    ``first_at_last``, the last has order 1."""
     few = lower_order_final and n < FEW
     orders = [min(order, i + 1) for i in range(n)]
     if few and n > 1:
@@ -31,7 +31,7 @@ def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: b
 
 
 def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:
-    """How many of training's timesteps, the lowest ones, have a lambda of ``lambda_min`` (None: any) or more."""
+    """Return the number of training's timesteps, counted from the lowest, with lambda >= ``lambda_min`` (None: all)."""
     if lambda_min is None:
         return len(schedule)
     alpha_bar = schedule.alphas_cumprod.clone()
@@ -46,11 +46,11 @@ def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float 
 def usable(
     method: Method[Any, Any], orders: tuple[int, ...], order: int, columns: dict[str, Tensor], ahead: int = 1
 ) -> dict[str, Tensor]:
-    """``columns`` of coefficients (n,) for steps of ``order``, 0 where no step of that order is made: by ``orders`` or
-    because row i knows no more than i + ``ahead`` outputs.
+    """Return ``columns`` of coefficients (n,) for steps of ``order``, set to 0 where no step of that order is made:
+    because of ``orders``, or because row i has at most i + ``ahead`` outputs.
 
-    Raises ConfigError where one that may be made has coefficients that are not finite: two sigmas are equal, or a
-    higher-order step leads to sigma 0. The reference gives NaN there."""
+    Raises ConfigError if a possible step has coefficients that are not finite: two sigmas are equal, or a higher-order
+    step leads to sigma 0. The reference gives NaN there."""
     wanted = torch.tensor([min(o, i + ahead) >= order for i, o in enumerate(orders)], dtype=torch.bool, device="cpu")
     for column in columns.values():
         bad = (wanted & ~column.isfinite()).nonzero().flatten().tolist()

@@ -4,23 +4,22 @@ The transfer carries a sample from alpha_bar a to any other, b, along a constant
 
     x_b = sqrt(b / a) * x_a  -  (b - a) / (a * sqrt(1 - b) + sqrt(a * (1 - a) * b)) * epsilon
 
-It is DDIM's step with eta 0, written so that no x0 appears. What is to be found is a good epsilon for the whole
-interval:
+It is DDIM's step with eta 0, written without x0. The method has to find a good epsilon for the whole interval:
 
-* PLMS (what Stable Diffusion ships) combines the latest four epsilons with the weights of Adams and Bashforth. The
-  first interval has no history, so it is walked twice: once with its own epsilon, then again from the same start with
-  the mean of that and the epsilon found at its end. This is why the second timestep is there twice, and n steps make
-  n + 1 model calls:
+* PLMS (the default of Stable Diffusion) combines the latest four epsilons with the Adams-Bashforth weights. The first
+  interval has no history, so it is done twice: once with its own epsilon, then again from the same start with the mean
+  of that and the epsilon at its end. For this reason the second timestep occurs twice, and n steps make n + 1 model
+  calls:
 
       981 --> 961            with the epsilon of 981
       981 ---------> 961     again, with the mean of those of 981 and 961
                      961 --> 941 --> 921 ...
 
-* With ``runge_kutta`` the first three intervals are walked by the classical four-stage Runge-Kutta method instead
-  (equation 12), two of the stages half-way: 12 calls, after which there is history enough.
+* With ``runge_kutta`` the first three intervals use the classical four-stage Runge-Kutta method instead (equation 12),
+  with two of the stages half-way: 12 calls, after which there is enough history.
 
-iPNDM is PNDM without the repeated interval, for models along the "crash" schedule (Dance Diffusion): the first steps
-have less history, and a lower order, instead ("improved PNDM", Zhang & Chen 2023, section 3.4).
+iPNDM is PNDM without the repeated interval, for models with the "crash" schedule (Dance Diffusion): its first steps
+have less history and a lower order ("improved PNDM", Zhang & Chen 2023, section 3.4).
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_v, x0_fro
 
 WARM_UP = 12  # rows of the Runge-Kutta warm-up: four calls for each of three intervals
 MAX_STEPS = 1000
-SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise; there x0 times it is 0 by 0
+SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise, where x0 would be 0 / 0
 
 
 class Row(NamedTuple):
-    """``call``: what the row does. alpha_bar where a Runge-Kutta stage that goes half-way lands (``half``), and one
-    interval above (``up``: where the walk that a repeated first row does again begins)."""
+    """``call``: the kind of the row. ``half``: alpha_bar at which a half-way Runge-Kutta stage lands. ``up``: alpha_bar
+    one interval above, from which a repeated first row starts again."""
 
     call: Any
     half: Tensor
@@ -63,8 +62,8 @@ class Row(NamedTuple):
 
 
 class State(NamedTuple):
-    """``calls`` made so far; the epsilons (raw outputs) kept, oldest first; ``base``, the sample at which the interval
-    began; ``total``, the running sum of a Runge-Kutta interval."""
+    """``calls`` made so far; the epsilons (raw outputs) kept, oldest first; ``base``: the sample at the start of the
+    interval; ``total``: the running sum of a Runge-Kutta interval."""
 
     calls: int = 0
     history: tuple[Tensor, ...] = ()
@@ -74,12 +73,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PNDM(Timesteps[Row, State]):
-    """``runge_kutta``: warm up with Runge-Kutta (needs 4 steps or more). ``set_alpha_to_one`` as in DDIM. The model
-    predicts epsilon or v.
+    """PNDM sampler. ``runge_kutta``: warm up with Runge-Kutta (needs 4 steps or more). ``set_alpha_to_one``: as in
+    DDIM. The model predicts epsilon or v.
 
-    ``like_diffusers``: a step lands T // steps below its timestep (and a half-way stage half of that), where
-    trailing and linspace spacing put the next row elsewhere; and what a call does depends on how many were made, so
-    that a run started in the middle (image to image) takes its second row for the repeated one.
+    ``like_diffusers``: a step lands T // steps below its timestep (and a half-way stage half of that), although
+    trailing and linspace spacing have their next row elsewhere. The action of a call depends on the number of calls so
+    far, so that a run that starts in the middle (img2img) takes its second row for the repeated one.
     """
 
     takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
@@ -107,7 +106,7 @@ class PNDM(Timesteps[Row, State]):
     def _runge_kutta(
         self, plan: Plan[Row], i: int, call: int, x: Tensor, out: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        """Stage ``call % 4`` of interval ``call // 4``: every stage starts at the interval's first sample."""
+        """Do stage ``call % 4`` of interval ``call // 4``. Every stage starts at the interval's first sample."""
         stage, history, base, total = call % 4, state.history, state.base, state.total
         if stage == 0:
             history, base, epsilon = (*history, out), x, out
@@ -140,7 +139,7 @@ class PNDM(Timesteps[Row, State]):
         return Levels(t, schedule.alphas_cumprod[t], down, unit(), landing, beside=beside)
 
     def _warm_up(self, grid: Tensor, apart: int) -> Tensor:
-        """(12,) the timesteps of three Runge-Kutta intervals: upper end, middle twice, lower end."""
+        """Return the timesteps of three Runge-Kutta intervals, (12,): upper end, middle twice, lower end."""
         upper, lower = grid[:3], grid[1:4]
         middle = lower + (apart // 2 if self.like_diffusers else (upper - lower) // 2)
         return torch.stack([upper, middle, middle, lower], dim=1).flatten()
@@ -155,7 +154,7 @@ class PNDM(Timesteps[Row, State]):
 
 
 def adams_bashforth(history: tuple[Tensor, ...]) -> Tensor:
-    """The epsilon for the coming interval, from up to four epsilons, oldest first (Liu 2022, equation 11 and 13)."""
+    """Return epsilon for the next interval from up to four epsilons, oldest first (Liu 2022, equations 11 and 13)."""
     if len(history) == 1:
         return history[0]
     if len(history) == 2:
@@ -166,7 +165,7 @@ def adams_bashforth(history: tuple[Tensor, ...]) -> Tensor:
 
 
 def transfer(x: Tensor, out: Tensor, start: Tensor, end: Tensor, prediction: Prediction) -> Tensor:
-    """``x`` at alpha_bar ``start`` carried to alpha_bar ``end`` along the model output ``out`` (equation 9)."""
+    """Transfer ``x`` from alpha_bar ``start`` to alpha_bar ``end`` along the model output ``out`` (equation 9)."""
     if prediction == "v_prediction":
         out = epsilon_from_v(x, out, start**0.5, (1 - start) ** 0.5)
     denominator = start * (1 - end) ** 0.5 + (start * (1 - start) * end) ** 0.5
@@ -174,8 +173,8 @@ def transfer(x: Tensor, out: Tensor, start: Tensor, end: Tensor, prediction: Pre
 
 
 class Crash(NamedTuple):
-    """``told_signal`` and ``told_noise``, the rates at each row, and ``to_signal`` and ``to_noise``, those where its
-    step lands; ``divisor``: the signal, where it is not 0."""
+    """``told_signal`` and ``told_noise``: the rates at each row; ``to_signal`` and ``to_noise``: the rates where its
+    step lands; ``divisor``: the signal, if it is not 0."""
 
     told_signal: Tensor
     told_noise: Tensor
@@ -186,14 +185,14 @@ class Crash(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class IPNDM(Method[Crash, tuple[Tensor, ...]]):
-    """Time runs from 1 to 0, and the noise is by definition
+    """iPNDM sampler. Time t runs from 1 to 0, with
 
-        noise = sin(pi t / 2)**2      signal = sqrt(1 - noise**2)      the model is told 2 / pi * atan2(noise, signal)
+        noise = sin(pi t / 2)**2      signal = sqrt(1 - noise**2)      time input: 2 / pi * atan2(noise, signal)
 
-    so no schedule of training is needed, and none counts. Each step makes epsilon of v, combines the latest four by the
-    weights of Adams and Bashforth, and follows that to the next time. No options: the model's answer is taken for v,
-    whatever the schedule says, and ``like_diffusers`` changes nothing. The state is the epsilons so far, oldest first,
-    three of them at most.
+    so no training schedule is used. Each step converts v to epsilon, combines the latest four with the Adams-Bashforth
+    weights, and follows the result to the next time. There are no options: the model output is taken as v, whatever the
+    schedule says, and ``like_diffusers`` changes nothing. The state is the epsilons so far, oldest first, three of them
+    at most.
     """
 
     own_levels: ClassVar[bool] = True

@@ -1,16 +1,16 @@
 """SA-Solver: Adams' multistep methods for the reverse stochastic equation, with a corrector (Xue et al. 2023).
 
-A whole family of equations leads from noise to the picture; tau says how much fresh noise goes in on the way, 0 for
-none (the ordinary equation) and 1 for as much as DDPM. In lambda (levels.py) the solution for x0 is
+A family of equations leads from noise to the picture. Its parameter tau is the amount of fresh noise on the way: 0 for
+none (the ordinary equation), 1 for as much as in DDPM. In lambda (levels.py) the solution for x0 is
 
     x_to = exp(-tau**2 h) * noise_to / noise * x  +  noise_to * sqrt(1 - exp(-2 tau**2 h)) * fresh noise
              + (1 + tau**2) * noise_to * exp(-tau**2 lambda_to) * integral of exp((1 + tau**2) u) x0(u) du
 
-over u from lambda to lambda_to (equation 14). x0 under the integral becomes Lagrange's polynomial through the latest
-outputs (Adams and Bashforth: the predictor) or through the one at the new point as well (Adams and Moulton: the
-corrector, which walks the interval once more with the same noise, when the model has been asked there for the next
-step anyway). The integrals of u**k exp(u) are known (appendix). Two values have a weight of their own, more accurate
-for small h. The same can be done with epsilon in the place of x0.
+over u from lambda to lambda_to (equation 14). x0 under the integral is replaced by Lagrange's polynomial through the
+latest outputs (Adams-Bashforth: the predictor), or also through the one at the new point (Adams-Moulton: the corrector,
+which repeats the step over the interval with the same noise, once the model has been called there for the next step).
+The integrals of u**k exp(u) have closed forms (appendix). Two values use a special weight, which is more accurate for
+small h. epsilon can take the place of x0.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SASolver(Lambdas[Row, State]):
-    """``predictor_order`` and ``corrector_order``: 1 to 4 outputs. ``algorithm``: combine x0 (data) or epsilon (noise).
-    ``tau`` applies where the timestep lies in ``tau_start``..``tau_end``, and is 0 elsewhere. ``lambda_min_clipped``:
-    timesteps of lower lambda are left out (with spacing by timesteps only).
+    """SA-Solver. ``predictor_order`` and ``corrector_order``: 1 to 4 outputs. ``algorithm``: combine x0 (data) or
+    epsilon (noise). ``tau`` applies where the timestep lies in ``tau_start``..``tau_end``, and is 0 elsewhere.
+    ``lambda_min_clipped``: timesteps with lower lambda are left out (only with spacing by timesteps).
 
-    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta is there twice, so that the
-    last step does nothing; and noise is added to a picture by the alpha_bar of a whole timestep.
+    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
+    last step does nothing; and noise is added to a picture at the alpha_bar of a whole timestep.
     """
 
     lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "repeated"
@@ -92,7 +92,7 @@ class SASolver(Lambdas[Row, State]):
         return State()
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
-        """Everything in the dtype of ``x``. Noise is drawn at every step, also where tau is 0."""
+        """Compute in the dtype of ``x``. Noise is drawn at every step, even if tau is 0."""
         combine = self.denoised if self.predicts_x0 else self._epsilon
         m = combine(plan, i, x, out, state)  # from the sample that the model saw, before its correction
         if state.base is not None and state.noise is not None:
@@ -125,7 +125,7 @@ class SASolver(Lambdas[Row, State]):
         else:
             x_coef = to_signal / signal
             fresh = tau * to_noise * torch.sqrt(torch.exp(2 * h) - 1)
-        left = [n - i if self.lower_order_final else HIGHEST for i in range(n)]  # how many steps there are still
+        left = [n - i if self.lower_order_final else HIGHEST for i in range(n)]  # number of remaining steps
         predict = tuple(min(self.predictor_order, k, i + 1) for i, k in enumerate(left))
         correct = tuple(min(self.corrector_order, k + 1, i + 2) for i, k in enumerate(left))
         return Row(
@@ -135,11 +135,11 @@ class SASolver(Lambdas[Row, State]):
             x_coef=x_coef,
             fresh=fresh,
             predict=self._weights(at, tau, predict, 0),
-            correct=self._weights(at, tau, (*correct[:-1], 0), 1),  # the last interval is never walked again
+            correct=self._weights(at, tau, (*correct[:-1], 0), 1),  # the last interval is never corrected
         )
 
     def _weights(self, at: Levels, tau: Tensor, orders: tuple[int, ...], ahead: int) -> Tensor:
-        """(n, 4, 4): what the outputs are multiplied by in steps of every order, ``ahead`` 1 for the corrector."""
+        """Return the weights of the outputs in steps of every order, (n, 4, 4); ``ahead`` is 1 for the corrector."""
         start, end, n = lambda_of(at.here), lambda_of(at.to), len(tau)
         to_signal, to_noise = rates(at.to)
         if self.predicts_x0:
@@ -164,7 +164,7 @@ class SASolver(Lambdas[Row, State]):
 
 
 def walk(at: Row, x: Tensor, noise: Tensor, weights: Tensor, outputs: Outputs, order: int) -> Tensor:
-    """The interval of a row from ``x``, with the ``weights`` (4, 4) of the latest ``order`` outputs."""
+    """Step from ``x`` over the interval of a row, with the ``weights`` (4, 4) of the latest ``order`` outputs."""
     total = weights[order - 1, 0] * outputs[-1]
     for k in range(1, order):
         total = total + weights[order - 1, k] * outputs[-k - 1]
@@ -175,7 +175,7 @@ def walk(at: Row, x: Tensor, noise: Tensor, weights: Tensor, outputs: Outputs, o
 
 
 def exponential_negative(k: int, start: Tensor, end: Tensor) -> Tensor:
-    """The integral of u**k exp(-u) from ``start`` to ``end``."""
+    """Integrate u**k exp(-u) from ``start`` to ``end``."""
     polynomials: list[Callable[[Tensor], Tensor]] = [
         lambda u: torch.ones_like(u),
         lambda u: u + 1,
@@ -187,7 +187,7 @@ def exponential_negative(k: int, start: Tensor, end: Tensor) -> Tensor:
 
 
 def exponential_positive(k: int, start: Tensor, end: Tensor, tau: Tensor) -> Tensor:
-    """The integral of u**k exp((1 + tau**2) u) from ``start`` to ``end``."""
+    """Integrate u**k exp((1 + tau**2) u) from ``start`` to ``end``."""
     polynomials: list[Callable[[Tensor], Tensor]] = [
         lambda u: torch.ones_like(u),
         lambda u: u - 1,
@@ -200,8 +200,8 @@ def exponential_positive(k: int, start: Tensor, end: Tensor, tau: Tensor) -> Ten
 
 
 def second_order(start: Tensor, end: Tensor, tau: Tensor, before: Tensor | None) -> Tensor:
-    """What goes from the second of two weights to the first; ``before`` is the earlier lambda of the predictor, None
-    for the corrector."""
+    """Return the amount moved from the second of two weights to the first. ``before``: the earlier lambda for the
+    predictor, None for the corrector."""
     scale, h = 1 + tau**2, end - start
     lead, rest = 1.0 * torch.exp(scale * end), h * scale - 1 + torch.exp(scale * -h)
     if before is None:
@@ -210,8 +210,8 @@ def second_order(start: Tensor, end: Tensor, tau: Tensor, before: Tensor | None)
 
 
 def lagrange(points: list[Tensor]) -> list[list[Tensor]]:
-    """For each of one to four ``points`` the coefficients, highest power first, of the polynomial that is 1 there and 0
-    at the others."""
+    """Return, for each of one to four ``points``, the coefficients (highest power first) of the polynomial that is 1
+    there and 0 at the others."""
     polynomials = []
     for i, point in enumerate(points):
         others = [p for k, p in enumerate(points) if k != i]

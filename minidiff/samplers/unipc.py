@@ -1,17 +1,17 @@
 """UniPC: a predictor and a corrector that use each model output twice (Zhao et al. 2023).
 
-The predictor goes from lambda to lambda + h as DPM-Solver does (dpm_solver.py), with differences to the latest
-outputs (equation 3). The model is asked at the new point anyway, for the next step: before that step, the corrector
-takes the answer to walk the last interval once more (equation 9), which raises the order by one at no cost.
+The predictor goes from lambda to lambda + h like DPM-Solver (dpm_solver.py), with differences to the latest outputs
+(equation 3). The next step calls the model at the new point in any case. Before that step, the corrector uses its
+output to repeat the last interval (equation 9), which raises the order by one at no cost.
 
 For x0 (or epsilon) m and an interval from the sample x at lambda_0, with the differences D_k = (m_k - m_0) / r_k at
 r_k = (lambda_k - lambda_0) / h, both are
 
     x_coef * x - m_coef * m_0 - res_coef * sum of rho_k D_k        res_coef = signal_to * B(h)
 
-where the new output, at r = 1, is among the D_k of the corrector only. The weights rho solve the small linear system
-of appendix A that makes the result exact for polynomials; B(h) is h (bh1) or exp(h) - 1 (bh2). Fewer outputs have
-constant weights: 1/2 for one difference in the predictor, and for none in the corrector.
+where only the corrector has the new output, at r = 1, among its D_k. The weights rho solve the small linear system of
+appendix A that makes the result exact for polynomials; B(h) is h (bh1) or exp(h) - 1 (bh2). With fewer outputs the
+weights are constant: 1/2 for one difference in the predictor, and for none in the corrector.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from minidiff.schedule import to_epsilon
 
 
 class Row(NamedTuple):
-    """For the interval that begins at the row: the coefficients above; ``r1`` and ``r2``, where the outputs before lie;
-    ``predict3`` (n, 2) the predictor's weights of order 3; ``correct2`` and ``correct3`` (n, 2) the corrector's, with
-    those of the new output in ``new2`` and ``new3``. ``order``: the highest of each row."""
+    """For the interval that starts at the row: the coefficients above; ``r1`` and ``r2``: positions of the earlier
+    outputs; ``predict3`` (n, 2): the predictor's weights of order 3; ``correct2`` and ``correct3`` (n, 2): the
+    corrector's, with those of the new output in ``new2`` and ``new3``. ``order``: the highest of each row."""
 
     order: Any
     x_coef: Tensor
@@ -58,14 +58,14 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(Lambdas[Row, State]):
-    """``solver_order``: how many of the latest outputs a step uses. ``solver_type``: B(h) as above. ``predict_x0``:
-    combine x0 instead of epsilon. ``disable_corrector``: rows whose step is not corrected (0 for the first).
-    ``final_sigma``: the last step lands on 0, or on training's smallest. ``lower_order_final``: the last steps are of
-    order 3, 2, 1.
+    """UniPC sampler. ``solver_order``: number of latest outputs that a step uses. ``solver_type``: B(h) as above.
+    ``predict_x0``: combine x0 instead of epsilon. ``disable_corrector``: rows whose step is not corrected (0 for the
+    first). ``final_sigma``: the last step lands on 0, or on training's smallest sigma. ``lower_order_final``: the last
+    steps are of order 3, 2, 1.
 
-    ``like_diffusers``: see :class:`Lambdas`; bh1 can't reach sigma 0, where the reference is NaN; the last sigma of
-    karras, exponential and beta is there twice with final_sigma "sigma_min", so that the last step does nothing; and a
-    threshold has no effect on the steps of predict_x0=False.
+    ``like_diffusers``: see :class:`Lambdas`; bh1 cannot reach sigma 0, where the reference gives NaN; the last sigma of
+    karras, exponential and beta occurs twice with final_sigma "sigma_min", so that the last step does nothing; and a
+    threshold has no effect on steps with predict_x0=False.
     """
 
     solver_order: int = 2
@@ -94,7 +94,7 @@ class UniPC(Lambdas[Row, State]):
         return State()
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
-        """Everything in the dtype of ``x``."""
+        """Compute in the dtype of ``x``."""
         m = self._convert(plan, i, x, out, state)
         if state.base is not None and i - 1 not in self.disable_corrector:
             x = correct(plan.at(i - 1), state, state.base, m)
@@ -105,7 +105,7 @@ class UniPC(Lambdas[Row, State]):
         return predict(at, x, outputs, order), State(outputs, x, order)
 
     def _convert(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State) -> Tensor:
-        """x0 (or epsilon) from the sample that the model saw, before its correction."""
+        """Return x0 (or epsilon) for the sample that the model saw, before its correction."""
         if self.predict_x0:
             return self.denoised(plan, i, x, out, state)
         return to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
@@ -125,8 +125,8 @@ class UniPC(Lambdas[Row, State]):
         return Row(order=orders, **first, res_coef=res_coef, **self._weights(at, hh, phi, b_h, orders))
 
     def _weights(self, at: Levels, hh: Tensor, phi: Tensor, b_h: Tensor, orders: tuple[int, ...]) -> dict[str, Tensor]:
-        """r1 and r2 (n,), and the weights rho of every order: the solutions of R rho = b, with R's rows the powers of
-        the r_k and 1, and b made of the integrals phi_k of the exponential."""
+        """Return r1 and r2 (n,), and the weights rho of every order: the solutions of R rho = b, where the rows of R
+        are the powers of the r_k and 1, and b consists of the integrals phi_k of the exponential."""
         start, end = lambda_of(at.here), lambda_of(at.to)
         n, h = len(hh), end - start
         r1, r2 = (torch.cat([start[:1].expand(k), start[: n - k]])[:n].sub(start) / h for k in (1, 2))
@@ -137,12 +137,12 @@ class UniPC(Lambdas[Row, State]):
             factorial *= k + 1
             phi_k = phi_k / hh - 1 / factorial
         b1, b2, b3 = targets
-        # A last interval without length has an infinite r1, and differences over it are 0: it is walked, to no effect.
+        # A last interval of length 0 has an infinite r1, and differences over it are 0: its step has no effect.
         inner = torch.cat([r1[:-1], torch.zeros_like(r1[-1:])])
         usable(self, orders, 2, {"r1 but the last": inner, "1 / r1": 1 / r1})
         used = torch.tensor([o >= 2 and i >= 1 for i, o in enumerate(orders)], device="cpu")
         three = usable(self, orders, 3, {"r2": r2, "1 / r2": 1 / r2, "b1": b1, "b2": b2})
-        # the corrector walks every interval but the last again, with the order of the step that walked it first
+        # the corrector repeats every interval but the last, with the order of its first step
         of_2, of_3 = ([o >= k and k <= i + 1 < n for i, o in enumerate(orders)] for k in (2, 3))
         in_3 = [o >= 3 and i >= 2 for i, o in enumerate(orders)]
         one = torch.ones_like(h)
@@ -170,7 +170,7 @@ OF_TWO_DTYPES = (
 
 
 def predict(at: Row, x: Tensor, outputs: Outputs, order: int) -> Tensor:
-    """From ``x`` at a row to the next."""
+    """Step from ``x`` at a row to the next."""
     after = at.x_coef * x - at.m_coef * outputs[-1]
     if order == 2:
         after = after - at.res_coef * (0.5 * meet(differences(at, outputs, 2)[0], x))
@@ -180,7 +180,7 @@ def predict(at: Row, x: Tensor, outputs: Outputs, order: int) -> Tensor:
 
 
 def correct(at: Row, state: State, x: Tensor, new: Tensor) -> Tensor:
-    """From ``x`` at a row to the next once more, now that its output ``new`` is known."""
+    """Repeat the step from ``x`` at a row to the next, now that the output ``new`` there is known."""
     outputs, order = state.outputs, state.order
     step = new - outputs[-1]
     if order == 1:
@@ -196,18 +196,19 @@ def correct(at: Row, state: State, x: Tensor, new: Tensor) -> Tensor:
 
 
 def differences(at: Row, outputs: Outputs, order: int) -> list[Tensor]:
-    """D_1 (and D_2 for order 3): from the latest of ``outputs`` to those before, over their distance."""
+    """Return D_1 (and D_2 for order 3): differences of the latest of ``outputs`` to those before, over their
+    distance."""
     return [(outputs[-k] - outputs[-1]) / r for k, r in enumerate((at.r1, at.r2)[: order - 1], 2)]
 
 
 def weighted(weights: Tensor, x: Tensor, parts: list[Tensor]) -> Tensor:
-    """The sum of ``parts`` with ``weights`` (2,), rounded to the dtype of ``x``, as a product of matrices: in half
-    precision a sum of products is rounded elsewhere."""
+    """Return the sum of ``parts`` with ``weights`` (2,), rounded to the dtype of ``x``. It is a matrix product: in half
+    precision a sum of products is rounded in other places."""
     return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1).to(x.dtype))
 
 
 def solve(wanted: list[bool], points: list[Tensor], target: list[Tensor]) -> Tensor:
-    """(n, k): the weights for k ``points`` and k ``target`` values, (n,) each, where ``wanted``; else 0."""
+    """Return the weights (n, k) for k ``points`` and k ``target`` values, (n,) each, where ``wanted``; else 0."""
     at, rows = torch.stack(points, dim=1), torch.tensor(wanted, device="cpu")
     powers = torch.stack([torch.pow(at, k) for k in range(len(points))], dim=1)
     weights = torch.zeros_like(at)
