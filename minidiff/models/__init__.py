@@ -1,1 +1,1 @@
-"""The networks: one class each for every family, told apart by their configs alone."""
+"""The networks: one class of each kind for all model families, which differ only in their configs."""

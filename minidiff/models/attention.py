@@ -1,12 +1,12 @@
-"""Attention, and the three shapes it takes in Stable Diffusion (Vaswani et al. 2017; Rombach et al. 2022, section 3.3).
+"""Attention in Stable Diffusion, in three forms (Vaswani et al. 2017; Rombach et al. 2022, section 3.3).
 
-* :class:`Attention`: queries from ``x``, keys and values from ``x`` itself or from the prompt. Every text reaches the
-  picture through this one door.
+* :class:`Attention`: queries from ``x``, keys and values from ``x`` itself or from the prompt. It is the only way by
+  which text influences the picture.
 * :class:`SpatialTransformer`: pixels as a sequence of tokens, through self-attention, cross-attention and feed-forward.
-* :class:`SpatialSelfAttention`: the older, single-layer form of DDPM and of the VAE's middle.
+* :class:`SpatialSelfAttention`: the older, single-layer form of DDPM and of the VAE's middle block.
 
-The arithmetic of all of them is :func:`attention`. Each module holds it as ``kernel``, so a faster equal can be put in
-from outside without touching this file.
+All of them compute :func:`attention`. Each module holds it as its ``kernel``, so that a faster equivalent can be set
+from outside without changing this file.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from minidiff.config import Level
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
-# The norm in front of a transformer has an eps of its own, whatever the ResBlocks around it use.
+# The norm in front of a transformer has its own eps, whatever the ResBlocks around it use.
 TRANSFORMER_NORM_EPS = 1e-6
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v. All (B, heads, length, d); ``causal`` hides every later position."""
+    """Compute softmax(q k^T / sqrt(d)) v. All (B, heads, length, d); ``causal`` masks every later position."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
@@ -70,7 +70,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Look around in the picture, look at the prompt, think; each on a normed copy and added back."""
+    """Self-attention, cross-attention to the prompt, feed-forward; each on a normalized copy, added to the input."""
 
     def __init__(self, dim: int, heads: int, context_dim: int) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """(B, C, H, W) -> the same: every pixel becomes a token, ``level.depth`` blocks, added to the input.
+    """Transformer over the pixels of (B, C, H, W): each pixel is a token; the output is added to the input.
 
-    SD1 projects in and out with 1x1 convolutions, SD2 and SDXL with linear layers (``linear``): one matrix all the
-    same, but stored in another shape and summed in another order.
+    SD1 projects in and out with 1x1 convolutions, SD2 and SDXL with linear layers (``linear``). Both are the same
+    matrix, but stored in another shape and summed in another order.
     """
 
     def __init__(self, level: Level, context_dim: int, groups: int, linear: bool) -> None:
@@ -115,17 +115,17 @@ class SpatialTransformer(nn.Module):
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H*W, C)."""
+    """Reshape (B, C, H, W) to (B, H*W, C)."""
     return rearrange(x, "b c h w -> b (h w) c")
 
 
 def to_picture(tokens: Tensor, height: int) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W), contiguous: the convolution behind it picks its kernel by the strides."""
+    """Reshape (B, H*W, C) to contiguous (B, C, H, W); the strides decide which kernel the next convolution uses."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous()
 
 
 class SpatialSelfAttention(nn.Module):
-    """(B, C, H, W) -> the same: one attention of every pixel to all others, added to the input."""
+    """Attention of every pixel of (B, C, H, W) to all others, added to the input."""
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -133,9 +133,9 @@ class SpatialSelfAttention(nn.Module):
         self.attn = Attention(channels, heads, bias=True)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``context`` is taken, and ignored, so that a UNet level can hold either kind of attention."""
+        """Compute the attention. ``context`` is ignored; it is accepted so that a UNet level can hold either kind."""
         h = self.attn(self.norm(x.flatten(2)).transpose(1, 2))
-        # Back by a transposed view, not by einops: at batch 1 the two differ in strides, and with them in the kernel
-        # that the next convolution picks, and so in bits.
+        # A transposed view instead of einops: at batch 1 their strides differ, and with them the kernel of the next
+        # convolution and the bits of its result.
         out: Tensor = h.transpose(1, 2).unflatten(2, x.shape[-2:]) + x
         return out

@@ -1,7 +1,7 @@
-"""The bricks that the UNet and the VAE share: the ResBlock, the steps between resolutions, and the time embedding.
+"""Building blocks of the UNet and the VAE: the ResBlock, down- and upsampling, and the time embedding.
 
-ResBlocks are He et al. 2016 with group norms (Wu & He 2018) and SiLU; the sinusoid that tells a network what time it is
-comes from Vaswani et al. 2017, section 3.5, and reached diffusion with Ho et al. 2020.
+ResBlocks follow He et al. 2016, with group norms (Wu & He 2018) and SiLU. The sinusoidal time embedding comes from
+Vaswani et al. 2017, section 3.5, and was introduced to diffusion models by Ho et al. 2020.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 
 def sinusoid(t: Tensor, dim: int, *, sin_first: bool = False, freq_shift: int = 0) -> Tensor:
-    """The position (or time) code of Vaswani et al.: (N,) -> float32 (N, dim), ``dim`` even.
+    """Compute the sinusoidal embedding of Vaswani et al.: (N,) -> float32 (N, dim), ``dim`` even.
 
-    Frequencies fall geometrically from 1 to 1/10000 (exactly so with ``freq_shift=1``, DDPM's habit; Stable Diffusion
-    stops one short). Stable Diffusion puts the cosines first, DDPM the sines.
+    Frequencies fall geometrically from 1 to 1/10000 (exactly with ``freq_shift=1``, as in DDPM; Stable Diffusion stops
+    one short). Stable Diffusion puts the cosines first, DDPM the sines.
     """
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
@@ -27,7 +27,7 @@ def sinusoid(t: Tensor, dim: int, *, sin_first: bool = False, freq_shift: int = 
 
 
 class Embedding(nn.Module):
-    """A two-layer network over a sinusoid: (B, dim) -> (B, out). ``condition_dim``: LCM adds a code of the guidance."""
+    """Two-layer network over a sinusoid: (B, dim) -> (B, out). ``condition_dim``: size of LCM's guidance embedding."""
 
     def __init__(self, dim: int, out: int, condition_dim: int | None = None) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class Embedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, convolution, twice, added to the input; the time embedding (B, T) shifts the channels in between.
+    """Norm, SiLU, convolution, twice, added to the input; the time embedding (B, T) shifts the channels in between.
 
-    ``time_dim`` None (the VAE) leaves the shift out. Where the widths differ, a 1x1 convolution carries the input over.
+    With ``time_dim`` None (the VAE) there is no shift. If the widths differ, a 1x1 convolution adapts the input.
     """
 
     def __init__(self, channels: int, out: int, groups: int, eps: float, time_dim: int | None = None) -> None:
@@ -67,10 +67,10 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the side by a convolution of stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+    """Downsampling by a convolution with stride 2: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
 
-    ``asymmetric`` pads right and bottom only, as TensorFlow's "same" did in the code that DDPM and the VAE come from
-    (odd sides are then rounded down).
+    ``asymmetric`` pads right and bottom only, as TensorFlow's "same" does in the original code of DDPM and the VAE (odd
+    sides are then rounded down).
     """
 
     def __init__(self, channels: int, *, asymmetric: bool) -> None:
@@ -84,7 +84,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel repeated to reach ``size`` (H, W), then a convolution. The size is given, since odd sides exist."""
+    """Nearest-neighbour upsampling to ``size`` (H, W), then a convolution. The size is given since sides may be odd."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """CLIP's text encoder: token ids to the vectors that the UNet attends to (Radford et al. 2021, section 2.4).
 
-A transformer with a causal mask, so the vector at position k knows the words up to k, and the one at the end token
-knows the sentence. Which layer a UNet reads differs: SD1 the last (after the final norm), SD2 the last but one (its
-checkpoints simply leave the last layer out), SDXL the last but one of two encoders side by side, without a norm.
+It is a transformer with a causal mask: the vector at position k depends on the words up to k, and the one at the end
+token on the whole text. Families use different layers: SD1 the last (after the final norm), SD2 the last but one (its
+checkpoints leave the last layer out), SDXL the last but one of two concatenated encoders, without a norm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TextOutput(NamedTuple):
 
 
 class CLIPText(nn.Module):
-    """ViT-L, OpenCLIP-H and OpenCLIP-bigG, told apart by their configs."""
+    """CLIP text encoder: ViT-L, OpenCLIP-H or OpenCLIP-bigG, depending on the config."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class CLIPText(nn.Module):
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else nn.Identity()
 
     def forward(self, ids: Tensor, skip: int = 0) -> TextOutput:
-        """int64 ``ids`` (B, L), L at most ``config.positions`` -> the three outputs that families read.
+        """Encode int64 ``ids`` (B, L), with L at most ``config.positions``, to the three outputs used by the families.
 
-        ``skip``: read ``last`` and ``penultimate`` that many layers earlier ("clip skip"); ``pooled`` stays.
+        ``skip``: take ``last`` and ``penultimate`` that many layers earlier ("clip skip"); ``pooled`` is unchanged.
         """
         x = self.token(ids) + self.position.weight[: ids.shape[1]]
         states = [x]
@@ -49,7 +49,7 @@ class CLIPText(nn.Module):
             x = layer(x)
             states.append(x)
         final = self.norm(x)
-        # The first end token: where a prompt is filled up with end tokens, the later ones are mere padding.
+        # The first end token: if a prompt is padded with end tokens, the later ones are padding.
         token = self.config.end_token
         end = (ids.int() if token is None else (ids == token).int()).argmax(dim=-1)
         pooled = final[torch.arange(len(ids), device=ids.device), end]
@@ -58,9 +58,9 @@ class CLIPText(nn.Module):
 
 
 class SharedEmbedding(nn.Embedding):
-    """A table of the ids in ``kept`` alone, (1 + kept, width): row 0 serves every other id, and begins as zeros.
+    """Embedding table for the ids in ``kept``, (1 + kept, width). Row 0 is shared by all other ids, initially zeros.
 
-    A small model that was trained on sixty words carries sixty vectors, and still reads the ids of the public table.
+    A small model trained on sixty words needs only sixty vectors, and still accepts the ids of the public table.
     """
 
     row_of: Tensor
@@ -68,15 +68,15 @@ class SharedEmbedding(nn.Embedding):
     def __init__(self, vocab: int, kept: Sequence[int], width: int) -> None:
         self.vocab, self.kept = vocab, tuple(kept)
         super().__init__(1 + len(kept), width)
-        # Follows from the config and is no weight; on the CPU even while a model is built without memory.
+        # Not a weight, since it follows from the config; on the CPU even while a model is built without memory.
         self.register_buffer("row_of", rows(vocab, kept), persistent=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Weights as they are before any training; drawn from ``generator``, or torch's own."""
+        """Initialize the weights from ``generator``, or from torch's global one."""
         nn.init.normal_(self.weight, generator=generator)
         with torch.no_grad():
             self.weight[0] = 0
-        if "row_of" in self._buffers:  # memory that was made without contents
+        if "row_of" in self._buffers:  # memory allocated without contents
             self.row_of.copy_(rows(self.vocab, self.kept))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -84,21 +84,21 @@ class SharedEmbedding(nn.Embedding):
 
 
 def rows(vocab: int, kept: Sequence[int]) -> Tensor:
-    """int64 (vocab,): which row of a :class:`SharedEmbedding` each id reads."""
+    """Return the row of a :class:`SharedEmbedding` for each id, int64 (vocab,)."""
     row_of = torch.zeros(vocab, dtype=torch.int64, device="cpu")
     row_of[torch.tensor(kept, dtype=torch.int64, device="cpu")] = torch.arange(1, 1 + len(kept), device="cpu")
     return row_of
 
 
 def token_table(config: CLIPTextConfig) -> nn.Embedding:
-    """id -> vector of ``config.width``: a row for every id, or for those that the config keeps."""
+    """Return the token embedding of size ``config.width``, with a row for every id or for those the config keeps."""
     if config.kept is None:
         return nn.Embedding(config.vocab, config.width)
     return SharedEmbedding(config.vocab, config.kept, config.width)
 
 
 class Layer(nn.Module):
-    """Causal self-attention, then a two-layer network; each on a normed copy and added back."""
+    """Causal self-attention, then a two-layer network; each on a normalized copy, added to the input."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -116,5 +116,5 @@ class Layer(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """OpenAI's approximation of GELU, x * sigmoid(1.702 x): ViT-L was trained with it and needs it."""
+    """Compute OpenAI's approximation of GELU, x * sigmoid(1.702 x), with which ViT-L was trained."""
     return x * torch.sigmoid(1.702 * x)

@@ -1,9 +1,9 @@
-"""A tiny autoencoder: decodes in a fraction of the time, not quite as well. For previews, and for slow machines.
+"""Tiny autoencoder: decodes in a fraction of the time at slightly lower quality, for previews and slow machines.
 
-TAESD (Ollin Boer Bohan, https://github.com/madebyollin/taesd, MIT) was trained to repeat what the large autoencoder of
-Stable Diffusion does, with 1/30 of its parameters: ReLU blocks at one width, no norms and no attention. It works on
-latents as the UNet knows them, so its ``scaling_factor`` is 1, and on pixels in [0, 1], which are brought to and from
-the [-1, 1] of everyone else here.
+TAESD (Ollin Boer Bohan, https://github.com/madebyollin/taesd, MIT) was trained to imitate the large autoencoder of
+Stable Diffusion with 1/30 of its parameters: ReLU blocks of a single width, no norms and no attention. It works on
+scaled latents, so its ``scaling_factor`` is 1, and on pixels in [0, 1], which are converted from and to the range
+[-1, 1] used elsewhere.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from minidiff.config import TAESDConfig
 from minidiff.models.vae import DiagonalGaussian
 
-LARGEST = 3  # latents are squashed softly into -3..3 before they are decoded
+LARGEST = 3  # latents are softly limited to -3..3 before decoding
 
 
 @dataclass(frozen=True)
 class Point(DiagonalGaussian):
-    """Latents that are certain: what this encoder says of a picture is no distribution."""
+    """Deterministic latents: this encoder does not return a distribution."""
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """The latents; nothing is drawn."""
+        """Return the latents; nothing is drawn."""
         return self.mean
 
 
@@ -39,17 +39,17 @@ class TAESD(nn.Module):
         self.decoder = TinyDecoder(config)
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """(B, image_channels, H, W) in [-1, 1] -> latents (B, latent_channels, H/8, W/8), without a spread."""
+        """Encode (B, image_channels, H, W) in [-1, 1] to deterministic latents (B, latent_channels, H/8, W/8)."""
         latents = self.encoder(pixels)
         return Point(latents, torch.full_like(latents, -30.0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, latent_channels, h, w) -> pixels (B, image_channels, 8h, 8w), in [-1, 1] or nearly."""
+        """Decode latents (B, latent_channels, h, w) to pixels (B, image_channels, 8h, 8w), about in [-1, 1]."""
         pixels: Tensor = self.decoder(z)
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """There and back, (B, image_channels, H, W) -> the same shape."""
+        """Encode and decode, (B, image_channels, H, W) -> the same shape."""
         return self.decode(self.encode(pixels).mean)
 
 
@@ -90,7 +90,7 @@ class TinyDecoder(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Half the side (but for the first level), then blocks."""
+    """Downsampling (except in the first level), then blocks."""
 
     def __init__(self, width: int, blocks: int, *, first: bool) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Blocks, then twice the side by repeating pixels (but for the last level)."""
+    """Blocks, then nearest-neighbour upsampling (except in the last level)."""
 
     def __init__(self, width: int, blocks: int, *, last: bool) -> None:
         super().__init__()

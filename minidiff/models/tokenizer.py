@@ -28,8 +28,8 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 CACHED_WORDS = 2**16
 
-# Every byte as a printable character, as the files of byte-level tables write it: itself where it has a shape of its
-# own in Latin-1, the next free character from U+0100 on where it has not.
+# Every byte as a printable character, as in the files of byte-level tables: itself if it is printable in Latin-1,
+# otherwise the next free character from U+0100 on.
 _SHAPED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTES = {b: chr(b) for b in _SHAPED} | {
     b: chr(0x100 + i) for i, b in enumerate(b for b in range(256) if b not in _SHAPED)
@@ -42,18 +42,18 @@ Ranks = dict[tuple[int, int], tuple[int, int]]
 
 @cache
 def clip_table() -> tuple[tuple[str, ...], Merges]:
-    """The public CLIP vocabulary (49,408 tokens in the order of their ids) and its 48,894 merges by rank."""
+    """Return the public CLIP vocabulary (49,408 tokens in the order of their ids) and its 48,894 merges by rank."""
     packed = files("minidiff").joinpath("assets/clip_merges.txt.gz").read_bytes()
     pairs = (line.split(" ") for line in gzip.decompress(packed).decode("utf-8").split("\n"))
     merges = tuple((left, right) for left, right in pairs)
-    # The ids run through the bytes in the order of BYTES, those with a shape of their own first.
+    # The ids follow the bytes in the order of BYTES, printable ones first.
     letters = tuple(BYTES.values())
     vocab = (*letters, *(c + END_OF_WORD for c in letters), *(a + b for a, b in merges), START, END)
     return vocab, merges
 
 
 def rank_merges(ids: dict[str, int], merges: Merges) -> Ranks:
-    """(left id, right id) -> (rank, id of the two joined). Raises ConfigError if the vocabulary lacks one of them."""
+    """Map (left id, right id) to (rank, id of the joined token). Raises ConfigError if the vocabulary lacks one."""
     try:
         return {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
     except KeyError as e:
@@ -62,19 +62,19 @@ def rank_merges(ids: dict[str, int], merges: Merges) -> Ranks:
 
 @cache
 def _clip_lookup() -> tuple[dict[str, int], Ranks]:
-    """Ids and ranks of the public table, built once for all tokenizers."""
+    """Return ids and ranks of the public table, built once for all tokenizers."""
     vocab, merges = clip_table()
     ids = {token: i for i, token in enumerate(vocab)}
     return ids, rank_merges(ids, merges)
 
 
 class Tokenizer:
-    """Prompts to ids, equal to transformers' CLIPTokenizer for every text.
+    """Tokenizer with the same ids as transformers' CLIPTokenizer for every text.
 
-    ``start``, ``end`` and ``pad`` are ids, ``length`` counts the tokens of one row, the two ends included. As in the
-    reference, the names of these tokens inside a prompt stand for the tokens themselves: with SD2, which pads with
-    ``!`` (id 0), every ``!`` of a prompt becomes id 0. Raises ConfigError for a table that lacks the start or the end
-    token or a token that its merges make, or a pad id beyond it.
+    ``start``, ``end`` and ``pad`` are ids; ``length`` is the number of tokens in a row, including start and end. As in
+    the reference, the names of these tokens inside a prompt stand for the tokens themselves: with SD2, which pads with
+    ``!`` (id 0), every ``!`` of a prompt becomes id 0. Raises ConfigError for a table without the start token, the end
+    token, or the result of a merge, and for a pad id out of range.
     """
 
     def __init__(self, config: TokenizerConfig | None = None) -> None:
@@ -94,12 +94,12 @@ class Tokenizer:
         self.start, self.end, self.pad, self.length = self.ids[START], self.ids[END], config.pad, config.length
         specials = sorted({START, END, self.vocab[self.pad]}, key=len, reverse=True)  # the longest match wins
         self._special = re.compile(f"({'|'.join(map(re.escape, specials))})")
-        self.added: dict[str, range] = {}  # a learned word as it looks in normalised text -> the ids of its vectors
+        self.added: dict[str, range] = {}  # learned word, normalised -> the ids of its vectors
         free = len(self.vocab)
         for name, count in config.added:
             self.added[normalize(name)] = range(free, free + count)
             free += count
-        # The reference has a token for every further vector, too, which may stand in a prompt by itself.
+        # The reference also has a token for every further vector, which may appear alone in a prompt.
         self._learned = {f"{name}_{i}": ids[i : i + 1] for name, ids in self.added.items() for i in range(1, len(ids))}
         self._learned |= self.added
         longest_first = sorted(self._learned, key=len, reverse=True)
@@ -108,13 +108,13 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many ids there are: those of the vocabulary, then those of learned words."""
+        """Number of ids: those of the vocabulary and those of learned words."""
         return len(self.vocab) + sum(map(len, self.added.values()))
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Ids of one prompt or several, int64 (B, length): start, the text, end, padding.
+        """Tokenize one prompt or several to int64 (B, length): start, the text, end, padding.
 
-        Text beyond ``length`` - 2 tokens is cut, with a warning for each prompt that quotes what was lost.
+        Text beyond ``length`` - 2 tokens is truncated, with a warning for each prompt that quotes the lost part.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         room = self.length - 2
@@ -130,12 +130,12 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.length)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text of any length, without start, end and padding. A lone surrogate is read as U+FFFD."""
+        """Return the ids of a text of any length, without start, end and padding. Lone surrogates become U+FFFD."""
         if not isinstance(text, str):
             raise ConfigError(f"a prompt must be a string, got {type(text).__name__}")
         ids: list[int] = []
         for i, part in enumerate(self._special.split(mend(text))):
-            if i % 2:  # re.split puts what it split at on the odd places
+            if i % 2:  # re.split puts the separators at odd positions
                 ids.append(self.ids[part])
             else:
                 for piece in self._pieces(normalize(part)):
@@ -143,7 +143,7 @@ class Tokenizer:
         return ids
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """The words of normalised text, learned ones cut out first, wherever they stand."""
+        """Yield the words of normalised text; learned words are cut out first, wherever they appear."""
         if self._added is None:
             yield from words(text)
             return
@@ -151,15 +151,15 @@ class Tokenizer:
             yield from ([part] if i % 2 else words(part))
 
     def unknown(self, text: str, kept: Collection[int]) -> list[str]:
-        """The words of ``text`` with a token outside ``kept``, each once, in order; marks between words don't count."""
+        """Return the words of ``text`` with a token outside ``kept``, once each, in order, ignoring punctuation."""
         found = [word for part in self._special.split(mend(text))[::2] for word in self._pieces(normalize(part))]
         found = [word for word in found if any(c.isalnum() for c in word)]
         return [word for word in dict.fromkeys(found) if not set(self.encode(word)) <= set(kept)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids stand for, as the tokenizer saw it (composed, lower case); special tokens by name.
+        """Return the text of ids in normalised form (composed, lower case), with special tokens by name.
 
-        Broken UTF-8 becomes U+FFFD. Raises ConfigError for an id that the vocabulary does not have.
+        Invalid UTF-8 becomes U+FFFD. Raises ConfigError for an id that is not in the vocabulary.
         """
         raw = bytearray()
         learned = {span.start: name for name, span in self.added.items()}
@@ -171,22 +171,22 @@ class Tokenizer:
             if not 0 <= i < len(self.vocab):
                 raise ConfigError(f"id {i} is beyond the vocabulary of {len(self.vocab)} tokens")
             token = self.vocab[i]
-            shown = BYTE_OF.keys() >= set(token)  # a table of its own may hold a token that is no row of bytes
+            shown = BYTE_OF.keys() >= set(token)  # a custom table may have a token that is not a sequence of bytes
             raw += bytes(BYTE_OF[c] for c in token) if shown else token.encode("utf-8", "replace")
         return raw.decode("utf-8", "replace").replace(END_OF_WORD, " ").strip()
 
     def _merge(self, word: str) -> list[int]:
-        """Byte-pair encoding of one word.
+        """Encode one word by byte-pair encoding.
 
-        A heap holds the pairs that may be joined, the best rank first, then the leftmost; a doubly linked list holds
-        what is left of the word. So a word of n bytes takes n log n steps, where the plain search takes n squared.
+        A heap holds the pairs that may be joined, ordered by rank and then position; a doubly linked list holds the
+        current tokens of the word. A word of n bytes takes O(n log n) steps, where a plain search takes O(n**2).
         """
         letters = [BYTES[b] for b in word.encode()]
         letters[-1] += END_OF_WORD
         ids = [self.ids.get(letter, self.end) for letter in letters]  # the unknown token is the end token
         n, ranks = len(ids), self._ranks
         after, before = list(range(1, n + 1)), list(range(-1, n - 1))
-        heap: list[tuple[int, int, int]] = []  # rank, place of the left one, id of the two joined
+        heap: list[tuple[int, int, int]] = []  # rank, position of the left token, id of the joined token
 
         def offer(i: int) -> None:
             """Put the pair that starts at ``i`` on the heap, if the table has it."""
@@ -200,7 +200,7 @@ class Tokenizer:
         while heap:
             _, i, joined = heappop(heap)
             j = after[i]
-            # The pair may be gone by now: its left one was swallowed (-1), or either has become something else.
+            # The pair may no longer exist: its left token was joined to another (-1), or one of them has changed.
             if ids[i] < 0 or j >= n or ranks.get((ids[i], ids[j]), (0, -1))[1] != joined:
                 continue
             ids[i], ids[j] = joined, -1

@@ -1,7 +1,8 @@
-"""The UNet: noisy latents, a time and a prompt in; the noise (or v, or x0) out. One class for every family.
+"""The UNet: predicts epsilon (or v, or x0) from noisy latents, a timestep and a prompt. One class for all families.
 
-Down a ladder of resolutions, through the middle, up again; whatever the way down produced is handed across to the way
-up at the same height (Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach et al. 2022; Podell et al. 2023).
+It goes down through several resolutions, through a middle block, and up again. The outputs of the way down are passed
+to the way up at the same resolution as skip connections (Ronneberger et al. 2015; Ho et al. 2020, appendix B; Rombach
+et al. 2022; Podell et al. 2023).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Residuals = tuple[Iterable[Tensor], Tensor]
 
 
 class UNet(nn.Module):
-    """The noise predictor. Its submodules are named as they are drawn: ``down.0.res.1.conv2``, ``mid.attn``."""
+    """The noise predictor. Submodules are named by their place: ``down.0.res.1.conv2``, ``mid.attn``."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -59,10 +60,10 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Predict from noisy ``x`` (B, in_channels, H, W) at timestep ``t`` ((B,) or scalar): (B, out_channels, H, W).
 
-        ``context`` (B, L, context_dim) is the encoded prompt; ``added`` SDXL's pooled text (B, D) and sizes (B, 6);
-        ``guidance`` (B, guidance_dim) LCM's code of the guidance scale; ``residuals`` what a ControlNet adds: one
-        tensor for every skip, in the order of the way down, and one for the middle. Raises :class:`ConfigError` if
-        the prompt or the sizes that this UNet reads are not given.
+        ``context`` (B, L, context_dim): the encoded prompt. ``added``: SDXL's pooled text (B, D) and sizes (B, 6).
+        ``guidance`` (B, guidance_dim): LCM's embedding of the guidance scale. ``residuals``: outputs of a ControlNet,
+        one tensor for every skip in the order of the way down, and one for the middle. Raises :class:`ConfigError` if
+        the prompt or the sizes are missing and this UNet needs them.
         """
         c = self.config
         check(c.context_dim is None or context is not None, "this UNet reads a prompt: context (B, L, D) is missing")
@@ -84,9 +85,9 @@ class UNet(nn.Module):
     def embed_time(
         self, x: Tensor, t: Tensor | float, added: tuple[Tensor, Tensor] | None, guidance: Tensor | None
     ) -> Tensor:
-        """All that is known beside picture and prompt, as one vector a picture: (B, time_dim)."""
+        """Embed the timestep and the further conditions as one vector per picture, (B, time_dim)."""
         c = self.config
-        # One row for each picture even when all share a time: computed once and broadcast, the bits would differ.
+        # One row per picture even if all have the same timestep: computed once and broadcast, the bits would differ.
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         code = sinusoid(t, c.levels[0].channels, sin_first=c.sin_first, freq_shift=c.freq_shift)
         temb: Tensor = self.time(code.to(x.dtype), guidance)
@@ -98,7 +99,7 @@ class UNet(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """One resolution on the way down: ResBlocks, each with its attention, then half the side (but for the last)."""
+    """One resolution on the way down: ResBlocks with attention, then downsampling (except in the last level)."""
 
     def __init__(self, config: UNetConfig, level: Level, channels: int, *, last: bool) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class DownLevel(nn.Module):
 
 
 class Middle(nn.Module):
-    """The coarsest resolution's turning point: ResBlock, attention, ResBlock; or one ResBlock, or nothing."""
+    """Middle block at the coarsest resolution: ResBlock, attention, ResBlock; or one ResBlock, or nothing."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Middle(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """One resolution on the way up: each ResBlock also reads the skip of its mirror image; then twice the side."""
+    """One resolution on the way up: ResBlocks, each of which also takes a skip from the way down; then upsampling."""
 
     def __init__(self, config: UNetConfig, level: Level, channels: int, skips: list[int], *, last: bool) -> None:
         super().__init__()
@@ -160,12 +161,12 @@ class UpLevel(nn.Module):
 
 
 def res_block(config: UNetConfig, channels: int, level: Level) -> ResBlock:
-    """A ResBlock from ``channels`` to the level's width, with this UNet's norms and time embedding."""
+    """Create a ResBlock from ``channels`` to the level's width, with this UNet's norms and time embedding."""
     return ResBlock(channels, level.channels, config.groups, config.eps, config.time_dim)
 
 
 def attentions(config: UNetConfig, level: Level, depths: tuple[int, ...]) -> list[nn.Module]:
-    """The attention modules of a level, one for each of ``depths``, or none where it has none."""
+    """Create the attention modules of a level, one for each of ``depths``, or none."""
     if level.attention == "text":
         context = config.context_dim
         assert context is not None  # UNetConfig checks it

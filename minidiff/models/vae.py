@@ -1,9 +1,9 @@
-"""The autoencoder: pixels to latents, an eighth of the side and four channels deep, and back.
+"""The autoencoder: converts pixels to latents, with an eighth of the side length and four channels, and back.
 
-Diffusion runs on latents because they are 48 times smaller and hold what matters to the eye (Rombach et al. 2022,
-section 3.1). ``encode`` gives a Gaussian, not a point: training asked it to stay near N(0, 1), gently (Kingma &
-Welling 2014). Why 0.18215? The latents of Stable Diffusion 1 have a standard deviation of 1 / 0.18215, and diffusion
-wants 1; whoever calls ``encode`` multiplies by ``config.scaling_factor``, whoever calls ``decode`` divides first.
+Diffusion runs on latents because they are 48 times smaller and keep the perceptually relevant content (Rombach et al.
+2022, section 3.1). ``encode`` returns a Gaussian, weakly regularized towards N(0, 1) in training (Kingma & Welling
+2014). The latents of Stable Diffusion 1 have a standard deviation of 1 / 0.18215, and diffusion needs 1: callers
+multiply by ``config.scaling_factor`` after ``encode``, and divide by it before ``decode``.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ EPS = 1e-6  # every norm of the VAE; the UNet's ResBlocks use 1e-5
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """What the encoder says of a picture: mean and log-variance of each latent, both (B, latent_channels, h, w)."""
+    """Output of the encoder: mean and log-variance of each latent, both (B, latent_channels, h, w)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """mean + std * noise, unscaled; the noise is drawn on the generator's device unless it is given."""
+        """Return mean + std * noise, unscaled. The noise is drawn on the generator's device unless it is given."""
         if noise is None:
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
@@ -49,22 +49,22 @@ class VAE(nn.Module):
         self.post_quant = nn.Conv2d(latent, latent, 1) if config.quant_convs else nn.Identity()
 
     def encode(self, pixels: Tensor) -> DiagonalGaussian:
-        """(B, image_channels, H, W) in [-1, 1] -> unscaled Gaussian over (B, latent_channels, H/8, W/8)."""
+        """Encode (B, image_channels, H, W) in [-1, 1] to an unscaled Gaussian over (B, latent_channels, H/8, W/8)."""
         mean, logvar = self.quant(self.encoder(pixels)).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, latent_channels, h, w) -> pixels (B, image_channels, 8h, 8w), in [-1, 1] or nearly."""
+        """Decode unscaled latents (B, latent_channels, h, w) to pixels (B, image_channels, 8h, 8w) in about [-1, 1]."""
         pixels: Tensor = self.decoder(self.post_quant(z))
         return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """There and back through the mean, (B, image_channels, H, W) -> the same shape."""
+        """Encode and decode through the mean, (B, image_channels, H, W) -> the same shape."""
         return self.decode(self.encode(pixels).mean)
 
 
 class Encoder(nn.Module):
-    """Down a ladder of resolutions: pixels -> mean and log-variance, (B, 2 * latent_channels, h, w)."""
+    """Encoder: pixels -> mean and log-variance, (B, 2 * latent_channels, h, w)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Up the same ladder: latents -> pixels."""
+    """Decoder: latents -> pixels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """ResBlocks, then half the side (but for the last level)."""
+    """ResBlocks, then downsampling (except in the last level)."""
 
     def __init__(self, config: VAEConfig, channels: int, out: int, *, last: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class EncoderLevel(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """One ResBlock more than on the way in, then twice the side (but for the last level)."""
+    """One ResBlock more than in the encoder, then upsampling (except in the last level)."""
 
     def __init__(self, config: VAEConfig, channels: int, out: int, *, last: bool) -> None:
         super().__init__()
@@ -160,5 +160,5 @@ class Middle(nn.Module):
 
 
 def res_blocks(config: VAEConfig, channels: int, out: int, count: int) -> nn.ModuleList:
-    """``count`` ResBlocks, the first from ``channels`` to ``out``, without a time."""
+    """Create ``count`` ResBlocks without a time embedding, the first from ``channels`` to ``out``."""
     return nn.ModuleList(ResBlock(channels if i == 0 else out, out, config.groups, EPS) for i in range(count))

@@ -154,7 +154,7 @@ class Plan(Generic[R]):
         return type(self.rows)(*(column[i] for column in self.rows))
 
     def to(self, device: torch.device | str) -> Plan[R]:
-        """Return the plan with its timesteps on ``device``, to be called before the loop; the rest stays on the host."""
+        """Return the plan with timesteps on ``device``, moved once before the loop. Coefficients stay on the CPU."""
         moved = {name: getattr(self.rows, name).to(device) for name in self.on_device}
         plan = copy(self)  # everything computed from the levels stays unchanged
         object.__setattr__(plan, "levels", self.levels._replace(timesteps=self.timesteps.to(device)))

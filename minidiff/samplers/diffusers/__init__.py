@@ -1,1 +1,1 @@
-"""diffusers' side of the samplers: its scheduler_config.json, read and written, and its familiar methods."""
+"""Compatibility of the samplers with diffusers: reading and writing scheduler_config.json, and a Scheduler class."""

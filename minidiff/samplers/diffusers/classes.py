@@ -1,8 +1,7 @@
-"""What each scheduler class of diffusers calls its fields, what they are unless given, and what we call them.
+"""Fields of diffusers' scheduler classes: their names, their defaults, and the corresponding options here.
 
-A :class:`Reader` lists the fields that the class has, with the class's own defaults (they differ: DDIM clips and
-Euler is linspace unless told otherwise), and says which option of ours each becomes. read.py is the
-engine that applies them; a new class is one entry here.
+A :class:`Reader` lists the fields of a class with the class's own defaults (they differ: by default DDIM clips and
+Euler uses linspace), and maps them to options here. read.py applies the table; a new class is one entry.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from minidiff.samplers.unipc import UniPC
 
 Config = Mapping[str, Any]
 Source = str | Callable[[Config], Any]
-"""Where an option comes from: the name of a field, or a function of all fields, defaults filled in."""
+"""Source of an option: the name of a field, or a function of all fields with defaults filled in."""
 
 SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -44,7 +43,7 @@ SCHEDULE: dict[str, Any] = {
 }
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
-# what LCM and TCD have in common; alpha_to_one, spacing and offset have no part in what the reference does with them
+# common to LCM and TCD; alpha_to_one, spacing and offset have no effect on them in the reference
 DISTILLED = {
     "beta_schedule": "scaled_linear",
     "original_inference_steps": 50,
@@ -78,7 +77,7 @@ DEIS_LANDS = "algorithm_type='deis' (read as dpmsolver++) needs final_sigmas_typ
 
 @dataclass(frozen=True)
 class Reader:
-    """How one scheduler class is read: our ``sampler``, the class's ``fields`` with defaults, the ``options``."""
+    """Description of one scheduler class: our ``sampler``, the class's ``fields`` with defaults, the ``options``."""
 
     sampler: type[Method[Any, Any]]
     fields: dict[str, Any]

@@ -1,15 +1,15 @@
-"""What a scheduler is before ``set_timesteps``: as diffusers makes it, with all of training's timesteps.
+"""State of a scheduler before ``set_timesteps``: as in diffusers, with all of training's timesteps.
 
-Most programs that use one so early train: they draw a timestep and add its noise. Three kinds are told apart:
+Programs that use a scheduler at this point mostly train: they draw a timestep and add its noise. There are three kinds:
 
-* a run of every timestep, which can be walked: DDPM, all that work in sigma (Euler and its family), EDM's Euler, CM
+* a run over every timestep, with steps: DDPM, the methods that work in sigma (Euler and its family), EDM's Euler, CM
   and iPNDM;
 * timesteps and noise, but no step: DDIM and its inverse, LCM, TCD, and the solvers in lambda;
 * noise alone: PNDM has no timesteps yet.
 
-The reference's slips come with a sampler that is read from its config (``like_diffusers``): Euler forgets its sigma
-spacing and where it should land, until it is told a number of steps; and the solvers in lambda list their sigmas rising
-beside timesteps that fall, so that ``add_noise`` takes each timestep for its opposite.
+Samplers read from a config (``like_diffusers``) reproduce the slips of the reference: Euler ignores its sigma spacing
+and its final sigma until the number of steps is set, and the solvers in lambda list rising sigmas beside falling
+timesteps, so that ``add_noise`` takes each timestep for its opposite.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from minidiff.schedule import NoiseSchedule
 
 
 class Fresh(NamedTuple):
-    """``plan`` has a row for each timestep of training; only where ``steps`` is a step of it possible. ``timesteps``
-    and ``sigmas`` are what the scheduler lists: None where it has none."""
+    """``plan`` has a row for each timestep of training; steps are possible only if ``steps`` is set. ``timesteps`` and
+    ``sigmas`` are those that the scheduler lists, or None."""
 
     plan: Plan[Any]
     steps: bool
@@ -50,7 +50,7 @@ class Fresh(NamedTuple):
 
 
 def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
-    """The state of ``sampler`` before it knows how many steps there are to be. ConfigError where it has none."""
+    """Return the state of ``sampler`` before the number of steps is set. Raises ConfigError if it has none."""
     options = cast(Method[Any, Any], sampler)
     if not options.like_diffusers and hasattr(options, "steps_offset"):
         options = replace(cast(Any, options), steps_offset=0)  # which would lead beyond the last timestep
@@ -97,7 +97,7 @@ def _walkable(plan: Plan[Any]) -> Fresh:
 
 
 def _usable(method: Method[Any, Any], plan: Plan[Any]) -> bool:
-    """Whether the rows can be walked."""
+    """Return True if the rows can be run."""
     try:
         method.require_usable(plan.rows)
     except ConfigError:
@@ -106,7 +106,7 @@ def _usable(method: Method[Any, Any], plan: Plan[Any]) -> bool:
 
 
 def _listed(method: Method[Any, Any], schedule: NoiseSchedule) -> Fresh:
-    """Timesteps and noise levels, of which no step can be made."""
+    """Return timesteps and noise levels without the possibility of a step."""
     upward = torch.arange(len(schedule), dtype=torch.int64, device="cpu")
     t = upward if isinstance(method, (DDIMInverse, DPMSolverInverse)) else upward.flip(0)
     alpha_bars = schedule.alphas_cumprod[t]

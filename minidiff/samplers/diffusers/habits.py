@@ -1,7 +1,7 @@
-"""What people write who know diffusers' schedulers, and what to write here instead: hints of one line.
+"""One-line hints for users of diffusers' schedulers: what to write here instead.
 
-``Scheduler`` has the methods of the familiar loop, and not the rest: no config that is an attribute, no objects for
-results. Whoever writes those from habit is told the words for it.
+``Scheduler`` has the methods of the usual sampling loop and nothing else: no ``config`` attribute, no result objects.
+Using those raises an error that names the equivalent here.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ PLAN = {
 
 
 class AttributeHint(ConfigError, AttributeError):
-    """A ConfigError that ``hasattr`` takes for what it is."""
+    """ConfigError that is also an AttributeError, so that ``hasattr`` works."""
 
 
 def missing(kind: type, name: str) -> AttributeHint:
-    """The error for attribute ``name`` of an object of ``kind``: what to write instead, or the nearest name."""
+    """Return the error for attribute ``name`` of an object of ``kind``, with a replacement or the nearest name."""
     near = _near(name, [n for n in dir(kind) if not n.startswith("_")])
     hint = ATTRIBUTES.get(name) or f"did you mean {near}?"
     if name not in ATTRIBUTES and not near:
@@ -78,8 +78,8 @@ def missing(kind: type, name: str) -> AttributeHint:
 
 
 def hinting(instead: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make a function answer a keyword that it does not know by ConfigError, with the words of ``instead`` or the
-    nearest keyword."""
+    """Decorate a function to raise ConfigError for an unknown keyword, with the hint in ``instead`` or the nearest
+    keyword."""
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
         known = [name for name in inspect.signature(function).parameters if name != "self"]

@@ -1,8 +1,8 @@
-"""Reading diffusers' ``scheduler_config.json``: one engine for the tables of classes.py.
+"""Reader of diffusers' ``scheduler_config.json``, driven by the tables of classes.py.
 
-Fields that only sibling classes have are ignored, as diffusers does when one scheduler is made from another's config;
-of a field that nobody has the reader warns, and goes on. What diffusers passes to ``step()`` (eta, s_churn, ...) may
-stand in the config too.
+Fields that only other scheduler classes have are ignored, as in diffusers when a scheduler is created from another's
+config. A field that no class has gives a warning. Arguments that diffusers passes to ``step()`` (eta, s_churn, ...) are
+accepted in the config too.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ SIBLINGS = frozenset(
     max_image_seq_len invert_sigmas stochastic_sampling tau_func final_step_size_scale correct_steps tensor_format
     timestep_values predict_epsilon use_flow_sigmas""".split()  # noqa: SIM905
 )
-MOST = 10**6  # of anything that is counted in a scheduler's config; training has 1,000 timesteps
+MOST = 10**6  # bound of all counts in a scheduler's config; training has 1,000 timesteps
 
 
 def sampler_from_diffusers(config: Config) -> Method[Any, Any]:
-    """The sampler that a ``scheduler_config.json`` (as a dict, with its ``_class_name``) describes, doing what
-    diffusers 0.42.1 does, its slips included: it warns of a field that no scheduler has, and passes it over.
+    """Create a sampler from a ``scheduler_config.json``, given as a dict with its ``_class_name``.
+
+    The sampler does what diffusers 0.42.1 does, including its slips. A field that no scheduler has gives a warning and
+    is ignored.
 
     Raises UnsupportedError for a class that is not in ``READERS`` and for flow matching, ConfigError for values of
     another type and those that diffusers itself can't run.
@@ -47,20 +49,20 @@ def sampler_from_diffusers(config: Config) -> Method[Any, Any]:
 
 
 def unknown_fields(config: Config) -> list[Any]:
-    """The fields of a scheduler's config that no class has. Raises as :func:`sampler_from_diffusers`."""
+    """Return the fields of a scheduler's config that no class has. Raises as :func:`sampler_from_diffusers`."""
     known = SIBLINGS.union(_fill(config)[1], *(r.fields for r in READERS.values()))
     return [key for key in config if key not in known and not str(key).startswith("_")]
 
 
 def read_sampler(config: Config) -> Method[Any, Any]:
-    """:func:`sampler_from_diffusers` without its warning."""
+    """Create a sampler as :func:`sampler_from_diffusers` does, without its warning."""
     reader, filled = _fill(config)
     options = {name: source(filled) if callable(source) else filled[source] for name, source in reader.options.items()}
     return reader.sampler(**options, like_diffusers=True)
 
 
 def schedule_from_diffusers(config: Config) -> ScheduleConfig:
-    """What the same dict says about training: the noise schedule and the prediction type. Raises as above."""
+    """Return the training settings in the same dict: noise schedule and prediction type. Raises as above."""
     reader, c = _fill(config)
     betas = c["trained_betas"]
     data = {
@@ -80,13 +82,13 @@ def schedule_from_diffusers(config: Config) -> ScheduleConfig:
 
 
 def _exp_betas(n: int) -> list[float]:
-    """The betas of alpha_bar = exp(-12 u) at the fraction u of the way, which only Heun's class knows."""
+    """Return the betas of alpha_bar = exp(-12 u) at the fraction u of the way, which only Heun's class has."""
     curve = [math.exp(i / n * -12.0) for i in range(n + 1)]
     return [min(1 - b / a, MAX_BETA) for a, b in pairwise(curve)]
 
 
 def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
-    """The reader for ``config``, and its fields with the class's defaults where they are missing; all checked."""
+    """Return the reader for ``config`` and its checked fields, completed by the class's defaults."""
     name = config.get("_class_name")
     check(name is not None, "the scheduler config has no _class_name: add it, for instance 'PNDMScheduler'")
     if not isinstance(name, str) or name not in READERS:
@@ -96,7 +98,7 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
         raise UnsupportedError(f"{name} with flow matching (use_flow_sigmas, flow_prediction) is not supported")
     reader = READERS[name]
     own = SCHEDULE | reader.fields
-    # in a live scheduler's config, what its own class filled in does not count for another class
+    # in a live scheduler's config, defaults filled in by its own class do not apply to another class
     filled_in = config.get("_use_default_values", ())
     filled = {key: default if key in filled_in else config.get(key, default) for key, default in own.items()}
     for key, default in own.items():
@@ -110,13 +112,13 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise ConfigError for a value of another type than its default's, and for numbers beyond all use."""
+    """Raise ConfigError for a value of another type than its default, and for numbers out of any useful range."""
     if isinstance(default, bool):
         check(value in (True, False, None), f"{name}={quote(value)} should be true or false")
     elif isinstance(default, (int, float)):
         kinds = (int, float) if isinstance(default, float) else int
         check(isinstance(value, kinds) and not isinstance(value, bool), f"{name}={quote(value)} should be a number")
-        endless = isinstance(value, float) and math.isinf(value)  # stands for no limit
+        endless = isinstance(value, float) and math.isinf(value)  # means no limit
         most = 2**63 if isinstance(default, float) else MOST
         check(endless or abs(value) <= most, f"{name}={quote(value)} is out of range")
     elif isinstance(default, str):

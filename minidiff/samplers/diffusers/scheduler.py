@@ -1,4 +1,4 @@
-"""The scheduler that people know, as a thin shell: the familiar loop of the tutorials runs on any sampler.
+"""Thin wrapper with the interface of diffusers' schedulers: the loop known from tutorials runs with any sampler.
 
     s = Scheduler.from_diffusers(config)
     s.set_timesteps(50)
@@ -7,10 +7,10 @@
         out = unet(s.scale_model_input(x, t), t)
         x = s.step(out, t, x)          # diffusers: .prev_sample
 
-It keeps what that loop leaves out: the row that t stands for and the sampler's state. Code of one's own is better off
-with ``sampler.plan`` and ``sampler.step``, which hide nothing and never wait for the device to tell what t is.
+It keeps what that loop does not pass along: the row of t and the sampler's state. In new code prefer ``sampler.plan``
+and ``sampler.step``, which have no hidden state and need no synchronization to read t from the device.
 
-Before ``set_timesteps`` it knows all of training's timesteps (fresh.py): enough to train with.
+Before ``set_timesteps`` it has all of training's timesteps (fresh.py), which is enough for training.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class Scheduler:
-    """A sampler and its noise schedule behind the familiar methods.
+    """A sampler and its noise schedule with the methods of diffusers' schedulers.
 
-    Before ``set_timesteps``: the timesteps are those of training, falling (1000: 999 ... 0), and noise can be added at
-    any of them; DDPM, iPNDM, CM and the methods that work in sigma can walk them, the others raise ConfigError at a
-    step, as PNDM does for its timesteps. What is equal to diffusers then is equal to the bit.
+    Before ``set_timesteps``, the timesteps are those of training, falling (for 1000: 999 ... 0), and noise can be added
+    at any of them. DDPM, iPNDM, CM and the methods that work in sigma can also do steps; the others raise ConfigError
+    at a step, and PNDM for its timesteps. Values that match diffusers match it bit for bit.
     """
 
     @habits.hinting(habits.MADE_BY_CONFIG)
@@ -47,13 +47,14 @@ class Scheduler:
         check(known, f"Scheduler needs a NoiseSchedule, got {quote(schedule)}: {habits.MAKE}")
         self.sampler = sampler
         self.schedule = schedule
-        self._plan: Plan[Any] | None = None  # of the run that set_timesteps began
-        self._fresh: Fresh | None = None  # what there is before
-        self._latest: tuple[int, Tensor, Tensor, Any] | None = None  # what the latest step was given
+        self._plan: Plan[Any] | None = None  # the run started by set_timesteps
+        self._fresh: Fresh | None = None  # the state before set_timesteps
+        self._latest: tuple[int, Tensor, Tensor, Any] | None = None  # inputs of the latest step
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Scheduler:
-        """From a ``scheduler_config.json`` as a dict. Raises as :func:`sampler_from_diffusers` does."""
+        """Create a scheduler from a ``scheduler_config.json``, given as a dict. Raises as
+        :func:`sampler_from_diffusers` does."""
         from minidiff.samplers.diffusers.read import sampler_from_diffusers, schedule_from_diffusers
 
         check(isinstance(config, Mapping), f"config={quote(config)} must be a dict, as scheduler_config.json holds it")
@@ -62,15 +63,16 @@ class Scheduler:
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ConfigError: diffusers' name for :meth:`from_diffusers`, which reads the class from the config."""
+        """Raise ConfigError: this is diffusers' name for :meth:`from_diffusers`, which reads the class from the
+        config."""
         raise ConfigError(f"Scheduler has no from_config: {habits.FROM_CONFIG}")
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ConfigError: a folder is read by :func:`weights_convert.load`, a config by :meth:`from_diffusers`."""
+        """Raise ConfigError: folders are read by :func:`weights_convert.load`, configs by :meth:`from_diffusers`."""
         raise ConfigError(f"Scheduler has no from_pretrained: {habits.FROM_PRETRAINED}")
 
-    if not TYPE_CHECKING:  # a type checker is to find unknown names itself
+    if not TYPE_CHECKING:  # type checkers should report unknown names themselves
 
         def __getattr__(self, name: str) -> NoReturn:
             raise habits.missing(type(self), name)
@@ -87,7 +89,7 @@ class Scheduler:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Plan a run and forget the one before. Exactly one of steps, timesteps and sigmas; ConfigError as ``plan``."""
+        """Start a new run with exactly one of steps, timesteps and sigmas. Raises ConfigError as ``sampler.plan``."""
         plan = self.sampler.plan(self.schedule, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._begin(plan)
         self._plan = plan if device is None else plan.to(device)
@@ -98,7 +100,7 @@ class Scheduler:
 
     @property
     def _before(self) -> Fresh:
-        """What there is before ``set_timesteps``, made when it is first asked for."""
+        """State before ``set_timesteps``, created on first access."""
         if self._fresh is None:
             from minidiff.samplers.diffusers.fresh import fresh
 
@@ -108,19 +110,19 @@ class Scheduler:
 
     @property
     def _rows(self) -> Plan[Any]:
-        """The plan that tells timesteps and noise, whether it can be walked or not."""
+        """Plan with the current timesteps and noise levels, even if it has no steps."""
         return self._before.plan if self._plan is None else self._plan
 
     @property
     def plan(self) -> Plan[Any]:
-        """The plan of the current run; print it. ConfigError before ``set_timesteps`` where there is no run yet."""
+        """Plan of the current run; print it. Raises ConfigError before ``set_timesteps`` if there is no run yet."""
         if self._plan is None and not self._before.steps:
             raise ConfigError(f"{self._name} can't step before it has timesteps: call set_timesteps(50) first")
         return self._rows
 
     @property
     def timesteps(self) -> Tensor:
-        """(n,): one for each model call."""
+        """Timesteps, one for each model call, (n,)."""
         if self._plan is not None:
             return self._plan.timesteps
         if self._before.timesteps is None:
@@ -129,13 +131,13 @@ class Scheduler:
 
     @property
     def init_noise_sigma(self) -> Tensor:
-        """0-dim: what the first noise is multiplied by."""
+        """Factor of the first noise, 0-dim."""
         return self._rows.init_noise_sigma
 
     @property
     def sigmas(self) -> Tensor:
-        """(n + 1,), where the method works in sigma; else ConfigError. Before ``set_timesteps`` the methods in lambda
-        have (n,), rising where they are read from diffusers' configs."""
+        """Sigmas, (n + 1,). Raises ConfigError if the method does not work in sigma. Before ``set_timesteps`` the
+        methods in lambda have (n,), rising if they were read from a config of diffusers."""
         sigmas = self._plan.sigmas if self._plan is not None else self._before.sigmas
         if sigmas is None:
             raise ConfigError(f"{self._name} has no sigmas: it works with alpha_bar")
@@ -152,7 +154,7 @@ class Scheduler:
 
     @property
     def last_x0(self) -> Tensor | None:
-        """The denoised estimate of the latest step, computed when read; None where there is none."""
+        """Denoised estimate of the latest step, computed on access; None if there is none."""
         if self._latest is None:
             return None
         i, x, out, state = self._latest
@@ -160,7 +162,7 @@ class Scheduler:
 
     @habits.hinting(habits.SCALE)
     def scale_model_input(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """What the model is to see for sample ``x`` at ``t``, one of ``timesteps``."""
+        """Return the model input for sample ``x`` at ``t``, one of ``timesteps``."""
         plan = self._rows
         return self.sampler.scale_input(plan, self._row(t), x)
 
@@ -173,10 +175,12 @@ class Scheduler:
         generator: Generators | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """The sample after ``x`` at ``t``, as a plain tensor: what diffusers returns as ``.prev_sample`` of an object
-        (its ``.pred_original_sample`` is ``last_x0`` here). Noise comes from ``generator`` (or a list, one per image),
-        drawn on its own device, unless ``noise`` is given to be used instead. ConfigError for both, for a t that is not
-        in ``timesteps``, and before ``set_timesteps`` where the method must know the number of steps.
+        """Return the sample after ``x`` at ``t`` as a plain tensor: ``.prev_sample`` in diffusers (whose
+        ``.pred_original_sample`` is ``last_x0`` here).
+
+        Noise is drawn from ``generator`` (or a list, one per image) on its own device, unless ``noise`` is given.
+        Raises ConfigError if both are given, if t is not in ``timesteps``, and before ``set_timesteps`` if the method
+        needs the number of steps.
         """
         check(generator is None or noise is None, "generator and noise are both given: step draws from one of them")
         plan = self.plan
@@ -194,15 +198,15 @@ class Scheduler:
 
     @habits.hinting(habits.ADD_NOISE)
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
-        """``x0`` (B, ...) with noise up to timestep ``t``, scalar or one per image.
+        """Add ``noise`` to ``x0`` (B, ...) at timestep ``t``, scalar or one per image.
 
-        Methods that work in sigma or lambda know the timesteps of the current run (before ``set_timesteps``: all of
-        training's); the others any timestep of training."""
+        Methods that work in sigma or lambda accept the timesteps of the current run (before ``set_timesteps``: all of
+        training's); the others accept any timestep of training."""
         times = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")).reshape(-1)
         plan = self._rows
         space = plan.levels.put[0] if plan.levels.put is not None else plan.space
         if space == "alpha_bar":
-            if not cast(Method[Any, Any], self.sampler).own_levels:  # any timestep of training will do
+            if not cast(Method[Any, Any], self.sampler).own_levels:  # any timestep of training
                 return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
             levels, find = plan.levels.here, self._first
         else:
@@ -211,16 +215,16 @@ class Scheduler:
         return noisy(space, x0, noise, level.reshape(-1, *(1 for _ in x0.shape[1:])))
 
     def _row(self, t: Tensor | float) -> int:
-        """The row of ``t``: the first one from the row after the latest step on, else the first of all. (PNDM has
+        """Return the row of ``t``: the first match after the row of the latest step, else the first of all. (PNDM has
         one timestep twice.)"""
         value = float(t)
         begins = self._next == 0 or value not in self._at[self._next :]
-        if begins and self.order > 1:  # a run begins where an interval does
+        if begins and self.order > 1:  # a run starts at the start of an interval
             return self._second(value)
         return self._find(value, self._next)
 
     def _second(self, value: float) -> int:
-        """The later of two rows of ``value``, or the only one."""
+        """Return the second of two rows of ``value``, or the only one."""
         first = self._find(value, 0)
         return self._find(value, first + 1) if value in self._at[first + 1 :] else first
 
@@ -237,7 +241,7 @@ class Scheduler:
 
 
 def _randn(like: Tensor, generator: Generators | None) -> Tensor:
-    """Noise as diffusers draws it: from torch's global generator, or as :func:`~minidiff.noise.source` does."""
+    """Draw noise as diffusers does: from torch's global generator, or as :func:`~minidiff.noise.source` does."""
     if generator is None:
         return torch.randn_like(like, memory_format=torch.contiguous_format)
     return source(len(like), None, generator)(tuple(like.shape), like.dtype, like.device)

@@ -1,8 +1,8 @@
-"""Writing diffusers' ``scheduler_config.json``: the tables of classes.py, read backwards.
+"""Writer of diffusers' ``scheduler_config.json``: the tables of classes.py, applied in reverse.
 
-Where a table says that an option of ours *is* one of their fields, it is written there as it stands; where it says how
-the option is computed from their fields, ``INVERSE`` has the way back. Whatever comes out is read again before it is
-handed over, so an option that the class of diffusers has no word for is refused by name, never lost.
+An option that equals a field of diffusers is copied to it. For an option that is computed from fields, ``INVERSE`` has
+the inverse. The result is read back before it is returned, so an option that the class of diffusers cannot express is
+refused by name, never lost.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _sigma_spacing(kind: str) -> Fields:
     return {**chosen, "use_lu_lambdas": kind == "lu"}
 
 
-# Options that classes.py computes, as the fields from which it would compute them. A class that lacks one of the
-# fields does not get it.
+# For options that classes.py computes: the fields from which it computes them. Fields that a class lacks are not
+# written.
 INVERSE: dict[str, Callable[[Any], Fields]] = {
     "algorithm": lambda v: {"algorithm_type": v},
     "clip": _limit,
@@ -56,17 +56,17 @@ INVERSE: dict[str, Callable[[Any], Fields]] = {
     "solver_type": lambda v: {"solver_type": v},
     "threshold": _threshold,
 }
-# What diffusers takes from whoever calls the scheduler, and ignores in its config with a warning: written only where
-# it is not what the scheduler does by itself, for minidiff to read.
+# Fields that diffusers takes as arguments of the call, and ignores in a config with a warning. They are written, for
+# minidiff to read, only if they differ from the scheduler's default.
 CALLED = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "strength", "order")
 
 
 def sampler_to_diffusers(sampler: Any, schedule: ScheduleConfig) -> dict[str, Any]:
-    """``sampler`` on ``schedule`` as a ``scheduler_config.json``: what :func:`sampler_from_diffusers` and
-    :func:`schedule_from_diffusers` read back equal, ``like_diffusers`` set.
+    """Convert ``sampler`` and ``schedule`` to a ``scheduler_config.json``, which :func:`sampler_from_diffusers` and
+    :func:`schedule_from_diffusers` read back to equal ones with ``like_diffusers`` set.
 
-    Raises :class:`UnsupportedError` for a sampler that diffusers has no class for, and for an option that its class
-    can't be told, such as a zero-SNR schedule in a PNDMScheduler.
+    Raises :class:`UnsupportedError` for a sampler without a class in diffusers, and for an option that the class does
+    not have, such as a zero-SNR schedule in a PNDMScheduler.
     """
     name, reader = _reader(sampler)
     plain = reader.sampler(**dataclasses.asdict(sampler) | {"like_diffusers": True})
@@ -83,12 +83,12 @@ def sampler_to_diffusers(sampler: Any, schedule: ScheduleConfig) -> dict[str, An
 
 
 def passed_to_call(config: dict[str, Any]) -> list[str]:
-    """Which fields of a written config diffusers expects from the caller instead."""
+    """Return the fields of a written config that diffusers expects from the caller instead."""
     return [key for key in CALLED if key in config]
 
 
 def _reader(sampler: Any) -> tuple[str, Reader]:
-    """The class for a sampler: that of its own type, or (the SDE variants of DPM++) of the type it derives from."""
+    """Return the class for a sampler: that of its type or, for the SDE variants of DPM++, of its base type."""
     exact = [(n, r) for n, r in READERS.items() if type(sampler) is r.sampler]
     found = exact or [(n, r) for n, r in READERS.items() if isinstance(sampler, r.sampler)]
     if not found or not isinstance(sampler, Method):
@@ -105,14 +105,14 @@ def _schedule_fields(schedule: ScheduleConfig, reader: Reader) -> Fields:
         **({"beta_schedule": schedule.beta_schedule} if schedule.betas is None else {}),
         **({"trained_betas": list(schedule.betas)} if schedule.betas is not None else {}),
     }
-    if reader.sampler.own_levels:  # classes without betas: what nobody would read is left out
+    if reader.sampler.own_levels:  # classes without betas: unread fields are left out
         fields = {k: v for k, v in fields.items() if v != (SCHEDULE | reader.fields)[k]}
     zero_snr = {"rescale_betas_zero_snr": schedule.zero_snr} if "rescale_betas_zero_snr" in reader.fields else {}
     return fields | zero_snr
 
 
 def _read_schedule(found: Fields, wanted: ScheduleConfig) -> ScheduleConfig:
-    """The schedule as it reads back; beside explicit betas the curve they replace does not matter."""
+    """Return the schedule as read back; with explicit betas, the curve that they replace is irrelevant."""
     read = schedule_from_diffusers(found)
     return read if read.betas is None else dataclasses.replace(read, beta_schedule=wanted.beta_schedule)
 
