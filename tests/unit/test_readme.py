@@ -18,6 +18,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,12 +271,20 @@ def test_the_front_page_is_short() -> None:
     assert len(read("README.md").splitlines()) <= LONGEST
 
 
+def test_the_chinese_page_has_the_same_blocks_and_figures() -> None:
+    pages = read("README.md"), read("README.zh.md")
+    english, chinese = ([(block.language, block.code) for block in blocks(text)] for text in pages)
+    assert english == chinese
+    english, chinese = (re.findall(r"[0-9][0-9.,]*[0-9]|\]\([^)]+\)", FENCE.sub("", text)) for text in pages)
+    assert Counter(english[1:]) == Counter(chinese[1:])  # but for the first link, each page's to the other one
+
+
 def heading(line: str) -> str:
     """The anchor that a heading of Markdown gets."""
     return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", [*PAGES, "README.zh.md"])
 def test_links_and_file_names_lead_somewhere(name: str) -> None:
     text, folder = FENCE.sub("", read(name)), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
