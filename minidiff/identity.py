@@ -43,8 +43,9 @@ def taught(identity: str, words: Mapping[str, Tensor]) -> str:
 
 
 def sample(tensor: Tensor) -> bytes:
-    """Some of a tensor's values, as bytes."""
-    flat = tensor.detach().reshape(-1)
+    """Some of a tensor's values, as bytes. Of a sliced model (FSDP) all processes take part."""
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    flat = whole.detach().reshape(-1)
     if flat.numel() > SAMPLES:
         flat = torch.cat([flat[:: -(-flat.numel() // SAMPLES)], flat[-1:]])
     return bytes(flat.contiguous().cpu().view(torch.uint8).numpy())
