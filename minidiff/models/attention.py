@@ -30,6 +30,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+class Linear(nn.Linear):
+    """A linear layer that multiplies all rows of (B, L, C) in one product, however they lie in memory.
+
+    torch does that by itself where the weight requires a gradient, as in the reference. Where it doesn't, rows that lie
+    apart (a picture seen as tokens) are multiplied in one product for each entry of the batch, which rounds otherwise.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 3 or x.is_contiguous():
+            return super().forward(x)
+        out = (x.reshape(-1, x.shape[-1]) @ self.weight.t()).view(*x.shape[:2], -1)
+        return out if self.bias is None else out + self.bias
+
+
 class Attention(nn.Module):
     """Multi-head attention of ``x`` (B, L, dim) over ``context`` (B, M, context_dim), or over itself without one."""
 
@@ -41,9 +55,9 @@ class Attention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.kernel: Kernel = attention
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.k = nn.Linear(context_dim, dim, bias=bias)
-        self.v = nn.Linear(context_dim, dim, bias=bias)
+        self.q = Linear(dim, dim, bias=bias)
+        self.k = Linear(context_dim, dim, bias=bias)
+        self.v = Linear(context_dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -100,7 +114,7 @@ class SpatialTransformer(nn.Module):
         c = level.channels
         self.linear = linear
         self.norm = nn.GroupNorm(groups, c, eps=TRANSFORMER_NORM_EPS)
-        self.proj_in: nn.Module = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
+        self.proj_in: nn.Module = Linear(c, c) if linear else nn.Conv2d(c, c, 1)
         self.blocks = nn.ModuleList(TransformerBlock(c, level.heads, context_dim) for _ in range(level.depth))
         self.proj_out: nn.Module = nn.Linear(c, c) if linear else nn.Conv2d(c, c, 1)
 

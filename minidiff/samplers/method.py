@@ -136,9 +136,10 @@ class Plan(Generic[R]):
 
     @property
     def sigmas(self) -> Tensor:
-        """Sigmas as diffusers lists them, (n + 1 or more,). Raises ConfigError for a method that works with
+        """Sigmas as diffusers lists them, (n + 1 or more,). Raises AttributeError for a method that works with
         alpha_bar."""
-        check(self.space != "alpha_bar", f"{self.method} has no sigmas: it works with alpha_bar")
+        if self.space == "alpha_bar":
+            raise AttributeError(f"{self.method} has no sigmas: it works with alpha_bar")
         listed = self.levels.sigmas
         return torch.cat([self.levels.here, self.levels.to[-1:]]) if listed is None else listed
 

@@ -138,7 +138,7 @@ class Scheduler:
     def sigmas(self) -> Tensor:
         """Sigmas, (n + 1,). Raises ConfigError if the method does not work in sigma. Before ``set_timesteps`` the
         methods in lambda have (n,), rising if they were read from a config of diffusers."""
-        sigmas = self._plan.sigmas if self._plan is not None else self._before.sigmas
+        sigmas: Tensor | None = getattr(self._plan, "sigmas", None) if self._plan is not None else self._before.sigmas
         if sigmas is None:
             raise ConfigError(f"{self._name} has no sigmas: it works with alpha_bar")
         return sigmas
