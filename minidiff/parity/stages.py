@@ -105,8 +105,7 @@ def unet_inputs(parts: Mapping[str, Any]) -> Inputs:
 
 def show_plan(probe: Probe, plan: Any) -> None:
     """The numbers of a plan (or of a scheduler of diffusers) that both programs have."""
-    in_sigma = getattr(plan, "space", None) != "alpha_bar"  # a plan in alpha_bar refuses to name sigmas
-    for name in ("timesteps", "init_noise_sigma", *(["sigmas"] if in_sigma else [])):
+    for name in ("timesteps", "init_noise_sigma", "sigmas"):
         value = getattr(plan, name, None)
         if isinstance(value, Tensor):
             probe.show(name, value, "plan")

@@ -737,13 +737,16 @@ def test_force_replaces_regular_files_alone(run: Run, models: Path, tmp_path: Pa
     os.mkfifo(tmp_path / "a-fox-7.png")
     assert run(*made, ".").out == ["a-fox-7-2.png"]
     assert run(*made, ".", "--num-images", 2).out == ["a-fox-7-2.png", "a-fox-8.png"]
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "device.safetensors").symlink_to("/dev/null")
+    (tmp_path / "to the pipe.safetensors").symlink_to("pipe.safetensors")
     for command in (("convert", "text"), ("parity", "record", "text")):
-        for name in ("pipe.png", "to the pipe"):
+        for name in ("pipe.safetensors", "to the pipe.safetensors"):
             one_error(run(*command, name, "--force"), f"{name}: is a named pipe, and only regular files are replaced")
-        one_error(run(*command, "/dev/null", "--force"), "/dev/null: is a device")
-    (tmp_path / "link").symlink_to("precious")
-    assert run("convert", "text", "link", "--force").status == 0
-    assert not (tmp_path / "link").is_symlink()
+        one_error(run(*command, "device.safetensors", "--force"), "device.safetensors: is a device")
+    (tmp_path / "link.safetensors").symlink_to("precious")
+    assert run("convert", "text", "link.safetensors", "--force").status == 0
+    assert not (tmp_path / "link.safetensors").is_symlink()
     assert (tmp_path / "precious").read_bytes() == b"precious"
     assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe.png").st_mode)
 
@@ -959,7 +962,7 @@ def test_plan(run: Run) -> None:
     assert (ended.status, ended.err) == (0, [])
     assert [line.split()[:2] for line in ended.out[2:]] == [[str(i), str(980 - 20 * i)] for i in range(50)]
     assert "x starts as noise * 14.6146" in run("plan", "--sampler", "euler", "--steps", "3").out[0]
-    assert run("plan", "--model", "text", "--steps", "2").out[0].startswith("PNDMPlan: 3 model calls")
+    assert run("plan", "--model", "text", "--steps", "2").out[0].startswith("PNDM: 3 model calls")
     one_error(run("plan", "--sampler", "ddim", "--set", "foo=1"), "ddim has no option 'foo'")
     one_error(run("plan", "--set", "spacing"), "'spacing' should be OPTION=VALUE")
     one_error(run("plan", "--sampler", "ddim", "--steps", "5000"), "steps=5000")

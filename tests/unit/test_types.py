@@ -118,7 +118,7 @@ def test_what_things_say_of_themselves(models: Path) -> None:
     like = conventions.read("a1111:karras").sampler(ScheduleConfig(), {"name": "euler", "s_churn": 1.0})
     assert repr(like).startswith("ProgramSampler: euler, s_churn=1.0 as a1111:karras has it, by Euler(")
     run = sd.steps("a", steps=3, seed=1, num_images=2, sampler="ddim")
-    assert repr(run).startswith("Run: 0 of 3 model calls done, 2 pictures; DDIMPlan: 3 model calls")
+    assert repr(run).startswith("Run: 0 of 3 model calls done, 2 pictures; DDIM: 3 model calls")
     next(run)
     assert repr(run).startswith("Run: 1 of 3 model calls done")
     report = weights_convert.convert(models / "text.safetensors", models / "out.safetensors")
