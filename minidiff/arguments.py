@@ -327,7 +327,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_parts(p: Any) -> None:
-    """Which weights of a checkpoint, parts from elsewhere, and what a file may not say of itself."""
+    """Add the options for weights, parts from other files, and facts that a file may not contain."""
     p.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
     for part in PARTS:
         name = part.replace("_", "-")
@@ -511,7 +511,7 @@ def _add_parity_compare(commands: Any) -> None:
 
 
 def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
-    """What is run, for the commands of parity that run something."""
+    """Add the options for the run, for the parity commands that run something."""
     g = p.add_argument_group("run")
     g.add_argument("--prompt", metavar="TEXT", help="(default: a photo of an astronaut riding a horse)")
     g.add_argument("--negative", metavar="TEXT", help="the negative prompt (default: the empty one)")
@@ -531,7 +531,7 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
 
 
 def _add_report(g: Any) -> None:
-    """How two sides are compared, and what is told of it."""
+    """Add the options for the comparison of two sides and its report."""
     g.add_argument(
         "--tolerance",
         type=_fraction,
@@ -608,7 +608,7 @@ def _named(text: str) -> tuple[str, str | None]:
 
 
 def _file_and(text: str) -> tuple[str, str | None]:
-    """What stands before and behind an "=" of ``FILE=VALUE``: names of files may have some, too.
+    """Split ``FILE=VALUE`` at an "=": names of files may contain some, too.
 
     A path that exists as it stands is one, then the longest that does; if there is none, the last "=" counts.
     """

@@ -1,4 +1,4 @@
-"""What stands in for a method of a layer, put there from outside and taken away again.
+"""Replacements for a method of a layer, set from outside and removed again.
 
 Several threads may use one model. So what is kept between two calls is made by one of them while the others wait
 (``PREPARING``), and handed over whole; nothing of one call is kept where another one could find it.
@@ -22,7 +22,7 @@ CHANGED = (
 
 
 class Around(ABC):
-    """What stands in for a method of a layer, ``forward`` or another, and calls it: ``inner``, which may already be
+    """Replacement for a method of a layer, ``forward`` or another, that calls it: ``inner``, which may already be
     another of this kind."""
 
     outermost: ClassVar[bool] = False  # whatever is put around the method later stands within this one
@@ -41,7 +41,7 @@ class Around(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What is done in place of the method."""
+        """Compute in place of the method."""
 
     def forget(self) -> None:
         """Let go of what was made of the weight, which is about to change."""
@@ -50,7 +50,7 @@ class Around(ABC):
             forget()
 
     def undo(self) -> None:  # noqa: B027  (nothing, unless a class has something to take back)
-        """Take back what was done to the layer beside standing in. Twice does no harm."""
+        """Undo all other changes to the layer. Calling it twice is harmless."""
 
     @classmethod
     def take_off(cls, layer: nn.Module, name: str = "forward") -> None:

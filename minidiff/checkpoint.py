@@ -128,7 +128,7 @@ def sketch(
 def fetching(
     parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], device: torch.device
 ) -> dict[str, Callable[[], Tensor]]:
-    """How to get each weight of ``parts`` from ``tensors``, on ``device``, in the dtype that it has in ``parts``."""
+    """Return a function for each weight of ``parts`` that reads it from ``tensors``, on ``device`` and in its dtype."""
 
     def fetch(tensor: Lazy, dtype: torch.dtype) -> Callable[[], Tensor]:
         return lambda: _convert(tensor.load(), device, dtype)
@@ -181,7 +181,7 @@ def write(
 
 
 def is_minidiff(metadata: Mapping[str, str]) -> bool:
-    """Whether a safetensors header was written by :func:`write`."""
+    """Return True if a safetensors header was written by :func:`write`."""
     return VERSION_KEY in metadata
 
 

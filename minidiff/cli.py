@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """What the ``minidiff`` command calls: :func:`main`, then the end of the process.
+    """Entry point of the ``minidiff`` command: call :func:`main`, then end the process.
 
     One of several processes goes at once, without taking the interpreter apart. torch's caches of a sliced model keep
     gloo's threads alive beyond the process group, and one that lets go of its last tensor when there is no interpreter
@@ -127,7 +127,7 @@ def generate(args: Namespace) -> None:
 
 
 def _count(args: Namespace) -> None:
-    """How many pictures, and from which seeds: a list of seeds is one picture of each prompt from each."""
+    """Set the number of pictures and their seeds: a list of seeds gives one picture per prompt and seed."""
     if isinstance(args.seed, list):
         if args.num_images not in (None, len(args.seed)):
             raise ConfigError(f"--seed names {len(args.seed)} seeds, and --num-images {args.num_images}; leave one out")
@@ -219,7 +219,7 @@ def _prepare(pipe: StableDiffusion | Unconditional, args: Namespace, sampler: An
 
 
 def _sizes(args: Namespace) -> Sizes | None:
-    """What SDXL is told of the picture's size: (height, width) and (top, left), where the options say it the other way
+    """Return SDXL's picture sizes as (height, width) and (top, left), while the options have them the other way
     round. None where nothing is said."""
     from minidiff import Sizes
 
@@ -291,7 +291,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _probed(path: str | None, device: torch.device | None) -> torch.dtype | None:
-    """What --dtype auto computes in, where it is not what the library takes by itself: bfloat16, for a large model on
+    """Return the dtype of --dtype auto, if it is not the library's default: bfloat16, for a large model on
     a CPU that is faster in it."""
     import torch
 
@@ -344,7 +344,7 @@ def _open_model(
 
 
 def _is_minidiff(path: str) -> bool:
-    """Whether a file is minidiff's own; another layout, or a folder, is not. Raises for a path that leads nowhere."""
+    """Return True for a file in minidiff's own layout. Raises :class:`CheckpointError` for a path that does not exist."""
     from minidiff.checkpoint import is_minidiff
     from minidiff.files import TensorFile
 
@@ -379,7 +379,7 @@ def info(args: Namespace) -> None:
 
 
 def _info_of_another_layout(path: str, check: bool) -> None:
-    """What weights_convert makes of a file or folder: the evidence, what it maps and drops, and the model in it."""
+    """Print what weights_convert finds in a file or folder: the evidence, the tensors it maps and drops, the model."""
     import weights_convert
     from minidiff.identity import identify
     from minidiff.info import describe_config, first_not_finite, size_table, table

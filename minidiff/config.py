@@ -246,7 +246,7 @@ class VAEConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels one latent spans along a side: 8 for Stable Diffusion."""
+        """Number of pixels per latent along a side: 8 for Stable Diffusion."""
         return int(2 ** (len(self.channels) - 1))
 
 
@@ -273,7 +273,7 @@ class TAESDConfig:
 
     @property
     def factor(self) -> int:
-        """How many pixels one latent spans along a side."""
+        """Number of pixels per latent along a side."""
         return int(2 ** (len(self.blocks) - 1))
 
 
@@ -314,7 +314,7 @@ OPENCLIP_BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, activa
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Which byte-pair table turns text into ids, and how a short prompt is filled up.
+    """Tokenizer settings: the byte-pair table that turns text into ids, and the padding of short prompts.
 
     ``merges`` is None for the public CLIP table, which ships with minidiff; a checkpoint with a table of its own
     carries its vocabulary (tokens in the order of their ids) and merges here. ``added`` are words that were learned
@@ -338,7 +338,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """What training fixed about the noise: how much of it at which timestep, and what the model predicts.
+    """Noise settings of training: the amount of noise at each timestep, and the prediction type.
 
     Betas lie in 0..1; ``betas`` (given outright) replaces ``beta_schedule``. ``zero_snr`` rescales them so that
     the last timestep is pure noise (Lin et al. 2023, algorithm 1).
@@ -412,7 +412,7 @@ class ModelConfig:
 
     @property
     def reads_score(self) -> bool:
-        """Whether the UNet is told five numbers, the last of them a score, instead of six sizes: SDXL's refiner."""
+        """True if the UNet is told five numbers, the last of them a score, instead of six sizes: SDXL's refiner."""
         c, text = self.unet, self.text_encoder_2
         if c.added_dim is None or text is None:
             return False
@@ -439,7 +439,7 @@ def from_json(cls: type[T], data: str | Mapping[str, Any]) -> T:
 
 
 def _has_fields(kind: Any, value: Any) -> bool:
-    """Whether ``value`` (parsed JSON) can be meant as dataclass ``kind``: it has no other fields."""
+    """Return True if ``value`` (parsed JSON) can be meant as dataclass ``kind``: it has no other fields."""
     known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     return isinstance(value, Mapping) and known.issuperset(value)
 

@@ -1,4 +1,4 @@
-"""How a command ends: every failure is one line on stderr and an exit status, never a traceback out of the blue.
+"""Console output and exit of a command: a failure is one line on stderr and an exit status, never a traceback.
 
 0 is success. 2 is a mistake that the user can put right: a wrong value, a file that is missing or damaged. 1 is
 everything else: a full disk, no memory, a fault of ours. 130 is Ctrl-C, 143 SIGTERM. A reader that closes the pipe

@@ -1,4 +1,4 @@
-"""Where pictures go: into which folder, under which name, and never silently over another file."""
+"""Destination of pictures: their folder and names; another file is never silently overwritten."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Destination:
         return path
 
     def _may_replace(self, path: Path) -> bool:
-        """Whether ``--force`` means this file: none of this run, by whatever name, and none that is not regular."""
+        """Return True if ``--force`` applies to this file: a regular one that is no output of this run by any name."""
         if not os.path.lexists(path):
             return True
         try:

@@ -1,4 +1,4 @@
-"""What can go wrong, as three classes that a caller can tell apart.
+"""Exceptions: three kinds of error that a caller can tell apart.
 
 Every message is one line: what is wrong, with the values, and what to do about it.
 """

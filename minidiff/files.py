@@ -81,7 +81,7 @@ def lazy(tensor: Tensor) -> Lazy:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; what is not floating point never is.
+    """Return True if no entry is NaN or infinite; what is not floating point never is.
 
     Done on the bits: many times faster than ``torch.isfinite``, which a conversion would mostly wait for.
     """
@@ -173,7 +173,7 @@ class TensorFile:
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """What tells a file from another that took its name."""
+    """Return numbers that tell a file from another that took its name."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 

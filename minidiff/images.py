@@ -34,7 +34,7 @@ MASKED = 0.5  # from here up a mask says: paint this
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a run begins from. ``pixels``: (N, 3, H, W) in [-1, 1], or latents (N, C, h, w), scaled, if ``encoded``.
+    """Input pictures of a run. ``pixels``: (N, 3, H, W) in [-1, 1], or latents (N, C, h, w), scaled, if ``encoded``.
 
     ``mask``: (M, 1, H, W), 1 where the picture is to be painted anew and 0 where it stays; None for image to image.
     """
@@ -177,7 +177,7 @@ def spread(given: Tensor, count: int, name: str) -> Tensor:
 
 
 def owners(n: int, count: int, name: str) -> list[int]:
-    """Which of ``n`` pictures each of ``count`` images reads: the only one, that of its prompt, or its own.
+    """Return, for each of ``count`` images, which of ``n`` pictures it reads: the only one, its prompt's, or its own.
 
     Raises :class:`ConfigError` where they cannot be dealt out evenly.
     """

@@ -1,4 +1,4 @@
-"""What is in a minidiff file, as text: family, parts, sizes, schedule, sampler; and whether its bytes are sound."""
+"""Description of a minidiff file as text: family, parts, sizes, schedule, sampler; and a check of its bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 
 
 def describe_config(config: ModelConfig) -> Rows:
-    """What a config says, as (name, text) rows."""
+    """Return the contents of a config as (name, text) rows."""
     rows = [("family", config.family), ("unet", _unet(config.unet))]
     if config.vae is not None:
         v = config.vae

@@ -34,7 +34,7 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of an u
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one layer: ``up @ down``, times its strength, times ``alpha`` / ``divisor``.
+    """Update of one layer by an adapter: ``up @ down``, times its strength, times ``alpha`` / ``divisor``.
 
     ``alpha``: None stands for the divisor, which is the rank, or its root (``rank_stabilised``; Kalajdzievski 2023).
     For a linear layer ``down`` is (rank, in) and ``up`` (out, rank); for a convolution (rank, in, k, k) and
@@ -61,7 +61,7 @@ class Update:
         return None
 
     def factor(self, strength: float) -> float:
-        """What ``up @ down`` is multiplied by. In this order: the quotient alone would round differently."""
+        """Return the factor of ``up @ down``, computed in this order: the quotient alone would round differently."""
         rank = self.down.shape[0]
         divisor = math.sqrt(rank) if self.rank_stabilised else rank
         return strength * (divisor if self.alpha is None else self.alpha) / divisor
@@ -72,7 +72,7 @@ class Update:
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self, weight: Tensor, strength: float) -> Tensor:
-        """What is added to ``weight``, of its shape, device and dtype."""
+        """Return the tensor that is added to ``weight``, with its shape, device and dtype."""
         down, up = self.down.to(weight), self.up.to(weight).flatten(1)
         if weight.device.type == "cpu" and weight.dtype in (torch.float16, torch.bfloat16):
             down, up = down.float(), up.float()  # as peft does it; the CPU's own products of such matrices can be slow
@@ -127,7 +127,7 @@ class Applied:
         self.hooks: list[RemovableHandle] = []
 
     def remove(self) -> None:
-        """Give the model back as it was, bit for bit. Once is enough; twice does no harm."""
+        """Restore the model, bit for bit. Calling it twice is harmless."""
         surely(self._remove)
 
     def _remove(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run can fit into this machine at all, said before it begins.
+"""Check, before a run starts, that it can fit into the memory of this machine.
 
 What is counted is what no order of the arithmetic can do without: the UNet's skips, which wait for the way up, and one
 layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Refused is

@@ -37,7 +37,7 @@ PER_WORD_2PI = np.float32(PER_WORD * np.float32(2 * math.pi))
 
 
 class Card(NamedTuple):
-    """What of a card decides the layout: multiprocessors, and the threads that each can hold.
+    """Properties of a card that decide the layout: its multiprocessors, and the threads that each can hold.
 
     The default is an A100. Threads are 2048 there and on H100, V100 and P100; 1536 on RTX 30, 40 and A10; 1024 on
     RTX 20 and T4.
@@ -48,7 +48,7 @@ class Card(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        """How many blocks torch starts at most."""
+        """Largest number of blocks that torch starts."""
         return self.multiprocessors * (self.threads // BLOCK)
 
 

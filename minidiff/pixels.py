@@ -74,7 +74,7 @@ def open_picture(path: Any, name: str = "picture") -> Image.Image:
 
 
 def formats() -> list[str]:
-    """Those of ``FORMATS`` that the installed Pillow reads."""
+    """Return those of ``FORMATS`` that the installed Pillow reads."""
     from PIL import Image
 
     Image.init()
@@ -90,7 +90,7 @@ def suffixes() -> set[str]:
 
 
 def complaint(e: BaseException) -> str:
-    """What a reader of pictures says of a file, in a few words."""
+    """Return the error of a picture reader in a few words."""
     from PIL import UnidentifiedImageError
 
     if isinstance(e, UnidentifiedImageError):
@@ -133,7 +133,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def is_transparent(image: Image.Image) -> bool:
-    """Whether a picture has an alpha channel, a transparent colour, or a palette with one."""
+    """Return True if a picture has an alpha channel, a transparent colour, or a palette with one."""
     palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
     return image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info or palette.endswith("A")
 

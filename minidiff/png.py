@@ -55,7 +55,7 @@ def _texts(path: str | os.PathLike[str], most: int) -> Iterator[tuple[bytes, byt
 
 
 def _decoded(kind: bytes, data: bytes, most: int) -> str:
-    """What follows a text's name: a method of compression in two of the kinds, languages in one."""
+    """Return the text after its name and further fields: a compression method in two of the kinds, languages in one."""
     if kind == b"tEXt":
         return data.decode("latin-1")
     if kind == b"zTXt":

@@ -1,4 +1,4 @@
-"""How far something is: a bar where it can be redrawn, a line now and then where it cannot, or nothing.
+"""Progress display: a bar where it can be redrawn, a line now and then where it cannot, or nothing.
 
 A bar belongs on a terminal or in a notebook. In a log each redraw would be a line of its own, and a program without a
 window has no stderr at all. Everything goes to stderr; nothing here ever fails because of where that leads.
@@ -21,7 +21,7 @@ SOONEST, LATEST = 5.0, 60.0  # seconds from one line to the next: a quarter of t
 
 
 def redraws() -> bool:
-    """Whether stderr is a terminal, or a notebook's cell."""
+    """Return True if stderr is a terminal, or a notebook's cell."""
     stream = sys.stderr
     try:
         return stream is not None and (stream.isatty() or type(stream).__module__.startswith("ipykernel"))
@@ -71,7 +71,7 @@ class Counter:
             self.next = now + min(LATEST, max(SOONEST, (now - self.began) / 4))
 
     def line(self, seconds: float, note: str) -> str:
-        """Where it is, how long one takes, and how much time is left."""
+        """Return the current count, the time per item, and the time left."""
         each = seconds / max(1, self.done - self.first)
         left = each * (self.total - self.done)
         shown = f"{self.unit} {self.done:,} of {self.total:,}, {each:.3g} s each, {left:.0f} s left"

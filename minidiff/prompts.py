@@ -1,4 +1,4 @@
-"""What the UNet is told of a prompt: the encoded text, and for SDXL also its summary and the sizes of the picture.
+"""Conditioning of the UNet by a prompt: the encoded text, and for SDXL also the pooled text and the picture's sizes.
 
 SD1 and SD2 read one text encoder's last layer. SDXL reads the last but one of two encoders side by side, the second
 one's pooled output, and six numbers (Podell et al. 2023, section 2.2): how large the picture was before it was resized,
@@ -32,7 +32,7 @@ MOST_WORDS = 10  # that a warning names
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What SDXL is told of a picture: (height, width) in pixels before training resized it, (top, left) of the crop,
+    """Picture sizes for SDXL: (height, width) in pixels before training resized it, (top, left) of the crop,
     (height, width) that is wanted; for the refiner ``score``, 0 to 10, instead of the last. None: the picture's own
     size, or the score of the reference: 6, and 2.5 beside the negative prompt."""
 

@@ -20,7 +20,7 @@ WIDEST, LONGEST = 1 << 16, 1 << 20  # pixels; steps
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What ``generate`` notes of a picture; None, or nothing, for what was not given."""
+    """Recipe that ``generate`` stores with a picture; None, or no entry, for settings that were not given."""
 
     prompt: str | None = None
     negative_prompt: str | None = None

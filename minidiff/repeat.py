@@ -91,7 +91,7 @@ def differences(recipe: Recipe, pipe: Pipeline) -> Iterator[str]:
 
 
 def _fill_sizes(args: Namespace, recipe: Recipe) -> None:
-    """What SDXL was told of the picture's size; the recipe has it as (height, width) and (top, left)."""
+    """Fill in SDXL's picture sizes from a recipe, which has them as (height, width) and (top, left)."""
     if recipe.sizes is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What a misspelt name may have meant.
+"""Suggestions for misspelt names.
 
 Every refusal of an unknown name (an option, a sampler, a field of a config) ends in :func:`near`, so that all of them
 guess alike. A guess is only said, never taken.

@@ -118,7 +118,7 @@ class Turns:
                     forget()
 
     def end(self) -> None:
-        """Give every part the parameters that it had before. Twice does no harm."""
+        """Restore the parameters of every part. Calling it twice is harmless."""
         for layer, method, _ in self.methods:
             Turn.take_off(layer, method)
         for slot in self._all():

@@ -30,7 +30,7 @@ class Wrapped:
         return self.inner.start()
 
     def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
-        """What the model sees for sample ``x``."""
+        """Return the model input for sample ``x``."""
         return self.inner.scale_input(plan, i, x)
 
     def denoised(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any) -> Tensor | None:

@@ -231,7 +231,7 @@ def numbered(path: Path, n: int) -> Path:
 
 
 def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
-    """What will become ``path``, empty: its name, and the open file or folder, which holds its lock.
+    """Create the empty file or folder that will become ``path``; return its name, and it opened, which holds its lock.
 
     Nothing is written before it is locked. Someone who sweeps may see it before that, lock it first and remove it:
     then the name does not lead to it any more, and another one is made.
@@ -330,7 +330,7 @@ def _lock(opened: int, wait: bool = False) -> bool | None:
 
 
 def _leads_to(path: Path, opened: int) -> bool:
-    """Whether the name still is that of the file or folder which is open, and of no link to it."""
+    """Return True if the name still is that of the file or folder which is open, and of no link to it."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(opened))
     except FileNotFoundError:

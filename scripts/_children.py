@@ -1,4 +1,4 @@
-"""What `bench_generate.py` starts and measures from outside: each call does one thing and ends.
+"""Processes that `bench_generate.py` starts and measures from outside: each does one thing and ends.
 
     python scripts/_children.py picture FOLDER DTYPE STEPS OUT.png     # what somebody would write with diffusers
     python scripts/_children.py ours MODEL.safetensors WHEN            # minidiff as far as WHEN: loaded, begun, stepped

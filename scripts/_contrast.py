@@ -1,4 +1,4 @@
-"""How the bundled model's text encoder learns what its words look like, as CLIP's did (Radford et al. 2021).
+"""Contrastive training of the bundled model's text encoder, as in CLIP (Radford et al. 2021).
 
 A picture encoder and the text encoder each turn a batch into unit vectors, and are asked to find each picture's caption
 among all captions of the batch: cross-entropy over the cosines, both ways. To be told apart from two hundred others, a

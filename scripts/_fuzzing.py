@@ -1,4 +1,4 @@
-"""What the fuzzing scripts share: workers that say which case they are at, and someone who watches their time.
+"""Helpers of the fuzzing scripts: workers that report their current case, and a watchdog for their time.
 
 A worker prints a line of JSON before every case, {"case": number, "how": text}, and one after it, {"end": text,
 "fault": bool}. One that dies or takes too long has met a fault, and another goes on behind it.

@@ -1,4 +1,4 @@
-"""What is in a picture of shapes, found by colour and by overlap with templates; no learned model, no drawing code.
+"""Recognition of shapes in a picture by colour and by overlap with templates; no learned model, no drawing code.
 
 Everything here is the judge's own: its reading of captions, its palette, its outlines. It is given a saved PNG and
 nothing else, and must agree with the other side about the words only.

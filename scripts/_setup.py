@@ -154,7 +154,7 @@ def interpreter(home: Path) -> Path:
 
 
 def inside(home: Path) -> bool:
-    """Whether this process runs in the environment ``home``."""
+    """Return True if this process runs in the environment ``home``."""
     return Path(sys.prefix).resolve() == home.resolve()
 
 

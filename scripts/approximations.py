@@ -1,4 +1,4 @@
-"""What each approximation saves, and what it costs: seconds, distance from the exact picture, prompts that come out.
+"""Measure gain and cost of each approximation: seconds, distance from the exact picture, prompts that come out.
 
     python scripts/approximations.py                    # the bundled model, 50 prompts, 3 rounds
     python scripts/approximations.py --model FILE --prompts 200 --json approximations.json

@@ -1,4 +1,4 @@
-"""How fast: a step of the UNet, or a decoding, in every way there is on this machine.
+"""Measure the speed of a UNet step, or of a decoding, in every way available on this machine.
 
     python scripts/bench.py                               # Stable Diffusion 1.5 at 512 x 512 with guidance, float32
     python scripts/bench.py --against diffusers           # diffusers beside it (the `parity` extra)

@@ -1,4 +1,4 @@
-"""What bfloat16 costs and what it gains: pictures against the same in float32, and what `--dtype auto` would choose.
+"""Measure cost and gain of bfloat16: pictures against the same in float32, and the choice of `--dtype auto`.
 
     python scripts/bench_dtype.py                  # ten pictures of the bundled model
     python scripts/bench_dtype.py --model FILE --prompts 40

@@ -1,4 +1,4 @@
-"""What minidiff, all of its public names, adds to `import torch`: CPU time and peak memory, in fresh interpreters.
+"""Measure what minidiff, with all public names, adds to `import torch`: CPU time and peak memory, in fresh processes.
 
 The two are started in turn, so that whatever else the machine does falls on both; medians and the median of the paired
 differences are printed. Exits with 1 if a bound is broken: 0.15 s of CPU time, 20 MB.

@@ -1,4 +1,4 @@
-"""What a step costs outside the UNet: guidance, the sampler, the loop. Prints it for every sampler.
+"""Measure the cost of a step outside the UNet: guidance, the sampler, the loop. Prints it for every sampler.
 
     python scripts/bench_overhead.py
     python scripts/bench_overhead.py --samplers pndm euler --rounds 20 --device cuda --json overhead.json

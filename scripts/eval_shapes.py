@@ -1,4 +1,4 @@
-"""How often a model draws what its caption says: three sets of prompts, judged from the saved PNG files.
+"""Measure how often a model draws what its caption says: three sets of prompts, judged from the saved PNG files.
 
     python scripts/eval_shapes.py --model FILE       # 500 prompts of one thing, of held-out triples, of two things
     python scripts/eval_shapes.py --no-guidance      # the bundled model; the score falls

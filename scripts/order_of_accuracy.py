@@ -1,4 +1,4 @@
-"""How fast the error of each sampler falls with the number of steps: a table, and a plot as an SVG.
+"""Measure how fast the error of each sampler falls with the number of steps: a table, and a plot as an SVG.
 
     python scripts/order_of_accuracy.py [--svg orders.svg]
 

@@ -32,7 +32,7 @@ def file_of(path: Path, names: tuple[str, ...]) -> Path:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle; if not, it is a safetensors file.
+    """Return True if a file is a pickle; if not, it is a safetensors file.
 
     Raises :class:`CheckpointError` for a path that is missing or no regular file, and for a file that is neither.
     """

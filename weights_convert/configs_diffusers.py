@@ -261,7 +261,7 @@ def _text_level(o: Options, channels: int, heads: Any, down: list[int], up: list
 
 
 def _depths(o: Options, count: int, layers: int) -> tuple[list[list[int]], list[list[int]], int]:
-    """How deep the transformers are behind every ResBlock of every level, on the way down and on the way up (coarsest
+    """Return the depths of the transformers behind every ResBlock of every level, on the way down and up (coarsest
     level first), and in the middle. A level has one number, or a list with one for each ResBlock."""
     key, other = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     down = o.each(key, 1, count)
@@ -322,7 +322,7 @@ def _attention(o: Options, names: Mapping[str, Attention], default: list[str], c
 
 
 def _conditions(o: Options, sin_first: bool, freq_shift: int, count: int) -> dict[str, Any]:
-    """What a text-to-image UNet is told beside the time."""
+    """Return the conditions of a text-to-image UNet besides the timestep."""
     guidance = o.get("time_cond_proj_dim", None)
     out: dict[str, Any] = {
         "context_dim": o.one("cross_attention_dim", 1280, count),

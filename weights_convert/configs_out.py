@@ -52,7 +52,7 @@ def _checked(config: AnyConfig, found: dict[str, Any], read: Any) -> dict[str, A
 
 
 def _unet(c: UNetConfig) -> dict[str, Any]:
-    """What the two classes of UNets have in common."""
+    """Return the fields common to the two classes of UNets."""
     down = [CONDITIONAL[level.attention] for level in c.levels]
     return {
         "act_fn": "silu",

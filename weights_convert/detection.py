@@ -1,4 +1,4 @@
-"""What is this path? Layout and family of a checkpoint, with the evidence.
+"""Detection of the layout and family of a checkpoint, with the evidence.
 
 Told from a few files and keys that only one layout or family has; nothing is loaded. Families that minidiff's generator
 can't run are recognised all the same, to be refused by their name.
@@ -46,7 +46,7 @@ CONVERTED: dict[Layout, tuple[str, ...]] = {
 
 @dataclass
 class Found:
-    """What a path holds; ``index`` is a folder's model_index.json, ``tensors`` a single file's."""
+    """Contents of a path; ``index`` is a folder's model_index.json, ``tensors`` a single file's."""
 
     path: Path
     layout: Layout

@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Form:
-    """How another layout stores a tensor: ``read`` brings it into ours, ``write`` is its exact inverse.
+    """Form in which another layout stores a tensor: ``read`` converts it to ours, ``write`` is the exact inverse.
 
     ``stored`` tells the shape over there from the shape here.
     """

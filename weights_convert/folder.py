@@ -115,7 +115,7 @@ def read_folder(
 
 
 def is_xl(family: str) -> bool:
-    """Whether a family has SDXL's conditioning: two text encoders, or the second alone, pooled text and sizes."""
+    """Return True if a family has SDXL's conditioning: two text encoders or the second alone, pooled text and sizes."""
     return family.startswith("sdxl")
 
 
@@ -209,7 +209,7 @@ def _scheduler(
 
 
 def rewrite(found: Mapping[str, Any], *, inpaint: bool = False) -> dict[str, Any]:
-    """What StableDiffusionPipeline changes in an outdated scheduler config: ``steps_offset`` 1, ``clip_sample`` off.
+    """Update an outdated scheduler config as StableDiffusionPipeline does: ``steps_offset`` 1, ``clip_sample`` off.
     StableDiffusionInpaintPipeline leaves ``clip_sample``, and switches PNDM's warm-up off.
 
     All as the scheduler sees them, that is with its defaults where the file is silent.

@@ -1,4 +1,4 @@
-"""Where diffusers and transformers keep what: key maps of their UNets, autoencoder and text encoder.
+"""Key maps of the UNets, the autoencoder and the text encoder of diffusers and transformers.
 
 Each function walks one of minidiff's configs in the order in which the model is built, and pairs names. The names over
 there are those of ``UNet2DConditionModel`` and ``UNet2DModel``, ``AutoencoderKL`` (with the attention's names of before

@@ -1,4 +1,4 @@
-"""Where the original single file of Stable Diffusion keeps what: key maps of its UNet, autoencoder and text encoder.
+"""Key maps of the UNet, autoencoder and text encoder in Stable Diffusion's original single file.
 
 These are the names of CompVis' latent-diffusion, in which a UNet is two flat lists of blocks: ``input_blocks`` counts
 every ResBlock and every downsampling on the way down, ``output_blocks`` every ResBlock on the way up.
@@ -117,5 +117,5 @@ def clip(config: CLIPTextConfig, *, prefix: str = "text_model.") -> Iterator[Mod
 
 
 def ema_key(key: str) -> str:
-    """Where the running average of a UNet tensor is kept: the same name without its dots."""
+    """Return the key of a UNet tensor's running average: the same name without its dots."""
     return f"{EMA}." + key.removeprefix("model.").replace(".", "")

@@ -1,4 +1,4 @@
-"""Where the tiny autoencoder's weights lie: diffusers' AutoencoderTiny, and the two files of its author.
+"""Key maps of the tiny autoencoder: diffusers' AutoencoderTiny, and the two files of its author.
 
 Both keep each half as one flat list of layers, counted through ReLUs and upsamplings. The author's decoder has one
 layer more at its front, the squashing of the latents, so its numbers are higher by one.

@@ -1,4 +1,4 @@
-"""Which module of minidiff is which of diffusers and transformers: the key maps, read as pairs of modules."""
+"""Correspondence of minidiff's modules to those of diffusers and transformers, derived from the key maps."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ THIRDS = tuple(
 
 
 def drops(root: str, layers: int) -> tuple[Drop, ...]:
-    """What of an encoder under ``root`` ("": at the top) is not mapped, where ``layers`` of it are used."""
+    """Return the keys of an encoder under ``root`` ("": at the top) that are not mapped if ``layers`` are used."""
     prefix = re.escape(_prefix(root))
     return (
         Drop(

@@ -1,4 +1,4 @@
-"""What peft's settings say of an adapter: each is honoured, or refused by name where it would change the result.
+"""Reader of peft's settings of an adapter: each is honoured, or refused by name if it would change the result.
 
 They stand in ``adapter_config.json`` beside the weights, or as JSON in the header of a file that diffusers wrote, there
 with the part's name in front ("unet.lora_alpha"). The fields are those of peft's ``LoraConfig``.
@@ -63,7 +63,7 @@ class Alternative(NamedTuple):
     lengths: tuple[int, ...]
 
     def ends(self, name: str) -> bool:
-        """Whether ``name`` is meant, or ends with what is meant behind a dot."""
+        """Return True if ``name`` is meant, or ends with what is meant behind a dot."""
         last = len(name) - self.lengths[-1]
         if len(self.pieces) == 1:
             at_name = last == 0 or (last > 0 and name[last - 1] == "." and not self.anchored)
@@ -96,7 +96,7 @@ class Pattern:
         self.alternatives = tuple(_alternative(a, expression, where) for a in _parts(expression))
 
     def ends(self, name: str) -> bool:
-        """Whether ``name`` matches, as a whole or from behind one of its dots on."""
+        """Return True if ``name`` matches, as a whole or from behind one of its dots on."""
         return any(a.ends(name) for a in self.alternatives)
 
 
@@ -127,7 +127,7 @@ def _alternative(text: str, expression: str, where: str) -> Alternative:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is told of the layers of one part; None where nothing is.
+    """Settings for the layers of one part; None where nothing is set.
 
     ``default`` is the alpha where there are settings, but none of it.
     """

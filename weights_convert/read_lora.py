@@ -73,7 +73,7 @@ LONGEST_KEY = 1000
 
 
 class Table(NamedTuple):
-    """What an adapter may bend: flattened name of any layout -> full name here; full name -> path in the reference."""
+    """Layers that an adapter may change: flattened name in any layout -> full name here -> path in the reference."""
 
     layers: Mapping[str, str]
     paths: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What a conversion found and did, as data that prints as a table."""
+"""Report of a conversion, as data that prints as a table."""
 
 from __future__ import annotations
 

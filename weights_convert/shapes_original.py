@@ -25,7 +25,7 @@ class Shapes:
         self.tensors, self.prefix, self.where = tensors, f"{root}." if root else "", where
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """Return True if there is such a tensor."""
         return f"{self.prefix}{name}" in self.tensors
 
     def of(self, name: str, ndim: int) -> tuple[int, ...]:
@@ -39,12 +39,12 @@ class Shapes:
         return shape
 
     def is_convolution(self, name: str) -> bool:
-        """Whether a matrix is kept as a 1x1 convolution."""
+        """Return True if a matrix is kept as a 1x1 convolution."""
         tensor = self.tensors.get(f"{self.prefix}{name}")
         return tensor is not None and len(tensor.shape) == 4
 
     def count(self, name: Callable[[int], str]) -> int:
-        """How many of ``name(0)``, ``name(1)``, ... there are."""
+        """Return the number of ``name(0)``, ``name(1)``, ... that exist."""
         n = 0
         while self.has(name(n)):
             n += 1

@@ -162,7 +162,7 @@ def _config(
     override: Mapping[str, Any],
     sources: Mapping[str, Path],
 ) -> ModelConfig:
-    """What the shapes tell, what the family's rule adds, and what the user corrects; ``sources`` of absent parts."""
+    """Return the config from shapes, the family's rule, the user's corrections, and ``sources`` of absent parts."""
     where, family = report.source, report.family
     xl, first = family.startswith("sdxl"), family.startswith("sd1")
     scheduler = single_schedule.scheduler(tensors, family, override, where)

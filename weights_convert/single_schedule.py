@@ -45,7 +45,7 @@ ROUNDING = 5e-3  # a table in bfloat16 is up to 2e-3 from ours, a zero-SNR one 3
 
 
 def evidence(tensors: Mapping[str, Lazy]) -> list[str]:
-    """What the markers of a file say, one line each."""
+    """Return the evidence of a file's markers, one line each."""
     return [f"has the marker {mark!r}: {words}" for mark, (_, _, words) in MARKERS.items() if mark in tensors]
 
 
@@ -94,7 +94,7 @@ def scheduler(tensors: Mapping[str, Lazy], family: str, override: Mapping[str, A
 
 
 def is_turbo(tensors: Mapping[str, Lazy], family: str) -> bool:
-    """Whether a file of SD2's shape has its text encoder where SDXL's files have theirs, as SD-Turbo's has."""
+    """Return True if a file of SD2's shape has its text encoder where SDXL's files have theirs, as SD-Turbo's has."""
     return family.startswith("sd2") and any(k.startswith("conditioner.") for k in tensors)
 
 

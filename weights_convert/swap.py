@@ -87,7 +87,7 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
     def fit(form: Form) -> tuple[int, int]:
-        """How many tensors have the names of a form, and how many the shapes too."""
+        """Return how many tensors match the names of a form, and how many also its shapes."""
         here = [p for p in form.pairs if p.theirs in tensors]
         return len(here), sum(p.form.stored(shapes[p.ours]) == tensors[p.theirs].shape for p in here)
 
@@ -173,7 +173,7 @@ def _text_forms(config: CLIPTextConfig, model: nn.Module, tensors: Mapping[str, 
 
 
 def _ends(tensors: Mapping[str, Lazy], name: str) -> list[str]:
-    """What stands before ``name`` in the keys that end so."""
+    """Return the prefixes of ``name`` in the keys that end with it."""
     return sorted(key.removesuffix(name) for key in tensors if key.endswith(name))
 
 

@@ -11,7 +11,7 @@ from weights_convert.ckpt import read_pickle
 
 
 class Tensors(NamedTuple):
-    """What a file holds: its tensors, not read yet; a safetensors header's texts; what else a pickle has, by name."""
+    """Contents of a file: its tensors, not read yet; texts of a safetensors header; other entries of a pickle."""
 
     lazy: dict[str, Lazy]
     metadata: dict[str, str]

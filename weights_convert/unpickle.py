@@ -234,7 +234,7 @@ def _update(there: Any, items: Any) -> None:
 
 
 def _storage(asked: Any, load: Load) -> Storage:
-    """What torch calls a persistent id: ("storage", kind, key, device, number of entries[, None])."""
+    """Resolve torch's persistent id: ("storage", kind, key, device, number of entries[, None])."""
     if (
         not isinstance(asked, tuple)
         or len(asked) not in (5, 6)

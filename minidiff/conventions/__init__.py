@@ -1,4 +1,4 @@
-"""How other programs do it: pictures as diffusers, CompVis, k-diffusion, AUTOMATIC1111 or ComfyUI would make them.
+"""Conventions of other programs: pictures as from diffusers, CompVis, k-diffusion, AUTOMATIC1111 or ComfyUI.
 
 ``profiles.py`` is the data: what each program chose, with the file in which it was read. ``read("a1111:karras")`` gives
 a :class:`Convention`, which acts on it: it makes the sampler, draws the noise, and says when guidance is left out. What
@@ -41,14 +41,14 @@ class Convention:
         return ":".join(filter(None, [self.profile.name, self.scheduler, self.device]))
 
     def guided(self, scale: float) -> bool:
-        """Whether both prompts are asked. Where they are not, the prediction is that of the prompt alone."""
+        """Return True if both prompts are asked. Where they are not, the prediction is that of the prompt alone."""
         rule = self.profile.guidance.value
         if rule == "above 1":
             return scale > 1
         return rule == "never" or not (math.isclose(scale, 1) if rule == "about 1" else scale == 1)
 
     def start(self, sampler: str, steps: int, strength: float, total: int = 1000) -> Start:
-        """Where image to image begins with the sampler of that name: see :class:`Start`."""
+        """Return the starting point of img2img with the sampler of that name: see :class:`Start`."""
         rule = self.profile.start.value
         strided = rule == "a1111" and sampler in ("ddim", "pndm")
         return start("a1111 strided" if strided else rule, steps, strength, total)

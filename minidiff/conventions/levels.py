@@ -1,4 +1,4 @@
-"""Which noise levels a program visits: its table of alpha_bar and sigma, and its schedules over that table.
+"""Noise levels of other programs: their tables of alpha_bar and sigma, and their schedules over those tables.
 
 The formulas are those of the files that profiles.py cites, computed in torch float32 as there. A schedule of n steps is
 (n + 1,) falling sigmas, the last of them 0.

@@ -1,4 +1,4 @@
-"""How five programs do what the papers leave open, as data: each fact with the file in which it was read.
+"""Details that the papers leave open, as five programs do them, as data: each fact with its source file.
 
 Two programs that run "Euler, 20 steps, seed 1" on one checkpoint make different pictures, and neither is wrong: the
 papers do not say at which timesteps to stop, what the first noise is multiplied by, or which generator draws it. A
@@ -37,7 +37,7 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How a program runs one of our samplers: the one that it amounts to, the options that make it so (ours, or a
+    """Settings with which a program runs one of our samplers: the equivalent sampler, its options (ours, or a
     scheduler config of diffusers), whether the last but one sigma is left out, and the last."""
 
     sampler: str

@@ -1,4 +1,4 @@
-"""Where image to image begins: how many steps a program makes for a strength, and the noise that they begin with.
+"""Starting point of img2img in other programs: the number of steps for a strength, and the initial noise level.
 
 Strength 1 ignores the picture, strength 0 keeps it. Programs agree on that and on little else.
 """

@@ -22,7 +22,7 @@ class Streams(NamedTuple):
     shared: bool
 
     def note(self, k: int, count: int) -> dict[str, int]:
-        """What picture ``k`` of ``count`` needs to be had again: its seed, and in a shared stream its place."""
+        """Return the recipe entries that reproduce picture ``k`` of ``count``: seed, and place in a shared stream."""
         if not self.shared:
             return {"seed": self.seeds[k]}
         return {"seed": self.seeds[0], **({"place": k, "places": count} if count > 1 else {})}

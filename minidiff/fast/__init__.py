@@ -2,7 +2,7 @@
 
     from minidiff import fast
 
-    fast.optimize(sd)      # in place; twice does no harm
+    fast.optimize(sd)      # in place; calling it twice is harmless
     sd.generate(...)
     fast.restore(sd)       # the plain model again, bit for bit
 

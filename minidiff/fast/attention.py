@@ -45,7 +45,7 @@ class BlockAttention(Switch):
     """Attention by whichever kernel is faster for its shape. CPU only: on CUDA torch's own is the fast one."""
 
     def kernel(self) -> Kernel:
-        """What the layers get."""
+        """Return the kernel that is set on the layers."""
         return fastest
 
     def applies(self, layer: nn.Module) -> bool:
@@ -105,7 +105,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
 
 
 def block_of(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """How many heads, and queries of each, are computed at a time."""
+    """Return the number of heads, and of queries of each, that are computed at a time."""
     heads, length = q.shape[1:3]
     rows = min(ROWS, length)
     return min(heads, max(1, SCORES // (rows * k.shape[2]))), rows

@@ -39,7 +39,7 @@ class CompiledUNet(Switch):
 
 
 class Compiled(Around):
-    """What stands in for the ``forward`` of the UNet."""
+    """Replacement for the ``forward`` of the UNet."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.compiled = torch.compile(unet.forward, dynamic=False)

@@ -45,7 +45,7 @@ class DeepCache(Switch):
 
 
 class Kept:
-    """What one run keeps: its last call, how many there were since the whole UNet ran, and what that gave."""
+    """Cache of one run: its last call, the number of calls since the whole UNet ran, and the features of that call."""
 
     last: Call | None = None
     age = 0
@@ -53,7 +53,7 @@ class Kept:
 
 
 class Reusing(Around):
-    """What stands in for the ``forward`` of one UNet. With gradients on, or a ControlNet's residuals, it is the plain
+    """Replacement for the ``forward`` of one UNet. With gradients on, or a ControlNet's residuals, it is the plain
     one: a graph ends with its step, and residuals reach every depth anew."""
 
     def __init__(self, unet: UNet, every: int) -> None:
@@ -92,7 +92,7 @@ class Reusing(Around):
         return out
 
     def kept(self) -> Kept:
-        """What belongs to the run that is at work in this thread."""
+        """Return the cache of the run that this thread computes."""
         run = work()
         mine: dict[Any, Any] = self.here.__dict__ if run is None else run.kept
         found: Kept = mine.setdefault(self, Kept()) if run is not None else mine.setdefault("kept", Kept())
@@ -146,13 +146,13 @@ class Call(NamedTuple):
     t: Tensor | float
 
     def follows(self, last: Call) -> bool:
-        """Whether this call can be of the same run as ``last``, and later. The prompt is the very tensor of then."""
+        """Return True if this call may be a later one of the same run as ``last``, with the same prompt tensor."""
         same = self.kind == last.kind and len(self.told) == len(last.told)
         return same and all(a is b for a, b in zip(self.told, last.told, strict=True)) and later(self.t, last.t)
 
 
 def later(t: Tensor | float, last: Tensor | float) -> bool:
-    """Whether a run that was at timestep ``last`` may have come to ``t``.
+    """Return True if a run that was at timestep ``last`` may have come to ``t``.
 
     Rows of a plan are told by their place in it: a method may ask twice at one timestep, and values on a GPU would have
     to be waited for. Rows of two plans belong to two runs. Timesteps of any other origin must fall.

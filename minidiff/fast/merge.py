@@ -64,7 +64,7 @@ def finest(unet: UNet) -> list[SpatialTransformer]:
 
 
 class Merging(threading.local):
-    """What surrounds the self-attention of one transformer; what it notes during a call is the calling thread's own."""
+    """Hooks around the self-attention of one transformer; their notes during a call are local to the thread."""
 
     size = (0, 0)
     group: Tensor | None = None
@@ -98,7 +98,7 @@ def targets(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def groups(tokens: Tensor, height: int, width: int, count: int) -> Tensor:
-    """Which group each of ``tokens`` (B, height * width, C) is in when ``count`` are merged away: (B, L).
+    """Return the group of each of ``tokens`` (B, height * width, C) when ``count`` are merged away: (B, L).
 
     First come the tokens that stay alone, each a group, then the targets with what is merged into them.
     """

@@ -27,7 +27,7 @@ class Offloaded(Turns):
 
 
 def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
-    """Let the parts of ``pipe`` take turns on ``device``, from now until ``fast.restore``. Twice does no harm.
+    """Let the parts of ``pipe`` take turns on ``device`` until ``fast.restore``. Calling it twice is harmless.
 
     Switches are put on after it. Raises :class:`ConfigError` if some are on already, or if the parts take turns in
     another way.
@@ -58,7 +58,7 @@ def waiting(weight: Tensor) -> Tensor:
 
 
 def coming(weight: nn.Parameter, device: torch.device) -> Callable[[], Tensor]:
-    """How to get ``weight`` to ``device``, without waiting for it."""
+    """Return a function that copies ``weight`` to ``device`` without waiting for the copy."""
     return lambda: weight.data.to(device, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""Where oneDNN, the library that torch computes convolutions with, is the faster way, and its products in float32.
+"""Use of oneDNN, torch's library for convolutions, where it is faster, and its matrix products in float32.
 
 For products of float32 matrices torch calls MKL, which comes from the maker of one kind of processor: on another that
 has AVX512, MKL was measured at 165 to 220 GFLOP/s, the rate of AVX2, where oneDNN reached 250 to 490. With AVX2 alone
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def pays(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the processor is of the kind on which oneDNN's ways are the faster ones: for float32 one with AVX512, for
-    bfloat16 one that has instructions for it (AVX512_BF16, AMX), without which everything in it is slow."""
+    """Return True if oneDNN is the faster library on this processor: for float32 with AVX512, for bfloat16 with
+    instructions for it (AVX512_BF16, AMX), without which all computation in bfloat16 is slow."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
@@ -24,7 +24,7 @@ def pays(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 in tiles (AMX), as torch's own kernel of attention then does."""
+    """Return True if the processor multiplies bfloat16 in tiles (AMX), as torch's own kernel of attention then does."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 

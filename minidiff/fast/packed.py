@@ -43,7 +43,7 @@ class PackedConvolutions(Switch):
 
 
 class Packed(Around):
-    """What stands in for the ``forward`` of one convolution."""
+    """Replacement for the ``forward`` of one convolution."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.trained = layer.get_parameter("weight").requires_grad

@@ -40,7 +40,7 @@ HOPELESS = 3  # times as slow after two rounds: then the rest is spared
 
 
 def choice(bytes_on_disk: int) -> torch.dtype:
-    """What the command line computes in on a CPU unless told: bfloat16 where it pays for a model of that size."""
+    """Return the command line's default dtype on a CPU: bfloat16 if it is faster for a model of that size."""
     return torch.bfloat16 if bytes_on_disk >= LARGE and gain() >= WORTH else torch.float32
 
 
@@ -51,7 +51,7 @@ def size_on_disk(path: str | os.PathLike[str]) -> int:
 
 
 def gain() -> float:
-    """How many times as fast as float32 bfloat16 is here, from the cache or measured now."""
+    """Return the speed of bfloat16 relative to float32 on this machine, from the cache or measured now."""
     key, known = machine(), remembered()
     if key not in known:
         known[key] = measured()
@@ -64,7 +64,7 @@ def gain() -> float:
 
 
 def remembered() -> dict[str, float]:
-    """What the cache file says; nothing where there is none, or none that makes sense."""
+    """Return the contents of the cache file; empty if it is missing or invalid."""
     with suppress(OSError, RuntimeError, ValueError, TypeError, MinidiffError):
         known = {str(key): float(value) for key, value in read_object(cache_file()).items()}
         return {key: value for key, value in known.items() if math.isfinite(value) and value > 0}
@@ -72,7 +72,7 @@ def remembered() -> dict[str, float]:
 
 
 def cache_file() -> Path:
-    """Where it is kept: the system's folder for such things. Raises RuntimeError for a user without a home."""
+    """Return the path of the cache file in the user's cache folder. Raises RuntimeError for a user without a home."""
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     else:
@@ -83,7 +83,7 @@ def cache_file() -> Path:
 
 
 def machine() -> str:
-    """What the measurement depends on, in words."""
+    """Return a description of everything that the measurement depends on."""
     name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -123,7 +123,7 @@ def _ones(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def speedup(plain: Callable[[], Any], other: Callable[[], Any]) -> float:
-    """How many times as fast ``other`` is as ``plain``: they run in turn, and the best of each counts, since whatever
+    """Return the speed of ``other`` relative to ``plain``. They run in turn and the best of each counts, as whatever
     else the machine does can only make a run longer."""
     best = [math.inf, math.inf]
     for n in range(ROUNDS):

@@ -49,7 +49,7 @@ class Known(NamedTuple):
 
 
 class Remembering(Around):
-    """What stands in for the ``forward`` of one linear layer."""
+    """Replacement for the ``forward`` of one linear layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.known: dict[int, Known] = {}  # by the id of the input, as long as that lives

@@ -1,4 +1,4 @@
-"""What every speed-up is: something that is put on the layers it applies to, and taken off again."""
+"""Base classes of the speed-ups: a switch is put on the layers that it applies to, and taken off again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Switch(Protocol):
     device: ClassVar[str | None] = None  # the kind that it is for; None: every one
 
     def applies(self, layer: nn.Module) -> bool:
-        """Whether ``layer``, not optimized yet, is one that this switch is for."""
+        """Return True if ``layer``, not optimized yet, is one that this switch is for."""
 
     def put_on(self, layer: nn.Module) -> None:
         """Make ``layer`` fast, in place."""
 
     def take_off(self, layer: nn.Module) -> None:
-        """Undo :meth:`put_on`, bit for bit, also where that was interrupted. Twice does no harm."""
+        """Undo :meth:`put_on`, bit for bit, even if it was interrupted. Calling it twice is harmless."""
 
 
 def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] | None = None) -> list[nn.Module]:

@@ -75,11 +75,11 @@ class Tiles(Around):
         return total / weights
 
     def starts(self, size: int) -> list[int]:
-        """Where tiles begin along ``size`` latents. The last ends where the picture does, and shares more."""
+        """Return the starts of the tiles along ``size`` latents. The last ends with the picture, and overlaps more."""
         return [*range(0, max(size - self.side, 0), self.side - self.overlap), max(size - self.side, 0)]
 
     def ramp(self, start: int, size: int, pixels: int, factor: int, device: torch.device) -> Tensor:
-        """How much each of a tile's ``pixels`` counts: 1, and towards an edge inside the picture less and less."""
+        """Return the weights of a tile's ``pixels``: 1, falling towards an edge inside the picture."""
         i = torch.arange(pixels, dtype=torch.float32, device=device)
         shared = self.overlap * factor
         counts = torch.ones_like(i)

@@ -1,4 +1,4 @@
-"""What CLIP takes for a letter, a number, white space, a capital: text becomes the words that byte-pair encoding reads.
+"""CLIP's notion of letters, numbers, white space and capitals: splits text into words for byte-pair encoding.
 
 CLIP's rule is one line of regular expression (Radford et al. 2021) behind canonical composition and lower case, but
 it leans on Unicode, and every program brings its own: the reference's three steps follow three versions, and Python's

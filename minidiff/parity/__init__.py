@@ -1,4 +1,4 @@
-"""Where do two implementations part? Recordings, comparison, and the finder behind ``minidiff parity``.
+"""Comparison of two implementations: recordings, differences, and the finder behind ``minidiff parity``.
 
 from minidiff import parity
 report = parity.compare(module_a, module_b, inputs, names)

@@ -44,7 +44,7 @@ EQUAL, PARTED = 0, 1  # exit statuses
 
 
 class Converter(NamedTuple):
-    """What the finder needs of weights_convert: a checkpoint as a pipeline; the pairs of module names, part by part;
+    """Interface to weights_convert for the finder: a checkpoint as a pipeline; the pairs of module names, part by part;
     and a checkpoint of any layout written as a folder of diffusers'."""
 
     open_model: Callable[[str, torch.device | None, torch.dtype | None], Pipe]
@@ -166,7 +166,7 @@ def show(report: Report, args: Namespace, destination: Path | None) -> int:
 
 
 def run_of(pipe: Pipe, request: Request) -> dict[str, Any]:
-    """What was run, for a recording's header."""
+    """Return a description of the run, for a recording's header."""
     r = request
     sampler = sampler_to_config(pipe.sampler(r.sampler))
     text_only = {"prompt": r.prompt, "negative": r.negative, "scale": r.scale, "width": r.width, "height": r.height}

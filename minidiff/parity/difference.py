@@ -1,4 +1,4 @@
-"""How far apart two tensors are: largest difference, absolute and relative, and in units in the last place (ULPs).
+"""Difference of two tensors: the largest one, absolute and relative, and in units in the last place (ULPs).
 
 The bits of a positive float, read as an integer, grow with the number, by one from each float to the next; so the
 distance in ULPs is a difference of integers (negative floats mirrored, so that -0 and +0 are one number). One ULP is
@@ -25,7 +25,7 @@ MOST = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Difference:
-    """What sets two tensors apart, values first: equal numbers of different dtypes are equal.
+    """Difference of two tensors by value: equal numbers of different dtypes are equal.
 
     ``max_abs`` is the largest |a - b|, ``max_rel`` that divided by the largest |a|, ``ulps`` the largest distance in
     ULPs of the coarser dtype (None for integers, and where either is not finite). ``differing`` of ``total`` entries
@@ -47,21 +47,21 @@ class Difference:
 
     @property
     def same_shape(self) -> bool:
-        """Whether there was anything to subtract."""
+        """True if there was anything to subtract."""
         return self.shape_a == self.shape_b
 
     @property
     def finite(self) -> bool:
-        """Whether neither side holds a NaN."""
+        """True if neither side holds a NaN."""
         return self.bad_a == self.bad_b == 0
 
     @property
     def equal(self) -> bool:
-        """Whether every entry has the same value."""
+        """True if every entry has the same value."""
         return self.same_shape and self.differing == 0
 
     def within(self, tolerance: float) -> bool:
-        """Whether the largest difference is at most ``tolerance`` times the largest |a|; 0 asks for equal values."""
+        """Return True if the largest difference is at most ``tolerance`` times the largest |a|; 0: equal values."""
         return self.equal or (self.same_shape and self.finite and self.max_rel <= tolerance)
 
 

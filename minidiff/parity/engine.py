@@ -1,4 +1,4 @@
-"""Where do two runs part, and whose fault is it? Three questions, asked stage by stage.
+"""Search for the first stage at which two runs differ, and for its cause: three questions, asked stage by stage.
 
 * **Chained**: each side goes on with its own numbers. Says whether the results are equal, and at which stage they first
   are not; beyond that stage every difference may be inherited.
@@ -60,7 +60,7 @@ class Judgement:
 
     @property
     def same_function(self) -> bool:
-        """Whether it is rounding that sets the sides apart."""
+        """True if it is rounding that sets the sides apart."""
         return self.gap is None or self.gap < STILL_THERE * max(self.error_a, self.error_b)
 
     @property
@@ -111,7 +111,7 @@ def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Differe
 def locally(
     tape: Mapping[str, Tensor], side: Runner, wanted: Iterable[str], own: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What ``side`` makes of the tape's values: at each of the stages ``wanted``, its value before it was replaced.
+    """Run ``side`` on the tape's values: return, at each of the stages ``wanted``, its value before it was replaced.
 
     ``own`` is filled as the run goes, so that a run that breaks off leaves what it had.
     """
@@ -182,7 +182,7 @@ def _judge(
 
 
 def _truth(tape: Mapping[str, Tensor], side: Runner, stages: Iterable[str]) -> dict[str, Tensor]:
-    """What ``side`` makes of the tape's values in float64; as far as it comes, where a dtype is wired in."""
+    """Run ``side`` on the tape's values in float64; as far as it gets, if a dtype is hard-coded."""
     own: dict[str, Tensor] = {}
     with side.wide(), suppress(RuntimeError, MinidiffError):
         locally(tape, side, stages, own)

@@ -72,7 +72,7 @@ class Alone:
 
 
 def _widest(module: nn.Module) -> bool:
-    """Whether a module is in float64 at the moment."""
+    """Return True if a module is in float64 at the moment."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     return weight is not None and weight.dtype == torch.float64
 

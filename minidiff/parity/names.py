@@ -1,4 +1,4 @@
-"""Which module of one network is which of another: from pairs of leaves to pairs of the blocks around them.
+"""Correspondence of the modules of two networks: from pairs of leaves to pairs of the blocks around them.
 
 A converter's key map pairs the modules that hold weights. Two blocks are the same part of the network if exactly the
 same pairs lie under them; so the rest follows, and nobody has to write a second table.
@@ -23,7 +23,7 @@ def module_names(module: nn.Module) -> list[str]:
 
 
 def present(a: nn.Module, b: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Those of ``names`` (a's name -> b's) that both have: a key map also lists what a model may lack."""
+    """Return those of ``names`` (a's name -> b's) that both have: key maps also list modules that a model may lack."""
     in_a, in_b = set(module_names(a)), set(module_names(b))
     return {x: y for x, y in names.items() if x in in_a and y in in_b}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What both sides are to make. ``prompt`` is unused by a model without text; sizes are in pixels, None the
+    """Picture for both sides to make. ``prompt`` is unused by a model without text; sizes are in pixels, None the
     model's own. ``image`` and ``mask``, RGB and grey, are of that size; ``image`` None begins from noise alone."""
 
     prompt: str = "a photo of an astronaut riding a horse"

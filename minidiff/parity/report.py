@@ -1,4 +1,4 @@
-"""What the finder found, as data: rows, the first place, the other places; and in words, as a table for a terminal."""
+"""Findings of the finder: as data (rows, the first place, the other places), and as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Whether every stage is within the tolerance, each side on its own."""
+        """True if every stage is within the tolerance, each side on its own."""
         return all(row.chained.within(self.tolerance) for row in self.rows)
 
     @property
@@ -67,7 +67,7 @@ class Report:
 
     @cached_property
     def first(self) -> Row | None:
-        """Where the sides part: the first cause, or (where none was looked for, or none is beyond the tolerance by
+        """First place where the sides part: the first cause, or (if none was sought, or none is beyond the tolerance by
         itself) the first stage that differs beyond it. None if they are equal."""
         apart = [row for row in self.rows if not row.chained.within(self.tolerance)]
         return (self.causes or apart)[0] if apart else None
@@ -99,7 +99,7 @@ def outcome(report: Report) -> str:
 
 
 def reasons(report: Report) -> dict[str, str]:
-    """What is known of the place where the sides part; empty if they do not."""
+    """Return known facts about the place where the sides part; empty if they do not."""
     first = report.first
     if first is None:
         return {}
@@ -138,7 +138,7 @@ def describe(d: Difference) -> str:
 
 
 def where(report: Report, row: Row) -> str:
-    """What kind of place a stage is, and what to look at."""
+    """Return the kind of a stage, and advice on what to look at."""
     stages = [r.stage for r in report.rows]
     k = stages.index(row.stage)
     if row.local is not None and row.local.within(report.tolerance):

@@ -76,7 +76,7 @@ def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[No
 
 
 def unet_inputs(parts: Mapping[str, Any]) -> Inputs:
-    """What the UNet is given, under the names that either program has for it."""
+    """Return the inputs of the UNet, under their names in either program."""
     latent: int | None = parts["vae"].config.latent_channels if "vae" in parts else None
 
     def sample(probe: Probe, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the loop asks of its data: pictures by number, from a stream without end.
+"""Interface of the data for the training loop: pictures by number, from an endless stream.
 
 A stream that can be asked for any of its numbers needs no state. A run that stopped after n pictures goes on with
 number n, and two machines take the halves of one batch without a word between them.

@@ -1,4 +1,4 @@
-"""Where training starts: a network that does as little as possible.
+"""Initialization for training: a network that does as little as possible.
 
 The last layer of every residual branch is set to 0, so that each block begins by passing its input on, and a deep
 network begins as a shallow one (Ho et al. 2020 start so, as did Goyal et al. 2017 for ResNets). Without it the branches
@@ -25,7 +25,7 @@ def quiet(part: nn.Module) -> None:
 
 
 def last_layers(module: nn.Module) -> list[nn.Module]:
-    """Those layers of ``module`` whose output is added to what went around them."""
+    """Return the layers of ``module`` at the end of a residual branch."""
     if isinstance(module, ResBlock):
         return [module.conv2]
     if isinstance(module, SpatialTransformer):

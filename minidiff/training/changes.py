@@ -19,7 +19,7 @@ def marks_of(data: Any) -> dict[str, int]:
 
 
 def said(then: Mapping[str, int], now: Mapping[str, int]) -> str | None:
-    """How the pictures of a run differ from those it began with, in words and with counts; None if they don't."""
+    """Describe, with counts, how the pictures of a run differ from those it began with; None if they do not."""
     kinds = {
         "added": sorted(now.keys() - then.keys()),
         "gone": sorted(then.keys() - now.keys()),

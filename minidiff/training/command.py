@@ -119,7 +119,7 @@ def begin(
 
 
 def machines(args: Namespace, device: torch.device) -> tuple[Alone, Keeper]:
-    """Who trains, and how it is kept: this process alone, replicas, or (``--fsdp``) slices."""
+    """Choose the processes that train and the way the run is saved: one process, replicas, or (``--fsdp``) slices."""
     if not started_by_torchrun():
         check(not args.fsdp, "--fsdp spreads a model over processes: torchrun --nproc-per-node 4 -m minidiff train ...")
         return Alone(), Keeper()

@@ -1,4 +1,4 @@
-"""How the learning rate rises and falls, as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning-rate schedules as pure functions of the step: they have no state to save or restore."""
 
 from __future__ import annotations
 

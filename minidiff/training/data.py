@@ -27,10 +27,10 @@ class PictureSet(Protocol):
     """A finite set of pictures of one size, with or without captions."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of items."""
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """Those pictures, in that order."""
+        """Return the given pictures, in the given order."""
 
 
 class Shuffled:
@@ -50,7 +50,7 @@ class Shuffled:
         return self.pictures.take([self.index(k) for k in range(start, start + count)])
 
     def index(self, k: int) -> int:
-        """Which picture example ``k`` is."""
+        """Return the number of the picture in example ``k``."""
         epoch, place = divmod(k, len(self.pictures))
         if epoch != self._epoch:
             g = torch.Generator().manual_seed((self.seed * MOST_STEPS + epoch) % 2**32)
@@ -68,7 +68,7 @@ class FirstOf:
         return self.count
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """Those examples."""
+        """Return the given examples."""
         return join([Batch(*self.stream.batch(k, 1)) for k in indices])
 
 
@@ -113,7 +113,7 @@ class TorchvisionSet:
         return len(self.source)
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """Those pictures, brought to size."""
+        """Return the given pictures, resized."""
         rows = [self.source[i] for i in indices]
         pixels = torch.stack([to_pixels(row[0], self.size) for row in rows])
         captions = [self.caption(row[1] if isinstance(row, tuple) and len(row) > 1 else None) for row in rows]
@@ -121,7 +121,7 @@ class TorchvisionSet:
         return Batch(normalised(pixels), known if len(known) == len(rows) else None)
 
     def caption(self, label: Any) -> str | None:
-        """What a label says: text is text, a number is the name of its class."""
+        """Return the caption for a label: the text itself, or the name of a numbered class."""
         if isinstance(label, str):
             return label
         named = isinstance(label, int) and 0 <= label < len(self.classes)

@@ -19,12 +19,12 @@ from minidiff.training.task import Task
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several, or was started as if it were."""
+    """Return True if this process is one of several, or was started as if it were."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files and prints; known before it has joined the others."""
+    """Return True if this process writes files and prints; known before it has joined the others."""
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
@@ -76,7 +76,7 @@ class Replicas(Alone):
         return value
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process: what all of them must do together, all must know."""
+        """Return True if it is so in any process: what all of them must do together, all must know."""
         import torch.distributed as dist
 
         where = "cuda" if dist.get_backend() == "nccl" else "cpu"

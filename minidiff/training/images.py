@@ -140,7 +140,7 @@ class ImageFolder:
         return len(self.files)
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """Those pictures. Raises :class:`CheckpointError` for a file that has broken since the beginning."""
+        """Return the given pictures. Raises :class:`CheckpointError` for a file damaged since the start of the run."""
         if self.pixels is not None:
             pixels = self.pixels[list(indices)]
         else:
@@ -161,7 +161,7 @@ def _refuse(e: OSError) -> NoReturn:
 
 
 def _name(file: Path, folder: Path) -> str:
-    """What a file of a set is called: its path in the folder, with slashes, letters composed as most systems do."""
+    """Return the name of a file in a set: its path in the folder, with slashes and composed letters."""
     return unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
 
 
@@ -178,7 +178,7 @@ def _and(unread: Sequence[Path], folder: Path) -> str:
 
 
 def _begins_like_one(file: Path) -> bool:
-    """Whether a file begins like a picture, whatever it is called."""
+    """Return True if a file begins like a picture, whatever it is called."""
     if not file.is_file():
         return False
     try:

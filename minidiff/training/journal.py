@@ -1,4 +1,4 @@
-"""What a run tells: a line of a CSV file for every step, the same curves for TensorBoard if that is installed."""
+"""Log of a training run: a line of a CSV file for every step, and the same curves for TensorBoard if installed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Journal:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def step(self, report: Report) -> None:
-        """What one step did."""
+        """Write the result of one step."""
         self.steps.write(dataclasses.astuple(report))
         self._draw(report.step, {name: getattr(report, name) for name in COLUMNS[1:]})
 

@@ -45,7 +45,7 @@ class CachedLatents:
         return len(self.latents.mean)
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """Those latents, with their captions."""
+        """Return the given latents with their captions."""
         chosen = list(indices)
         latents = DiagonalGaussian(self.latents.mean[chosen], self.latents.logvar[chosen])
         captions = None if self.captions is None else [self.captions[i] for i in chosen]
@@ -81,7 +81,7 @@ def load(path: Path, mark: str) -> DiagonalGaussian | None:
 
 
 def fingerprint(pictures: PictureSet, vae: VAE) -> str:
-    """What latents depend on, as 64 hex digits: every pixel, every weight, the config."""
+    """Return a hash of everything that latents depend on, as 64 hex digits: every pixel, every weight, the config."""
     digest = hashlib.sha256(to_json(vae.config).encode())
     for tensor in (*vae.state_dict().values(), *(batch.pixels for batch in parts(pictures))):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

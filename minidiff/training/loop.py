@@ -31,7 +31,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 @dataclass(frozen=True)
 class Report:
-    """What one optimiser step did. ``norm``: the length of the gradient before it was clipped."""
+    """Result of one optimiser step. ``norm``: the norm of the gradient before clipping."""
 
     step: int  # the first one is 1
     loss: float

@@ -1,4 +1,4 @@
-"""What a diffusion model is asked to learn (Ho et al. 2020, algorithm 1).
+"""Training objective of a diffusion model (Ho et al. 2020, algorithm 1).
 
 Take a picture x0, a timestep t and noise; mix them to x_t; ask the network which noise it was. The squared error of its
 answer is the loss, and there is nothing else to it. The rest of this file is what has proved to help: other questions

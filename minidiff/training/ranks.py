@@ -1,4 +1,4 @@
-"""What the loop asks of the machines it runs on, answered for a single one. distributed.py answers for several."""
+"""Interface of the training loop to its processes, for a single one; distributed.py implements it for several."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Alone:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True if this process writes files and prints."""
         return self.rank == 0
 
     def wrap(self, task: nn.Module) -> nn.Module:
-        """What is called in place of ``task``, so that gradients end up equal everywhere."""
+        """Return the module to call in place of ``task``, so that gradients are equal in all processes."""
         return task
 
     def quiet(self, task: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -31,7 +31,7 @@ class Alone:
         return value
 
     def any(self, value: bool) -> bool:
-        """Whether it is so in any process: what all of them must do together, all must know."""
+        """Return True if it is so in any process: what all of them must do together, all must know."""
         return value
 
     def whole(self, tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: the background's colour and its things, none covering another."""
+    """Contents of a picture: the background's colour and its things, none covering another."""
 
     background: str
     things: tuple[Thing, ...]

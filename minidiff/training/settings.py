@@ -17,7 +17,7 @@ TRAINABLE = (("unet",), ("unet", "text_encoder"), ("vae",))
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How one run trains. Two runs with equal settings, model and data give equal weights.
+    """Settings of a training run. Two runs with equal settings, model and data give equal weights.
 
     ``batch`` counts the pictures of one optimiser step. ``accumulate`` cuts it into that many parts that go through
     the network one after the other: less memory, the same gradient. ``parts`` says what learns: the UNet, the UNet

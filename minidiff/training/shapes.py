@@ -42,7 +42,7 @@ DRAWS = 16  # random numbers per item
 
 
 def held_out(shape: str, colour: str, background: str) -> bool:
-    """Whether the triple is kept from training: 26 of the 264 whose colour and background differ.
+    """Return True if the triple is kept from training: 26 of the 264 whose colour and background differ.
 
     The steps 1, 3, 1 share no factor with 10, so of the triples with a given pair of words at most one is held out.
     """

@@ -80,7 +80,7 @@ class ShardKeeper(Keeper):
     name = "state"
 
     def exists(self, folder: Path) -> bool:
-        """Whether ``folder`` holds a run; one that was being put in place is, first."""
+        """Return True if ``folder`` holds a run; one that was being put in place is, first."""
         place, new, old = (folder / name for name in (self.name, ".state.new", ".state.old"))
         if not place.exists():  # killed between the two renames of save
             for candidate in (new, old):
@@ -90,7 +90,7 @@ class ShardKeeper(Keeper):
         return (place / ".metadata").is_file()
 
     def facts(self, folder: Path) -> dict[str, Any]:
-        """What the run in ``folder`` says of itself."""
+        """Return the description of the run in ``folder``."""
         path = folder / self.name / FACTS
         try:
             return parse_facts(read_text(path), path)

@@ -29,16 +29,16 @@ FREE = {"steps", "accumulate", "save_every", "sample_every", "samples"}  # what 
 
 
 class Keeper:
-    """How a run is kept in its folder: in one file that the main process writes. (In slices: sharded.py.)"""
+    """State of a run in its folder: one file that the main process writes. (In slices: sharded.py.)"""
 
     name = "state.safetensors"
 
     def exists(self, folder: Path) -> bool:
-        """Whether ``folder`` holds a run."""
+        """Return True if ``folder`` holds a run."""
         return (folder / self.name).exists()
 
     def facts(self, folder: Path) -> dict[str, Any]:
-        """What the run in ``folder`` says of itself, see :func:`facts`. Raises :class:`CheckpointError` if damaged."""
+        """Return the facts of the run in ``folder``, see :func:`facts`. Raises :class:`CheckpointError` if damaged."""
         file = TensorFile(folder / self.name)
         try:
             return read_facts(file)
@@ -85,7 +85,7 @@ def contents(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def facts(trainer: Trainer) -> dict[str, Any]:
-    """What is no tensor: progress, settings, the model's config and where it came from, the scale of the loss."""
+    """Return everything that is not a tensor: progress, settings, the model's config and origin, the loss scale."""
     return {
         "done": trainer.done,
         "begun": trainer.begun,
@@ -114,7 +114,7 @@ def resume(trainer: Trainer, path: str | os.PathLike[str]) -> None:
 
 
 def read_facts(file: TensorFile) -> dict[str, Any]:
-    """What :func:`facts` wrote, checked."""
+    """Read and check the result of :func:`facts`."""
     if KEY not in file.metadata:
         raise CheckpointError(f"{file.path}: holds no training run; `minidiff train --model` starts one from a model")
     return parse_facts(file.metadata[KEY], file.path)
@@ -155,7 +155,7 @@ def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str
 
 
 def _first_difference(name: str, then: Any, now: Any) -> tuple[str, str]:
-    """Where two JSON values part, as "name=then" and "now": a model's config is too long to be quoted whole."""
+    """Return the first difference of two JSON values, as "name=then" and "now": a whole config is too long to quote."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in now:
             if then.get(key) != now[key]:

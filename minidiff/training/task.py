@@ -48,7 +48,7 @@ class Task(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights that learn are."""
+        """Device of the trained weights."""
         return next(self.parameters()).device
 
 
