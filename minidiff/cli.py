@@ -344,7 +344,7 @@ def _open_model(
 
 
 def _is_minidiff(path: str) -> bool:
-    """Return True for a file in minidiff's own layout. Raises :class:`CheckpointError` for a path that does not exist."""
+    """Return True for a file in minidiff's own layout. Raises :class:`CheckpointError` for a missing path."""
     from minidiff.checkpoint import is_minidiff
     from minidiff.files import TensorFile
 

@@ -55,7 +55,7 @@ def _texts(path: str | os.PathLike[str], most: int) -> Iterator[tuple[bytes, byt
 
 
 def _decoded(kind: bytes, data: bytes, most: int) -> str:
-    """Return the text after its name and further fields: a compression method in two of the kinds, languages in one."""
+    """Decode the bytes after a text's name, led by a compression method in two of the kinds, by languages in one."""
     if kind == b"tEXt":
         return data.decode("latin-1")
     if kind == b"zTXt":

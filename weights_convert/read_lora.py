@@ -73,7 +73,7 @@ LONGEST_KEY = 1000
 
 
 class Table(NamedTuple):
-    """Layers that an adapter may change: flattened name in any layout -> full name here -> path in the reference."""
+    """Layers that an adapter may change: flattened name in any layout -> full name; full name -> reference path."""
 
     layers: Mapping[str, str]
     paths: Mapping[str, str]

@@ -123,7 +123,7 @@ def band(u: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, top: int, count
 
 
 def combine(d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor, into: tuple[Tensor, ...]) -> None:
-    """Compute the factors of the filter's points in the four products."""
+    """Combine inputs to the factors of the filter's points in the four products."""
     torch.sub(d0, d2, out=into[0])
     torch.add(d1, d2, out=into[1])
     torch.sub(d2, d1, out=into[2])
