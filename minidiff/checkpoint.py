@@ -1,8 +1,8 @@
-"""minidiff's own checkpoint: one safetensors file with every part, and all configs as JSON in its header.
+"""minidiff's checkpoint format: one safetensors file with all parts, and all configs as JSON in its header.
 
-Loading builds the modules on the meta device (shapes without memory), maps the file, and hands each mapped tensor over
-with ``assign=True``: nothing is copied that does not have to change device or dtype, and a weight's bytes are read
-from the disk when the network first uses it.
+Loading builds the modules on the meta device (shapes without memory), maps the file, and assigns each mapped tensor
+with ``assign=True``. Only tensors that change device or dtype are copied, and the bytes of a weight are read from disk
+when the network first uses it.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Checkpoint:
 
 
 def build(config: ModelConfig) -> dict[str, nn.Module]:
-    """The parts of a checkpoint by name, on the meta device: every shape, no memory, no first weights."""
+    """Build the parts of a checkpoint by name on the meta device: all shapes, without memory or initial weights."""
     with torch.device("meta"), _Undrawn():
         configs = ((name, getattr(config, name)) for name in PARTS)
         return {name: _make(MODELS[type(c)], c).eval() for name, c in configs if c is not None}
 
 
 class _Undrawn(TorchFunctionMode):
-    """Layers made inside draw no random weights.
+    """Mode in which new layers draw no random weights.
 
-    Without memory there is nothing to draw into; all the same, torch would load its compiler (2 s) to go through the
-    motions: normal_ has no kernel of its own on the meta device.
+    On the meta device there is no memory to initialize, but torch would load its compiler (2 s) anyway, because normal_
+    has no kernel of its own there.
     """
 
     def __torch_function__(
@@ -88,7 +88,7 @@ def fill(
     dtype: torch.dtype | None = None,
     source: str = "checkpoint",
 ) -> None:
-    """Give every parameter of ``parts`` its tensor, "part.parameter" by name, converted where asked.
+    """Assign a tensor, named "part.parameter", to every parameter of ``parts``, converted if requested.
 
     Raises :class:`CheckpointError`, naming ``source``, for a tensor that is missing, superfluous or of another shape.
     """
@@ -96,13 +96,13 @@ def fill(
     for name, part in parts.items():
         state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
-        part.to(device=device)  # moves what follows from the config (buffers); every weight is there already
+        part.to(device=device)  # moves the buffers, which follow from the config; the weights are there already
 
 
 def copied(tensors: Mapping[str, Lazy], low_memory: bool) -> dict[str, Lazy]:
-    """``tensors`` that are copied when they are read, so that nothing is left of the map of their file.
+    """Return ``tensors`` that are copied when they are read, so that their file does not stay mapped.
 
-    Raises :class:`ConfigError` with ``low_memory``, which reads them from the file again and again.
+    Raises :class:`ConfigError` with ``low_memory``, which reads them from the file repeatedly.
     """
     check(not low_memory, "copy=True keeps the weights in memory, low_memory=True in their file; choose one of them")
     return {name: replace(t, load=lambda t=t: t.load().clone()) for name, t in tensors.items()}  # type: ignore[misc]
@@ -114,7 +114,7 @@ def sketch(
     dtype: torch.dtype | None = None,
     source: str = "checkpoint",
 ) -> None:
-    """Give every parameter of ``parts`` the dtype that :func:`fill` would, and no more: they stay on the meta device.
+    """Give every parameter of ``parts`` the dtype that :func:`fill` would; they stay on the meta device.
 
     Raises what :func:`fill` raises, without reading any tensor.
     """
@@ -170,7 +170,7 @@ def write(
     """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
 
     The order of ``tensors`` does not matter: one model gives one file, byte for byte, wherever it came from.
-    ``existing``: what becomes of a file that is there, see :func:`~minidiff.writing.atomic`.
+    ``existing``: treatment of an existing file, see :func:`~minidiff.writing.atomic`.
     Raises :class:`CheckpointError` if the tensors are not exactly those that ``config`` describes.
     """
     parts = build(config)
@@ -188,7 +188,7 @@ def is_minidiff(metadata: Mapping[str, str]) -> bool:
 def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a minidiff file; no tensor is read.
 
-    Raises :class:`CheckpointError` for anything that is not a minidiff file of a version that this one knows.
+    Raises :class:`CheckpointError` for anything but a minidiff file of a known version.
     """
     if os.path.isdir(path):
         raise CheckpointError(f"{path}: is a folder, not a single file of minidiff's; {ELSEWHERE}")

@@ -1,8 +1,8 @@
-"""Learned words: vectors that stand for a subject or a style, found by training nothing else (Gal et al. 2022).
+"""Textual inversion: learned words, whose vectors are the only thing that was trained (Gal et al. 2022).
 
-A word such as "<cat-toy>" gets one vector, or several that stand one after the other, in every text encoder of the
-model. Adding it grows the table of vectors and tells the tokenizer, and the model's config: saved, the model keeps it.
-``weights_convert.read_embedding`` makes a :class:`Word` of a file.
+A word such as "<cat-toy>" has one vector, or several in a row, in every text encoder of the model. Adding it extends
+the embedding table, the tokenizer and the model's config, so that it is saved with the model.
+``weights_convert.read_embedding`` reads a :class:`Word` from a file.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 @dataclass(frozen=True)
 class Word:
-    """``vectors`` by the text encoder that they are for, each float (n, width).
+    """A learned word: its ``vectors`` by text encoder, each float (n, width).
 
-    ``others``: words that came in the same file, and are added together with this one.
+    ``others``: words of the same file, which are added together with this one.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Word:
 
 @torch.no_grad()
 def add(sd: StableDiffusion, word: Word) -> None:
-    """Teach ``sd`` a word, in place; from then on it may stand in prompts, in any capitals.
+    """Add a word to ``sd`` in place. It can then be used in prompts, in upper or lower case.
 
-    All of it is done or, should anything be raised on the way, none. Raises :class:`ConfigError` for a name that is not
-    one word, or is known already, :class:`CheckpointError` for vectors of another model's width or for an encoder that
-    gets none, and :class:`UnsupportedError` for a model that keeps vectors for some words only.
+    If an error is raised, the model is unchanged. Raises :class:`ConfigError` for a name that is not a single word or
+    exists already, :class:`CheckpointError` for vectors of the wrong width or an encoder without vectors, and
+    :class:`UnsupportedError` for a model that has vectors for some words only.
     """
     words = (word, *word.others)
     config = sd.config
@@ -68,7 +68,7 @@ def add(sd: StableDiffusion, word: Word) -> None:
 
 
 def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig:
-    """``config`` with ``word`` in it, which is checked."""
+    """Return ``config`` with ``word``, after checking it."""
     shown = word.name if len(word.name) <= 60 else f"{word.name[:57]}..."
     name, parts = word.name, [part for part in TOKENIZERS if getattr(config, part) is not None]
     if not parts:
@@ -108,6 +108,6 @@ def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig
 
 
 def grown(weight: nn.Parameter, vectors: Tensor, first: int) -> nn.Parameter:
-    """A table with ``vectors`` in it from row ``first`` on; rows beyond its end are added."""
+    """Return a table with ``vectors`` from row ``first`` on; rows beyond its end are added."""
     rows = torch.cat([weight[:first], vectors.to(weight), weight[first + len(vectors) :]])
     return nn.Parameter(rows, requires_grad=weight.requires_grad)

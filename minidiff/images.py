@@ -1,8 +1,8 @@
-"""Pictures and masks in: a path, a PIL image or a tensor becomes numbers as the VAE takes them, and then latents.
+"""Input pictures and masks: a path, a PIL image or a tensor is converted to the VAE's input, and then to latents.
 
-A PIL image is resized with the Lanczos filter, a tensor by nearest neighbours, both only where the size is not right
-already. That, the order of the steps, and even the strides of what comes out (a PIL image is kept pixel by pixel, and
-a convolution picks its kernel by that) are those of the reference, so the latents are equal to the last bit.
+A PIL image is resized with the Lanczos filter, a tensor with nearest neighbours, both only if the size differs. The
+resizing, the order of the steps, and even the strides of the result (a PIL image is stored pixel by pixel, and
+convolutions choose their kernel by the strides) are those of the reference, so that the latents are bit-identical.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     Picture = str | os.PathLike[str] | Image.Image | Tensor | Sequence[str | os.PathLike[str] | Image.Image]
 
 Mode = Literal["RGB", "L"]
-MASKED = 0.5  # from here up a mask says: paint this
+MASKED = 0.5  # mask values from here up are painted
 
 
 @dataclass(frozen=True)
 class Pictures:
     """Input pictures of a run. ``pixels``: (N, 3, H, W) in [-1, 1], or latents (N, C, h, w), scaled, if ``encoded``.
 
-    ``mask``: (M, 1, H, W), 1 where the picture is to be painted anew and 0 where it stays; None for image to image.
+    ``mask``: (M, 1, H, W), 1 where the picture is repainted and 0 where it is kept; None for img2img.
     """
 
     pixels: Tensor
@@ -53,13 +53,13 @@ def read(
     latent_channels: int,
     image_channels: int = 3,
 ) -> Pictures:
-    """``image`` and ``mask``, resized to ``height`` x ``width``, by default their own size cut to multiples of
-    ``factor``.
+    """Read ``image`` and ``mask`` and resize them to ``height`` x ``width``, by default their own size rounded down to
+    multiples of ``factor``.
 
-    Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]; an image with
-    ``latent_channels`` is taken as latents. Pictures may be of any mode, see :mod:`minidiff.pixels`; files are turned
-    as their cameras say, while a PIL image stays as it is held. Raises :class:`ConfigError` for a size or values that
-    do not fit, and :class:`CheckpointError` for a file that is missing or no picture.
+    Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]. An image with
+    ``latent_channels`` is taken as latents. Pictures may have any mode, see :mod:`minidiff.pixels`. Files are rotated
+    by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes or values, and
+    :class:`CheckpointError` for a file that is missing or not a picture.
     """
     if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == latent_channels != image_channels:
         check(image.numel() > 0, f"image is a tensor of shape {tuple(image.shape)}, which holds nothing")
@@ -79,7 +79,7 @@ def read(
 
 
 def _mask(mask: Any, size: tuple[int, int], image: tuple[int, int]) -> Tensor:
-    """0 and 1, (M, 1, H, W); it must fit the image before either is resized."""
+    """Return the mask as 0 and 1, (M, 1, H, W). Its size must match the image before either is resized."""
     own = size_of(mask)
     check(
         own == image, f"mask is {own[1]} x {own[0]} pixels, the image {image[1]} x {image[0]}; they must be of one size"
@@ -88,7 +88,7 @@ def _mask(mask: Any, size: tuple[int, int], image: tuple[int, int]) -> Tensor:
 
 
 def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
-    """Tensors as they are; paths and PIL images as a list of PIL images, 8-bit RGB or L."""
+    """Return tensors unchanged, and paths and PIL images as a list of PIL images, 8-bit RGB or L."""
     if isinstance(given, Tensor):
         shape = tuple(given.shape)
         fits = given.ndim == 4 and given.numel() > 0
@@ -103,7 +103,7 @@ def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
 
 
 def _picture(given: Any, name: str) -> Image.Image:
-    """One picture, a path or a PIL image, as 8-bit RGB or L."""
+    """Return one picture, given as a path or a PIL image, as 8-bit RGB or L."""
     from PIL import Image
 
     if isinstance(given, (str, os.PathLike)):
@@ -119,14 +119,14 @@ def _picture(given: Any, name: str) -> Image.Image:
 
 
 def size_of(found: list[Image.Image] | Tensor) -> tuple[int, int]:
-    """(height, width)."""
+    """Return (height, width)."""
     if isinstance(found, Tensor):
         return found.shape[2], found.shape[3]
     return found[0].height, found[0].width
 
 
 def _numbers(found: list[Image.Image] | Tensor, size: tuple[int, int], mode: Mode, channels: int, name: str) -> Tensor:
-    """(N, channels, H, W) in [0, 1], float32."""
+    """Return resized pictures as (N, channels, H, W) in [0, 1], float32."""
     if isinstance(found, Tensor):
         shape = tuple(found.shape)
         check(found.shape[1] == channels, f"{name} is a tensor of shape {shape}; {channels} channels are wanted")
@@ -145,17 +145,17 @@ def _numbers(found: list[Image.Image] | Tensor, size: tuple[int, int], mode: Mod
         arrays.append(np.asarray(resized).astype(np.float32) / 255.0)
     stacked = np.stack(arrays)
     stacked = stacked[..., None] if stacked.ndim == 3 else stacked
-    return torch.from_numpy(stacked.transpose(0, 3, 1, 2))  # a view: its strides are part of the bits to come
+    return torch.from_numpy(stacked.transpose(0, 3, 1, 2))  # a view: its strides affect the bits of the results
 
 
 # --- to latents ------------------------------------------------------------------------------------------------------
 
 
 def encode(vae: VAE, pixels: Tensor, count: int, noise: Source, dtype: torch.dtype) -> Tensor:
-    """A sample of what the encoder says of ``pixels`` (N, 3, H, W) in [-1, 1]: latents of unit variance, in ``dtype``.
+    """Encode ``pixels`` (N, 3, H, W) in [-1, 1] and draw a sample: latents of unit variance, in ``dtype``.
 
-    With one stream for all, the N pictures are encoded and drawn together: (N, C, h, w). With a stream for each of
-    ``count`` images, each picture is encoded alone, and every image has a sample of its own: (count, C, h, w).
+    With one noise stream for all, the N pictures are encoded and sampled together: (N, C, h, w). With one stream for
+    each of ``count`` images, each picture is encoded alone, and every image has its own sample: (count, C, h, w).
     """
     weight = vae.encoder.conv_in.weight
     pixels = pixels.to(weight)
@@ -172,14 +172,14 @@ def encode(vae: VAE, pixels: Tensor, count: int, noise: Source, dtype: torch.dty
 
 
 def spread(given: Tensor, count: int, name: str) -> Tensor:
-    """``given`` (N, ...) for every image of a run, (count, ...): :func:`owners` says who reads which."""
+    """Spread ``given`` (N, ...) over the images of a run, (count, ...), as :func:`owners` assigns them."""
     return torch.cat([given[k : k + 1] for k in owners(len(given), count, name)])
 
 
 def owners(n: int, count: int, name: str) -> list[int]:
     """Return, for each of ``count`` images, which of ``n`` pictures it reads: the only one, its prompt's, or its own.
 
-    Raises :class:`ConfigError` where they cannot be dealt out evenly.
+    Raises :class:`ConfigError` if they cannot be distributed evenly.
     """
     check(count % n == 0, f"{n} {name}s for {count} pictures; give one, one for each prompt, or one for each picture")
     return [k * n // count for k in range(count)]

@@ -1,14 +1,14 @@
-"""Low-rank adapters: a small file that bends a model towards a style or a subject (Hu et al. 2021, "LoRA").
+"""Low-rank adapters: small files that adapt a model to a style or a subject (Hu et al. 2021, "LoRA").
 
-An adapter adds to the weight W of a layer a product of two thin matrices, W + scale * up @ down, of rank 4 to 128 where
+An adapter adds a product of two thin matrices to the weight W of a layer, W + scale * up @ down, of rank 4 to 128 where
 W has hundreds of rows and columns. It is applied from outside, in one of two ways:
 
-    fused   the sum is computed once and takes the place of W; sampling costs nothing more
-    live    the layer adds scale * up(down(x)) to its output; weights stay as they are
+    fused   the sum is computed once and replaces W; sampling costs nothing extra
+    live    the layer adds scale * up(down(x)) to its output; weights are unchanged
 
-Both are taken back by :meth:`Applied.remove`, after which every weight has the bits that it had: what is replaced is
-kept, and nothing is ever subtracted. The arithmetic runs in the order of the peft library, and gives its bits.
-``weights_convert.read_lora`` makes an :class:`Adapter` of a file.
+:meth:`Applied.remove` undoes both and restores the bits of every weight: replaced weights are kept, and nothing is
+subtracted. The arithmetic follows the order of the peft library, and gives the same bits.
+``weights_convert.read_lora`` reads an :class:`Adapter` from a file.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Update:
     rank_stabilised: bool = False
 
     def problem(self) -> str | None:
-        """Say why this is no product that could be added to a weight, or None if it is one; values are not read."""
+        """Return the reason why this product cannot be added to a weight, or None if it can; values are not read."""
         down, up = self.down, self.up
         shapes = f"up {list(up.shape)} {up.dtype}, down {list(down.shape)} {down.dtype}"
         if up.ndim == 4 and up.shape[2:] != (1, 1):
@@ -68,7 +68,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it is made for."""
+        """Shape of the weight that the update is made for."""
         return (self.up.shape[0], *self.down.shape[1:])
 
     def delta(self, weight: Tensor, strength: float) -> Tensor:
@@ -83,7 +83,7 @@ class Update:
         return (change * self.factor(strength)).to(weight.dtype).reshape(weight.shape)
 
     def live(self, layer: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        """A forward hook of ``layer`` that adds the update to its output."""
+        """Return a forward hook for ``layer`` that adds the update to its output."""
         weight = layer.get_parameter("weight")
         down, up, factor = self.down.to(weight), self.up.to(weight).flatten(1), self.factor(strength)
 
@@ -102,9 +102,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The updates of one file, by the layer they belong to: "unet.down.0.attn.0.blocks.0.attn1.q".
+    """Updates of one file, by the name of their layer: "unet.down.0.attn.0.blocks.0.attn1.q".
 
-    ``unmatched``: keys of the file that belong to no layer of the model, of ``found`` layers that it names in all.
+    ``unmatched``: keys of the file that belong to no layer of the model. ``found``: number of layers in the file.
     """
 
     name: str
@@ -113,14 +113,14 @@ class Adapter:
     unmatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line: how much of the file found its place."""
+        """Summary in one line: how much of the file matched the model."""
         total = max(self.found, len(self.updates))
         lost = f"; {len(self.unmatched)} keys were left out, {quote(self.unmatched[0])} first" if self.unmatched else ""
         return f"{self.name}: {len(self.updates)} of {total} modules{lost}"
 
 
 class Applied:
-    """Adapters at work in a model, until :meth:`remove`."""
+    """Adapters that are active in a model until :meth:`remove`."""
 
     def __init__(self) -> None:
         self.kept: dict[str, tuple[nn.Module, nn.Parameter]] = {}
@@ -140,12 +140,12 @@ class Applied:
 
 
 def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]], *, live: bool = False) -> Applied:
-    """Put ``adapters``, each with its strength (1 is as trained, 0 nothing), to work in a model's ``parts``.
+    """Apply ``adapters``, each with its strength (1 is as trained, 0 has no effect), to a model's ``parts``.
 
-    Several add up, in the order given. Whatever was applied last should be removed first. All of it is done or, should
-    anything be raised on the way, none. Raises :class:`ConfigError` for a strength that is no finite number, and
-    :class:`CheckpointError` for an update that does not fit its layer or drives its weights beyond what their dtype
-    holds, or an adapter that has none.
+    Several adapters add up in the given order; remove the last applied first. If an error is raised, the model is
+    unchanged. Raises :class:`ConfigError` for a strength that is not a finite number, and :class:`CheckpointError` for
+    an update that does not fit its layer or exceeds the range of the weights' dtype, and for an adapter without
+    updates.
     """
     for adapter, strength in adapters:
         check(abs(strength) <= LARGEST, f"{adapter.name}: a strength of {strength}; it must be a finite number")
@@ -208,7 +208,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
 
 
 def find(parts: Mapping[str, nn.Module], name: str) -> nn.Module:
-    """The layer by its full name, the part's name first. Raises :class:`CheckpointError` if there is none."""
+    """Return the layer with a full name, the part's name first. Raises :class:`CheckpointError` if there is none."""
     part, _, path = name.partition(".")
     try:
         return parts[part].get_submodule(path)

@@ -48,10 +48,10 @@ DEEP = 65535  # white in 16 bits
 
 
 def open_picture(path: Any, name: str = "picture") -> Image.Image:
-    """A picture file as 8-bit RGB or L, turned as its camera says; see :func:`to_eight_bits`.
+    """Open a picture file as 8-bit RGB or L, rotated by its Exif orientation; see :func:`to_eight_bits`.
 
-    Of an animation it is the first frame, of a file with several pages the first. ``name``: what the path is called in
-    messages. Raises :class:`CheckpointError` for a file that is missing or damaged, or none of ``FORMATS``.
+    Only the first frame of an animation, or the first page, is read. ``name``: name of the path in messages. Raises
+    :class:`CheckpointError` for a file that is missing, damaged, or in none of ``FORMATS``.
     """
     from PIL import Image
 
@@ -82,7 +82,7 @@ def formats() -> list[str]:
 
 
 def suffixes() -> set[str]:
-    """The endings of file names, ".png" and so on, that belong to :func:`formats`."""
+    """Return the file name suffixes, ".png" and so on, of :func:`formats`."""
     from PIL import Image
 
     known = {*formats(), "MPO"}  # a JPEG with more pictures behind the first
@@ -106,11 +106,11 @@ def _orientation(image: Image.Image) -> Any:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, or L where it is grey and opaque: deep ones scaled (see above), transparent
-    ones laid over white.
+    """Convert a picture of any mode to 8-bit RGB, or to L if it is grey and opaque. Deep pictures are scaled (see
+    above), transparent ones composed over white.
 
-    One that is RGB or L already comes back as it is. Raises ValueError for one without pixels, for floats that are not
-    finite or of an unusual range, and what Pillow raises if it is damaged.
+    Pictures in RGB or L are returned unchanged. Raises ValueError for a picture without pixels, for floats that are not
+    finite or have an unusual range, and the errors of Pillow for a damaged picture.
     """
     from PIL import Image
 
@@ -139,7 +139,7 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """A picture of 16 or 32 bits, or of floats, as L."""
+    """Convert a picture of 16 or 32 bits, or of floats, to L."""
     from PIL import Image
 
     values, white, inverted = _range(image)
@@ -153,7 +153,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def _range(image: Image.Image) -> tuple[Any, float, bool]:
-    """The values of a deep picture, which of them is white, and whether 0 is white and that one black."""
+    """Return the values of a deep picture, the value of white, and True if the scale is inverted (0 is white)."""
     values = np.asarray(image)
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     inverted = tags.get(PHOTOMETRIC) == 0

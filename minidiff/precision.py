@@ -51,7 +51,7 @@ class _FoundError(Exception):
 
 @contextmanager
 def watched(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, the first module that answers with a value that is not finite ends the pass with a
+    """Context manager: inside, the first module that returns a value that is not finite ends the pass with a
     :class:`MinidiffError` that names it. In this thread: what others do with the same modules goes on."""
     mine = get_ident()
 

@@ -80,7 +80,7 @@ def check_family(args: Namespace, recipe: Recipe, pipe: Pipeline) -> None:
 
 
 def differences(recipe: Recipe, pipe: Pipeline) -> Iterator[str]:
-    """In what this run differs from that of the picture, so that its pixels may."""
+    """Yield the differences between this run and that of the picture that may change its pixels."""
     precision = str(pipe.dtype).removeprefix("torch.")
     # Pictures of before models had an identity name the content hash of a minidiff file.
     known = {"model_hash": (pipe.identity, pipe.hash), "dtype": (precision,), "device": (pipe.device.type,)}

@@ -1,4 +1,4 @@
-"""What the measuring scripts share: turns, medians, ratios, spreads, tables, and what is known of the machine.
+"""Helpers of the measuring scripts: turns, medians, ratios, spreads, tables, and facts about the machine.
 
 The standard library alone: a process that starts others and measures their memory has to stay small (`_processes.py`).
 """
@@ -94,7 +94,7 @@ def need(package: str, how: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on, as far as it shows without torch being imported."""
+    """Return the properties of the machine that figures depend on, as far as known without importing torch."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -123,14 +123,14 @@ def version(package: str) -> str | None:
 
 
 def threads() -> int:
-    """How many threads torch takes, here and in the processes that are started from here."""
+    """Return the number of threads that torch uses, here and in child processes."""
     cores = os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return min(int(asked), cores) if asked.isdigit() else cores
 
 
 def hints(huge_pages: Path = HUGE_PAGES) -> list[str]:
-    """What of this process' surroundings could be set otherwise, and may be faster. Nothing is set here."""
+    """Return hints about settings of the environment that may be faster. Nothing is set here."""
     cores = os.cpu_count() or 1
     found = []
     if threads() < cores:

@@ -76,7 +76,7 @@ def pictures(model: str, count: str, steps: str) -> None:
 
 
 def recipe(path: str) -> None:
-    """What a picture says of itself."""
+    """Print the recipe of a picture."""
     from minidiff import read_recipe
 
     end(**read_recipe(path))

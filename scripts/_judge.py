@@ -79,7 +79,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is in a picture: its background (None: no one colour), and its things from the largest to the smallest."""
+    """Contents of a picture: its background (None: no one colour), and its things from the largest to the smallest."""
 
     background: str | None
     things: tuple[Found, ...]
@@ -87,7 +87,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a caption is right in a picture. ``size`` and ``place`` are None where the caption says nothing of them.
+    """Correct parts of a caption in a picture. ``size`` and ``place`` are None where the caption says nothing of them.
 
     ``place`` is also the relation of two things. ``right``: shape, colour and background of everything, and the
     relation of two; neither more nor fewer things than named. Size and the place of a single thing are counted apart.
@@ -111,7 +111,7 @@ _RELATION = re.compile(r"\b(left of|above)\b")
 
 
 def parse(caption: str) -> Facts:
-    """What ``caption`` says. Raises ValueError for one that isn't of the language of the shapes."""
+    """Parse ``caption``. Raises ValueError for one that is not in the language of the shapes."""
     ground, things = _GROUND.search(caption), _THING.findall(caption)
     if ground is None or len(things) not in (1, 2):
         raise ValueError(f"{caption!r} does not name one or two things and a background")
@@ -129,7 +129,7 @@ def parse(caption: str) -> Facts:
 
 
 def read(path: str | os.PathLike[str]) -> Seen:
-    """What is in the PNG at ``path``. Raises ValueError unless it is 64 x 64."""
+    """Return the contents of the PNG at ``path``. Raises ValueError unless it is 64 x 64."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -137,7 +137,7 @@ def read(path: str | os.PathLike[str]) -> Seen:
 
 
 def see(pixels: Array) -> Seen:
-    """What is in a picture, (64, 64, 3) with levels 0..255."""
+    """Return the contents of a picture, (64, 64, 3) with levels 0..255."""
     if pixels.shape != (SIDE, SIDE, 3):
         raise ValueError(f"a picture of shape {pixels.shape}; the judge knows (64, 64, 3)")
     colours = np.array(list(PALETTE.values()), dtype=np.float64)
@@ -235,7 +235,7 @@ def _cut_out(cover: Array, x: float, y: float, half: float) -> Array:
 
 
 def outline(shape: str, x: Array, y: Array) -> npt.NDArray[np.bool_]:
-    """Which points, in half widths right of and below the middle, lie in ``shape``."""
+    """Return a mask of the points in ``shape``, given in half widths right of and below the middle."""
     if shape == "circle":
         return x**2 + y**2 <= 1
     if shape == "ring":

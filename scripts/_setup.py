@@ -168,7 +168,7 @@ def version_of(python: Path) -> str | None:
 
 
 def fingerprint(version: str, extra: str, pins: tuple[str, ...]) -> str:
-    """What an installation depends on, as one word: the project file, the place, the Python, and what was asked for."""
+    """Return a hash of all that an installation depends on: the project file, the place, the Python, the request."""
     project = (ROOT / "pyproject.toml").read_bytes()
     parts = [project, str(ROOT).encode(), version.encode(), extra.encode(), *(p.encode() for p in pins)]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()

@@ -95,7 +95,7 @@ def openvino(work: Work, dtype: torch.dtype) -> Way:
 
 @dataclass
 class Found:
-    """What a way's first call took, which may pack or compile, and how far its result is from the plain one: the norm
+    """Cost of a way's first call, which may pack or compile, and distance of its result from the plain one: the norm
     of the difference, of the plain one's norm."""
 
     first: float

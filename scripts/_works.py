@@ -31,7 +31,7 @@ class Family(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Of the pictures that it was trained on."""
+        """Side of the pictures that it was trained on."""
         return self.unet.sample_size * self.vae.factor
 
 

@@ -118,7 +118,7 @@ def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) 
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """What of torch's state the figures depend on."""
+    """Return the parts of torch's state that the figures depend on."""
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability()}
     if device.type == "cuda":
         facts["card"] = torch.cuda.get_device_name(device)

@@ -67,7 +67,7 @@ def psnr(picture: Tensor, truth: Tensor) -> float:
 
 
 def right(pictures: Tensor, captions: list[str]) -> int:
-    """How many show what their caption says."""
+    """Return the number of pictures that show what their caption says."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
         count = 0

@@ -27,7 +27,7 @@ def command(folder: Path, steps: int, *more: str) -> list[str]:
 
 
 def steps_done(folder: Path) -> int:
-    """How many steps the log of a run tells of."""
+    """Return the number of steps in the log of a run."""
     log = folder / "log.csv"
     return len(log.read_text().splitlines()) - 1 if log.exists() else 0
 

@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run(wanted: list[tuple[str, int]], jobs: int, record: Path | None) -> Iterator[tuple[tuple[str, int], Done]]:
-    """What came of every config in ``wanted`` (class, number): from ``record``, and the rest as it is done."""
+    """Yield the result of every config in ``wanted`` (class, number): from ``record``, and the rest as it is done."""
     kept = recorded(record) if record is not None else {}
     yield from ((key, kept[key]) for key in wanted if key in kept)
     rest = [key for key in wanted if key not in kept]
@@ -93,7 +93,7 @@ def work(name: str, number: int) -> Done:
 
 
 def recorded(path: Path) -> dict[tuple[str, int], Done]:
-    """What the record holds; a new record is begun where there is none, or one of other sources."""
+    """Return the contents of the record; start a new one if there is none, or if its sources differ."""
     sources = [*sorted((ROOT / "minidiff").glob("samplers/**/*.py")), ROOT / "minidiff" / "schedule.py"]
     sources += [ROOT / "tests" / "parity" / f"{name}.py" for name in ("axes", "grid", "sampler_twins")]
     stamp = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

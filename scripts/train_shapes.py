@@ -161,14 +161,14 @@ class HardSingles:
         return shapes.drawn([(hardest if (start + k) % 2 else mixed)[k] for k in range(count)])
 
     def hardness(self, item: shapes.Item) -> int:
-        """How many of the things that go wrong most often the caption of one thing has."""
+        """Return the number of the most error-prone features in the caption of one thing."""
         (thing,) = item.facts.things
         anywhere, small = item.facts.place is None, thing.size == "small"
         return anywhere + small + (thing.shape in ("star", "triangle", "ring")) + (thing.colour in ("green", "purple"))
 
 
 class Crowd:
-    """What the autoencoder learns from: half of it the data set's pictures, half crowds of the same shapes.
+    """Training data of the autoencoder: half of it the data set's pictures, half crowds of the same shapes.
 
     In the data set nine pixels of ten are background, and an autoencoder is content for a long time to get that right.
     """

@@ -66,7 +66,7 @@ def a1111(steps: int, strength: float, total: int) -> Start:
 
 
 def a1111_strided(steps: int, strength: float, total: int) -> Start:
-    """Of DDIM and PLMS there: noised as one row above, as ldm, and the step of timestep 1 is left out."""
+    """Rule for A1111's DDIM and PLMS: noised as one row above, as in ldm, and the step of timestep 1 is left out."""
     rows, kept = len(range(0, total, total // steps)), int(min(strength, 0.999) * steps)
     return Start(steps, rows - kept, max(kept - 1, 0), rows - kept - 1)
 

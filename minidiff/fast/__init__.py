@@ -1,4 +1,4 @@
-"""Speed, put on from outside: the same model, the same results, sooner.
+"""Speed-ups that are applied from outside: the same model and the same results in less time.
 
     from minidiff import fast
 
@@ -6,23 +6,23 @@
     sd.generate(...)
     fast.restore(sd)       # the plain model again, bit for bit
 
-``models/`` stays as plain as it reads. What is faster stands here, one idea a file, and replaces the ``forward`` of
-single layers: :mod:`packed` (weights laid out for the processor), :mod:`winograd` (convolutions with fewer products),
-:mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt), :mod:`inplace` (memory used
-again), and where the processor gains by it :mod:`linear` (products by another library), :mod:`tokens` (pictures laid
-out as transformers read them) and the attention kernel (:mod:`attention`, in blocks of queries). All of it is exact:
-the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few roundings
-of the plain layer's result (tests/tolerances.py).
+``models/`` contains only the plain implementation. The faster ones are here, one idea per file, and replace the
+``forward`` of single layers: :mod:`packed` (weights in the processor's layout), :mod:`winograd` (convolutions with
+fewer products), :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt),
+:mod:`inplace` (reuse of memory), and if the processor gains by it :mod:`linear` (products by another library),
+:mod:`tokens` (pictures in the layout of transformers) and the attention kernel (:mod:`attention`, in blocks of
+queries). All of them are exact: the same bits, or the same sums in another order, no farther from the true value or,
+in float32, within a few roundings of the plain layer's result (tests/tolerances.py).
 
-Some switches are on only if they are named (``OPTIONAL``): "attention" (the faster kernel of two, by trying),
-:mod:`compiled` (minutes at first; it goes alone), those that save memory for time (:mod:`smaller`), and those for CUDA
-cards (:mod:`channels_last`, :mod:`graphs`), which do nothing elsewhere. :func:`offload` is for cards that
-are smaller than the model. What changes the result (:mod:`approximations`, :mod:`tiles`) is never on by itself.
-:mod:`probe` finds out which dtype this processor is fast in.
+Some switches must be requested by name (``OPTIONAL``): "attention" (the faster of two kernels, by trial),
+:mod:`compiled` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`smaller`), and
+those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere. :func:`offload` is for cards with
+less memory than the model needs. Methods that change the result (:mod:`approximations`, :mod:`tiles`) are never on by
+default. :mod:`probe` measures which dtype is fast on this processor.
 
-Nothing can be trained, moved, copied, pickled or given adapters while any of it is on; restore it first, change it, and
-optimize again. Several threads may use a model with switches on, and get the bits that they would get one after the
-other; putting on and taking off is for one of them, while the others rest. No setting of the process is touched.
+A model with active switches cannot be trained, moved, copied, pickled or given adapters: restore it first, change it,
+and optimize it again. Several threads may use it, and get the same bits as one after the other. Switches must be put on
+and taken off by one thread while the others are idle. No process-wide setting is changed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from minidiff.runner import Pipeline
 from minidiff.spelling import near
 from minidiff.undo import surely
 
-# In this order they are put on, and backwards taken off: Winograd's leaves small pictures to the packed convolution.
+# Switches are put on in this order and taken off in reverse: Winograd leaves small pictures to the packed convolution.
 SWITCHES: Mapping[str, Switch] = {
     "packed": PackedConvolutions(),
     "winograd": WinogradConvolutions(),
@@ -66,7 +66,7 @@ SWITCHES: Mapping[str, Switch] = {
     "tokens": TokensInPlace(),
     "many_keys": ManyKeys(),
 }
-# On only where they are named. Which of those for cards pay has not been measured on one.
+# Only on request. The gain of those for CUDA has not been measured.
 OPTIONAL: Mapping[str, Switch] = {
     "attention": BlockAttention(),
     "compile": CompiledUNet(),
@@ -85,11 +85,11 @@ PLACES = ("unet", "vae")  # the text encoder runs once a picture
 
 
 def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dict[str, int]:
-    """Put ``switches`` on every layer that they apply to, in place; how many layers each is on now.
+    """Put ``switches`` on all layers that they apply to, in place, and return the number of layers of each.
 
-    Those that ``pipe`` has on already stay; those for another device than it is on do nothing. Interrupted, it leaves
-    the plain model. Raises :class:`ConfigError` for a name that is no switch, for "compile" or "graphs" beside another
-    one, and where no C++ compiler is found for the former.
+    Active switches of ``pipe`` stay on; switches for another device have no effect. If interrupted, it leaves the plain
+    model. Raises :class:`ConfigError` for an unknown name, for "compile" or "graphs" together with another switch, and
+    for "compile" without a C++ compiler.
     """
     for name in switches:
         check(name != "tf32", TF32)
@@ -116,8 +116,8 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
 
 
 def restore(pipe: Pipeline) -> None:
-    """Take every switch off again, and every approximation, and what is offloaded or tiled back: ``pipe`` is as
-    :func:`optimize` found it. Without any of it, nothing happens. An interruption is raised when all is done."""
+    """Take off all switches and approximations, and undo offloading and tiling, so that ``pipe`` is the plain model
+    again. Without any of them, nothing happens. An interruption is raised after everything is done."""
     surely(lambda: _restore(pipe))
 
 

@@ -104,7 +104,7 @@ def caption(facts: Facts, choice: int) -> str:
 
 
 def article(name: str) -> str:
-    """Of a size or a colour: only "orange" takes an "an"."""
+    """Return the article of a size or a colour: only "orange" takes "an"."""
     return "an" if name.startswith("orange") else "a"
 
 

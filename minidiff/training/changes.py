@@ -1,4 +1,4 @@
-"""Whether a run that goes on is shown the pictures that it began with.
+"""Check that a resumed run is shown the pictures that it began with.
 
 Which example a step reads follows from its number and from how many pictures there are, so with others a run doesn't
 end where it would have ended. That may be meant; it isn't to happen unseen. A set of the user's own pictures has a mark

@@ -39,7 +39,7 @@ class EMA:
 
     @contextmanager
     def applied(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, ``weights`` hold the average; afterwards, whatever happened, what they held before."""
+        """Context manager: inside, ``weights`` hold the average; afterwards, even on errors, their former values."""
         kept = {name: w.detach().clone() for name, w in weights.items()}
         _copy(self.average, weights)
         try:
