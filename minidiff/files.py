@@ -1,8 +1,8 @@
 """Tensors on disk: safetensors read through mmap and written as a stream.
 
-The safetensors format is eight bytes of length, a JSON table of names, shapes and byte ranges, then the bytes. Reading
-is the library's business; writing is done here, since a checkpoint should pass through memory one tensor at a time and
-carry the hash of its own content in the header that stands before that content.
+The safetensors format consists of eight bytes of length, a JSON table of names, shapes and byte ranges, and the bytes.
+Reading is done by the safetensors library. Writing is done here, so that a checkpoint passes through memory one tensor
+at a time and carries the hash of its content in its header.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Eight bits a number are for keeping, not for computing: read as float16, which holds every value of both kinds.
+# 8-bit floats are a storage format: they are read as float16, which holds every value of both kinds.
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 WIDENED = dict.fromkeys(FLOAT8.values(), torch.float16)
-# Keys beside float8 and int8 weights that are to be multiplied by something: without it they are other numbers.
+# Keys of the scales that belong to quantized float8 and int8 weights.
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_2)?|comfy_quant)")
 # NaN and infinity are the numbers whose exponent bits are all set.
 EXPONENTS = {
@@ -53,16 +53,16 @@ EXPONENTS = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
-HASH_KEY = "minidiff.hash"  # of everything: checked where everything is read
-HEADER_KEY = "minidiff.header"  # of the header alone: checked whenever the file is opened
-BLANK = "0" * 64  # what stands in a hash's place while it is computed
-FRESH_MAP = 12 << 20  # bytes read from a map before another takes its place
+HASH_KEY = "minidiff.hash"  # hash of all content: checked when everything is read
+HEADER_KEY = "minidiff.header"  # hash of the header alone: checked whenever the file is opened
+BLANK = "0" * 64  # placeholder for a hash while it is computed
+FRESH_MAP = 12 << 20  # bytes read from a map before it is replaced by a new one
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is described but not read: ``load()`` reads it."""
+    """Description of a tensor that is not read yet; ``load()`` reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -75,7 +75,7 @@ class Lazy:
 
 
 def lazy(tensor: Tensor) -> Lazy:
-    """A tensor in memory, seen as a :class:`Lazy` one; float8 becomes float16."""
+    """Wrap a tensor in memory as :class:`Lazy`; float8 becomes float16."""
     dtype = WIDENED.get(tensor.dtype, tensor.dtype)
     return Lazy(tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
 
@@ -83,7 +83,7 @@ def lazy(tensor: Tensor) -> Lazy:
 def all_finite(tensor: Tensor) -> bool:
     """Return True if no entry is NaN or infinite; what is not floating point never is.
 
-    Done on the bits: many times faster than ``torch.isfinite``, which a conversion would mostly wait for.
+    It tests the bits, which is many times faster than ``torch.isfinite``, the bottleneck of a conversion otherwise.
     """
     if tensor.dtype not in EXPONENTS:
         return True
@@ -103,11 +103,11 @@ def refuse_scaled(path: str | os.PathLike[str], names: Iterable[str]) -> None:
 
 
 class TensorFile:
-    """One safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
+    """A safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
 
     float8 tensors are read as float16, which holds all their values. Raises :class:`CheckpointError` for a file that is
-    missing, truncated or something else by its first bytes, or whose header does not fit its content, and
-    :class:`UnsupportedError` for quantized weights that come with scales.
+    missing, truncated, of another format by its first bytes, or whose header does not fit its content, and
+    :class:`UnsupportedError` for quantized weights with scales.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -168,7 +168,7 @@ class TensorFile:
         return False
 
     def close(self) -> None:
-        """Let go of the file. Tensors that were read stay valid."""
+        """Close the file. Tensors that were read stay valid."""
         self._file = None
 
 
@@ -196,7 +196,7 @@ def write_tensors(
     order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
     table: dict[str, Any] = {"__metadata__": {**metadata, HEADER_KEY: BLANK, HASH_KEY: BLANK}}
     offset = 0
-    for name in order:  # whole cache lines first, so that every large tensor starts on one
+    for name in order:  # whole cache lines first, so that every large tensor starts at one
         t = tensors[name]
         table[name] = {
             "dtype": NAMES[t.dtype],
@@ -213,7 +213,9 @@ def write_tensors(
         file.write(header)
         for name in order:
             data = _bytes(name, tensors[name])
-            hashed = beside.submit(digest.update, data)  # hashing and writing take about as long, and need no turns
+            hashed = beside.submit(
+                digest.update, data
+            )  # hashing and writing take about equally long, and run in parallel
             file.write(data)
             hashed.result()
         file.seek(8)
@@ -224,12 +226,12 @@ def write_tensors(
 def check_header(path: str | os.PathLike[str]) -> None:
     """Raise :class:`CheckpointError` if the header of a file that :func:`write_tensors` wrote was changed since.
 
-    A changed digit in a config would be another model without an error. Files of before this was kept are let pass.
+    A changed digit in a config would silently give another model. Older files without this hash are accepted.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, os.path.getsize(path)))
-    # Asked of the table, not of the bytes: a header that someone wrote anew has its keys all the same.
+    # Looked up in the parsed table, not in the bytes: a rewritten header still has its keys.
     told = (json.loads(header).get("__metadata__") or {}).get(HEADER_KEY)
     blank = _put(_put(header, HEADER_KEY, BLANK), HASH_KEY, BLANK)
     if told is not None and told != hashlib.sha256(blank).hexdigest():
@@ -256,14 +258,14 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def _value(header: bytes, key: str) -> str | None:
-    """The hash that stands under ``key`` in a header's bytes, or None."""
+    """Return the hash under ``key`` in a header's bytes, or None."""
     mark = f'"{key}":"'.encode()
     at = header.find(mark)
     return None if at < 0 else header[at + len(mark) :][:64].decode("ascii", "replace")
 
 
 def _put(header: bytes, key: str, value: str) -> bytes:
-    """A header's bytes with the hash under ``key`` replaced, where there is one."""
+    """Return a header's bytes with the hash under ``key``, if there is one, replaced."""
     mark = f'"{key}":"'.encode()
     at = header.find(mark)
     start = at + len(mark)

@@ -1,13 +1,13 @@
-"""Pictures from outside: the one reader of their files, and 8-bit RGB or grey out of every kind that Pillow knows.
+"""Reader of picture files, and conversion of every mode that Pillow has to 8-bit RGB or grey.
 
-Pillow opens far more than pictures are kept in, and for some of it starts another program (Ghostscript for PostScript,
-whatever the file is called): only ``FORMATS`` are tried. What a file is, its content says and not its name.
+Pillow opens many formats that are not used for pictures, and starts another program for some of them (Ghostscript for
+PostScript, whatever the name of the file). Only ``FORMATS`` are tried. The format is detected from the content of a
+file, not from its name.
 
-Deep pictures are scaled to 8 bits, not cut off at 255 as Pillow's own ``convert`` does. How bright the brightest value
-is, a file of up to 16 bits says (65535). Of a picture in memory, of 32 bits and of floats it is the narrowest of the
-usual ranges that holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for
-floats.
-Colour profiles are not applied.
+Deep pictures are scaled to 8 bits, not clipped at 255 as by Pillow's own ``convert``. For a file of up to 16 bits,
+white is 65535. For a picture in memory, for 32 bits and for floats, white is the top of the narrowest usual range that
+holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for floats. Colour
+profiles are not applied.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Files that appear whole or not at all, and never in the place of another file that somebody wanted to keep.
+"""Atomic writing: files appear whole or not at all, and never replace a file that should be kept.
 
-What is written begins beside its place, under a name that cannot be guessed and that must not exist, and is locked
-while it is written: a lock ends with its process, so whatever is unlocked was left by one that was killed, and is
-removed. When all of it is on the disk, one operation of the system gives it its final name: one that fails where the
-name is taken, unless the caller wants to replace. No link is followed; nothing but regular files and links is replaced.
+A file is first written beside its destination, under an unpredictable name that must not exist, and is locked while it
+is written. A lock ends with its process, so an unlocked leftover belongs to a process that was killed, and is removed.
+When all data is on disk, a single system call gives the file its final name; unless the caller wants to replace, that
+call fails if the name is taken. Links are not followed, and only regular files and links are replaced.
 
-Systems differ. POSIX gives a second name by ``link``, which fails where the name exists, and renames a folder over an
-empty one only. File systems without hard links (FAT, some network shares) get a lock file beside the name instead. On
-Windows ``rename`` itself fails where the name exists, but a file that is open, or mapped into memory, can be neither
-renamed nor replaced: it is closed first, and leftovers are taken for dead only after a day. macOS takes names that
-differ in case, or in how an accent is written, as one, which ``link`` knows; and its ``fsync`` stops at the cache of
-the disk, so ``F_FULLFSYNC`` is asked for.
+Systems differ. POSIX adds a second name by ``link``, which fails if the name exists, and renames a folder only over an
+empty one. On file systems without hard links (FAT, some network shares) a lock file beside the name is used instead. On
+Windows ``rename`` itself fails if the name exists, but a file that is open or memory-mapped can be neither renamed nor
+replaced: it is closed first, and leftovers are considered dead only after a day. macOS treats names that differ in case
+or in the encoding of accents as equal, and so does ``link``; its ``fsync`` stops at the cache of the disk, so
+``F_FULLFSYNC`` is used.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ else:
 Existing = Literal["replace", "refuse", "next"]
 
 WINDOWS = os.name == "nt"
-PART = re.compile(r"\..*\.minidiff-[0-9a-f]{16}\.part", re.DOTALL)  # the name of what is being written
-OLD_PART = re.compile(r"\.\d+\.part")  # how it ended before, with the number of the process
-LONGEST_NAME = 255  # bytes, where the file system does not say
-LONG_AGO = 24 * 3600  # seconds; who still writes after that, where no lock can tell
+PART = re.compile(r"\..*\.minidiff-[0-9a-f]{16}\.part", re.DOTALL)  # name of a file that is being written
+OLD_PART = re.compile(r"\.\d+\.part")  # ending in older versions, with the process id
+LONGEST_NAME = 255  # bytes, if the file system does not say
+LONG_AGO = 24 * 3600  # seconds after which a leftover counts as dead where locks cannot tell
 TRIES = 100
 NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
-# Never through a link, never waiting for the other end of a pipe, in bytes.
+# Do not follow links, do not wait for the other end of a pipe, use binary mode.
 PLAIN = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-# What file systems say that cannot do it: make a hard link, sync a folder, take more.
+# Errors of file systems that lack an operation: making a hard link, syncing a folder, ...
 UNABLE = {
     errno.EPERM,
     errno.EACCES,
@@ -70,15 +70,15 @@ class Part(io.BufferedRandom):
 
 @contextmanager
 def atomic(path: str | os.PathLike[str], existing: Existing = "replace") -> Iterator[Part]:
-    """A binary file that appears under ``path`` whole or not at all.
+    """Open a binary file that appears under ``path`` whole or not at all.
 
-    ``existing``: what becomes of a file that has the name already, also of one that gets it meanwhile. "replace" takes
-    its place (of a link it is the link that is replaced, never what it leads to); "refuse" raises :class:`ConfigError`;
-    "next" takes the next free name, ``star-2.png`` after ``star.png``, which is then the ``path`` of what is yielded.
+    ``existing``: treatment of a file with the same name, even if it appears during writing. "replace" replaces it (for
+    a link, the link and never its target); "refuse" raises :class:`ConfigError`; "next" takes the next free name,
+    ``star-2.png`` after ``star.png``, which is the ``path`` of the yielded file.
 
     Raises :class:`CheckpointError` before anything is written if the folder does not exist, or if ``path`` is a folder,
-    a device or the like; a full disk and what else the system says come through as OSError, with what was written so
-    far removed. The mode is that of any new file (umask).
+    a device or the like. A full disk and other errors of the system are raised as OSError, after the partial file is
+    removed. The mode is that of any new file (umask).
     """
     path = Path(path)
     check_place(path, existing)
@@ -102,11 +102,11 @@ def atomic(path: str | os.PathLike[str], existing: Existing = "replace") -> Iter
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill, which appears under ``path`` whole or not at all; it never replaces one with files in it.
+    """Create a folder that appears under ``path`` whole or not at all; it never replaces one with files in it.
 
-    Raises :class:`CheckpointError` before anything is written if the folder around it does not exist, or if ``path``
-    does and is no empty folder; and at the end, if it is none any more. Whatever goes wrong while it is filled comes
-    through, with all of it removed.
+    Raises :class:`CheckpointError` before anything is written if the parent folder does not exist, or if ``path``
+    exists and is not an empty folder, and at the end if that has changed. Errors while it is filled are raised after
+    the partial folder is removed.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -139,7 +139,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_place(path: str | os.PathLike[str], existing: Existing = "replace") -> None:
-    """Raise what :func:`atomic` would raise at once: for who works long before there is something to write."""
+    """Raise the errors that :func:`atomic` would raise before writing. Call it before a long computation."""
     path = Path(path)
     if not path.parent.is_dir():
         raise CheckpointError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -147,7 +147,7 @@ def check_place(path: str | os.PathLike[str], existing: Existing = "replace") ->
         found = os.lstat(path).st_mode
     except FileNotFoundError:
         return
-    except ValueError as e:  # characters that no name can have
+    except ValueError as e:  # characters that names cannot have
         raise CheckpointError(f"{os.fspath(path)!r}: is no name for a file ({e})") from None
     if existing == "next":
         return
@@ -163,9 +163,9 @@ def check_place(path: str | os.PathLike[str], existing: Existing = "replace") ->
 
 
 def append(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a regular file to add to its end, made if it is not there; a link is not followed.
+    """Open a regular file for appending; create it if it does not exist. Links are not followed.
 
-    Raises :class:`CheckpointError` for anything but a regular file, OSError for what the system refuses.
+    Raises :class:`CheckpointError` for anything but a regular file, and OSError for errors of the system.
     """
     check_place(path)
     file = io.FileIO(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | PLAIN, 0o666), "a")
@@ -177,10 +177,10 @@ def append(path: str | os.PathLike[str]) -> io.FileIO:
 
 @contextmanager
 def locked(path: str | os.PathLike[str], taken: str, *, wait: bool = False) -> Iterator[bool]:
-    """A lock in the name of ``path``, by a file beside it that is gone afterwards; it ends with the process.
+    """Hold a lock for ``path``, by a file beside it that is removed afterwards; it ends with the process.
 
-    Raises :class:`ConfigError` with ``taken`` if another has it (``wait``: comes when that is done). Yields whether
-    there is a lock: some network file systems have none.
+    Raises :class:`ConfigError` with ``taken`` if another process has it (``wait``: wait for it instead). Yields False
+    if there is no lock, as on some network file systems.
     """
     path = Path(path)
     lock = path.with_name(_hidden(path, ".minidiff.lock"))
@@ -208,10 +208,10 @@ def locked(path: str | os.PathLike[str], taken: str, *, wait: bool = False) -> I
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what runs that were killed left in ``folder``: parts that nobody holds any more.
+    """Remove leftovers of killed runs from ``folder``: unlocked partial files.
 
-    ``name``: of a file whose parts may be called as they were before. What is no regular file or folder was not
-    left by minidiff; it is neither opened nor removed.
+    ``name``: name of a file whose partial files may have the ending of older versions. Anything but regular files and
+    folders was not left by minidiff, and is neither opened nor removed.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -222,7 +222,7 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def numbered(path: Path, n: int) -> Path:
-    """The ``n``-th name like ``path``: itself, then ``star-2.png``, cut where that would be too long."""
+    """Return the ``n``-th name like ``path``: itself, then ``star-2.png``, shortened if it would be too long."""
     ending = f"-{n}{path.suffix}"
     return path if n == 1 else path.with_name(_cut(path.stem, _longest(path.parent), ending) + ending)
 
@@ -262,7 +262,7 @@ def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
 
 
 def _place(part: Path, path: Path, existing: Existing) -> Path:
-    """Give what is written its final name, in the one way that ``existing`` allows; the name that it got."""
+    """Give the written file its final name, as ``existing`` allows, and return that name."""
     if existing == "replace":
         check_place(path)
         os.replace(part, path)
@@ -276,7 +276,7 @@ def _place(part: Path, path: Path, existing: Existing) -> Path:
 
 
 def _take(part: Path, path: Path) -> bool:
-    """Give ``part`` the name ``path``, in one operation that fails if the name exists; whether that was done."""
+    """Give ``part`` the name ``path``, in one operation that fails if the name exists. Return True on success."""
     try:
         (os.rename if WINDOWS else os.link)(part, path)
     except FileExistsError:
@@ -318,7 +318,7 @@ def _remove_if_dead(part: Path) -> None:
 
 
 def _lock(opened: int, wait: bool = False) -> bool | None:
-    """Lock what is open, until it is closed; False if another has it, None where the file system has no locks."""
+    """Lock an open file until it is closed. Return False if it is locked already, None if there are no locks."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(opened, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
@@ -338,7 +338,7 @@ def _leads_to(path: Path, opened: int) -> bool:
 
 
 def _sync(opened: int) -> None:
-    """Bring a file's bytes to the disk. Raises OSError if that fails: then they are not there."""
+    """Flush a file's bytes to the disk. Raises OSError if that fails."""
     if sys.platform == "darwin":
         with suppress(OSError):  # a file system that does not know it
             fcntl.fcntl(opened, fcntl.F_FULLFSYNC)
@@ -347,7 +347,7 @@ def _sync(opened: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can do that."""
+    """Flush the names in a folder to the disk, if the system can do that."""
     if WINDOWS:
         return
     try:
@@ -374,18 +374,18 @@ def _no_new_folder(path: Path) -> str:
 
 
 def _name_the_file(e: BaseException, part: Path, path: Path) -> None:
-    """Let an error of the system speak of the file that was asked for, and not of the name that was made up."""
+    """Put the requested file name into an error of the system, in place of the temporary one."""
     if isinstance(e, OSError) and (e.filename in (part, str(part)) or (e.filename is None and e.errno in FULL)):
         e.filename, e.filename2 = str(path), None
 
 
 def _hidden(path: Path, ending: str) -> str:
-    """A name beside ``path`` that begins as it does, as far as there is room."""
+    """Return a name beside ``path`` that starts like it, as far as there is room."""
     return "." + _cut(path.name, _longest(path.parent) - 1, ending) + ending
 
 
 def _cut(text: str, room: int, ending: str) -> str:
-    """As many whole characters of ``text`` as leave room for ``ending``, counted in bytes."""
+    """Return as many whole characters of ``text`` as leave room for ``ending``, counted in bytes."""
     room -= len(os.fsencode(ending))
     while len(os.fsencode(text)) > room:
         text = text[:-1]

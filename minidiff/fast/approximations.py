@@ -1,4 +1,4 @@
-"""Speed that costs accuracy: off unless it is asked for by name, and noted in the recipe of every picture.
+"""Approximations, which trade accuracy for speed: off by default, and noted in the recipe of every picture.
 
     fast.approximate(sd, deep=3)       # deep features at every third step (:mod:`deep`)
     fast.approximate(sd, merge=0.5)    # half of the tokens in the largest self-attention (:mod:`merge`)
@@ -22,12 +22,12 @@ from minidiff.undo import surely
 
 
 def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None = None) -> dict[str, int]:
-    """Put approximations on the UNet of ``pipe``, in place; how many UNets each is on now.
+    """Put approximations on the UNet of ``pipe``, in place, and return the number of UNets for each.
 
-    ``deep``: the whole UNet runs at one step in so many, the others reuse its deep features (Ma et al. 2023); 1 is the
-    exact model. ``merge``: the share of tokens, 0 to 0.75, that self-attention at the highest resolution does without
-    (Bolya & Hoffman 2023); 0 is the exact model. What is on already stays, unless it is given another value here. Each
-    is put on whole, or, interrupted, not at all.
+    ``deep``: the whole UNet runs at one of so many steps, and the others reuse its deep features (Ma et al. 2023); 1 is
+    the exact model. ``merge``: the share of tokens, 0 to 0.75, that are merged away in self-attention at the highest
+    resolution (Bolya & Hoffman 2023); 0 is the exact model. Active approximations stay on unless another value is
+    given. Each is applied completely or, if interrupted, not at all.
     Raises :class:`ConfigError` for values outside these, and for ``merge`` on a UNet without transformers.
     """
     check(deep is not None or merge is not None, "nothing to approximate; give deep=3, merge=0.5 or both")
@@ -59,7 +59,7 @@ def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None 
 
 
 def exact(pipe: Pipeline) -> None:
-    """Take every approximation off ``pipe`` again. Without one, nothing happens."""
+    """Take all approximations off ``pipe``. Without any, nothing happens."""
     for name in list(pipe.__dict__.get("_approximate", {})):
         _take_off(pipe, name)
 

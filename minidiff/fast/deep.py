@@ -1,13 +1,13 @@
-"""Deep features of the UNet, computed at every few steps and used again in between (Ma, Fang & Wang 2023, DeepCache).
+"""DeepCache: deep features of the UNet are computed every few steps and reused in between (Ma, Fang & Wang 2023).
 
-From one step to the next the coarse features of a picture hardly change, and they are most of the work. So one call in
-``every`` runs the whole UNet, and keeps what arrives at the last layer of the way up. The calls in between run that
-layer alone, on the kept features and on the new sample's first convolution, the one skip that reaches it (the paper's
-first branch, ``cache_branch_id=0`` of its program). An approximation: the picture changes.
+The coarse features of a picture hardly change from one step to the next, but are most of the work. Therefore one call
+in ``every`` runs the whole UNet and keeps the input of the last layer of the way up. The calls in between run only that
+layer, on the kept features and on the first convolution of the new sample, the one skip that reaches it (the paper's
+first branch, ``cache_branch_id=0`` in its code). This is an approximation: the picture changes.
 
-What is kept belongs to one run (:class:`~minidiff.denoise.Work`), and a run goes on with it only where a call comes
-later than its last one, with the same prompt and size; every other call begins anew. Calls outside of a run, in a loop
-of one's own, are taken for those of one run a thread.
+The cache belongs to one run (:class:`~minidiff.denoise.Work`). A call uses it only if it is later than the last call of
+that run and has the same prompt and size; any other call starts anew. Calls outside of a run, in a custom loop, count
+as one run per thread.
 """
 
 from __future__ import annotations

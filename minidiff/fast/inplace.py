@@ -1,4 +1,4 @@
-"""ResBlocks once more, writing over what nobody reads again.
+"""ResBlocks that overwrite tensors which are no longer needed.
 
 The plain block makes a new tensor with every operation, as training needs. A tensor of many megabytes comes from the
 operating system as untouched pages, and touching them for the first time costs about as much as the operation: in the

@@ -1,10 +1,10 @@
-"""Fewer tokens in self-attention: those that are alike become one (Bolya & Hoffman 2023, token merging for diffusion).
+"""Token merging: similar tokens share one place in self-attention (Bolya & Hoffman 2023, token merging for diffusion).
 
-At the UNet's highest resolution with attention there is a token for every latent pixel, and the cost goes with the
-square of their number. One of every 2 x 2 tokens is a target; of the others the ``ratio`` that look most like some
-target are averaged with it before the attention, and get its answer after it. The paper takes a random one of the four,
-here it is always the upper left: the same picture every time. (On a GPU the average is summed in any order, so there
-the last bits may differ.) An approximation, and one that pays for large pictures only: finding the pairs is work too.
+At the UNet's highest resolution with attention there is one token per latent pixel, and the cost grows with the square
+of their number. One of every 2 x 2 tokens is a target. Of the others, the share ``ratio`` most similar to some target
+is averaged with it before the attention, and gets its output afterwards. The paper picks a random one of the four; here
+it is always the upper left, so that the picture is reproducible. (On a GPU the order of summation varies, so the last
+bits may differ.) This is an approximation, and pays only for large pictures, since finding the pairs takes time too.
 """
 
 from __future__ import annotations

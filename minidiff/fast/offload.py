@@ -1,4 +1,4 @@
-"""A card that is smaller than the model: parts wait on the host, and each comes to the card while it works.
+"""Offloading, for cards with less memory than the model: parts stay on the host, and are copied while in use.
 
     sd = minidiff.load("sdxl.safetensors", device="cpu", dtype=torch.float16)
     fast.offload(sd, "cuda")

@@ -1,4 +1,4 @@
-"""bfloat16 or float32: which of them this processor is fast in, measured once and remembered for the next time.
+"""Choice of bfloat16 or float32 by the speed of this processor, measured once and cached.
 
 Some processors compute bfloat16 at twice the speed of float32, others at a tenth, and no name or number tells which. So
 a convolution and a matrix product of the sizes of a UNet's are tried in both. What came out lies in the user's cache

@@ -1,8 +1,8 @@
-"""Keys and values of the prompt, computed once and not at every step.
+"""Cache of the prompt's keys and values, which are computed once instead of at every step.
 
-In cross-attention they are made from the encoded prompt alone, which stays the same from the first step to the last.
-A layer that remembers looks whether it was shown the very tensor before, unchanged, and then answers as it did. What it
-remembers goes with the tensor, so that runs side by side keep theirs apart, and a run that ends leaves nothing behind.
+In cross-attention they depend only on the encoded prompt, which is the same in all steps. A layer with a cache returns
+its previous output if its input is the same tensor, unchanged. Entries live as long as that tensor, so that parallel
+runs are separate, and a finished run leaves nothing behind.
 """
 
 from __future__ import annotations

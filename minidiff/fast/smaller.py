@@ -1,4 +1,4 @@
-"""The same work in smaller batches: less memory at once, for some time.
+"""The same work in smaller batches, which trades time for memory.
 
 Activations grow with the batch. Guidance runs the UNet on two predictions a picture, and the VAE's last levels take a
 gigabyte a picture of 512 x 512 in float32. Nothing is shared between the pictures of a batch, so it can be cut; the

@@ -1,4 +1,4 @@
-"""Transformers that read pixels where they lie, and leave them there.
+"""Transformers that work on pictures in channels-last layout, without copies.
 
 A picture lies in memory channel by channel, and a transformer reads it pixel by pixel: the plain one copies it on the
 way in and on the way out. Here the picture is laid out pixel by pixel once, with its channels innermost, which a
