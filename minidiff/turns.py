@@ -1,12 +1,11 @@
-"""Parts that take turns in memory: each is there while it works, and gone while another does.
+"""Low-memory mode: the parts of a model take turns in memory, each only while it is in use.
 
-A picture is made in three turns: text encoder, UNet, VAE. None of them needs the weights of another, so the most that
-has to be in memory is the largest of them. A part at rest keeps its modules; in the place of each weight stands one
-number, NaN, spread out to the weight's shape: it takes no memory, it says where the part works and in which dtype, and
-whatever is computed with it by mistake is seen.
+A picture is made in three turns: text encoder, UNet, VAE. None of them needs the weights of another, so memory must
+hold only the largest of them. An unused part keeps its modules, and each weight is replaced by a single NaN expanded to
+the weight's shape. It takes no memory, carries device and dtype, and makes accidental use visible.
 
-Where the weights come from when a part's turn comes is told from outside: read from the mapped file
-(``load(..., low_memory=True)``), or copied from the host to a small card (:mod:`minidiff.fast.offload`).
+The caller defines the source of the weights: they are read from the mapped file (``load(..., low_memory=True)``), or
+copied from the host to a small card (:mod:`minidiff.fast.offload`).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Weights = Mapping[str, Callable[[], Tensor]]
 
 
 class Slot:
-    """The place of one weight in its layer, and where to get it."""
+    """Place of one weight in its layer, and a function to get it."""
 
     def __init__(self, layer: nn.Module, name: str, fetch: Callable[[], Tensor], device: torch.device) -> None:
         self.layer, self.name, self.fetch = layer, name, fetch
@@ -107,7 +106,7 @@ class Turns:
         self.now = turn
 
     def leave(self) -> None:
-        """Let go of what is in."""
+        """Free the weights in memory."""
         self.now = None
         for slot in self._all():
             if slot.here:

@@ -1,8 +1,8 @@
-"""Changes to a model that are made whole or not at all, whatever interrupts them.
+"""Changes to a model that are made completely or not at all, whatever interrupts them.
 
-Ctrl-C raises between any two steps of a program. So what is changed is noted before it changes, and an error on the
-way, of whatever kind, takes everything back before it goes on: there is never a change without a record of it. Every
-step back may be done twice, so that an interruption of the way back does no harm either.
+Ctrl-C may raise at any point of a program. Each change is therefore recorded before it is made, and any exception
+undoes all of them before it propagates. Undoing a change twice is harmless, so that an interruption of the undoing is
+harmless too.
 """
 
 from __future__ import annotations

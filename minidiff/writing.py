@@ -48,7 +48,7 @@ TRIES = 100
 NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
 # Do not follow links, do not wait for the other end of a pipe, use binary mode.
 PLAIN = sum(getattr(os, flag, 0) for flag in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-# Errors of file systems that lack an operation: making a hard link, syncing a folder, ...
+# Errors of file systems that lack an operation: making a hard link or another one, syncing a folder.
 UNABLE = {
     errno.EPERM,
     errno.EACCES,

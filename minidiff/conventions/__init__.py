@@ -1,8 +1,8 @@
 """Conventions of other programs: pictures as from diffusers, CompVis, k-diffusion, AUTOMATIC1111 or ComfyUI.
 
-``profiles.py`` is the data: what each program chose, with the file in which it was read. ``read("a1111:karras")`` gives
-a :class:`Convention`, which acts on it: it makes the sampler, draws the noise, and says when guidance is left out. What
-is followed is the choice of numbers, not their rounding: the arithmetic of a step stays that of our own sampler.
+``profiles.py`` holds the data: the choices of each program with their source files. ``read("a1111:karras")`` returns a
+:class:`Convention`, which applies them: it creates the sampler, draws the noise, and decides when guidance is skipped.
+It reproduces the choice of numbers, not their rounding: the arithmetic of a step is that of our own sampler.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Convention:
         return ":".join(filter(None, [self.profile.name, self.scheduler, self.device]))
 
     def guided(self, scale: float) -> bool:
-        """Return True if both prompts are asked. Where they are not, the prediction is that of the prompt alone."""
+        """Return True if both predictions are computed; otherwise only the conditional one is."""
         rule = self.profile.guidance.value
         if rule == "above 1":
             return scale > 1
@@ -54,14 +54,14 @@ class Convention:
         return start("a1111 strided" if strided else rule, steps, strength, total)
 
     def streams(self, seed: int | Sequence[int] | None, count: int) -> Streams:
-        """The noise of ``count`` pictures."""
+        """Return the noise streams of ``count`` pictures."""
         return streams(self.profile, seed, count, self.device, self.card)
 
     def sampler(self, schedule: ScheduleConfig, choice: str | Mapping[str, Any]) -> ProgramSampler:
-        """The sampler of that name, as the program runs it on a model with this schedule.
+        """Return the named sampler, as the program runs it on a model with this schedule.
 
-        ``choice``: our name, or {"name": ..., options}; options win over the program's. Raises ConfigError for a
-        sampler that the program has not.
+        ``choice``: our name, or {"name": ..., options}; the options take precedence over the program's. Raises
+        ConfigError for a sampler that the program does not have.
         """
         choice = {"name": choice} if isinstance(choice, str) else choice
         given = {key: value for key, value in choice.items() if key != "name"}
@@ -98,8 +98,8 @@ class Convention:
 
 
 def read(like: str | Convention) -> Convention:
-    """``NAME``, or with choices behind colons: a scheduler of the program, and cpu, gpu or nv for its noise, such as
-    ``comfyui:karras`` or ``a1111:cpu``. Raises ConfigError, quoting what is known."""
+    """Parse ``NAME``, optionally followed by choices after colons: a scheduler of the program, and cpu, gpu or nv for
+    its noise, such as ``comfyui:karras`` or ``a1111:cpu``. Raises ConfigError, quoting the known values."""
     if isinstance(like, Convention):
         return like
     check(isinstance(like, str), f"like={like!r} must be a name or a Convention")

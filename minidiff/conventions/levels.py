@@ -21,19 +21,19 @@ from minidiff.schedule import NoiseSchedule, check_steps
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Training's noise as a program keeps it: float32 ``sigmas`` and ``logs`` (T,), rising."""
+    """Noise levels of training in a program: float32 ``sigmas`` and ``logs`` (T,), rising."""
 
     schedule: NoiseSchedule
     sigmas: Tensor
     logs: Tensor
 
     def at(self, t: Tensor) -> Tensor:
-        """Sigma at timesteps ``t`` (n,), fractions allowed: interpolated in log sigma."""
+        """Return sigma at timesteps ``t`` (n,), which may be fractional, interpolated in log sigma."""
         low, high, share = t.floor().long(), t.ceil().long(), t.frac()
         return ((1 - share) * self.logs[low] + share * self.logs[high]).exp()
 
     def fractional(self, sigmas: Tensor) -> Tensor:
-        """The fractional timesteps (n,) of ``sigmas`` (n,): the inverse of :meth:`at`."""
+        """Return the fractional timesteps (n,) of ``sigmas`` (n,): the inverse of :meth:`at`."""
         apart = sigmas.log() - self.logs[:, None]
         low = apart.ge(0).cumsum(dim=0).argmax(dim=0).clamp(max=len(self.logs) - 2)
         below, above = self.logs[low], self.logs[low + 1]
@@ -41,7 +41,7 @@ class Table:
         return (1 - share) * low + share * (low + 1)
 
     def nearest(self, sigmas: Tensor) -> Tensor:
-        """The whole timesteps (n,), as float32, whose log sigma is nearest."""
+        """Return the whole timesteps (n,), as float32, with the nearest log sigma."""
         return (sigmas.log() - self.logs[:, None]).abs().argmin(dim=0).float()
 
 

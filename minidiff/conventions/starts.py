@@ -27,7 +27,7 @@ class Start(NamedTuple):
 
 
 def rows(start: Start, plan: Any, order: int) -> tuple[range, int]:
-    """The rows of ``plan`` that are run, and the one whose noise the picture gets; ``order`` model calls make a step.
+    """Return the rows of ``plan`` to run, and the one whose noise the picture gets. A step has ``order`` model calls.
 
     Every run goes on to the end of the plan. Steps are counted from there, as the programs slice: a plan may have more
     rows than steps were asked for (ddim_uniform; PNDM's repeated one) or fewer (beta).
@@ -92,9 +92,9 @@ STARTS: dict[str, Callable[[int, float, int], Start]] = {
 
 
 def start(rule: str, steps: int, strength: float, total: int = 1000) -> Start:
-    """The start of image to image by ``rule`` for ``steps`` in 1..total and ``strength`` in 0..1.
+    """Return the start of img2img by ``rule`` for ``steps`` in 1..total and ``strength`` in 0..1.
 
-    Raises ConfigError outside of these, UnsupportedError for a program that has no image to image ("none").
+    Raises ConfigError outside these ranges, and UnsupportedError for a program without img2img ("none").
     """
     check_steps(steps, total)
     check(0 <= strength <= 1, f"strength={strength} must lie in 0..1")

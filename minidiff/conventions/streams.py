@@ -1,4 +1,4 @@
-"""Whose random numbers: for a seed, the noise that a program would draw, picture by picture and step by step."""
+"""Random numbers of other programs: the noise that a program would draw for a seed, by picture and step."""
 
 from __future__ import annotations
 
