@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.config import ModelConfig
 from minidiff.files import Lazy
@@ -45,6 +45,8 @@ def taught(identity: str, words: Mapping[str, Tensor]) -> str:
 def sample(tensor: Tensor) -> bytes:
     """Some of a tensor's values, as bytes. Of a sliced model (FSDP) all processes take part."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if type(whole) not in (Tensor, nn.Parameter):
+        return b""  # a tensor without values to read, as a FakeTensor is
     flat = whole.detach().reshape(-1)
     if flat.numel() > SAMPLES:
         flat = torch.cat([flat[:: -(-flat.numel() // SAMPLES)], flat[-1:]])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minidiff.config import ScheduleConfig
 from minidiff.samplers import SAMPLERS
+from minidiff.samplers.method import rates
 from minidiff.schedule import NoiseSchedule
 
 MEAN, SPREAD = 0.7, 0.8
@@ -114,7 +115,10 @@ def scales(plan: Any, i: int) -> tuple[float, float]:
     """What the picture and its noise are multiplied by in the sample of row ``i``."""
     if plan.space == "sigma":
         return 1.0, float(plan.levels.here[i])
-    return float(plan.signal[i]), float(plan.noise[i])
+    if i < len(plan):
+        return float(plan.signal[i]), float(plan.noise[i])
+    signal, noise = rates(plan.levels.to[-1])  # where the last step lands
+    return float(signal), float(noise)
 
 
 def answer(plan: Any, i: int, x: Tensor, signal: float, noise: float, spread: float) -> Tensor:
@@ -247,7 +251,7 @@ STOCHASTIC = [
     Run("dpmpp_2m_sde", 2, FULL),
     Run("dpmpp_2m_sde", 2, {"solver_type": "heun", **FULL}),
     Run("dpmpp_3m_sde", 2, FULL),
-    Run("sa_solver", 2, {"tau_start": 0.0, "tau_end": math.inf, **FULL}),
+    Run("sa_solver", 2, {"tau_start": 0.0, "tau_end": 1e9, **FULL}),
 ]
 
 THIRD = """The third-order multistep step takes the second divided difference D2 where Taylor's formula has the second

@@ -266,6 +266,7 @@ def test_sdxl_and_what_it_is_told() -> None:
 
 def test_gradients_and_residuals_get_the_plain_model(sd: StableDiffusion) -> None:
     fast.approximate(sd, deep=4)
+    sd.unet.requires_grad_(True)
     x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
     with whole_calls(sd.unet) as seen:
         for t in (900, 800):

@@ -89,6 +89,7 @@ def test_no_graph_is_made_anew_over_steps_scales_and_prompts(config: ModelConfig
 
 def test_it_learns_uncompiled(graphs: list[int]) -> None:
     sd = tiny_sd()
+    sd.unet.requires_grad_(True)
     fast.optimize(sd, ("compile",))
     sd.unet(torch.randn(1, 4, 8, 8), 1, torch.randn(1, 5, 16)).sum().backward()
     assert all(p.grad is not None for p in sd.unet.parameters())

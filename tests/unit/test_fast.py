@@ -258,6 +258,7 @@ def test_twice_is_harmless_and_restore_gives_the_plain_model_back(sd: StableDiff
 
 
 def test_a_restored_model_learns_again(sd: StableDiffusion) -> None:
+    sd.unet.requires_grad_(True)
     fast.optimize(sd)
     drawn(sd)
     fast.restore(sd)
