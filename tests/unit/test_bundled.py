@@ -218,7 +218,7 @@ def test_the_command_line_uses_it_when_no_model_is_named(
     assert _judge.judge(_judge.read(path), _judge.parse(PROMPTS[0])).right
     assert minidiff.read_recipe(path)["guidance_scale"] == BUNDLED_SCALE
     assert cli.main(["generate", "--help"]) == 0
-    assert f"without --model: {BUNDLED_SCALE:g})" in " ".join(capsys.readouterr().out.split())
+    assert f"the bundled model's {BUNDLED_SCALE:g})" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["generate", "a unicorn", "--steps", "1", "--seed", "0", "--quiet"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("minidiff: warning: ")

@@ -126,7 +126,7 @@ NAN, INF = float("nan"), float("inf")
         ("unet.levels.0.channels", -16, "channels=-16"),
         ("unet.levels.0.channels", 0, "channels=0"),
         ("unet.levels.0.channels", 10**9, "channels=1000000000"),
-        ("unet.levels.0.channels", 10**400, "channels=10**400 or more"),
+        ("unet.levels.0.channels", 10**400, "channels=10**60 or more"),
         ("unet.levels.0.heads", 0, "heads=0"),
         ("unet.levels.0.heads", -2, "heads=-2"),
         ("unet.levels.0.heads", 3, "heads=3 does not divide channels=16"),
