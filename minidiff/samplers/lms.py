@@ -52,6 +52,12 @@ class Row(NamedTuple):
 
     coefs: Tensor
 
+    def shown(self) -> dict[str, Tensor]:
+        """Return the weights of a run from the top, for the printed plan: "coef k" -> (n,)."""
+        n, order = self.coefs.shape[:2]
+        full = torch.stack([self.coefs[i, min(i + 1, order) - 1] for i in range(n)])
+        return {f"coef {k}": full[:, k] for k in range(order)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):

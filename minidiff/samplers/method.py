@@ -183,7 +183,8 @@ class Plan(Generic[R]):
             flat = column.ndim == 1 if isinstance(column, Tensor) else isinstance(column[0], (str, int))
             if flat and any(column):
                 found[name] = column
-        return found
+        shown = getattr(self.rows, "shown", None)
+        return found if shown is None else found | shown()
 
     def __repr__(self) -> str:
         start = f"x starts as noise * {self.init_noise_sigma.item():.6g}"

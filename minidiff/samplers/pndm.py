@@ -54,11 +54,14 @@ SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise, where x0 would be 0 /
 
 class Row(NamedTuple):
     """``call``: the kind of the row. ``half``: alpha_bar at which a half-way Runge-Kutta stage lands. ``up``: alpha_bar
-    one interval above, from which a repeated first row starts again."""
+    one interval above, from which a repeated first row starts again. ``x_coef`` and ``epsilon_coef``: what a run from
+    the top multiplies x and the combined epsilon by."""
 
     call: Any
     half: Tensor
     up: Tensor
+    x_coef: Tensor
+    epsilon_coef: Tensor
 
 
 class State(NamedTuple):
@@ -150,7 +153,14 @@ class PNDM(Timesteps[Row, State]):
         check_some_noise(self, at.timesteps, at.here)
         stages = [f"RK {k + 1} of 4" for k in (0, 1, 2, 3) * 3] if self.runge_kutta else ["first", "first again"]
         stages += ["multistep"] * len(at.here)
-        return Row(call=tuple(stages[: len(at.here)]), half=at.beside["half"], up=at.beside["up"])
+        half, up, start, end = at.beside["half"], at.beside["up"], at.here.clone(), at.to.clone()
+        if self.runge_kutta:
+            start[:WARM_UP] = at.here[0:WARM_UP:4].repeat_interleave(4)
+            end[:WARM_UP:2], end[1:WARM_UP:2] = half[:WARM_UP:2], at.here[1:WARM_UP:2]
+        elif len(start) > 1:
+            start[1], end[1] = up[1], at.here[1]
+        x_coef, numerator, denominator = coefficients(start, end)
+        return Row(tuple(stages[: len(start)]), half, up, x_coef, -numerator / denominator)
 
 
 def adams_bashforth(history: tuple[Tensor, ...]) -> Tensor:
@@ -168,8 +178,14 @@ def transfer(x: Tensor, out: Tensor, start: Tensor, end: Tensor, prediction: Pre
     """Transfer ``x`` from alpha_bar ``start`` to alpha_bar ``end`` along the model output ``out`` (equation 9)."""
     if prediction == "v_prediction":
         out = epsilon_from_v(x, out, start**0.5, (1 - start) ** 0.5)
+    x_coef, numerator, denominator = coefficients(start, end)
+    return x_coef * x - numerator * out / denominator
+
+
+def coefficients(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what equation 9 multiplies x by, and the numerator and denominator of what it multiplies epsilon by."""
     denominator = start * (1 - end) ** 0.5 + (start * (1 - start) * end) ** 0.5
-    return (end / start) ** 0.5 * x - (end - start) * out / denominator
+    return (end / start) ** 0.5, end - start, denominator
 
 
 class Crash(NamedTuple):
