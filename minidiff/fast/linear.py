@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minidiff.around import Around
 from minidiff.fast import onednn
 from minidiff.fast.switch import Wrapping
+from minidiff.models.attention import Linear
 
 SMALLEST = 2**14  # weights
 ROWS = 32  # of the input: with fewer, the weight is read for so little work that memory decides
@@ -36,7 +37,7 @@ class LinearByOneDNN(Wrapping):
 
     def applies(self, layer: nn.Module) -> bool:
         return (
-            type(layer) is nn.Linear
+            type(layer) in (nn.Linear, Linear)
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32

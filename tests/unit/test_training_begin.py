@@ -28,7 +28,7 @@ def test_quiet_blocks_pass_their_input_on() -> None:
 def test_a_quiet_network_learns_in_every_weight_that_can() -> None:
     """Silent is not dead: the zeros move at the first step, and what lies behind them at the second."""
     sd = random_model(tiny.SD, seed=0)
-    unet = sd.unet
+    unet = sd.unet.requires_grad_(True)
     quiet(unet)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.5)
     wanted = torch.randn(2, 4, 8, 8)
