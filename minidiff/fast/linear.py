@@ -37,7 +37,8 @@ class LinearByOneDNN(Wrapping):
 
     def applies(self, layer: nn.Module) -> bool:
         return (
-            type(layer) in (nn.Linear, Linear)
+            isinstance(layer, nn.Linear)
+            and type(layer) in (nn.Linear, Linear)
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32
