@@ -28,6 +28,7 @@ from minidiff import embeddings, lora
 from minidiff.errors import MinidiffError
 from minidiff.pipeline import StableDiffusion
 from tests import fuzz
+from tests.tolerances import FUSED
 from tests.unit import tiny
 from weights_convert import read_embedding, read_lora
 from weights_convert.read_lora import layers
@@ -466,7 +467,8 @@ class Base:
             scale = spec.strength * (1.0 if alpha is None else alpha / len(down))
             product = torch.einsum("or,ri->oi", up.flatten(1).double(), down.flatten(1).double())
             wanted = weight + scale * product.reshape(weight.shape)
-            if not torch.allclose(after[f"{layer}.weight"].double(), wanted, atol=1e-5, rtol=1e-5):
+            fused = after[f"{layer}.weight"].double()
+            if not torch.allclose(fused, wanted, atol=FUSED.absolute, rtol=FUSED.relative):
                 return f"FAULT another sum for {layer}"
         bent = {f"{layer}.weight" for layer in spec.halves}
         others = all(torch.equal(t, before[name]) for name, t in after.items() if name not in bent)
