@@ -10,27 +10,42 @@ Public names are imported on first use, so ``import minidiff`` and ``minidiff --
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minidiff.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from minidiff.denoise import Prediction, Run, Step
+    from minidiff import programs as conventions  # noqa: F401
+    from minidiff.adapters import lora  # noqa: F401
+    from minidiff.adapters import words as embeddings  # noqa: F401
     from minidiff.errors import Cancelled, CheckpointError, ConfigError, MinidiffError, UnsupportedError
-    from minidiff.picture import read_recipe, save_png
-    from minidiff.pipeline import StableDiffusion, Unconditional, bundled, load
-    from minidiff.prompts import Sizes
+    from minidiff.pipeline.denoise import Prediction, Run, Step
+    from minidiff.pipeline.load import bundled, load
+    from minidiff.pipeline.picture import read_recipe, save_png
+    from minidiff.pipeline.prompts import Sizes
+    from minidiff.pipeline.stable_diffusion import StableDiffusion
+    from minidiff.pipeline.unconditional import Unconditional
     from minidiff.schedule import NoiseSchedule
 
 HOMES = {
-    "denoise": ("Prediction", "Run", "Step"),
     "errors": ("Cancelled", "CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
-    "picture": ("read_recipe", "save_png"),
-    "pipeline": ("StableDiffusion", "Unconditional", "bundled", "load"),
-    "prompts": ("Sizes",),
+    "pipeline.denoise": ("Prediction", "Run", "Step"),
+    "pipeline.load": ("bundled", "load"),
+    "pipeline.picture": ("read_recipe", "save_png"),
+    "pipeline.prompts": ("Sizes",),
+    "pipeline.stable_diffusion": ("StableDiffusion",),
+    "pipeline.unconditional": ("Unconditional",),
     "schedule": ("NoiseSchedule",),
 }
+
+# Modules that programs import by the name of an earlier release, and where they are now.
+ALIASES = {"conventions": "programs", "embeddings": "adapters.words", "lora": "adapters.lora"}
 
 __all__ = [
     "Cancelled",
@@ -53,10 +68,37 @@ __all__ = [
 ]
 
 
+class _Aliases(MetaPathFinder, Loader):
+    """Finder and loader for ``import minidiff.lora``: the one module, under its earlier name as well."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        old, dot, below = name.partition(".")
+        if package != __name__ or old not in ALIASES:
+            return None
+        return ModuleSpec(fullname, self, origin=f"{__name__}.{ALIASES[old]}{dot}{below}")
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(str(spec.origin))
+        spec.loader_state = module.__spec__  # the import system replaces it by the alias's
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, _Aliases())
+
+
 def __getattr__(name: str) -> Any:
+    if name in ALIASES:
+        return import_module(f"{__name__}.{ALIASES[name]}")
     for home, names in HOMES.items():
         if name in names:
-            value = getattr(import_module(f"minidiff.{home}"), name)
+            value = getattr(import_module(f"{__name__}.{home}"), name)
             globals()[name] = value
             return value
     raise AttributeError(f"module 'minidiff' has no attribute {name!r}")

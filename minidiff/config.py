@@ -16,8 +16,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
-from minidiff.spelling import near
 
 T = TypeVar("T")
 

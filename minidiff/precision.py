@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.config import ModelConfig, VAEConfig
 from minidiff.errors import MinidiffError
 from minidiff.models.attention import Attention, attention
-from minidiff.undo import forward_hook
+from minidiff.models.undo import forward_hook
 
 
 def attention_in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

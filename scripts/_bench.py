@@ -157,7 +157,7 @@ def write_json(path: Path | None, args: argparse.Namespace, facts: Mapping[str, 
     """Everything that was found, for another program; nothing without a ``path``."""
     if path is not None:
         content = {"arguments": vars(args), "machine": facts, **results}
-        from minidiff.writing import atomic
+        from minidiff.storage.writing import atomic
 
         with atomic(path) as file:
             file.write((json.dumps(content, default=_plain, indent=1) + "\n").encode())

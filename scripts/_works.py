@@ -154,7 +154,7 @@ def reference(config: UNetConfig | VAEConfig, model: nn.Module) -> nn.Module:
     """diffusers' model of this config, holding the very tensors of ``model``."""
     import diffusers
 
-    from minidiff.files import lazy
+    from minidiff.storage.files import lazy
     from weights_convert.component import key_map
     from weights_convert.configs_out import class_of, config_json
     from weights_convert.engine import expand, restore

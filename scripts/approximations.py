@@ -35,8 +35,8 @@ from PIL import Image  # noqa: E402
 import minidiff  # noqa: E402
 from minidiff import StableDiffusion, fast  # noqa: E402
 from minidiff.errors import ConfigError, MinidiffError  # noqa: E402
+from minidiff.storage.writing import atomic  # noqa: E402
 from minidiff.training import shapes  # noqa: E402
-from minidiff.writing import atomic  # noqa: E402
 
 INTERVALS = ((0.0, 0.8), (0.2, 0.8))
 DEEP = (2, 3, 5)

@@ -146,7 +146,7 @@ def compare_converted(work: Path) -> dict[str, Any]:
     """The two converted files, tensor by tensor."""
     import torch
 
-    from minidiff import checkpoint
+    from minidiff.storage import checkpoint
 
     a, b = (checkpoint.read(work / f"{source}.minidiff.safetensors") for source in ("folder", "single"))
     assert a.file.lazy.keys() == b.file.lazy.keys()

@@ -38,8 +38,8 @@ def main() -> int:
 def picture(prompt: str, steps: int, seed: int, out: str) -> int:
     """Write the picture and the strip; 0, or 2 after one line on what the arguments have wrong."""
     import minidiff
-    from minidiff.picture import label, to_pil
     from minidiff.pipeline import BUNDLED_SCALE
+    from minidiff.pipeline.picture import label, to_pil
 
     warnings.showwarning = lambda message, *_: print(f"demo: {message}", file=sys.stderr)
     try:

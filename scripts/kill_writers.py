@@ -33,7 +33,7 @@ from PIL import Image
 import minidiff.parity.command
 import minidiff.training.command
 import weights_convert  # noqa: F401
-from minidiff import cli, files, read_recipe
+from minidiff import cli, read_recipe
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -46,6 +46,7 @@ from minidiff.config import (
 )
 from minidiff.config import text as with_text
 from minidiff.pipeline import random_model
+from minidiff.storage import files
 
 OPERATIONS = ("open", "mkdir", "link", "replace", "rename", "unlink", "fsync")  # of the module os
 SEED = 0

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="where the plot goes")
     args = parser.parse_args()
 
-    from minidiff.writing import atomic
+    from minidiff.storage.writing import atomic
     from tests.unit.gaussian import DETERMINISTIC, NOT_MEASURED, STOCHASTIC, errors_of, slope_of
 
     curves = []

@@ -22,7 +22,6 @@ import torch
 from _contrast import teach
 from torch import Tensor
 
-from minidiff import checkpoint
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -34,9 +33,10 @@ from minidiff.config import (
     text,
 )
 from minidiff.errors import MinidiffError
-from minidiff.files import lazy
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline import StableDiffusion, load, random_model
+from minidiff.storage import checkpoint
+from minidiff.storage.files import lazy
 from minidiff.training import scenes, shapes
 from minidiff.training.batch import Data
 from minidiff.training.begin import quiet

@@ -24,7 +24,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minidiff import embeddings, lora
+from minidiff.adapters import lora
+from minidiff.adapters import words as embeddings
 from minidiff.errors import MinidiffError
 from minidiff.pipeline import StableDiffusion
 from tests import fuzz

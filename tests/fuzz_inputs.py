@@ -29,11 +29,11 @@ from PIL import Image
 
 import minidiff
 import weights_convert
-from minidiff import images
 from minidiff.cli import main
 from minidiff.errors import MinidiffError
-from minidiff.picture import read_recipe
-from minidiff.pixels import open_picture
+from minidiff.pipeline import images
+from minidiff.pipeline.picture import read_recipe
+from minidiff.pipeline.pixels import open_picture
 from minidiff.training.images import ImageFolder
 from tests.unit import convert_sources
 from tests.unit.tiny import tiny_sd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from minidiff.arguments import PARTS
+from minidiff.cli.options import PARTS
 from minidiff.console import LONGEST_LINE, Parser, guard, open_standard_streams, show
 from weights_convert import convert
 from weights_convert.conversion import FLOATS, LAYOUTS, check_name

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
-from minidiff.files import Lazy, TensorFile
-from minidiff.reading import PICKLES, content, mistaken
+from minidiff.storage.files import Lazy, TensorFile
+from minidiff.storage.reading import PICKLES, content, mistaken
 from weights_convert.ckpt import read_pickle
 
 

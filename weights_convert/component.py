@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.checkpoint import MODELS
 from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig, quote
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import Lazy
-from minidiff.reading import read_object
+from minidiff.storage.checkpoint import MODELS
+from minidiff.storage.files import Lazy
+from minidiff.storage.reading import read_object
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
 from weights_convert import keys_taesd

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minidiff import checkpoint
 from minidiff.config import ModelConfig, from_json, one_of
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import Lazy, all_finite
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
-from minidiff.writing import Existing, check_place
+from minidiff.storage import checkpoint
+from minidiff.storage.files import Lazy, all_finite
+from minidiff.storage.writing import Existing, check_place
 from weights_convert.detection import CONVERTED, Found, detect
 from weights_convert.export_folder import shard_size, write_folder
 from weights_convert.export_original import write_original

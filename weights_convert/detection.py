@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minidiff.checkpoint import is_minidiff
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.files import Lazy
-from minidiff.reading import read_object
+from minidiff.storage.checkpoint import is_minidiff
+from minidiff.storage.files import Lazy
+from minidiff.storage.reading import read_object
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET
 from weights_convert.report import page
 from weights_convert.single_schedule import evidence as marked

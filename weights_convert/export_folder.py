@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minidiff.checkpoint import build
 from minidiff.config import CLIPTextConfig, ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.files import Lazy, write_tensors
 from minidiff.models.clip import rows
 from minidiff.samplers import sampler_from_config
 from minidiff.samplers.diffusers.classes import READERS
 from minidiff.samplers.diffusers.write import passed_to_call, sampler_to_diffusers
-from minidiff.writing import atomic, atomic_folder
+from minidiff.storage.checkpoint import build
+from minidiff.storage.files import Lazy, write_tensors
+from minidiff.storage.writing import atomic, atomic_folder
 from weights_convert import keys_diffusers as keys
 from weights_convert.component import AnyConfig, key_map, meta_model
 from weights_convert.configs_out import class_of, config_json

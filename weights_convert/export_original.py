@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from minidiff.checkpoint import CONFIG_KEY
 from minidiff.config import ModelConfig, TAESDConfig, to_json
 from minidiff.errors import UnsupportedError
-from minidiff.files import Lazy, write_tensors
-from minidiff.writing import Existing
+from minidiff.storage.checkpoint import CONFIG_KEY
+from minidiff.storage.files import Lazy, write_tensors
+from minidiff.storage.writing import Existing
 from weights_convert import single_schedule
 from weights_convert.engine import restore
 from weights_convert.export_folder import full_tables

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minidiff.checkpoint import PARTS
 from minidiff.config import ModelConfig
+from minidiff.storage.checkpoint import PARTS
 from weights_convert.component import key_map
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minidiff.config import CLIPTextConfig
 from minidiff.errors import UnsupportedError
-from minidiff.files import Lazy
+from minidiff.storage.files import Lazy
 from weights_convert.engine import SAME, Drop, Form, Pair
 from weights_convert.shapes_original import CLIP_HEAD, Shapes
 

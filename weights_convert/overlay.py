@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from minidiff.config import from_json
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.reading import read_object
 from minidiff.samplers import sampler_from_config
+from minidiff.storage.reading import read_object
 
 C = TypeVar("C")
 Override = Mapping[str, Any] | str | os.PathLike[str] | None

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from minidiff.adapters.lora import LARGEST
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.lora import LARGEST
 
 # The only values under which the adapter is W + scale * up @ down, and W the weight of the model.
 PLAIN: dict[str, tuple[Any, ...]] = {

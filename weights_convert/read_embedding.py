@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minidiff.adapters.lora import KINDS
+from minidiff.adapters.words import Word
 from minidiff.config import ModelConfig, quote
-from minidiff.embeddings import Word
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.files import Lazy, TensorFile, lazy
-from minidiff.lora import KINDS
-from minidiff.reading import content
+from minidiff.storage.files import Lazy, TensorFile, lazy
+from minidiff.storage.reading import content
 from weights_convert.adapter_file import file_of, is_pickle
 from weights_convert.ckpt import read_object
 from weights_convert.unpickle import Foreign

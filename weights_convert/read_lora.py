@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from minidiff.adapters.lora import KINDS, LARGEST, Adapter, Update
 from minidiff.config import ModelConfig, quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.files import Lazy
-from minidiff.lora import KINDS, LARGEST, Adapter, Update
-from minidiff.reading import read_object
+from minidiff.storage.files import Lazy
+from minidiff.storage.reading import read_object
 from weights_convert import keys_diffusers, keys_original
 from weights_convert.adapter_file import file_of, open_tensors
 from weights_convert.engine import Module

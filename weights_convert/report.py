@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from minidiff.config import ModelConfig
 from minidiff.console import escaped
-from minidiff.files import Lazy
+from minidiff.storage.files import Lazy
 from weights_convert.engine import Drop
 
 

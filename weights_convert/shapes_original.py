@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minidiff.errors import CheckpointError
-from minidiff.files import Lazy
+from minidiff.storage.files import Lazy
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET, VAE
 
 SD1_HEADS = 8

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from minidiff.checkpoint import build
 from minidiff.config import VAE_SDXL, ModelConfig, VAEConfig, from_json
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import Lazy
 from minidiff.samplers import sampler_from_diffusers, sampler_to_config, schedule_from_diffusers
+from minidiff.storage.checkpoint import build
+from minidiff.storage.files import Lazy
 from weights_convert import keys_diffusers, openclip, single_schedule
 from weights_convert import keys_original as keys
 from weights_convert import shapes_original as shapes

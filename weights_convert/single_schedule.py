@@ -16,8 +16,8 @@ import torch
 
 from minidiff.config import ScheduleConfig
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import Lazy, lazy
 from minidiff.schedule import NoiseSchedule
+from minidiff.storage.files import Lazy, lazy
 from weights_convert.engine import Drop
 
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from minidiff import checkpoint
 from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import Lazy
+from minidiff.storage import checkpoint
+from minidiff.storage.files import Lazy
 from weights_convert import keys_diffusers, keys_taesd, openclip, shapes_original
 from weights_convert import keys_original as originals
 from weights_convert.component import AnyConfig, key_map, meta_model, read_component

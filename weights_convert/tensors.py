@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from minidiff.files import Lazy, TensorFile
-from minidiff.reading import PICKLES, content
+from minidiff.storage.files import Lazy, TensorFile
+from minidiff.storage.reading import PICKLES, content
 from weights_convert.ckpt import read_pickle
 
 

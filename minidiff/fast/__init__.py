@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from minidiff.config import check
+from minidiff.console.spelling import near
 from minidiff.fast.approximations import approximate as approximate
 from minidiff.fast.approximations import exact
 from minidiff.fast.attention import BlockAttention, ManyKeys
@@ -51,9 +52,8 @@ from minidiff.fast.tiles import tiled as tiled
 from minidiff.fast.tiles import whole
 from minidiff.fast.tokens import TokensInPlace
 from minidiff.fast.winograd import WinogradConvolutions
-from minidiff.runner import Pipeline
-from minidiff.spelling import near
-from minidiff.undo import surely
+from minidiff.models.undo import surely
+from minidiff.pipeline.base import Pipeline
 
 # Switches are put on in this order and taken off in reverse: Winograd leaves small pictures to the packed convolution.
 SWITCHES: Mapping[str, Switch] = {

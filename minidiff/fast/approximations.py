@@ -17,8 +17,8 @@ from minidiff.config import check
 from minidiff.fast.deep import DeepCache
 from minidiff.fast.merge import MOST, TokenMerging
 from minidiff.fast.switch import Switch, put_on
-from minidiff.runner import Pipeline, finite
-from minidiff.undo import surely
+from minidiff.models.undo import surely
+from minidiff.pipeline.base import Pipeline, finite
 
 
 def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None = None) -> dict[str, int]:

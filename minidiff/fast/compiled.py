@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
 from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
+from minidiff.models.around import Around
 from minidiff.models.unet import UNet
 
 

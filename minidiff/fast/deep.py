@@ -5,9 +5,9 @@ in ``every`` runs the whole UNet and keeps the input of the last layer of the wa
 layer, on the kept features and on the first convolution of the new sample, the one skip that reaches it (the paper's
 first branch, ``cache_branch_id=0`` in its code). This is an approximation: the picture changes.
 
-The cache belongs to one run (:class:`~minidiff.denoise.Work`). A call uses it only if it is later than the last call of
-that run and has the same prompt and size; any other call starts anew. Calls outside of a run, in a custom loop, count
-as one run per thread.
+The cache belongs to one run (:class:`~minidiff.pipeline.denoise.Work`). A call uses it only if it is later than the
+last call of that run and has the same prompt and size; any other call starts anew. Calls outside of a run, in a custom
+loop, count as one run per thread.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minidiff.around import Around
-from minidiff.denoise import work
 from minidiff.fast.switch import Switch
+from minidiff.models.around import Around
+from minidiff.models.undo import forward_pre_hook
 from minidiff.models.unet import Residuals, UNet, UpLevel
-from minidiff.undo import forward_pre_hook
+from minidiff.pipeline.denoise import work
 
 
 class DeepCache(Switch):

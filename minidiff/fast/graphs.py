@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
 from minidiff.fast.switch import Wrapping
+from minidiff.models.around import Around
 from minidiff.models.unet import UNet
 
 

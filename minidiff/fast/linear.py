@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
 from minidiff.fast import onednn
 from minidiff.fast.switch import Wrapping
+from minidiff.models.around import Around
 from minidiff.models.attention import Linear
 
 SMALLEST = 2**14  # weights

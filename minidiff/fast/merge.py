@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minidiff.around import CHANGED
 from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
+from minidiff.models.around import CHANGED
 from minidiff.models.attention import SpatialTransformer, TransformerBlock
+from minidiff.models.undo import forward_hook, forward_pre_hook
 from minidiff.models.unet import UNet
-from minidiff.undo import forward_hook, forward_pre_hook
 
 MOST = 0.75  # a quarter of the tokens is what the others are merged into
 

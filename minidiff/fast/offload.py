@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.config import check
-from minidiff.runner import Pipeline
-from minidiff.turns import Turns
-from minidiff.undo import surely
+from minidiff.models.undo import surely
+from minidiff.pipeline.base import Pipeline
+from minidiff.storage.low_memory import Turns
 
 
 class Offloaded(Turns):

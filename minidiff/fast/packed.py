@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import PREPARING, Around
 from minidiff.fast.switch import Switch
+from minidiff.models.around import PREPARING, Around
 
 SMALLEST = 2**16  # weights: below it a rearrangement costs nothing worth saving
 

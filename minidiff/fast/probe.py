@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.errors import MinidiffError
-from minidiff.reading import read_object
-from minidiff.writing import atomic
+from minidiff.storage.reading import read_object
+from minidiff.storage.writing import atomic
 
 WORTH = 1.3  # times as fast; below it, 16 bits of precision are too much to give
 # Bytes on disk. Every Stable Diffusion has more, in float16 too. Unconditional models have less: they go hundreds of

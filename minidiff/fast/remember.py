@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
 from minidiff.fast.switch import Switch
+from minidiff.models.around import Around
 from minidiff.models.attention import TransformerBlock
 
 

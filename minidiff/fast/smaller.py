@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
-from minidiff.denoise import check_cancelled
 from minidiff.fast.switch import Wrapping
+from minidiff.models.around import Around
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
+from minidiff.pipeline.denoise import check_cancelled
 
 
 class OneByOne(Around):

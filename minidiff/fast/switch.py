@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from minidiff.around import Around
+from minidiff.models.around import Around
 
 
 class Switch(Protocol):

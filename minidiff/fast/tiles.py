@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import Around
 from minidiff.config import check
-from minidiff.denoise import check_cancelled
-from minidiff.runner import Pipeline
-from minidiff.undo import surely
+from minidiff.models.around import Around
+from minidiff.models.undo import surely
+from minidiff.pipeline.base import Pipeline
+from minidiff.pipeline.denoise import check_cancelled
 
 NAME = "vae_tiles"  # in the recipe
 

@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minidiff.around import PREPARING, Around
 from minidiff.fast import onednn
 from minidiff.fast.switch import Wrapping
+from minidiff.models.around import PREPARING, Around
 
 NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
 SMALLEST = 256 * 128  # pairs of channels

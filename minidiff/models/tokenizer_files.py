@@ -17,7 +17,7 @@ from minidiff.config import TokenizerConfig, quote
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.models.tokenizer import END, END_OF_WORD, START, Merges, clip_table, rank_merges
 from minidiff.models.unicode_tables import normalize
-from minidiff.reading import read_object, read_text
+from minidiff.storage.reading import read_object, read_text
 
 LONGEST_PROMPT = 2**16  # beyond is no limit at all: transformers writes 1e30 for none
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")

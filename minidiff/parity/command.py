@@ -28,8 +28,8 @@ from minidiff.parity.report import Report, text
 from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
+from minidiff.storage.writing import Existing, atomic, check_place
 from minidiff.version import VERSION
-from minidiff.writing import Existing, atomic, check_place
 
 Pipe = StableDiffusion | Unconditional
 DTYPES = {

@@ -14,7 +14,7 @@ from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, s
 from minidiff.parity.taps import Probe, Tap, in_float64
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers.method import Draw, Sampler
-from minidiff.wrapped import Wrapped
+from minidiff.samplers.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from PIL import Image

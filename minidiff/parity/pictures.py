@@ -15,8 +15,8 @@ import numpy as np
 
 from minidiff.config import check
 from minidiff.pipeline import StableDiffusion
-from minidiff.pixels import open_picture
-from minidiff.request import usual_strength
+from minidiff.pipeline.pixels import open_picture
+from minidiff.pipeline.request import usual_strength
 
 if TYPE_CHECKING:
     from PIL import Image

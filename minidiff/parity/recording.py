@@ -38,12 +38,12 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig, check, quote, to_json
 from minidiff.errors import CheckpointError
-from minidiff.files import TensorFile, lazy, write_tensors
 from minidiff.parity.difference import difference
 from minidiff.parity.engine import Judgement, Row, Runner, line_up
 from minidiff.parity.report import Report
 from minidiff.parity.taps import INPUT
-from minidiff.writing import Existing
+from minidiff.storage.files import TensorFile, lazy, write_tensors
+from minidiff.storage.writing import Existing
 
 VERSION = "1"
 VERSION_KEY, STAGES_KEY, RUN_KEY = "recording.version", "recording.stages", "recording.run"
@@ -82,7 +82,7 @@ def record(side: Runner, run: Mapping[str, Any]) -> Recording:
 def write(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
     """Write a recording, whole or not at all. Raises :class:`CheckpointError` for a folder that is not there.
 
-    ``existing``: what becomes of a file that is there, see :func:`~minidiff.writing.atomic`.
+    ``existing``: what becomes of a file that is there, see :func:`~minidiff.storage.writing.atomic`.
     """
     header = {
         "format": "pt",

@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from minidiff.config import check, from_json, quote
+from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
 from minidiff.samplers.elsewhere import suggestion
 from minidiff.samplers.method import Draw, Levels, Method, Plan, Sampler
-from minidiff.spelling import near
 
 if TYPE_CHECKING:
     from minidiff.samplers.consistency import CM, LCM, TCD

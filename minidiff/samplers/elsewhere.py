@@ -1,7 +1,7 @@
 """Names of the samplers in other programs: AUTOMATIC1111, ComfyUI, k-diffusion, and the classes of diffusers.
 
 They are used only in error messages, to suggest the name here. No name is translated silently, because the same method
-visits other noise levels there (``minidiff.conventions`` reproduces other programs).
+visits other noise levels there (``minidiff.programs`` reproduces other programs).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from minidiff.spelling import near
+from minidiff.console.spelling import near
 
 Method = tuple[str, Mapping[str, Any]]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from minidiff import checkpoint
 from minidiff.config import Level, ModelConfig, ScheduleConfig, UNetConfig, check, from_json
 from minidiff.console import say
+from minidiff.console.signals import Stop
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, random_model
-from minidiff.reading import read_object
-from minidiff.signals import Stop
+from minidiff.storage import checkpoint
+from minidiff.storage.reading import read_object
 from minidiff.training.batch import Data
 from minidiff.training.data import FirstOf, PictureSet, ShapesStream, Shuffled, TorchvisionSet
 from minidiff.training.distributed import Replicas, is_main, local_device, started_by_torchrun

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from minidiff.config import check, quote, within
 from minidiff.console import warn
+from minidiff.console.progress import counted
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pixels import formats, open_picture, suffixes, to_eight_bits
-from minidiff.progress import counted
-from minidiff.reading import open_regular, read_text
+from minidiff.pipeline.pixels import formats, open_picture, suffixes, to_eight_bits
+from minidiff.storage.reading import open_regular, read_text
 from minidiff.training.batch import Batch
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minidiff.reading import open_regular
+from minidiff.storage.reading import open_regular
+from minidiff.storage.writing import append, atomic
 from minidiff.training.loop import Report
-from minidiff.writing import append, atomic
 
 COLUMNS = [field.name for field in dataclasses.fields(Report)]
 

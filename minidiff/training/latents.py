@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from minidiff.config import to_json
-from minidiff.files import TensorFile, lazy, write_tensors
 from minidiff.models.vae import VAE, DiagonalGaussian
+from minidiff.storage.files import TensorFile, lazy, write_tensors
 from minidiff.training.batch import Batch
 from minidiff.training.changes import marks_of
 from minidiff.training.data import PictureSet

@@ -19,18 +19,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minidiff.checkpoint import write
+from minidiff.console.progress import Counter, check_progress
 from minidiff.errors import ConfigError
-from minidiff.files import lazy
-from minidiff.picture import save_png, to_pil, to_unit
 from minidiff.pipeline import StableDiffusion
-from minidiff.progress import Counter, check_progress
+from minidiff.pipeline.picture import save_png, to_pil, to_unit
+from minidiff.storage.checkpoint import write
+from minidiff.storage.files import lazy
+from minidiff.storage.writing import locked, sweep
 from minidiff.training.batch import Batch, Data
 from minidiff.training.journal import Journal
 from minidiff.training.loop import Report, Trainer
 from minidiff.training.state import Keeper, unsaved
 from minidiff.training.task import latent_scale
-from minidiff.writing import locked, sweep
 
 MODEL = "model.safetensors"
 STATE = Keeper.name

@@ -21,12 +21,12 @@ from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.blocks import ResBlock
 from minidiff.models.vae import VAE
-from minidiff.reading import read_text
+from minidiff.storage.reading import read_text
+from minidiff.storage.writing import atomic
 from minidiff.training.distributed import Replicas, is_main
 from minidiff.training.loop import Trainer
 from minidiff.training.state import Keeper, compare, contents, facts, parse_facts
 from minidiff.training.task import Task
-from minidiff.writing import atomic
 
 FACTS = "run.json"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig, from_json, quote
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import Lazy, TensorFile, lazy, write_tensors
+from minidiff.storage.files import Lazy, TensorFile, lazy, write_tensors
 from minidiff.training import changes
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig

@@ -9,8 +9,8 @@ import scipy.stats
 import torch
 
 from minidiff.config import ScheduleConfig
-from minidiff.conventions import read
-from minidiff.conventions.profiles import PROFILES
+from minidiff.programs import read
+from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import Scheduler
 from tests.tolerances import assert_close
 

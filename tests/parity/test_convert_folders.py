@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import weights_convert
-from minidiff.checkpoint import build
 from minidiff.config import CLIP_L, SD15, VAE_SD
 from minidiff.models.tokenizer import clip_table
+from minidiff.storage.checkpoint import build
 from tests.parity import twins
 from tests.parity.ldm import original_sd1
 from tests.parity.test_convert_keys import SD15 as SD15_JSON

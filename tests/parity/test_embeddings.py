@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 import weights_convert
-from minidiff import embeddings
+from minidiff.adapters import words as embeddings
 from minidiff.pipeline import StableDiffusion
 from tests.parity.twins import folder_twin
 from tests.tolerances import assert_close

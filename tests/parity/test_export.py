@@ -20,9 +20,9 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import weights_convert
-from minidiff.files import lazy
 from minidiff.pipeline import StableDiffusion, load
 from minidiff.samplers import SAMPLERS, sampler_from_config
+from minidiff.storage.files import lazy
 from tests.parity import twins
 from tests.parity.ldm import original_sd1
 from tests.parity.test_convert_folders import OVERRIDE

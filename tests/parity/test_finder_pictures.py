@@ -13,12 +13,14 @@ import pytest
 import torch
 
 import weights_convert
-from minidiff import cli, images, pipeline, prompts, start
+from minidiff import cli
 from minidiff.models.vae import VAE
 from minidiff.parity import pictures, theirs
 from minidiff.parity.command import pair
 from minidiff.parity.report import outcome, reasons
-from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline import StableDiffusion, images, prompts
+from minidiff.pipeline import latents as start
+from minidiff.pipeline import stable_diffusion as pipeline
 from tests.parity import twins
 from tests.parity.pairs import picture
 from tests.parity.test_finder_plants import REQUEST, Pair

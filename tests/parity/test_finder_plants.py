@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import weights_convert
-from minidiff import conditions, guidance
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.parity.command import hold, pair
 from minidiff.parity.engine import find
 from minidiff.parity.ours import Ours, Request
 from minidiff.parity.report import Report, outcome, reasons
 from minidiff.parity.theirs import Theirs, renamed
-from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline import StableDiffusion, conditions, guidance
 from scripts.make_parity_recording import reference, tiny_folder
 from weights_convert.module_names import module_names
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 import weights_convert
-from minidiff import embeddings
+from minidiff.adapters import words as embeddings
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.tokenizer_files import tokenizer_config

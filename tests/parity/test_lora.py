@@ -16,9 +16,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 import weights_convert
-from minidiff import lora
+from minidiff.adapters import lora
+from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import UnsupportedError
-from minidiff.lora import Adapter, Update
 from minidiff.pipeline import StableDiffusion
 from tests.parity.twins import folder_twin, ours, unet_twin
 from tests.tolerances import assert_close

@@ -16,8 +16,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from minidiff import config as c
-from minidiff.files import Lazy
-from minidiff.info import size_table
+from minidiff.cli.info import size_table
+from minidiff.storage.files import Lazy
 from tests.parity import layouts
 from tests.parity.test_convert_keys import CASES, SD15, SD21, SDXL, VAE
 from weights_convert import configs_diffusers as configs

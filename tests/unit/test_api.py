@@ -20,10 +20,10 @@ FILE = Path(__file__).parents[1] / "fixtures" / "api.txt"
 MODULES: dict[str, tuple[str, ...]] = {
     "minidiff": (),
     "minidiff.samplers": (),
-    "minidiff.conventions": ("Convention", "read"),
-    "minidiff.embeddings": ("Word", "add"),
+    "minidiff.programs": ("Convention", "read"),
+    "minidiff.adapters.words": ("Word", "add"),
     "minidiff.fast": ("approximate", "offload", "optimize", "restore", "tiled"),
-    "minidiff.lora": ("Adapter", "Applied", "apply"),
+    "minidiff.adapters.lora": ("Adapter", "Applied", "apply"),
     "minidiff.parity": (),
     "weights_convert": (),
 }

@@ -22,8 +22,8 @@ from minidiff.fast.merge import TokenMerging, finest, groups, merged, targets, u
 from minidiff.fast.switch import put_on
 from minidiff.models.attention import Attention, SpatialTransformer
 from minidiff.models.unet import UNet
-from minidiff.picture import read_recipe, save_png
 from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline.picture import read_recipe, save_png
 from tests.tolerances import Tolerance, assert_close
 from tests.unit import tiny
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import minidiff
 from minidiff import cli
-from minidiff.denoise import Prediction, denoise
-from minidiff.guidance import guide
 from minidiff.models.clip import SharedEmbedding
-from minidiff.picture import to_pil
 from minidiff.pipeline import BUNDLED_SCALE, StableDiffusion
+from minidiff.pipeline.denoise import Prediction, denoise
+from minidiff.pipeline.guidance import guide
+from minidiff.pipeline.picture import to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.training import shapes
 from minidiff.training.captions import vocabulary

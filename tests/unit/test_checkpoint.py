@@ -13,12 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minidiff import checkpoint
-from minidiff.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
 from minidiff.config import CLIP_L, SD15, VAE_SD, ModelConfig, to_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.files import ALIGNMENT, HASH_KEY, HEADER_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load, random_model
+from minidiff.storage import checkpoint
+from minidiff.storage.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
+from minidiff.storage.files import ALIGNMENT, HASH_KEY, HEADER_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
 from tests.unit import tiny
 
 METADATA = {VERSION_KEY: checkpoint.VERSION, CONFIG_KEY: to_json(tiny.DDPM)}

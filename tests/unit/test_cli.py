@@ -28,7 +28,11 @@ from safetensors.torch import load_file, save_file
 
 import minidiff
 import weights_convert
-from minidiff import checkpoint, cli, console, destination, embeddings, fast, files, info, lora
+from minidiff import cli, console, fast
+from minidiff.adapters import lora
+from minidiff.adapters import words as embeddings
+from minidiff.cli import info
+from minidiff.cli import output as destination
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -41,6 +45,7 @@ from minidiff.config import (
 )
 from minidiff.pipeline import random_model
 from minidiff.samplers import SAMPLERS
+from minidiff.storage import checkpoint, files
 from tests.unit import convert_sources
 from tests.unit.tiny import tiny_xl
 from weights_convert import keys_original

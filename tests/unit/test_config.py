@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from minidiff import config as c
-from minidiff.checkpoint import build
 from minidiff.config import from_json, to_json
 from minidiff.errors import ConfigError
+from minidiff.storage.checkpoint import build
 from tests.unit import tiny
 
 PRESETS = {

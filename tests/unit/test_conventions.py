@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import ScheduleConfig
-from minidiff.conventions import Convention, read, starts
-from minidiff.conventions.levels import noise_table
-from minidiff.conventions.profiles import FIELDS, PROFILES, Fact
-from minidiff.conventions.table import markdown, plans, side_by_side
 from minidiff.errors import ConfigError, UnsupportedError
+from minidiff.programs import Convention, read, starts
+from minidiff.programs.levels import noise_table
+from minidiff.programs.profiles import FIELDS, PROFILES, Fact
+from minidiff.programs.table import markdown, plans, side_by_side
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import (
@@ -491,10 +491,10 @@ def test_names_and_choices() -> None:
 
 
 def test_the_readmes_table_is_made_from_the_data() -> None:
-    """When it fails: put ``python -c "from minidiff.conventions.table import markdown; print(markdown())"`` there."""
+    """When it fails: put ``python -c "from minidiff.programs.table import markdown; print(markdown())"`` there."""
     page = Path(__file__).resolve().parents[2] / "minidiff" / "conventions" / "README.md"
     text = page.read_text(encoding="utf-8")
-    start, end = "<!-- conventions: made by minidiff/conventions/table.py -->\n", "\n\n<!-- conventions: end -->"
+    start, end = "<!-- conventions: made by minidiff/programs/table.py -->\n", "\n\n<!-- conventions: end -->"
     assert text.count(start) == text.count(end) == 1
     assert text.split(start)[1].split(end)[0] == markdown()
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff.conventions import Convention, read
-from minidiff.conventions.profiles import PROFILES
 from minidiff.errors import ConfigError
 from minidiff.philox import Card, CudaStream
+from minidiff.programs import Convention, read
+from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers
 from tests.tolerances import Tolerance, assert_close
 from tests.unit.tiny import tiny_sd

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights_convert
-from minidiff import CheckpointError, ConfigError, NoiseSchedule, checkpoint, load
+from minidiff import CheckpointError, ConfigError, NoiseSchedule, load
 from minidiff.config import SD15, ModelConfig, ScheduleConfig
-from minidiff.files import TensorFile
 from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
+from minidiff.storage import checkpoint
+from minidiff.storage.files import TensorFile
 from tests.unit import convert_sources as sources
 from tests.unit.tiny import DDPM, SD, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff import conditions
 from minidiff.config import ScheduleConfig
-from minidiff.denoise import Prediction, denoise
 from minidiff.models.unet import UNet
+from minidiff.pipeline import conditions
+from minidiff.pipeline.denoise import Prediction, denoise
 from minidiff.samplers import DDIM, EulerAncestral
 from minidiff.schedule import NoiseSchedule
 from tests.unit.cuda_guard import CudaGuard, GuardError, fake_card

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from minidiff.config import ScheduleConfig
-from minidiff.denoise import Prediction, Run, Step, denoise
 from minidiff.errors import ConfigError
+from minidiff.pipeline.denoise import Prediction, Run, Step, denoise
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import assert_close

@@ -31,11 +31,13 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import embeddings, fast, lora
-from minidiff.embeddings import Word
+from minidiff import fast
+from minidiff.adapters import lora
+from minidiff.adapters import words as embeddings
+from minidiff.adapters.lora import Adapter, Update
+from minidiff.adapters.words import Word
 from minidiff.errors import ConfigError
 from minidiff.fast import onednn
-from minidiff.lora import Adapter, Update
 from minidiff.pipeline import StableDiffusion
 from tests.unit.tiny import tiny_ddpm, tiny_sd, tiny_xl
 

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minidiff import embeddings
+from minidiff.adapters import words as embeddings
+from minidiff.adapters.words import Word
 from minidiff.config import TokenizerConfig
-from minidiff.embeddings import Word
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline import StableDiffusion, load, random_model

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import weights_convert
-from minidiff import CheckpointError, ConfigError, MinidiffError, UnsupportedError, checkpoint, cli
+from minidiff import CheckpointError, ConfigError, MinidiffError, UnsupportedError, cli
 from minidiff.config import (
     CLIP_L,
     OPENCLIP_BIGG,
@@ -37,10 +37,11 @@ from minidiff.config import (
     UNetConfig,
     text,
 )
-from minidiff.files import TensorFile, lazy, write_tensors
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.pipeline import random_model
-from minidiff.writing import PART, atomic_folder
+from minidiff.storage import checkpoint
+from minidiff.storage.files import TensorFile, lazy, write_tensors
+from minidiff.storage.writing import PART, atomic_folder
 from tests.unit import convert_sources as sources
 from tests.unit.tiny import DDPM, SD, redraw, tiny_sd
 from weights_convert.configs_out import config_json
@@ -513,7 +514,7 @@ def test_killed_at_any_moment_leaves_the_old_file(model: Path, tmp_path: Path, t
 def test_what_another_process_is_writing_is_not_cleaned_up(tmp_path: Path) -> None:
     code = f"""
 import time
-from minidiff.writing import atomic_folder
+from minidiff.storage.writing import atomic_folder
 with atomic_folder({str(tmp_path / "out")!r}) as folder:
     (folder / "mine").write_text("half")
     print("writing", flush=True)

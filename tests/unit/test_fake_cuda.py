@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from minidiff import images, noise, request, runner
+from minidiff import noise
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -31,14 +31,15 @@ from minidiff.config import (
     VAEConfig,
     text,
 )
-from minidiff.denoise import Prediction, denoise
 from minidiff.fast.deep import DeepCache
 from minidiff.fast.merge import TokenMerging
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
-from minidiff.pipeline import StableDiffusion, from_parts
+from minidiff.pipeline import StableDiffusion, from_parts, images, request
+from minidiff.pipeline import base as runner
+from minidiff.pipeline.denoise import Prediction, denoise
 from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.unit.cuda_guard import ON_A_CARD, CudaGuard, fake_card

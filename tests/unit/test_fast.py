@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import fast, lora
+from minidiff import fast
+from minidiff.adapters import lora
+from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import ConfigError
 from minidiff.fast import feedforward, onednn, winograd
 from minidiff.fast.feedforward import FeedForwardInBlocks
@@ -19,7 +21,6 @@ from minidiff.fast.packed import PackedConvolutions
 from minidiff.fast.remember import PromptMemory
 from minidiff.fast.switch import put_on
 from minidiff.fast.winograd import WinogradConvolutions
-from minidiff.lora import Adapter, Update
 from minidiff.models.attention import FeedForward, TransformerBlock
 from minidiff.pipeline import StableDiffusion
 from tests.tolerances import (

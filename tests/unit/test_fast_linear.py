@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from minidiff import fast
-from minidiff.around import Around
 from minidiff.fast import onednn
 from minidiff.fast.linear import ROWS, LinearByOneDNN, Product
 from minidiff.fast.switch import put_on
+from minidiff.models.around import Around
 from tests.tolerances import BLOCKS
 from tests.unit.tiny import tiny_sd
 

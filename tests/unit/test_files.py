@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minidiff import files
 from minidiff.errors import CheckpointError
-from minidiff.files import (
+from minidiff.storage import files
+from minidiff.storage.files import (
     ALIGNMENT,
     DTYPES,
     HASH_KEY,
@@ -380,7 +380,7 @@ def test_loading_touches_no_data(tmp_path: Path) -> None:
     write(path, {f"t{i}": big for i in range(4)})
     code = f"""
 import torch
-from minidiff.files import TensorFile
+from minidiff.storage.files import TensorFile
 pages = lambda: int(open("/proc/self/statm").read().split()[1]) * {os.sysconf("SC_PAGE_SIZE")}
 small = TensorFile({str(tmp_path / "small")!r}).lazy["a"].load().sum()
 before = pages()

@@ -35,7 +35,7 @@ def test_damaged_and_hostile_files(folder: Path) -> None:
 def test_a_careless_reader_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: a reader that takes anything is seen to accept another model, or to run a program."""
     base = fuzz.Base(folder)
-    monkeypatch.setattr("minidiff.checkpoint.check_header", lambda path: None)
+    monkeypatch.setattr("minidiff.storage.checkpoint.check_header", lambda path: None)
     n = len(base.paths)
     ends = {base.try_case(number)[1] for number in range(0, n * 400, n) if base.damaged(number).how == "other_config"}
     assert "accepted another model" in ends
@@ -58,8 +58,8 @@ def test_a_careless_reader_of_adapters_is_caught(tmp_path: Path, monkeypatch: py
     """The harness itself: an alpha that is taken as it comes, and a sum that nobody looks at."""
     reader = importlib.import_module("weights_convert.read_lora")
     monkeypatch.setattr(reader, "alpha_of", lambda path, layer, entry: float(entry.load().sum()))
-    monkeypatch.setattr("minidiff.lora.fits", lambda *a: None)
-    monkeypatch.setattr("minidiff.lora.require_finite", lambda tensor, what: None)
+    monkeypatch.setattr("minidiff.adapters.lora.fits", lambda *a: None)
+    monkeypatch.setattr("minidiff.adapters.lora.require_finite", lambda tensor, what: None)
     base = fuzz_adapters.Base(tmp_path)
     ends = {base.try_case(number)[1] for number in range(CASES)}
     assert "FAULT weights are not finite" in ends

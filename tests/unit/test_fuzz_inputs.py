@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minidiff import pixels
+from minidiff.pipeline import pixels
 from tests import fuzz_inputs
 
 CASES = 60

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minidiff.guidance import guide, rescale
+from minidiff.pipeline.guidance import guide, rescale
 from tests.tolerances import EXACT, Tolerance, assert_close
 
 ROUNDING = Tolerance(1e-6, 1e-6, "one rounding more or less in float32")

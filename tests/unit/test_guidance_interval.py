@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, fast
-from minidiff.denoise import choose_rows, rows_outside
 from minidiff.errors import ConfigError
-from minidiff.guidance import guide
-from minidiff.picture import read_recipe
 from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline.denoise import choose_rows, rows_outside
+from minidiff.pipeline.guidance import guide
+from minidiff.pipeline.picture import read_recipe
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.unit import tiny

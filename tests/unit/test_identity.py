@@ -14,11 +14,11 @@ import torch
 
 import minidiff
 import weights_convert
-from minidiff import embeddings
+from minidiff.adapters import words as embeddings
 from minidiff.config import ModelConfig
-from minidiff.files import Lazy, TensorFile, lazy
-from minidiff.identity import SAMPLES, identify, sample
 from minidiff.pipeline import from_parts, random_model
+from minidiff.storage.files import Lazy, TensorFile, lazy
+from minidiff.storage.identity import SAMPLES, identify, sample
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
 from tests.unit import convert_sources

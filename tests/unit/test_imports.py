@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import minidiff
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Which floor a module stands on: it imports from its own floor and from those below. A package's entry holds for all
@@ -16,55 +18,33 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS: dict[str, int] = {
     "minidiff.errors": 0,
     "minidiff.version": 0,
-    "minidiff.spelling": 0,
     "minidiff.config": 1,
-    "minidiff.files": 1,
     "minidiff.console": 1,
-    "minidiff.reading": 1,
-    "minidiff.progress": 1,
-    "minidiff.signals": 1,
-    "minidiff.writing": 1,
-    "minidiff.picture": 2,
-    "minidiff.pixels": 2,
-    "minidiff.png": 2,
-    "minidiff.identity": 2,
-    "minidiff.destination": 3,
+    "minidiff.console.spelling": 0,
+    "minidiff.storage": 1,
+    "minidiff.storage.identity": 2,
+    "minidiff.storage.checkpoint": 4,
+    "minidiff.storage.low_memory": 4,
     "minidiff.schedule": 2,
     "minidiff.philox": 2,
+    "minidiff.pipeline.png": 2,
+    "minidiff.pipeline.picture": 2,
+    "minidiff.pipeline.pixels": 2,
     "minidiff.models": 3,
-    "minidiff.samplers": 3,
-    "minidiff.guidance": 3,
     "minidiff.noise": 3,
-    "minidiff.denoise": 3,
-    "minidiff.conditions": 3,
-    "minidiff.memory": 3,
-    "minidiff.images": 3,
-    "minidiff.recipe": 3,
     "minidiff.precision": 3,
-    "minidiff.prompts": 3,
-    "minidiff.start": 3,
-    "minidiff.around": 3,
-    "minidiff.turns": 3,
-    "minidiff.undo": 3,
-    "minidiff.wrapped": 3,
-    "minidiff.checkpoint": 3,
-    "minidiff.conventions": 3,
-    "minidiff.runner": 4,
-    "minidiff.request": 4,
-    "minidiff.pipeline": 4,
-    "minidiff.arguments": 5,
-    "minidiff.info": 5,
-    "minidiff.repeat": 5,
-    "minidiff.embeddings": 5,
-    "minidiff.fast": 5,
-    "minidiff.lora": 5,
-    "minidiff.parity": 5,
-    "minidiff.training": 5,
-    "minidiff": 6,  # the public names, gathered from everything below
-    "weights_convert": 7,
-    "minidiff.cli": 8,
-    "minidiff.__main__": 9,
-    "weights_convert.__main__": 9,
+    "minidiff.samplers": 3,
+    "minidiff.programs": 4,
+    "minidiff.pipeline": 5,
+    "minidiff.adapters": 6,
+    "minidiff.fast": 6,
+    "minidiff.parity": 7,
+    "minidiff.training": 7,
+    "minidiff": 8,  # the public names, gathered from everything below
+    "weights_convert": 9,
+    "minidiff.cli": 10,
+    "minidiff.__main__": 11,
+    "weights_convert.__main__": 11,
 }
 
 # Imported inside the functions that need them, or not at all (torch brings a part of torch.distributed itself).
@@ -187,6 +167,19 @@ def test_import_loads_only_the_dependencies(added: set[str]) -> None:
 @pytest.mark.parametrize("package", [*NOT_AT_IMPORT, *NEVER])
 def test_import_leaves_out(package: str, added: set[str]) -> None:
     assert sorted(name for name in added if inside(name, package)) == []
+
+
+@pytest.mark.parametrize(("old", "new"), list(minidiff.ALIASES.items()))
+def test_modules_answer_to_their_earlier_names(old: str, new: str) -> None:
+    """Both ``from minidiff import lora`` and ``import minidiff.lora`` give the one module that there is."""
+    code = f"import minidiff.{old}; from minidiff import {old}; import minidiff.{new}, sys; "
+    code += f"print({old} is minidiff.{new} is sys.modules['minidiff.{old}'], {old}.__spec__.name, {old}.__name__)"
+    assert fresh(code) == ["True", f"minidiff.{new}", f"minidiff.{new}"]
+
+
+def test_what_lies_in_a_renamed_package_is_not_loaded_twice() -> None:
+    code = "import minidiff.conventions.profiles as a, minidiff.programs.profiles as b; print(a is b)"
+    assert fresh(code) == ["True"]
 
 
 def test_import_is_quiet() -> None:

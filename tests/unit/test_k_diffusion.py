@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 
 from minidiff.config import ScheduleConfig
-from minidiff.conventions import read
-from minidiff.conventions.profiles import PROFILES
+from minidiff.programs import read
+from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import SAMPLERS, Scheduler, name_of, sampler_to_config
 from minidiff.samplers.method import rates
 from minidiff.schedule import NoiseSchedule

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff import lora
+from minidiff.adapters import lora
+from minidiff.adapters.lora import Adapter, Update
 from minidiff.config import ModelConfig
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
-from minidiff.lora import Adapter, Update
 from minidiff.pipeline import StableDiffusion
 from tests.tolerances import EXACT, Tolerance, assert_close
 from tests.unit import tiny

@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from minidiff import guidance
-from minidiff.conditions import predictor
-from minidiff.denoise import Step, denoise
-from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline import StableDiffusion, guidance
+from minidiff.pipeline.conditions import predictor
+from minidiff.pipeline.denoise import Step, denoise
+from minidiff.pipeline.latents import Keeping
 from minidiff.samplers import DDIM, SAMPLERS
-from minidiff.start import Keeping
 
 FETCHES = {"item", "tolist", "numpy", "cpu", "nonzero"}
 # Asked in the first row alone, and only of an epsilon model on a schedule that begins in pure noise.

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from minidiff import CheckpointError, ConfigError
-from minidiff.files import lazy, write_tensors
 from minidiff.parity import recording
 from minidiff.parity.command import run_of
 from minidiff.parity.ours import Ours, Request
 from minidiff.parity.recording import RUN_KEY, STAGES_KEY, VERSION_KEY, Recording, compare, read, record, write
 from minidiff.parity.report import outcome, reasons, text
 from minidiff.samplers import SAMPLERS
+from minidiff.storage.files import lazy, write_tensors
 from tests.tolerances import RECORDED
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import minidiff
 from minidiff.errors import ConfigError
-from minidiff.guidance import guide
-from minidiff.picture import read_recipe, save_png, to_pil
 from minidiff.pipeline import StableDiffusion, Unconditional, load, random_model
+from minidiff.pipeline.guidance import guide
+from minidiff.pipeline.picture import read_recipe, save_png, to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config, sampler_to_config
 from tests.tolerances import BATCH, Tolerance, assert_close
 from tests.unit import tiny

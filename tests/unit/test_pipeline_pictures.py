@@ -15,16 +15,16 @@ from PIL import Image
 
 from minidiff import MinidiffError, Sizes, StableDiffusion
 from minidiff.config import ModelConfig
-from minidiff.conventions.starts import Start
-from minidiff.denoise import choose_rows
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.images import read
 from minidiff.models.attention import Attention, attention
-from minidiff.picture import read_recipe
 from minidiff.pipeline import from_parts, load, random_model
-from minidiff.pixels import to_eight_bits
+from minidiff.pipeline.denoise import choose_rows
+from minidiff.pipeline.images import read
+from minidiff.pipeline.picture import read_recipe
+from minidiff.pipeline.pixels import to_eight_bits
+from minidiff.pipeline.request import Request
 from minidiff.precision import attention_in_float32
-from minidiff.request import Request
+from minidiff.programs.starts import Start
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.settings import TrainConfig

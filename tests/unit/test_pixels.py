@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from minidiff import images
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pixels import FORMATS, formats, open_picture, suffixes, to_eight_bits
+from minidiff.pipeline import images
+from minidiff.pipeline.pixels import FORMATS, formats, open_picture, suffixes, to_eight_bits
 from minidiff.training.images import read as read_for_training
 
 GREY = np.arange(256, dtype=np.uint8).reshape(8, 32)

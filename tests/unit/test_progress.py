@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from minidiff import StableDiffusion, progress
+from minidiff import StableDiffusion
+from minidiff.console import progress
+from minidiff.console.progress import Counter, check_progress, counted
 from minidiff.errors import ConfigError
-from minidiff.progress import Counter, check_progress, counted
 from tests.unit.test_training_loop import pixel_trainer
 from tests.unit.tiny import tiny_sd
 

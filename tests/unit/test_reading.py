@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from minidiff.console import LONGEST_LINE, one_line
 from minidiff.errors import CheckpointError
-from minidiff.reading import content, mistaken, open_regular, read_bytes, read_json, read_object, read_text
+from minidiff.storage.reading import content, mistaken, open_regular, read_bytes, read_json, read_object, read_text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="named pipes and /dev are POSIX's")
 

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff.picture import to_pil
+from minidiff.pipeline.picture import to_pil
 from tests.unit import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -210,7 +210,7 @@ PAGES = {
         said={'"sigma_spacing": "karras"': shown, "preview = sd.decode(step.x0)": previews},
     ),
     "minidiff/samplers/README.md": Page(),
-    "minidiff/conventions/README.md": Page({"sd15.safetensors": minidiff_file}, {'like="a1111:cpu"': shown}),
+    "minidiff/programs/README.md": Page({"sd15.safetensors": minidiff_file}, {'like="a1111:cpu"': shown}),
     "minidiff/parity/README.md": Page({"sd15.safetensors": minidiff_file}, {"mine.mid.res1.norm1.eps = 1e-5": slip}),
     "minidiff/fast/README.md": Page(
         said={"fast.restore(sd)  # the plain model, bit for bit": quick, "guidance_interval=(0.2, 0.8)": shown},

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from minidiff import png
 from minidiff.errors import CheckpointError
-from minidiff.picture import KEY, read_recipe
-from minidiff.recipe import FIELDS, Recipe, typed
+from minidiff.pipeline import png
+from minidiff.pipeline.picture import KEY, read_recipe
+from minidiff.pipeline.recipe import FIELDS, Recipe, typed
 from tests.unit.tiny import tiny_sd
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from minidiff import console
-from minidiff.signals import Stop, Terminated, terminable
-from minidiff.writing import atomic
+from minidiff.console.signals import Stop, Terminated, terminable
+from minidiff.storage.writing import atomic
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals to itself")
 

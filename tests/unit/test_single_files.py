@@ -21,8 +21,8 @@ import weights_convert
 import weights_convert.__main__
 from minidiff import CheckpointError, UnsupportedError, cli
 from minidiff.config import CLIPTextConfig, TAESDConfig
-from minidiff.files import TensorFile
 from minidiff.pipeline import random_model
+from minidiff.storage.files import TensorFile
 from tests.unit.convert_sources import OVERRIDE, original_tensors, translated, write_folder
 from tests.unit.tiny import SD, tiny_sd
 from weights_convert import keys_diffusers

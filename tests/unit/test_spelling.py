@@ -8,11 +8,12 @@ import time
 import pytest
 import torch
 
-from minidiff import StableDiffusion, config, conventions, fast
+from minidiff import StableDiffusion, config, fast
+from minidiff import programs as conventions
+from minidiff.console.spelling import near
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import SAMPLERS, elsewhere, name_of, sampler_from_config, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
-from minidiff.spelling import near
 from minidiff.training.settings import TrainConfig
 from tests.unit.tiny import tiny_sd
 from weights_convert import convert

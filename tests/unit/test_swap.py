@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import weights_convert
-from minidiff import CheckpointError, ConfigError, StableDiffusion, checkpoint, cli
+from minidiff import CheckpointError, ConfigError, StableDiffusion, cli
 from minidiff.config import ModelConfig, TAESDConfig, from_json, to_json
 from minidiff.models.taesd import TAESD
 from minidiff.pipeline import random_model
+from minidiff.storage import checkpoint
 from tests.unit import convert_sources as sources
 from tests.unit.tiny import DDPM, SD, redraw, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original, keys_taesd

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff.arguments import parser
 from minidiff.cli import main
-from minidiff.files import TensorFile, write_tensors
+from minidiff.cli.options import parser
+from minidiff.storage.files import TensorFile, write_tensors
 from minidiff.training import run, state
 from minidiff.training.command import settings, small_model
 from minidiff.training.loop import Trainer

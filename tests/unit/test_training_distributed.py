@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff.files import TensorFile
+from minidiff.storage.files import TensorFile
 from minidiff.training.distributed import Replicas
 from minidiff.training.sharded import ShardKeeper
 from tests.tolerances import BATCH, assert_close

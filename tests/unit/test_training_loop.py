@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import files
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.storage import files
 from minidiff.training import state
 from minidiff.training.draws import Draws
 from minidiff.training.ema import EMA

@@ -16,11 +16,13 @@ from torch import Tensor
 
 import minidiff
 import weights_convert
-from minidiff import cli, embeddings, fast, lora
+from minidiff import cli, fast
+from minidiff.adapters import lora
+from minidiff.adapters import words as embeddings
+from minidiff.adapters.lora import Adapter, Update
+from minidiff.adapters.words import Word
 from minidiff.config import CLIPTextConfig, VAEConfig, text
-from minidiff.embeddings import Word
 from minidiff.errors import ConfigError, MinidiffError
-from minidiff.lora import Adapter, Update
 from minidiff.pipeline import StableDiffusion, Unconditional, random_model
 from tests.unit.tiny import SD, tiny_ddpm, tiny_sd, tiny_xl
 

@@ -12,10 +12,12 @@ from torch import nn
 
 import minidiff
 import weights_convert
-from minidiff import StableDiffusion, Unconditional, conventions, fast, pipeline
+from minidiff import StableDiffusion, Unconditional, fast
+from minidiff import programs as conventions
 from minidiff.config import ScheduleConfig
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import random_model
+from minidiff.pipeline import stable_diffusion as pipeline
 from minidiff.samplers import SAMPLERS, Method, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.loop import Trainer

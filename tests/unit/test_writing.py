@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from minidiff import writing
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.files import lazy, write_tensors
-from minidiff.writing import PART, append, atomic, atomic_folder, check_place, locked, numbered, sweep
+from minidiff.storage import writing
+from minidiff.storage.files import lazy, write_tensors
+from minidiff.storage.writing import PART, append, atomic, atomic_folder, check_place, locked, numbered, sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="links, pipes and locks of POSIX")
@@ -205,7 +205,7 @@ def test_a_quota_that_is_reached_while_the_buffer_is_emptied(tmp_path: Path) -> 
     """The system's own refusal (a limit on the size of files), which comes with the flush: nothing stays."""
     code = f"""
 import resource, signal, sys
-from minidiff.writing import atomic
+from minidiff.storage.writing import atomic
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with atomic({str(tmp_path / "a")!r}) as file:
@@ -646,7 +646,7 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     code = f"""
 import os
-from minidiff.writing import locked
+from minidiff.storage.writing import locked
 with locked({str(tmp_path / "run")!r}, "taken"):
     os._exit(9)
 """

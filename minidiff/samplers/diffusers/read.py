@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 from minidiff.config import ScheduleConfig, check, from_json, quote
+from minidiff.console.spelling import near
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers.diffusers.classes import READERS, SCHEDULE, Config, Reader, one_of
 from minidiff.samplers.method import Method
 from minidiff.schedule import MAX_BETA
-from minidiff.spelling import near
 
 # Fields of schedulers that are not (yet) in READERS, and of old versions: ignored, as diffusers ignores them.
 SIBLINGS = frozenset(

@@ -1,0 +1,1 @@
+"""Additions to a loaded model: LoRA adapters and learned words."""

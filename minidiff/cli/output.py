@@ -1,0 +1,89 @@
+"""Destination of pictures: their folder and names; another file is never silently overwritten."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipeline.picture import read_recipe, save_png
+from minidiff.storage.writing import check_place, numbered
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class Destination:
+    """A folder, and a file name if one was given; without it each picture is named by its prompt and seed.
+
+    ``out``: a file name (".png" may be left out), a folder, or None for the current one; a folder that does not exist
+    ends with a slash, and is made with the first picture. ``force``: a file that was there before is replaced; of a
+    link it is the link, and what is no regular file is left alone. Raises :class:`ConfigError` or
+    :class:`CheckpointError` for what is neither and OSError for a folder that cannot be written to: better now than
+    after all the work.
+    """
+
+    def __init__(self, out: str | None = None, force: bool = False) -> None:
+        self.folder, self.name, self.force = Path(out or "."), "", force
+        self._written: set[tuple[int, int]] = set()
+        self.new = out is not None and out.endswith(("/", os.sep))
+        if out is not None and not self.folder.is_dir() and not self.new:
+            path = self.folder
+            if path.suffix.lower() not in ("", ".png"):
+                raise ConfigError(f"--out {out}: pictures are PNG files; name it {path.stem}.png")
+            self.folder, self.name = path.parent, path.stem + (path.suffix or ".png")
+        there = self.folder
+        while self.new and not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise ConfigError(f"--out {out}: there is no folder {there}; create it first")
+        if self.name:
+            check_place(self.folder / self.name, "replace" if force else "next")
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as e:
+            e.filename = str(there)  # and not the random name that was tried
+            raise
+
+    def save(self, image: Image.Image) -> Path:
+        """Write one picture with its recipe; gives the path, which has a number if its name was taken."""
+        if self.new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / (self.name or self._name(image))
+        if self.force:
+            n = 1
+            while not self._may_replace(numbered(path, n)):
+                n += 1
+            path = numbered(path, n)
+        path = save_png(image, path, "replace" if self.force else "next")
+        found = os.lstat(path)
+        self._written.add((found.st_dev, found.st_ino))
+        return path
+
+    def _may_replace(self, path: Path) -> bool:
+        """Return True if ``--force`` applies to this file: a regular one that is no output of this run by any name."""
+        if not os.path.lexists(path):
+            return True
+        try:
+            check_place(path)
+        except CheckpointError:
+            return False
+        found = os.lstat(path)
+        return (found.st_dev, found.st_ino) not in self._written
+
+    def _name(self, image: Image.Image) -> str:
+        recipe = read_recipe(image)
+        return f"{slug(str(recipe.get('prompt') or recipe['model']))}-{recipe['seed']}.png"
+
+
+def slug(text: str) -> str:
+    """The first words of a text as a file name, in any script that the file system takes."""
+    name = "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        name = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return name or "picture"

@@ -1,0 +1,185 @@
+"""Input pictures and masks: a path, a PIL image or a tensor is converted to the VAE's input, and then to latents.
+
+A PIL image is resized with the Lanczos filter, a tensor with nearest neighbours, both only if the size differs. The
+resizing, the order of the steps, and even the strides of the result (a PIL image is stored pixel by pixel, and
+convolutions choose their kernel by the strides) are those of the reference, so that the latents are bit-identical.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minidiff.config import check, quote
+from minidiff.errors import ConfigError
+from minidiff.models.vae import VAE
+from minidiff.noise import Source
+from minidiff.pipeline.pixels import complaint, open_picture, to_eight_bits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | Image.Image | Tensor | Sequence[str | os.PathLike[str] | Image.Image]
+
+Mode = Literal["RGB", "L"]
+MASKED = 0.5  # mask values from here up are painted
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Input pictures of a run. ``pixels``: (N, 3, H, W) in [-1, 1], or latents (N, C, h, w), scaled, if ``encoded``.
+
+    ``mask``: (M, 1, H, W), 1 where the picture is repainted and 0 where it is kept; None for img2img.
+    """
+
+    pixels: Tensor
+    encoded: bool
+    mask: Tensor | None = None
+
+
+def read(
+    image: Picture,
+    mask: Picture | None,
+    height: int | None,
+    width: int | None,
+    factor: int,
+    latent_channels: int,
+    image_channels: int = 3,
+) -> Pictures:
+    """Read ``image`` and ``mask`` and resize them to ``height`` x ``width``, by default their own size rounded down to
+    multiples of ``factor``.
+
+    Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]. An image with
+    ``latent_channels`` is taken as latents. Pictures may have any mode, see :mod:`minidiff.pipeline.pixels`. Files are
+    rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes or values, and
+    :class:`CheckpointError` for a file that is missing or not a picture.
+    """
+    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == latent_channels != image_channels:
+        check(image.numel() > 0, f"image is a tensor of shape {tuple(image.shape)}, which holds nothing")
+        size = (image.shape[2] * factor, image.shape[3] * factor)
+        for name, given, side in (("height", height, size[0]), ("width", width, size[1])):
+            check(
+                given in (None, side),
+                f"{name}={given}, but the image is latents of {side} pixels; they keep their size",
+            )
+        return Pictures(image, True, None if mask is None else _mask(_open(mask, "mask"), size, size))
+    found = _open(image, "image")
+    own = size_of(found)
+    size = (height or own[0] // factor * factor, width or own[1] // factor * factor)
+    check(min(size) > 0, f"image of {own[1]} x {own[0]} pixels is too small; {factor} x {factor} is the least")
+    pixels = 2.0 * _numbers(found, size, "RGB", image_channels, "image") - 1.0
+    return Pictures(pixels, False, None if mask is None else _mask(_open(mask, "mask"), size, own))
+
+
+def _mask(mask: Any, size: tuple[int, int], image: tuple[int, int]) -> Tensor:
+    """Return the mask as 0 and 1, (M, 1, H, W). Its size must match the image before either is resized."""
+    own = size_of(mask)
+    check(
+        own == image, f"mask is {own[1]} x {own[0]} pixels, the image {image[1]} x {image[0]}; they must be of one size"
+    )
+    return (_numbers(mask, size, "L", 1, "mask") >= MASKED).float()
+
+
+def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
+    """Return tensors unchanged, and paths and PIL images as a list of PIL images, 8-bit RGB or L."""
+    if isinstance(given, Tensor):
+        shape = tuple(given.shape)
+        fits = given.ndim == 4 and given.numel() > 0
+        check(fits, f"{name} is a tensor of shape {shape}; (images, channels, height, width) is wanted")
+        return given
+    many = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    check(len(many) > 0, f"{name} is an empty list; give at least one")
+    found = [_picture(one, name) for one in many]
+    for one in found:
+        check(one.size == found[0].size, f"{name}s of one run must be of one size, got {found[0].size} and {one.size}")
+    return found
+
+
+def _picture(given: Any, name: str) -> Image.Image:
+    """Return one picture, given as a path or a PIL image, as 8-bit RGB or L."""
+    from PIL import Image
+
+    if isinstance(given, (str, os.PathLike)):
+        return open_picture(given, name)
+    kinds = "a path, a PIL image, a list of them, or a tensor (B, C, H, W)"
+    check(isinstance(given, Image.Image), f"{name} must be {kinds}, got {type(given).__name__}")
+    try:
+        return to_eight_bits(given)
+    except MemoryError:
+        raise
+    except Exception as e:  # of a file that was opened and is read only now, or of a mode that the library half knows
+        raise ConfigError(f"{name} cannot be read ({complaint(e)})") from None
+
+
+def size_of(found: list[Image.Image] | Tensor) -> tuple[int, int]:
+    """Return (height, width)."""
+    if isinstance(found, Tensor):
+        return found.shape[2], found.shape[3]
+    return found[0].height, found[0].width
+
+
+def _numbers(found: list[Image.Image] | Tensor, size: tuple[int, int], mode: Mode, channels: int, name: str) -> Tensor:
+    """Return resized pictures as (N, channels, H, W) in [0, 1], float32."""
+    if isinstance(found, Tensor):
+        shape = tuple(found.shape)
+        check(found.shape[1] == channels, f"{name} is a tensor of shape {shape}; {channels} channels are wanted")
+        check(found.is_floating_point(), f"{name} is a tensor of {found.dtype}; float values in 0..1 are wanted")
+        low, high = found.aminmax()
+        check(
+            bool(low >= 0) and bool(high <= 1), f"{name} has values from {quote(low.item())} to {high:g}, not in 0..1"
+        )
+        found = found.float()
+        return found if size_of(found) == size else F.interpolate(found, size=size)
+    from PIL import Image
+
+    arrays = []
+    for picture in found:
+        resized = picture.resize(size[::-1], resample=Image.Resampling.LANCZOS).convert(mode)
+        arrays.append(np.asarray(resized).astype(np.float32) / 255.0)
+    stacked = np.stack(arrays)
+    stacked = stacked[..., None] if stacked.ndim == 3 else stacked
+    return torch.from_numpy(stacked.transpose(0, 3, 1, 2))  # a view: its strides affect the bits of the results
+
+
+# --- to latents ------------------------------------------------------------------------------------------------------
+
+
+def encode(vae: VAE, pixels: Tensor, count: int, noise: Source, dtype: torch.dtype) -> Tensor:
+    """Encode ``pixels`` (N, 3, H, W) in [-1, 1] and draw a sample: latents of unit variance, in ``dtype``.
+
+    With one noise stream for all, the N pictures are encoded and sampled together: (N, C, h, w). With one stream for
+    each of ``count`` images, each picture is encoded alone, and every image has its own sample: (count, C, h, w).
+    """
+    weight = vae.encoder.conv_in.weight
+    pixels = pixels.to(weight)
+    if noise.shared:
+        found = [vae.encode(pixels)]
+        drawn = [noise(tuple(found[0].mean.shape), weight.dtype, weight.device)]
+    else:
+        alone = [vae.encode(pixels[k : k + 1]) for k in range(len(pixels))]
+        found = [alone[k] for k in owners(len(pixels), count, "image")]
+        each = noise((count, *alone[0].mean.shape[1:]), weight.dtype, weight.device)
+        drawn = [each[k : k + 1] for k in range(count)]
+    latents = torch.cat([f.sample(noise=d) for f, d in zip(found, drawn, strict=True)])
+    return vae.config.scaling_factor * latents.to(dtype)
+
+
+def spread(given: Tensor, count: int, name: str) -> Tensor:
+    """Spread ``given`` (N, ...) over the images of a run, (count, ...), as :func:`owners` assigns them."""
+    return torch.cat([given[k : k + 1] for k in owners(len(given), count, name)])
+
+
+def owners(n: int, count: int, name: str) -> list[int]:
+    """Return, for each of ``count`` images, which of ``n`` pictures it reads: the only one, its prompt's, or its own.
+
+    Raises :class:`ConfigError` if they cannot be distributed evenly.
+    """
+    check(count % n == 0, f"{n} {name}s for {count} pictures; give one, one for each prompt, or one for each picture")
+    return [k * n // count for k in range(count)]

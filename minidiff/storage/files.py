@@ -1,0 +1,285 @@
+"""Tensors on disk: safetensors read through mmap and written as a stream.
+
+The safetensors format consists of eight bytes of length, a JSON table of names, shapes and byte ranges, and the bytes.
+Reading is done by the safetensors library. Writing is done here, so that a checkpoint passes through memory one tensor
+at a time and carries the hash of its content in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from minidiff.config import quote
+from minidiff.errors import CheckpointError, UnsupportedError
+from minidiff.storage.reading import PICKLES, content, mistaken
+from minidiff.storage.writing import Existing, atomic
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# 8-bit floats are a storage format: they are read as float16, which holds every value of both kinds.
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+WIDENED = dict.fromkeys(FLOAT8.values(), torch.float16)
+# Keys of the scales that belong to quantized float8 and int8 weights.
+SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_2)?|comfy_quant)")
+# NaN and infinity are the numbers whose exponent bits are all set.
+EXPONENTS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+HASH_KEY = "minidiff.hash"  # hash of all content: checked when everything is read
+HEADER_KEY = "minidiff.header"  # hash of the header alone: checked whenever the file is opened
+BLANK = "0" * 64  # placeholder for a hash while it is computed
+FRESH_MAP = 12 << 20  # bytes read from a map before it is replaced by a new one
+ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """Description of a tensor that is not read yet; ``load()`` reads it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """Wrap a tensor in memory as :class:`Lazy`; float8 becomes float16."""
+    dtype = WIDENED.get(tensor.dtype, tensor.dtype)
+    return Lazy(tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return True if no entry is NaN or infinite; what is not floating point never is.
+
+    It tests the bits, which is many times faster than ``torch.isfinite``, the bottleneck of a conversion otherwise.
+    """
+    if tensor.dtype not in EXPONENTS:
+        return True
+    kind, exponent = EXPONENTS[tensor.dtype]
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(kind).numpy()
+    return not bool(((bits & exponent) == exponent).any())
+
+
+def refuse_scaled(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise :class:`UnsupportedError` if one of a file's keys says that its weights are quantized with scales."""
+    scale = next((name for name in names if SCALED.fullmatch(name)), None)
+    if scale is not None:
+        raise UnsupportedError(
+            f"{path}: has {quote(scale)}, so its weights are scaled ones of 8 bits, which minidiff does not multiply "
+            "out; get the model in float16"
+        )
+
+
+class TensorFile:
+    """A safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
+
+    float8 tensors are read as float16, which holds all their values. Raises :class:`CheckpointError` for a file that is
+    missing, truncated, of another format by its first bytes, or whose header does not fit its content, and
+    :class:`UnsupportedError` for quantized weights with scales.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        what = mistaken(path) or ("a pickle, as torch.save writes them" if content(path) in PICKLES else None)
+        if what is not None:
+            raise CheckpointError(f"{self.path}: no readable safetensors file; it is {what}")
+        try:
+            self._identity = _identity(self.path)
+            opened = self._open()
+            self.metadata: dict[str, str] = dict(opened.metadata() or {})
+            names = list(opened.keys())
+            refuse_scaled(self.path, names)
+            self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in names}
+        except (SafetensorError, OSError, ValueError, OverflowError) as e:
+            raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
+
+    def _open(self) -> Any:
+        self._file: Any = safe_open(str(self.path), framework="pt")
+        self._read = 0
+        return self._file
+
+    def _describe(self, name: str) -> Lazy:
+        part = self._file.get_slice(name)
+        kind, shape = part.get_dtype(), tuple(part.get_shape())
+        if any(n >= 2**63 for n in shape):  # beside a 0, they pass as no bytes at all
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is absurd")
+        if kind in FLOAT8:
+            return Lazy(shape, WIDENED[FLOAT8[kind]], lambda: self._load(name).to(WIDENED[FLOAT8[kind]]))
+        if kind not in DTYPES:
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} has dtype {kind}, which minidiff does not read")
+        return Lazy(shape, DTYPES[kind], lambda: self._load(name))
+
+    def _load(self, name: str) -> Tensor:
+        if self._file is None:
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
+        try:
+            # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
+            # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it; large
+            # tensors have one of their own, since some of them are soon replaced (fast/packed.py). Maps cost 1 ms each.
+            if self._read and self._read + self.lazy[name].nbytes > FRESH_MAP:
+                self._open()
+                if _identity(self.path) != self._identity:
+                    raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")
+            tensor: Tensor = self._file.get_tensor(name)
+            self._read += tensor.nbytes
+        except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+            # Ctrl-C in the middle of a read comes out of torch as an error of its own: the next read succeeds.
+            if isinstance(e, (ValueError, RuntimeError)) and self._readable(name):
+                raise KeyboardInterrupt from None
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
+        return tensor
+
+    def _readable(self, name: str) -> bool:
+        with suppress(SafetensorError, OSError, ValueError, RuntimeError):
+            self._file.get_tensor(name)
+            return True
+        return False
+
+    def close(self) -> None:
+        """Close the file. Tensors that were read stay valid."""
+        self._file = None
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Return numbers that tell a file from another that took its name."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str],
+    existing: Existing = "replace",
+) -> str:
+    """Write a safetensors file, one tensor at a time, atomically; return the content hash it carries.
+
+    The hash is SHA-256 over the metadata, the table of tensors and their bytes, as 64 hex digits, under ``HASH_KEY``.
+    ``existing``: what becomes of a file that is there, see :func:`~minidiff.storage.writing.atomic`.
+    Raises :class:`CheckpointError` for a dtype that the format (or minidiff) does not have.
+    """
+    for name, t in tensors.items():
+        if t.dtype not in NAMES:
+            raise CheckpointError(f"{path}: tensor {quote(name)} has dtype {t.dtype}, which minidiff does not write")
+    order = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT != 0, -tensors[n].dtype.itemsize))
+    table: dict[str, Any] = {"__metadata__": {**metadata, HEADER_KEY: BLANK, HASH_KEY: BLANK}}
+    offset = 0
+    for name in order:  # whole cache lines first, so that every large tensor starts at one
+        t = tensors[name]
+        table[name] = {
+            "dtype": NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
+        offset += t.nbytes
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    header = _put(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
+    digest = hashlib.sha256(header)
+    with atomic(path, existing) as file, ThreadPoolExecutor(max_workers=1) as beside:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for name in order:
+            data = _bytes(name, tensors[name])
+            hashed = beside.submit(
+                digest.update, data
+            )  # hashing and writing take about equally long, and run in parallel
+            file.write(data)
+            hashed.result()
+        file.seek(8)
+        file.write(_put(header, HASH_KEY, digest.hexdigest()))
+    return digest.hexdigest()
+
+
+def check_header(path: str | os.PathLike[str]) -> None:
+    """Raise :class:`CheckpointError` if the header of a file that :func:`write_tensors` wrote was changed since.
+
+    A changed digit in a config would silently give another model. Older files without this hash are accepted.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, os.path.getsize(path)))
+    # Looked up in the parsed table, not in the bytes: a rewritten header still has its keys.
+    told = (json.loads(header).get("__metadata__") or {}).get(HEADER_KEY)
+    blank = _put(_put(header, HEADER_KEY, BLANK), HASH_KEY, BLANK)
+    if told is not None and told != hashlib.sha256(blank).hexdigest():
+        raise CheckpointError(f"{path}: its header is not what minidiff wrote; the file is damaged, get it again")
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Recompute the hash of a file that :func:`write_tensors` wrote, by reading all of it.
+
+    Raises :class:`CheckpointError` for a file that is missing, or that carries no hash.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, path.stat().st_size))  # no file's header is longer than the file
+        if _value(header, HASH_KEY) is None:
+            raise CheckpointError(f"{path}: carries no content hash; it was not written by minidiff")
+        digest = hashlib.sha256(_put(header, HASH_KEY, BLANK))
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _value(header: bytes, key: str) -> str | None:
+    """Return the hash under ``key`` in a header's bytes, or None."""
+    mark = f'"{key}":"'.encode()
+    at = header.find(mark)
+    return None if at < 0 else header[at + len(mark) :][:64].decode("ascii", "replace")
+
+
+def _put(header: bytes, key: str, value: str) -> bytes:
+    """Return a header's bytes with the hash under ``key``, if there is one, replaced."""
+    mark = f'"{key}":"'.encode()
+    at = header.find(mark)
+    start = at + len(mark)
+    return header if at < 0 else header[:start] + value.encode() + header[start + 64 :]
+
+
+def _bytes(name: str, entry: Lazy) -> memoryview:
+    tensor = entry.load()
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+        got, want = (tuple(tensor.shape), tensor.dtype), (entry.shape, entry.dtype)
+        raise CheckpointError(f"tensor {quote(name)} turned out to be {got} instead of {want}")
+    raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,138 @@
+"""Low-memory mode: the parts of a model take turns in memory, each only while it is in use.
+
+A picture is made in three turns: text encoder, UNet, VAE. None of them needs the weights of another, so memory must
+hold only the largest of them. An unused part keeps its modules, and each weight is replaced by a single NaN expanded to
+the weight's shape. It takes no memory, carries device and dtype, and makes accidental use visible.
+
+The caller defines the source of the weights: they are read from the mapped file (``load(..., low_memory=True)``), or
+copied from the host to a small card (:mod:`minidiff.fast.offload`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.errors import ConfigError
+from minidiff.models.around import Around
+
+Weights = Mapping[str, Callable[[], Tensor]]
+
+
+class Slot:
+    """Place of one weight in its layer, and a function to get it."""
+
+    def __init__(self, layer: nn.Module, name: str, fetch: Callable[[], Tensor], device: torch.device) -> None:
+        self.layer, self.name, self.fetch = layer, name, fetch
+        self.original = layer.get_parameter(name)
+        self.rest = torch.full((), float("nan"), dtype=self.original.dtype, device=device).expand(self.original.shape)
+        self.weight = nn.Parameter(self.rest, requires_grad=False)
+        self.here = False
+
+    def put(self, value: Tensor) -> None:
+        self.here = True
+        self.weight.data = value
+        setattr(self.layer, self.name, self.weight)  # a switch may have put another one there (packed)
+        self.here = value is not self.rest
+
+
+class Turn(Around):
+    """A method of a part (``forward``, ``state_dict``): the part's weights come before it, and stay until its end."""
+
+    outermost = True
+
+    def __init__(self, layer: nn.Module, name: str, turns: Turns, turn: str) -> None:
+        self.turns, self.turn = turns, turn
+        super().__init__(layer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.turns.working:
+            self.turns.enter(self.turn)
+            return self.inner(*args, **kwargs)
+
+
+class Turns:
+    """The parts of a model, taking turns on ``device``: a part's weights come with its first call, the others' go.
+
+    ``weights`` gives each by its name, "part.parameter", ready on ``device``, as often as it is asked for; shapes and
+    dtypes are those that the parameters of ``parts`` have now. The text encoders of SDXL share a turn. Of several
+    threads one works at a time: there is memory for one part.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module], weights: Weights, device: torch.device) -> None:
+        self.device = device
+        self.now: str | None = None
+        self.working = threading.RLock()
+        self.slots: dict[str, list[Slot]] = {}
+        self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.methods: list[tuple[nn.Module, str, str]] = []
+        for name, part in parts.items():
+            turn = name.removesuffix("_2")
+            self.slots.setdefault(turn, []).extend(
+                Slot(
+                    part.get_submodule(path.rpartition(".")[0]),
+                    path.rpartition(".")[2],
+                    weights[f"{name}.{path}"],
+                    device,
+                )
+                for path, _ in part.named_parameters()
+            )
+            for layer in part.modules():  # a table or two that follow from the config: they stay
+                self.buffers += [(layer, key, buffer) for key, buffer in layer.named_buffers(recurse=False)]
+            # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
+            self.methods += [(entrance, "forward", turn) for entrance in (part, *part.children())]
+            self.methods.append((part, "state_dict", turn))
+
+    def begin(self) -> None:
+        """Put every part to rest. Raises whatever comes between, and then :meth:`end` takes it back."""
+        for layer, key, buffer in self.buffers:
+            setattr(layer, key, buffer.to(self.device))
+        for layer, method, turn in self.methods:
+            Turn(layer, method, self, turn)
+        for slot in self._all():
+            slot.put(slot.rest)
+
+    def enter(self, turn: str) -> None:
+        """Bring the parts of ``turn`` in, and let those of another go."""
+        if turn == self.now:
+            return
+        self.leave()
+        for slot in self.slots[turn]:
+            slot.put(slot.fetch())
+        self.now = turn
+
+    def leave(self) -> None:
+        """Free the weights in memory."""
+        self.now = None
+        for slot in self._all():
+            if slot.here:
+                slot.put(slot.rest)
+                # What stands in for a layer's forward (minidiff.fast) may have made something of its weight.
+                forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
+                if forget is not None:
+                    forget()
+
+    def end(self) -> None:
+        """Restore the parameters of every part. Calling it twice is harmless."""
+        for layer, method, _ in self.methods:
+            Turn.take_off(layer, method)
+        for slot in self._all():
+            setattr(slot.layer, slot.name, slot.original)
+        for layer, key, buffer in self.buffers:
+            setattr(layer, key, buffer)
+
+    def _all(self) -> list[Slot]:
+        return [slot for slots in self.slots.values() for slot in slots]
+
+
+def check_present(weight: Tensor, what: str) -> None:
+    """Raise :class:`ConfigError` if ``weight`` is that of a part at rest, which ``what`` cannot work with."""
+    if weight.layout == torch.strided and weight.numel() > 1 and not any(weight.stride()):
+        raise ConfigError(
+            f"{what} needs the whole model in memory, and its parts take turns there; load it without low_memory, or "
+            "call fast.restore first"
+        )
