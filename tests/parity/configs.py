@@ -229,22 +229,25 @@ def spoil(rng: Random, file: Path) -> bool:
 
 
 def judge(theirs: Callable[[], Any], read: Callable[[], Any], run: Callable[[Any], Any]) -> str:
-    """How reading and running the same folder ends on both sides; each gives a list of tensors or of numbers."""
+    """How reading and running the same folder ends on both sides; each gives a list of tensors or of numbers.
+
+    A setting may be refused when the folder is read, or by the run that it makes impossible.
+    """
     try:
         want = theirs()
     except Exception:  # whatever it raises
         want = None
     try:
         model = read()
+        got = None if want is None else run(model)
     except MinidiffError as e:
         if "\n" in str(e):
             return f"raw error of several lines: {e}"
         return "refused" if want is not None else "both refuse"
     except Exception as e:
         return f"raw error {type(e).__name__}: {e}"[:200]
-    if want is None:
+    if got is None:
         return "the reference refuses"
-    got = run(model)
     return "equal" if len(got) == len(want) and all(map(_same, got, want)) else "different"
 
 

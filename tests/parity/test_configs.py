@@ -11,6 +11,7 @@ import pytest
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextConfig
 
+from minidiff.errors import ConfigError
 from tests.parity import configs
 from weights_convert import configs_diffusers
 
@@ -51,3 +52,28 @@ def test_a_setting_that_is_passed_over_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
 
 CENTRED = {"center_input_sample": True}
+
+
+def test_how_a_case_ends() -> None:
+    """The harness itself: refused when it is read or when it is run, in one line; anything else is a fault."""
+
+    def fails(error: Exception) -> Any:
+        def run(*_: Any) -> Any:
+            raise error
+
+        return run
+
+    refused, broken = ConfigError("step 3 divides by zero; use v-prediction"), RuntimeError("an index is too large")
+    assert configs.judge(lambda: [1], lambda: None, lambda _: [1]) == "equal"
+    assert configs.judge(lambda: [1], lambda: None, lambda _: [2]) == "different"
+    assert configs.judge(lambda: [1], lambda: None, lambda _: []) == "different"
+    assert configs.judge(lambda: [1], fails(refused), lambda _: [1]) == "refused"
+    assert configs.judge(lambda: [1], lambda: None, fails(refused)) == "refused"
+    assert configs.judge(fails(broken), fails(refused), fails(broken)) == "both refuse"
+    assert configs.judge(fails(broken), lambda: None, fails(broken)) == "the reference refuses"
+    for end in (
+        configs.judge(lambda: [1], fails(broken), lambda _: [1]),
+        configs.judge(lambda: [1], lambda: None, fails(broken)),
+        configs.judge(lambda: [1], lambda: None, fails(ConfigError("two\nlines"))),
+    ):
+        assert end.startswith("raw error")
