@@ -1,8 +1,9 @@
 """Tensors on disk: safetensors read through mmap and written as a stream.
 
 The safetensors format consists of eight bytes of length, a JSON table of names, shapes and byte ranges, and the bytes.
-Reading is done by the safetensors library. Writing is done here, so that a checkpoint passes through memory one tensor
-at a time and carries the hash of its content in its header.
+The safetensors library checks that the table fits the file. Tensors are mapped here, since the library's ``get_tensor``
+never frees some 60 bytes of each. Writing is done here, too, so that a checkpoint passes through memory one tensor at a
+time and carries the hash of its content in its header.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.storage.reading import PICKLES, content, mistaken
+from minidiff.storage.reading import PICKLES, content, mistaken, open_regular
 from minidiff.storage.writing import Existing, atomic
 
 DTYPES = {
@@ -43,6 +43,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # 8-bit floats are a storage format: they are read as float16, which holds every value of both kinds.
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+STORED = DTYPES | FLOAT8
 WIDENED = dict.fromkeys(FLOAT8.values(), torch.float16)
 # Keys of the scales that belong to quantized float8 and int8 weights.
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_2)?|comfy_quant)")
@@ -117,22 +118,27 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: no readable safetensors file; it is {what}")
         try:
             self._identity = _identity(self.path)
-            opened = self._open()
+            opened: Any = safe_open(str(self.path), framework="np")  # for torch it would map the file once more
             self.metadata: dict[str, str] = dict(opened.metadata() or {})
             names = list(opened.keys())
             refuse_scaled(self.path, names)
+            self._begin, self._table = _table(self.path)
+            self._map()
             self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in names}
-        except (SafetensorError, OSError, ValueError, OverflowError) as e:
+        except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as e:
             raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
 
-    def _open(self) -> Any:
-        self._file: Any = safe_open(str(self.path), framework="pt")
-        self._read = 0
-        return self._file
+    def _map(self) -> Any:
+        """Map the file anew, for this and the following tensors. What is written to them does not reach the file."""
+        # Python's mmap would keep a file descriptor for every map, and its buffers could only be freed under the GIL.
+        mapped: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._identity[1])
+        if _identity(self.path) != self._identity:
+            raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")
+        self._mapped, self._read = mapped, 0
+        return mapped
 
     def _describe(self, name: str) -> Lazy:
-        part = self._file.get_slice(name)
-        kind, shape = part.get_dtype(), tuple(part.get_shape())
+        kind, shape = self._table[name]["dtype"], tuple(self._table[name]["shape"])
         if any(n >= 2**63 for n in shape):  # beside a 0, they pass as no bytes at all
             raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is absurd")
         if kind in FLOAT8:
@@ -142,34 +148,33 @@ class TensorFile:
         return Lazy(shape, DTYPES[kind], lambda: self._load(name))
 
     def _load(self, name: str) -> Tensor:
-        if self._file is None:
+        mapped, told = self._mapped, self._table[name]
+        if mapped is None:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
+        start, end = told["data_offsets"]
         try:
             # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
             # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it; large
-            # tensors have one of their own, since some of them are soon replaced (fast/packed.py). Maps cost 1 ms each.
-            if self._read and self._read + self.lazy[name].nbytes > FRESH_MAP:
-                self._open()
-                if _identity(self.path) != self._identity:
-                    raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")
-            tensor: Tensor = self._file.get_tensor(name)
-            self._read += tensor.nbytes
-        except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-            # Ctrl-C in the middle of a read comes out of torch as an error of its own: the next read succeeds.
-            if isinstance(e, (ValueError, RuntimeError)) and self._readable(name):
-                raise KeyboardInterrupt from None
+            # tensors have one of their own, since some of them are soon replaced (fast/packed.py).
+            if self._read and self._read + end - start > FRESH_MAP:
+                mapped = self._map()
+        except (OSError, RuntimeError) as e:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
-        return tensor
-
-    def _readable(self, name: str) -> bool:
-        with suppress(SafetensorError, OSError, ValueError, RuntimeError):
-            self._file.get_tensor(name)
-            return True
-        return False
+        self._read += end - start
+        dtype = STORED[told["dtype"]]
+        part = mapped[self._begin + start : self._begin + end]
+        return torch.empty(0, dtype=dtype, device="cpu").set_(part).view(told["shape"])
 
     def close(self) -> None:
-        """Close the file. Tensors that were read stay valid."""
-        self._file = None
+        """Let go of the file. Tensors that were read stay valid."""
+        self._mapped = None
+
+
+def _table(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return the place of the first tensor's bytes, and what the header, checked before, says of each tensor."""
+    with open_regular(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length, json.loads(file.read(length))
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
