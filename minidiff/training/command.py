@@ -44,6 +44,7 @@ def run(args: Namespace, open_model: Callable[[str], Pipe], device: torch.device
     One of several processes that is not the main one is silent, and has no path to tell.
     """
     device = local_device(device)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata, of each of thousands of pictures
     if not is_main():
         args.quiet = True
         warnings.simplefilter("ignore")

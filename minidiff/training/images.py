@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,20 +88,18 @@ class ImageFolder:
         self.marks: dict[str, int] = {}
         keep = len(found) * 3 * size**2 <= memory
         rows: list[Tensor] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's remarks on odd metadata
-            for file in counted(found, "picture", show=progress, what="reading"):
-                try:
-                    row = read(file, size)
-                except (CheckpointError, OSError):
-                    self.broken.append(file)
-                    continue
-                self.files.append(file)
-                self.marks[_name(file, self.path)] = zlib.crc32(
-                    row.numpy().tobytes() + texts.get(file, "").encode(errors="surrogatepass")
-                )
-                if keep:
-                    rows.append(row)
+        for file in counted(found, "picture", show=progress, what="reading"):
+            try:
+                row = read(file, size)
+            except (CheckpointError, OSError):
+                self.broken.append(file)
+                continue
+            self.files.append(file)
+            self.marks[_name(file, self.path)] = zlib.crc32(
+                row.numpy().tobytes() + texts.get(file, "").encode(errors="surrogatepass")
+            )
+            if keep:
+                rows.append(row)
         self._complain(len(found) + len(unread))
         self.pixels = torch.stack(rows) if keep else None
         self.texts = [texts[file] for file in self.files] if captions else None

@@ -366,6 +366,19 @@ def test_reading_other_layouts_changes_nothing_of_the_process(tmp_path: Path) ->
     assert changes(seen) == []
 
 
+@pytest.mark.usefixtures("often")
+def test_reading_pictures_to_train_on_changes_nothing_of_the_process(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from minidiff.training.images import ImageFolder
+
+    for k in range(20):
+        Image.new("RGB", (64, 64), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    with watched(state) as seen:
+        assert len(ImageFolder(tmp_path, 8)) == 20
+    assert changes(seen) == []
+
+
 def test_an_untrained_model_leaves_the_random_numbers_alone() -> None:
     with watched(state) as seen:
         for seed in range(3):

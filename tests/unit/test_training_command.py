@@ -72,6 +72,20 @@ def test_a_folder_of_pictures_trains_a_model_and_the_loss_falls(photos: Path, tm
                  "--out", str(tmp_path / "new.png")]) == 0  # fmt: skip
 
 
+def test_pillows_remarks_on_odd_metadata_are_not_shown(photos: Path, tmp_path: Path, tiny: str, capfd: Any) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    Image.new("RGB", (16, 16)).save(photos / "odd.jpg", exif=exif)
+    data = (photos / "odd.jpg").read_bytes()
+    count = data.index(b"\x01\x0f\0\x02") + 4  # the length of that text, after its tag and its type
+    (photos / "odd.jpg").write_bytes(data[:count] + b"\x7f" + data[count + 1 :])
+    with pytest.warns(UserWarning, match="Tag data larger than file"):
+        Image.open(photos / "odd.jpg").getexif()
+    capfd.readouterr()
+    assert main(["train", "--data", str(photos), "--out", str(tmp_path / "run"), "--config", tiny, *TINY]) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_going_on_needs_no_repeated_options_and_ends_at_the_same_weights(
     photos: Path, tmp_path: Path, tiny: str
 ) -> None:
