@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from minidiff.cli.options import PARTS
+from minidiff.cli.options import PARTS, add_set, chosen
 from minidiff.console import LONGEST_LINE, Parser, guard, open_standard_streams, show
 from weights_convert import convert
 from weights_convert.conversion import FLOATS, LAYOUTS, check_name
@@ -29,6 +29,7 @@ def _run(argv: Sequence[str]) -> None:
     parser.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
     parser.add_argument("--prediction", metavar="WHAT", help="what it predicts, where the file cannot say")
     parser.add_argument("--sampler", metavar="NAME", help="the sampler it is meant for, where the file cannot say")
+    add_set(parser)
     for part in PARTS:
         option = f"--{part.replace('_', '-')}"
         parser.add_argument(option, metavar="PATH", help=f"take the {part.replace('_', ' ')} from this file or folder")
@@ -37,7 +38,7 @@ def _run(argv: Sequence[str]) -> None:
     check_name(args.dst, args.to)
     swap = {part: getattr(args, part) for part in PARTS}
     options = {"ema": args.ema, "config": args.config, "variant": args.variant, "swap": swap, "sharded": args.sharded}
-    options |= {"prediction": args.prediction, "sampler": args.sampler}
+    options |= {"prediction": args.prediction, "sampler": chosen(args)}
     show(convert(args.src, args.dst, args.to, args.dtype, **options), longest=LONGEST_LINE)
 
 

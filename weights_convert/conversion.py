@@ -14,6 +14,7 @@ from torch import Tensor
 from minidiff.config import ModelConfig, from_json, one_of
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
+from minidiff.samplers import sampler_from_config
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy, all_finite
 from minidiff.storage.writing import Existing, check_place
@@ -21,7 +22,7 @@ from weights_convert.detection import CONVERTED, Found, detect
 from weights_convert.export_folder import shard_size, write_folder
 from weights_convert.export_original import write_original
 from weights_convert.folder import read_folder
-from weights_convert.overlay import Override, merge, overlay, said
+from weights_convert.overlay import Choice, Override, merge, overlay, said
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
 from weights_convert.swap import Swaps
@@ -41,7 +42,7 @@ def open_source(
     variant: str | None = None,
     swap: Swaps | None = None,
     prediction: str | None = None,
-    sampler: str | None = None,
+    sampler: Choice = None,
 ) -> Source:
     """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
 
@@ -49,8 +50,9 @@ def open_source(
     shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
     weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}, and gives those
     that a single file lacks. ``prediction``
-    ("epsilon", "v_prediction", "sample") and ``sampler`` (a name) say what a single file may leave open: what its model
-    predicts, and which sampler it was distilled for.
+    ("epsilon", "v_prediction", "sample") and ``sampler`` say what a single file may leave open: what its model
+    predicts, and which sampler it was distilled for: a name, or ``{"name": "dpmpp_2m", "sigma_spacing": "karras"}``;
+    options without a name change those of the sampler that is found.
 
     Raises :class:`CheckpointError` and :class:`UnsupportedError` for what is wrong with ``src`` or a part,
     :class:`ConfigError` for what is wrong with ``config``.
@@ -78,6 +80,8 @@ def open_source(
         report.family = saved.config.family
         source = Source(overlay(saved.config, override), saved.file.lazy, report)
         report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
+    if sampler is not None:
+        sampler_from_config(source.config.sampler)
     source = swap_parts(source, swap or {})
     vae, unet = source.config.vae, source.config.unet
     if vae is not None and unet.out_channels != vae.latent_channels:
@@ -114,7 +118,7 @@ def convert(
     swap: Swaps | None = None,
     sharded: int | str | None = None,
     prediction: str | None = None,
-    sampler: str | None = None,
+    sampler: Choice = None,
     existing: Existing = "replace",
 ) -> Report:
     """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
@@ -167,7 +171,7 @@ def load(
     variant: str | None = None,
     swap: Swaps | None = None,
     prediction: str | None = None,
-    sampler: str | None = None,
+    sampler: Choice = None,
     low_memory: bool = False,
     copy: bool = False,
 ) -> StableDiffusion | Unconditional:

@@ -74,7 +74,9 @@ def read_folder(
             report.dropped.append((name, 1, reason))
     if _flag(index, "add_watermarker", False):
         report.dropped.append(("add_watermarker", 1, "minidiff draws no invisible watermark"))
-    schedule, sampler = _scheduler(folder, index, report, "sampler" in override)
+    chosen = override.get("sampler")
+    own_sampler = isinstance(chosen, Mapping) and "name" in chosen
+    schedule, sampler = _scheduler(folder, index, report, own_sampler)
     unet, vae = (components[n].config if n in components else None for n in ("unet", "vae"))
     assert isinstance(unet, UNetConfig)
     assert vae is None or isinstance(vae, (VAEConfig, TAESDConfig))

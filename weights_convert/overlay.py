@@ -14,6 +14,7 @@ from minidiff.storage.reading import read_object
 
 C = TypeVar("C")
 Override = Mapping[str, Any] | str | os.PathLike[str] | None
+Choice = str | Mapping[str, Any] | None  # of a sampler: its name, or its config; without a name, options of another
 
 
 def read_override(given: Override) -> dict[str, Any]:
@@ -28,18 +29,19 @@ def read_override(given: Override) -> dict[str, Any]:
         raise ConfigError(f"config={e}; it should hold a JSON object like {{'unet': {{...}}}}") from None
 
 
-def said(config: Override, prediction: str | None, sampler: str | None) -> dict[str, Any]:
+def said(config: Override, prediction: str | None, sampler: Choice) -> dict[str, Any]:
     """The corrections of ``config``, with the two that have options of their own.
 
-    Raises :class:`ConfigError` if there is no such sampler, or ``config`` says something else.
+    Raises :class:`ConfigError` if there is no such sampler or option, or ``config`` says something else.
     """
     found = read_override(config)
     given: dict[str, Any] = {}
     if prediction is not None:
         given["schedule"] = {"prediction": prediction}
     if sampler is not None:
-        sampler_from_config({"name": sampler})
-        given["sampler"] = {"name": sampler}
+        given["sampler"] = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
+        if "name" in given["sampler"]:  # else options of the checkpoint's own, which is not known yet
+            sampler_from_config(given["sampler"])
     for part, options in given.items():
         for option, value in options.items():
             other = found[part].get(option, value) if isinstance(found.get(part), Mapping) else value

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from minidiff.cli.options import PARTS, arranged, parser
+from minidiff.cli.options import PARTS, arranged, chosen, parser
 from minidiff.console import LONGEST_LINE, guard, open_standard_streams, say, show, show_json
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError
 from minidiff.storage.reading import PICKLES, content, missing
@@ -417,7 +417,7 @@ def convert(args: Namespace) -> None:
         dtype=_dtype(args.dtype),
         ema=args.ema,
         config=args.config,
-        sampler=args.sampler,
+        sampler=chosen(args),
         sharded=args.sharded,
         existing="replace" if args.force else "refuse",
         **_parts(args),

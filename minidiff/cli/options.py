@@ -256,7 +256,7 @@ def _add_generate(commands: Any) -> None:
         help="how much the prompt counts; 1 is no guidance (default: 7.5; the bundled model's 2)",
     )
     g.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the checkpoint's own)")
-    _add_set(g)
+    add_set(g)
     g.add_argument(
         "--like", metavar="PROGRAM", help="as it does it: diffusers, ldm, k-diffusion, a1111, comfyui, comfyui:karras"
     )
@@ -368,6 +368,7 @@ def _add_convert(commands: Any) -> None:
     p.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     _add_parts(p)
     p.add_argument("--sampler", metavar="NAME", help="DST's own sampler (default: that of SRC, where it says one)")
+    add_set(p)
     p.add_argument("--config", metavar="FILE.json", help="options that the tensors' shapes cannot tell, as JSON")
     p.add_argument(
         "--force",
@@ -389,12 +390,19 @@ def _add_plan(commands: Any) -> None:
         metavar="PROGRAMS",
         help="as diffusers, ldm, k-diffusion, a1111 or comfyui plan it; several: a1111,ldm",
     )
-    _add_set(p)
+    add_set(p)
 
 
-def _add_set(p: Any) -> None:
+def add_set(p: Any) -> None:
+    """Add ``--set``; :func:`chosen` reads it."""
     what = "an option of the sampler; may be given several times"
     p.add_argument("--set", action="append", default=[], type=_setting, metavar="OPTION=VALUE", help=what)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what --sampler and --set say, as a sampler's config; None if neither is given."""
+    named = {} if args.sampler is None else {"name": args.sampler}
+    return {**named, **dict(args.set)} or None
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -27,7 +27,7 @@ from minidiff.parity.page import page
 from minidiff.parity.report import Report, text
 from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
-from minidiff.samplers import sampler_from_config, sampler_from_diffusers, sampler_to_config
+from minidiff.samplers import check_name, sampler_from_config, sampler_from_diffusers, sampler_to_config
 from minidiff.storage.writing import Existing, atomic, check_place
 from minidiff.version import VERSION
 
@@ -133,7 +133,8 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
     request = _request(args, pipe)
     if args.sampler is not None:
-        request = replace(request, sampler=sampler_from_config({"name": args.sampler}))
+        name = check_name(args.sampler, settable=False)
+        request = replace(request, sampler=sampler_from_config({"name": name}))
     side = Ours(pipe, request, deep=LAYERS[args.layers], title=f"minidiff {VERSION}")
     found = recording.record(side, run_of(pipe, request))
     recording.write(out, found, _existing(args))

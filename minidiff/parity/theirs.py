@@ -82,7 +82,7 @@ def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
 
     Raises :class:`ConfigError` for a name that is not known.
     """
-    check_name(name)
+    check_name(name, settable=False)
     found = (cls for cls, reader in READERS.items() if reader.sampler is SAMPLERS[name])
     cls, options = VARIANTS.get(name) or (next(found), {})
     scheduler = getattr(import_diffusers(), cls)

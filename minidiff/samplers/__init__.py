@@ -159,12 +159,15 @@ def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     return cast(Sampler[Any, Any], read.sampler_from_diffusers(config))
 
 
-def check_name(name: object) -> str:
-    """Return ``name`` if a sampler has it. Raises ConfigError with a suggestion otherwise."""
+def check_name(name: object, *, settable: bool = True) -> str:
+    """Return ``name`` if a sampler has it. Raises ConfigError with a suggestion otherwise.
+
+    ``settable``: options of the sampler can be given where the name was.
+    """
     if isinstance(name, str) and name in SAMPLERS:
         return name
     raise ConfigError(
-        f"no sampler is called {quote(name)}; known are {', '.join(SAMPLERS)}{suggestion(name, SAMPLERS)}"
+        f"no sampler is called {quote(name)}; known are {', '.join(SAMPLERS)}{suggestion(name, SAMPLERS, settable)}"
     )
 
 

@@ -86,13 +86,19 @@ def absent(name: str, own: Collection[str]) -> str | None:
     return found if found in own else None
 
 
-def suggestion(name: object, own: Collection[str]) -> str:
-    """Return the end of an error message about ``name`` with a suggestion from ``own``; "" if there is none."""
+def suggestion(name: object, own: Collection[str], settable: bool = True) -> str:
+    """Return the end of an error message about ``name`` with a suggestion from ``own``; "" if there is none.
+
+    ``settable``: options of the sampler can be given where the name was.
+    """
     found = meant(name, own) if isinstance(name, str) else None
     if found is None:
         other = absent(name, own) if isinstance(name, str) else None
         return near(name, own) if other is None else f"; it is not here, and {other} is the nearest"
     sampler, options = found
+    if options and not settable:
+        more = ", ".join(f"{option}={value}" for option, value in options.items())
+        return f"; did you mean {sampler}? (with {more}, which cannot be set here)"
     typed = " ".join([f"--sampler {sampler}", *(f"--set {option}={value}" for option, value in options.items())])
     asked = {"name": sampler, **options} if options else sampler
     return f"; did you mean {typed}? (in Python: sampler={asked!r})"

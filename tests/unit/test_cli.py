@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -48,6 +48,7 @@ from minidiff.samplers import SAMPLERS
 from minidiff.storage import checkpoint, files
 from tests.unit import convert_sources
 from tests.unit.tiny import tiny_xl
+from weights_convert import __main__ as converter
 from weights_convert import keys_original
 from weights_convert.engine import expand, restore
 
@@ -1001,6 +1002,12 @@ def test_plan(run: Run) -> None:
         (["parity", "compare", "--tolerence", "1"], ["did you mean --tolerance?"]),
         (["convert", "a", "b", "--to", "difusers"], ["did you mean diffusers?"]),
         (["generate", "a", "--sampler", "DPM++ 2M Karras"], ["--sampler dpmpp_2m --set sigma_spacing=karras"]),
+        (["convert", "text", "b", "--sampler", "DPM++ 2M Karras"], ["--sampler dpmpp_2m --set sigma_spacing=karras"]),
+        (
+            ["parity", "record", "text", "b", "--sampler", "DPM++ 2M Karras"],
+            ["did you mean dpmpp_2m? (with sigma_spacing=karras, which cannot be set here)"],
+        ),
+        (["parity", "record", "text", "b", "--sampler", "Euler a"], ["did you mean --sampler euler_ancestral?"]),
         (["generate", "a", "--like", "comfy"], ["did you mean comfyui?"]),
         (["generate", "a", "--size", "500x500"], ["height=500 and width=500", "nearest: 496 and 504"]),
         (["generate", "a", "--size", "100000x100000"], ["a picture of 100000 x 100000 needs", "GB of memory"]),
@@ -1063,6 +1070,26 @@ def test_options_of_the_sampler(run: Run, models: Path, tmp_path: Path) -> None:
     assert run(*again).err == []
     sampler = minidiff.read_recipe("c.png")["sampler"]
     assert (sampler["name"], sampler["sigma_spacing"], sampler["solver_order"]) == ("dpmpp_2m", "karras", 2)
+
+
+def test_a_converted_model_has_the_sampler_that_was_chosen(run: Run) -> None:
+    """--sampler and --set of convert, and of python -m weights_convert; options alone are the source's sampler's."""
+
+    def sampler(*given: object, source: str = "text") -> dict[str, Any]:
+        assert run("convert", source, "out.safetensors", "--force", *given).status == 0
+        return weights_convert.open_source("out.safetensors").config.sampler
+
+    karras = {"name": "dpmpp_2m", "sigma_spacing": "karras"}
+    assert sampler("--sampler", "dpmpp_2m", "--set", "sigma_spacing=karras") == karras
+    assert sampler("--set", "steps_offset=7") == {"name": "pndm", "steps_offset": 7}
+    assert run("convert", "text", "folder", "--to", "diffusers").status == 0
+    own = sampler(source="folder")
+    assert sampler("--set", "steps_offset=7", source="folder") == {**own, "steps_offset": 7}
+    assert weights_convert.load("folder", sampler=karras).config.sampler == karras
+    assert converter.main(["folder", "other.safetensors", "--sampler", "ddim", "--set", "eta=0.5"]) == 0
+    assert weights_convert.open_source("other.safetensors").config.sampler == {"name": "ddim", "eta": 0.5}
+    one_error(run("convert", "text", "x.safetensors", "--set", "eta=1"), "pndm has no option 'eta'")
+    one_error(run("convert", "text", "x.safetensors", "--sampler", "ddim", "--set", "eat=1"), "did you mean eta?")
 
 
 def test_a_list_of_seeds(run: Run) -> None:
