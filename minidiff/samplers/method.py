@@ -88,6 +88,12 @@ class Levels(NamedTuple):
         """Length of each step in lambda, (n,), for levels in sigma."""
         return lambda_of(self.to) - lambda_of(self.here)
 
+    def part(self, rows: slice) -> Levels:
+        """Return the levels of some of the rows, such as ``slice(-1)`` for all but the last."""
+        landing = None if self.landing is None else self.landing[rows]
+        beside = {name: column[rows] for name, column in self.beside.items()}
+        return Levels(self.timesteps[rows], self.here[rows], self.to[rows], self.first, landing, beside=beside)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Plan(Generic[R]):
@@ -309,9 +315,7 @@ class Method(Sampler[R, S]):
         check(len(chosen) == 1, f"{self.name} needs exactly one of {one_of}; got {' and '.join(chosen) or 'none'}")
         check(chosen[0] in takes, f"{self.name} can't take {chosen[0]}; give {one_of}")
         known = self.schedule_of(schedule)
-        made = self.planned(self.levels(known, given), self.predicts or known.prediction)
-        self.require_usable(made.rows)
-        return made
+        return self.plan_at(self.levels(known, given), self.predicts or known.prediction)
 
     def schedule_of(self, schedule: NoiseSchedule | None) -> NoiseSchedule:
         """Return the schedule with its table on the host. Raises ConfigError for None unless ``own_levels``."""
@@ -319,16 +323,13 @@ class Method(Sampler[R, S]):
             raise ConfigError(f"{self.name} needs the model's noise schedule, got None")
         return NOTHING if schedule is None else schedule.to("cpu")
 
-    def planned(self, at: Levels, prediction: Prediction) -> Plan[R]:
-        """Return the plan for levels of any origin."""
+    def plan_at(self, at: Levels, prediction: Prediction) -> Plan[R]:
+        """Return the plan for ready levels, whoever chose them: ``levels``, perhaps changed by
+        :meth:`Levels._replace` or :meth:`Levels.part`, or another program. Raises ConfigError as :meth:`plan`."""
         rows = self.rows(at, prediction)
+        self.require_usable(rows)
         return Plan(
-            method=self.name,
-            space=self.space,
-            levels=at,
-            prediction=prediction,
-            rows=rows,
-            on_device=self.on_device,
+            method=self.name, space=self.space, levels=at, prediction=prediction, rows=rows, on_device=self.on_device
         )
 
     def require_usable(self, rows: R) -> None:

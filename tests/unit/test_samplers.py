@@ -132,6 +132,18 @@ def test_a_step_is_pure(sampler):
     assert bool(x.isfinite().all())
 
 
+@pytest.mark.parametrize("sampler", ALL, ids=repr)
+def test_a_plan_is_made_of_ready_levels(sampler):
+    """Whoever chose them: the same levels give the same plan, and a part of them the first of its rows."""
+    plan = sampler.plan(SCHEDULE, 6)
+    again = sampler.plan_at(plan.levels._replace(first=plan.levels.first * 2), plan.prediction)
+    assert_close(again.init_noise_sigma, plan.init_noise_sigma * 2)
+    assert str(again).splitlines()[1:] == str(plan).splitlines()[1:]
+    fewer = sampler.plan_at(plan.levels.part(slice(4)), plan.prediction)
+    assert len(fewer) == 4
+    assert_close(fewer.levels.to, plan.levels.to[:4])
+
+
 def rows(plan):
     """Every tensor of the plan by name."""
     named = {**plan.levels._asdict(), **plan.levels.beside, **plan.rows._asdict()}

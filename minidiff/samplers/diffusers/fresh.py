@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidiff.config import Prediction
 from minidiff.errors import ConfigError
 from minidiff.samplers.consistency import CM, LCM, TCD
 from minidiff.samplers.ddim import DDIM, DDIMInverse
@@ -62,7 +63,8 @@ def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
         return _walkable(options.plan(schedule, total))
     if isinstance(options, (LMS, DPMSDE)):
         known = options.schedule_of(schedule)
-        made: Plan[Any] = options.planned(options.levels(known, Given(total, None, None)), known.prediction)
+        run = options.levels(known, Given(total, None, None))
+        made = _unwalked(options, run, options.rows(run, known.prediction), known.prediction)
         return _walkable(made)._replace(steps=_usable(options, made))
     if isinstance(options, Euler):
         plain = replace(options, sigma_spacing="timesteps", interpolation="linear", final_sigma="zero", steps_offset=0)
@@ -76,14 +78,14 @@ def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
             return _walkable(options.plan(schedule, options.train_steps))
         s = options.karras(np.linspace(0, 1, options.train_steps))  # in float64; the last step lands on the last
         every = options.between(s, torch.from_numpy(np.append(s, s[-1:])), options.sigma_max)
-        return _walkable(options.planned(every, "epsilon"))._replace(sigmas=every.here)
+        return _walkable(options.plan_at(every, "epsilon"))._replace(sigmas=every.here)
     if isinstance(options, (EDMEuler, EDMMultistep)):
         prediction = (schedule or NOTHING).prediction
         if isinstance(options, EDMEuler):
             levels = options.landed(
                 options.sigmas_at(torch.arange(total + 1, dtype=torch.float64, device="cpu") / total)
             )
-            return _walkable(options.planned(options.between(levels, options.sigma_max), prediction))
+            return _walkable(options.plan_at(options.between(levels, options.sigma_max), prediction))
         levels = options.sigmas_at(torch.linspace(0, 1, total, dtype=torch.float32, device="cpu"))
         every = options.between(torch.cat([levels, torch.zeros_like(levels[:1])]), options.sigma_max)
         return _walkable(_unwalked(options, every, options.wrapping(every.here, prediction)))._replace(steps=False)
@@ -120,5 +122,7 @@ def _listed(method: Method[Any, Any], schedule: NoiseSchedule) -> Fresh:
     return Fresh(plan, False, plan.timesteps, listed)
 
 
-def _unwalked(method: Method[Any, Any], levels: Levels, rows: tuple[Any, ...] = ()) -> Plan[Any]:
-    return Plan(method=method.name, space=method.space, levels=levels, prediction="epsilon", rows=rows)
+def _unwalked(
+    method: Method[Any, Any], levels: Levels, rows: tuple[Any, ...] = (), prediction: Prediction = "epsilon"
+) -> Plan[Any]:
+    return Plan(method=method.name, space=method.space, levels=levels, prediction=prediction, rows=rows)
