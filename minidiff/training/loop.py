@@ -1,7 +1,7 @@
 """The training loop: forward, backward, clip, step, average; over and over.
 
-One call of :meth:`Trainer.step` is one optimiser step, and reads from top to bottom. Nothing here writes a file or
-prints; whoever iterates over :meth:`Trainer.steps` does (see run.py).
+One call of :meth:`Trainer.step` is one optimiser step: read it from top to bottom, a comment says what each line is
+for. Nothing here writes a file or prints; whoever iterates over :meth:`Trainer.steps` does (run.py).
 """
 
 from __future__ import annotations
@@ -80,20 +80,27 @@ class Trainer:
         for part in range(c.accumulate):
             first, count = self.share(part)
             with self.ranks.quiet(self.model, last=part == c.accumulate - 1):
-                loss = (
-                    self.loss(self.model, self.data, first, count, c.seed) / c.accumulate
-                )  # a mean of equal parts' means
+                # Forward diffusion, then the loss: noise is mixed into pictures, at random timesteps so that one network
+                # learns every amount of it, and the squared error of the network's answer, which noise it was, tells
+                # how wrong its weights are (task.py). Dividing makes the sum over the parts the mean of the batch.
+                loss = self.loss(self.model, self.data, first, count, c.seed) / c.accumulate
+                # Backward: add to every weight's .grad how the loss changes with that weight.
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        self.scaler.unscale_(self.optimizer)  # before the clipping, or that would measure the scale as well
+        # Clipping: shorten a gradient that is too long, so that one unlucky batch cannot throw the weights far off.
+        self.scaler.unscale_(self.optimizer)  # first, or the length would be that of the scaled gradient
         norm = clip_grad_norm_(self.weights.values(), math.inf if c.clip is None else c.clip)
         report = self.report(total, norm)
+        # Learning-rate schedule: small steps while AdamW's averages fill, large ones to learn, small ones to settle.
         for group in self.optimizer.param_groups:
             group["lr"] = report.rate
-        self.scaler.step(self.optimizer)  # left out if the scaled gradient overflowed; the next scale is smaller
+        # Optimiser step: move every weight against its gradient, by about the learning rate whatever the gradient's size.
+        self.scaler.step(self.optimizer)  # skipped if a scaled gradient overflowed; the next scale is then smaller
         self.scaler.update()
+        # zero_grad: backward adds, so the next step must begin from no gradient, or it would repeat this one.
         self.optimizer.zero_grad()
         self.done += 1
+        # EMA: average the weights over the last steps, since each step leaves them off the middle by its own noise.
         if self.ema is not None:
             self.ema.update(self.weights, self.done)
         return report

@@ -65,8 +65,9 @@ class Denoising(Task):
         t = draw_timesteps(draws, len(self.schedule), c.noisy)
         x0, context = self.clean(batch, draws), self.context(batch, draws)
         noise = draw_noise(draws, x0.shape[1:], c.offset_noise)
+        # Forward diffusion goes from x0 to x_t in one go: sqrt(alpha_bar) * x0 + sqrt(1 - alpha_bar) * noise.
         x = self.schedule.add_noise(x0, noise, t)
-        out = self.pipe.unet(x, t, context)
+        out = self.pipe.unet(x, t, context)  # which noise was it? (or v, or x0, where the model predicts that)
         weights = None
         if c.min_snr is not None:
             weights = min_snr_weights(self.schedule.prediction, snr(self.schedule, t), c.min_snr)

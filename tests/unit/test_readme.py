@@ -279,6 +279,26 @@ def test_the_chinese_page_has_the_same_blocks_and_figures() -> None:
     assert Counter(english[1:]) == Counter(chinese[1:])  # but for the first link, each page's to the other one
 
 
+COUNTED = "minidiff/README.md"  # the page that lists the core files with their lengths
+ROW = re.compile(r"^\| \[[^]]*\]\(([^)]+\.py)\) \| \d+ \|", re.MULTILINE)
+TOTAL = re.compile(r"\d+ files, [\d,]+ lines")
+
+
+def counted(text: str) -> str:
+    """``text`` of the page with the number of files, their lengths and the sum as they are today."""
+    lengths = {path: len(read(f"minidiff/{path}").splitlines()) for path in ROW.findall(text)}
+    text = ROW.sub(lambda row: re.sub(r"\d+ \|$", f"{lengths[row[1]]} |", row[0]), text)
+    return TOTAL.sub(f"{len(lengths)} files, {sum(lengths.values()):,} lines", text)
+
+
+def test_the_core_files_have_the_lengths_that_the_page_says() -> None:
+    """Run ``python -m tests.unit.test_readme`` to write them anew."""
+    text = read(COUNTED)
+    assert len(ROW.findall(text)) == 13
+    assert len(TOTAL.findall(text)) == 1
+    assert text == counted(text)
+
+
 def heading(line: str) -> str:
     """The anchor that a heading of Markdown gets."""
     return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
@@ -353,3 +373,7 @@ def test_a_broken_block_fails(tmp_path: Path) -> None:
         run("```python\n1 / 0\n```\n", "page", tmp_path, {})
     with pytest.raises(AssertionError, match="block at line 2: -m minidiff no-such-command ended with"):
         run("```bash\nminidiff no-such-command\n```\n", "page", tmp_path, {})
+
+
+if __name__ == "__main__":
+    (ROOT / COUNTED).write_text(counted(read(COUNTED)), encoding="utf-8")
