@@ -80,9 +80,9 @@ class Trainer:
         for part in range(c.accumulate):
             first, count = self.share(part)
             with self.ranks.quiet(self.model, last=part == c.accumulate - 1):
-                # Forward diffusion, then the loss: noise is mixed into pictures, at random timesteps so that one network
-                # learns every amount of it, and the squared error of the network's answer, which noise it was, tells
-                # how wrong its weights are (task.py). Dividing makes the sum over the parts the mean of the batch.
+                # Forward diffusion mixes noise into the pictures, at random timesteps, so that one network learns every
+                # amount of it. The loss is the squared error of the network's answer to the question which noise it
+                # was (task.py); divided, since the losses of the parts add up to the mean over the batch.
                 loss = self.loss(self.model, self.data, first, count, c.seed) / c.accumulate
                 # Backward: add to every weight's .grad how the loss changes with that weight.
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ class Trainer:
         # Learning-rate schedule: small steps while AdamW's averages fill, large ones to learn, small ones to settle.
         for group in self.optimizer.param_groups:
             group["lr"] = report.rate
-        # Optimiser step: move every weight against its gradient, by about the learning rate whatever the gradient's size.
+        # Optimiser step: move each weight against its gradient, by about the learning rate whatever the gradient's size.
         self.scaler.step(self.optimizer)  # skipped if a scaled gradient overflowed; the next scale is then smaller
         self.scaler.update()
         # zero_grad: backward adds, so the next step must begin from no gradient, or it would repeat this one.
