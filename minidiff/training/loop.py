@@ -94,7 +94,7 @@ class Trainer:
         # Learning-rate schedule: small steps while AdamW's averages fill, large ones to learn, small ones to settle.
         for group in self.optimizer.param_groups:
             group["lr"] = report.rate
-        # Optimiser step: move each weight against its gradient, by about the learning rate whatever the gradient's size.
+        # Optimiser step: move each weight against its gradient, by about the learning rate, however long the gradient.
         self.scaler.step(self.optimizer)  # skipped if a scaled gradient overflowed; the next scale is then smaller
         self.scaler.update()
         # zero_grad: backward adds, so the next step must begin from no gradient, or it would repeat this one.
