@@ -1,4 +1,4 @@
-"""Check, before a run starts, that it can fit into the memory of this machine.
+"""Check, before a run starts, that it can fit into the memory of this machine, or of this container.
 
 What is counted is what no order of the arithmetic can do without: the UNet's skips, which wait for the way up, and one
 layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Refused is
@@ -8,6 +8,8 @@ only what cannot work: twice the memory that the system says it has leaves room 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -15,18 +17,43 @@ from minidiff.config import ModelConfig, VAEConfig, check
 
 MARGIN = 2  # times the memory that there is
 UNKNOWN = 2**38  # bytes: what is taken where the system does not say
+# Linux: the control groups of this process, and the folder of them all (containers and clusters limit memory by them).
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def physical(device: torch.device) -> int:
-    """Bytes of this machine's memory and, on CUDA, of the card: some drivers lend one to the other."""
+    """Bytes of memory that this process may use and, on CUDA, of the card: some drivers lend one to the other."""
     try:
         own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         own = 0
-    own = own if own > 0 else UNKNOWN
+    own = min([own if own > 0 else UNKNOWN, *limits()])
     if device.type == "cuda" and torch.cuda.is_available():
         own += torch.cuda.get_device_properties(device).total_memory
     return own
+
+
+def limits() -> list[int]:
+    """Return the bytes of memory that each control group of this process allows, of those that set a limit.
+
+    A limit holds for all groups below. A container may see the path of its group from outside, and mount it as the
+    root: so every folder on the way is asked, those that are not there aside.
+    """
+    found = []
+    with suppress(OSError):
+        for line in CGROUP.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                root, name = CGROUPS, "memory.max"
+            elif "memory" in controllers.split(","):
+                root, name = CGROUPS / "memory", "memory.limit_in_bytes"
+            else:
+                continue
+            group = Path(path.lstrip("/"))
+            for place in (group, *group.parents):
+                with suppress(OSError, ValueError):  # "max": no limit
+                    found.append(int((root / place / name).read_text()))
+    return found
 
 
 def least(config: ModelConfig, count: int, height: int, width: int, size: int, at_once: int) -> int:
@@ -52,5 +79,6 @@ def check_fits(
     what = f"{count:,} pictures of {width} x {height} need" if count > 1 else f"a picture of {width} x {height} needs"
     check(
         need <= MARGIN * have,
-        f"{what} {shown} of memory at the least, and this machine has {have / 1e9:,.0f} GB; make it smaller, or fewer",
+        f"{what} {shown} of memory at the least, and this process may use {have / 1e9:,.0f} GB; make it smaller, or "
+        "fewer",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,52 @@ def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.Monke
     assert sd.generate("a", image=small, steps=2, seed=0, output="tensor").shape == (1, 3, 8, 16)
 
 
-def test_the_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("groups", "files", "wanted"),
+    [
+        ("0::/\n", {"memory.max": "3000\n"}, [3000]),
+        ("0::/\n", {"memory.max": "max\n"}, []),
+        ("0::/\n", {}, []),
+        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "2000\n", "memory.max": "5000\n"}, [2000, 5000]),
+        (
+            "5:cpu:/a\n4:pids,memory:/docker/1f\n0::/\n",  # version 1, and the path is the one outside
+            {"memory/memory.limit_in_bytes": "4000\n", "memory.limit_in_bytes": "1\n", "cpu/memory.max": "1\n"},
+            [4000],
+        ),
+        ("4:memory:/job\n", {"memory/job/memory.limit_in_bytes": "700\n", "memory.max": "1\n"}, [700]),
+    ],
+)
+def test_the_limit_of_a_container(
+    groups: str, files: dict[str, str], wanted: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control groups of Linux, version 1 and 2, and what is above them: the narrowest counts."""
+    (tmp_path / "cgroup").write_text(groups)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "fs")
+    for name, text in files.items():
+        (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "fs" / name).write_text(text)
+    assert memory.limits() == wanted
+    if wanted:
+        assert memory.physical(CPU) == min(wanted)
+    else:
+        assert memory.physical(CPU) > 2**28
+
+
+def test_a_run_that_does_not_fit_into_its_container(
+    sd: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cgroup").write_text("0::/\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    with pytest.raises(ConfigError, match=r"a picture of 256 x 256 needs .* GB of memory at the least"):
+        sd.generate("a", steps=1, width=256, height=256)
+
+
+def test_the_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "none")
+    assert memory.limits() == []
     assert memory.physical(CPU) > 2**28
     if hasattr(os, "sysconf"):
         with open("/proc/meminfo") as file:
