@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the script fork
 # Writers as one might write them: under the final name at once, and final names given by a look before.
 AT_ONCE = """
 import os
-from minidiff import writing
+from minidiff.storage import writing
 writing._create = lambda path, folder=False: (path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
 writing._place = lambda part, path, existing: path
 """
 LOOK_FIRST = """
 import os, time
-from minidiff import writing
+from minidiff.storage import writing
 def take(part, path):
     if os.path.exists(path):
         return False

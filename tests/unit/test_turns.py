@@ -206,7 +206,7 @@ def test_the_command_takes_turns(
 PEAK = """
 import json, sys
 import minidiff
-from minidiff import files
+from minidiff.storage import files
 
 files.FRESH_MAP = 1 << 22  # the file is small, and so are its tensors
 
