@@ -3,13 +3,13 @@
 A sampler chosen by name follows the mathematics, with defaults for Stable Diffusion. A sampler read from a
 scheduler_config.json does what diffusers does, including its slips (``like_diffusers``).
 
-``SAMPLERS`` is the registry. The module of a method is imported on first use, since a run needs only one of them.
+``SAMPLERS`` has them all (registry.py); a method is imported on first use.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,8 @@ from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
 from minidiff.samplers.elsewhere import suggestion
 from minidiff.samplers.method import Draw, Levels, Method, Plan, Sampler
+from minidiff.samplers.registry import PLACES, SAMPLERS
+from minidiff.samplers.registry import name_of as name_of
 
 if TYPE_CHECKING:
     from minidiff.samplers.consistency import CM, LCM, TCD
@@ -39,72 +41,13 @@ if TYPE_CHECKING:
     from minidiff.samplers.unipc import UniPC
 
 __all__ = [
-    "CM",
-    "DDIM",
-    "DDPM",
-    "DEIS",
-    "DPM2",
-    "DPMSDE",
-    "IPNDM",
-    "LCM",
-    "LMS",
-    "PNDM",
-    "SAMPLERS",
-    "TCD",
-    "DDIMInverse",
-    "DPM2Ancestral",
-    "DPMSolver",
-    "DPMSolver2MSDE",
-    "DPMSolver3MSDE",
-    "DPMSolverInverse",
-    "DPMSolverSinglestep",
-    "Draw",
-    "EDMEuler",
-    "EDMMultistep",
-    "Euler",
-    "EulerAncestral",
-    "Heun",
-    "Levels",
-    "Method",
-    "Plan",
-    "SASolver",
-    "Sampler",
-    "Scheduler",
-    "UniPC",
-    "sampler_from_config",
-    "sampler_from_diffusers",
-    "sampler_to_config",
+    "CM", "DDIM", "DDPM", "DEIS", "DPM2", "DPMSDE", "IPNDM", "LCM", "LMS", "PNDM", "SAMPLERS", "TCD", "DDIMInverse",
+    "DPM2Ancestral", "DPMSolver", "DPMSolver2MSDE", "DPMSolver3MSDE", "DPMSolverInverse", "DPMSolverSinglestep", "Draw",
+    "EDMEuler", "EDMMultistep", "Euler", "EulerAncestral", "Heun", "Levels", "Method", "Plan", "SASolver", "Sampler",
+    "Scheduler", "UniPC", "sampler_from_config", "sampler_from_diffusers", "sampler_to_config",
     "schedule_from_diffusers",
-]
+]  # fmt: skip
 
-# name: the file and the class
-PLACES = {
-    "ddpm": ("ddpm", "DDPM"),
-    "ddim": ("ddim", "DDIM"),
-    "pndm": ("pndm", "PNDM"),
-    "euler": ("euler", "Euler"),
-    "euler_ancestral": ("euler", "EulerAncestral"),
-    "heun": ("heun", "Heun"),
-    "lms": ("lms", "LMS"),
-    "dpmpp_2m": ("dpm_solver", "DPMSolver"),
-    "dpmpp_2m_sde": ("dpm_solver", "DPMSolver2MSDE"),
-    "dpmpp_3m_sde": ("dpm_solver", "DPMSolver3MSDE"),
-    "dpm2": ("dpm2", "DPM2"),
-    "dpm2_ancestral": ("dpm2", "DPM2Ancestral"),
-    "deis": ("deis", "DEIS"),
-    "unipc": ("unipc", "UniPC"),
-    "lcm": ("consistency", "LCM"),
-    "tcd": ("consistency", "TCD"),
-    "ddim_inverse": ("ddim", "DDIMInverse"),
-    "edm_euler": ("edm", "EDMEuler"),
-    "edm_dpmpp_2m": ("edm", "EDMMultistep"),
-    "dpmpp_2s": ("dpm_singlestep", "DPMSolverSinglestep"),
-    "dpmpp_2m_inverse": ("dpm_solver", "DPMSolverInverse"),
-    "cm": ("consistency", "CM"),
-    "ipndm": ("pndm", "IPNDM"),
-    "sa_solver": ("sa_solver", "SASolver"),
-    "dpmpp_sde": ("dpmpp_sde", "DPMSDE"),
-}
 HOMES = {kind: file for file, kind in PLACES.values()} | {
     "Scheduler": "diffusers.scheduler",
     "schedule_from_diffusers": "diffusers.read",
@@ -115,37 +58,6 @@ def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'minidiff.samplers' has no attribute {name!r}")
     return getattr(import_module(f"minidiff.samplers.{HOMES[name]}"), name)
-
-
-class Registry(Mapping[str, type[Method[Any, Any]]]):
-    """Sampler classes by name, each imported when it is looked up."""
-
-    def __getitem__(self, name: str) -> type[Method[Any, Any]]:
-        file, kind = PLACES[name]
-        return cast(type[Method[Any, Any]], getattr(import_module(f"minidiff.samplers.{file}"), kind))
-
-    def __contains__(self, name: object) -> bool:
-        return name in PLACES
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(PLACES)
-
-    def __len__(self) -> int:
-        return len(PLACES)
-
-
-SAMPLERS = Registry()
-
-
-def name_of(sampler: Any) -> str | None:
-    """Return the name under which the class of ``sampler`` is registered; None for any other sampler."""
-    kind = type(sampler)
-    names = (n for n, (file, own) in PLACES.items() if (f"minidiff.samplers.{file}", own) == _place(kind))
-    return next(names, None)
-
-
-def _place(kind: type) -> tuple[str, str]:
-    return kind.__module__, kind.__qualname__
 
 
 def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:

@@ -22,8 +22,9 @@ bounds the number of steps.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,24 +32,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import Space, unit
+from minidiff.samplers.checks import check_no_pure_noise, check_timesteps, root, whole
 from minidiff.samplers.levels import Floats
 from minidiff.samplers.limits import Limited
-from minidiff.samplers.method import (
-    Draw,
-    Given,
-    Levels,
-    Method,
-    Plan,
-    R,
-    S,
-    Space,
-    check_no_pure_noise,
-    check_timesteps,
-    root,
-    unit,
-    whole,
-)
-from minidiff.schedule import NoiseSchedule, check_steps, to_epsilon
+from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R, S
+from minidiff.schedule import NoiseSchedule, check_steps
 
 SIGMA_DATA = 0.5
 
@@ -104,19 +93,13 @@ class Distilled(Method[R, S]):
         return origin[::-1][chosen].astype(np.int64)
 
 
-class LCMRow(NamedTuple):
-    """``c_out`` and ``c_skip`` of the consistency function; ``to_signal`` and ``to_noise``, the rates with which noise
-    is added again where ``noisy`` is set: not after the last row, where they are 1 and 0."""
-
-    c_out: Tensor
-    c_skip: Tensor
-    to_signal: Tensor
-    to_noise: Tensor
-    noisy: Any
+LCMRow = namedtuple("LCMRow", "c_out c_skip to_signal to_noise noisy")
+"""``c_out`` and ``c_skip`` of the consistency function; ``to_signal`` and ``to_noise``, the rates with which noise is
+added again where ``noisy`` is set: not after the last row, where they are 1 and 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
+class LCM(Distilled[LCMRow, Empty], Limited[LCMRow, Empty]):
     """LCM sampler. ``timestep_scaling``: the 10 above; for the other options see :class:`Distilled` and
     :class:`Limited`.
 
@@ -126,16 +109,15 @@ class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
     original_steps: int = 50
     timestep_scaling: float = 10.0
 
-    def step(
-        self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
         return at.to_signal * x0 + at.to_noise * draw(x0) if at.noisy else x0, state
 
-    def denoised(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+    def denoised(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         """Return the consistency function: the model's x0, limited, and mixed with ``x``."""
         at = plan.at(i)
-        return at.c_out * super().denoised(plan, i, x, out, state) + at.c_skip * x
+        x0: Tensor = at.c_out * super().denoised(plan, i, x, out, state) + at.c_skip * x
+        return x0
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         t, goes_on = self.visited(schedule, given)
@@ -143,7 +125,7 @@ class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
         return Levels(t, here, torch.cat([here[1:], here[-1:] if goes_on else unit()[None]]), unit())
 
     def rows(self, at: Levels, prediction: Prediction) -> LCMRow:
-        check_no_pure_noise(self, at.timesteps, at.here, prediction, self.bounds_infinity)
+        check_no_pure_noise(self, at, prediction, self.bounds_infinity)
         scaled = at.timesteps * self.timestep_scaling
         return LCMRow(
             c_out=scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
@@ -154,21 +136,14 @@ class LCM(Distilled[LCMRow, tuple[()]], Limited[LCMRow, tuple[()]]):
         )
 
 
-class TCDRow(NamedTuple):
-    """``middle``: the timestep s; ``signal_middle`` and ``noise_middle``: its rates; ``keep`` and ``fresh``: factors of
-    x_s and of fresh noise on the way up; ``noisy``: True if there is fresh noise, which is not so in the last row nor
-    with eta 0."""
-
-    middle: Tensor
-    signal_middle: Tensor
-    noise_middle: Tensor
-    keep: Tensor
-    fresh: Tensor
-    noisy: Any
+TCDRow = namedtuple("TCDRow", "middle signal_middle noise_middle keep fresh noisy")
+"""``middle``: the timestep s; ``signal_middle`` and ``noise_middle``: its rates; ``keep`` and ``fresh``: factors of x_s
+and of fresh noise on the way up; ``noisy``: True if there is fresh noise, which is not so in the last row nor with eta
+0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TCD(Distilled[TCDRow, tuple[()]]):
+class TCD(Distilled[TCDRow, Empty]):
     """TCD sampler. On the way from timestep t to the next one, p, the model's x0 and epsilon are combined at
     s = (1 - eta) p, which is less noisy than p. Fresh noise then leads from s back up to p:
 
@@ -188,12 +163,9 @@ class TCD(Distilled[TCDRow, tuple[()]]):
         super().__post_init__()
         check(0 <= self.eta <= 1, f"eta={self.eta} must lie in 0..1")
 
-    def step(
-        self, plan: Plan[TCDRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[TCDRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
-        epsilon = to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
-        landed = at.signal_middle * x0 + at.noise_middle * epsilon
+        landed = at.signal_middle * x0 + at.noise_middle * plan.epsilon(i, x, out)
         return at.keep * landed + at.fresh * draw(landed) if at.noisy else landed, state
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -205,7 +177,7 @@ class TCD(Distilled[TCDRow, tuple[()]]):
         return Levels(t, here, to, unit(), beside={"middle": middle, "alpha_bar": at_middle, "noisy": noisy})
 
     def rows(self, at: Levels, prediction: Prediction) -> TCDRow:
-        check_no_pure_noise(self, at.timesteps, at.here, prediction)
+        check_no_pure_noise(self, at, prediction)
         middle = at.beside["alpha_bar"]
         return TCDRow(
             middle=at.beside["middle"],
@@ -217,18 +189,13 @@ class TCD(Distilled[TCDRow, tuple[()]]):
         )
 
 
-class CMRow(NamedTuple):
-    """``scale``: divisor of the model's input; ``skip`` and ``scaled``: the c_skip and c_out above; ``fresh``: factor
-    of the fresh noise. A plan of a single row draws no noise."""
-
-    scale: Tensor
-    skip: Tensor
-    scaled: Tensor
-    fresh: Tensor
+CMRow = namedtuple("CMRow", "scale skip scaled fresh")
+"""``scale``: divisor of the model's input; ``skip`` and ``scaled``: the c_skip and c_out above; ``fresh``: factor of
+the fresh noise. A plan of a single row draws no noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CM(Limited[CMRow, tuple[()]]):
+class CM(Limited[CMRow, Empty]):
     """Sampler for consistency models trained in sigma.
 
     ``train_steps``: number of sigmas of training, from ``sigma_max`` to ``sigma_min``, evenly spaced in
@@ -258,17 +225,16 @@ class CM(Limited[CMRow, tuple[()]]):
         check_karras(self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
         check(self.train_steps >= 2, f"train_steps={self.train_steps} must be 2 or more")
 
-    def step(
-        self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         x0 = self.denoised(plan, i, x, out, state)
         noise = draw(out) if len(plan) > 1 else torch.zeros_like(out)
         return x0 + (noise * self.s_noise) * plan.at(i).fresh, state
 
     def scale_input(self, plan: Plan[CMRow], i: int, x: Tensor) -> Tensor:
-        return x / plan.at(i).scale
+        seen: Tensor = x / plan.at(i).scale
+        return seen
 
-    def denoised(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+    def denoised(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         """Return the consistency function, limited."""
         at = plan.at(i)
         return self.limit(at.scaled * out + at.skip * x)

@@ -17,29 +17,28 @@ from which DDIM would generate it, the starting point of editing by inversion.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import unit
+from minidiff.samplers.checks import check_no_pure_noise, root
 from minidiff.samplers.levels import Timesteps, alpha_bar_at
 from minidiff.samplers.limits import Clipped, Limited
-from minidiff.samplers.method import Draw, Given, Levels, Plan, check_no_pure_noise, root, unit
-from minidiff.schedule import NoiseSchedule, epsilon_from_x0, to_epsilon
+from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Plan
+from minidiff.samplers.options import NotNegative
+from minidiff.schedule import NoiseSchedule, epsilon_from_x0
 
-
-class Row(NamedTuple):
-    """A step is ``x0_coef`` * x0 + ``direction`` * epsilon + ``std`` * fresh noise."""
-
-    x0_coef: Tensor
-    direction: Tensor
-    std: Tensor
+Row = namedtuple("Row", "x0_coef direction std")
+"""A step is ``x0_coef`` * x0 + ``direction`` * epsilon + ``std`` * fresh noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
+class DDIM(Timesteps[Row, Empty], Limited[Row, Empty]):
     """DDIM sampler. ``eta``: amount of fresh noise, 0 (none) to 1 (as DDPM). ``use_clipped``: derive epsilon again from
     the limited x0, as GLIDE does. ``set_alpha_to_one``: alpha_bar after the last row is 1 instead of that of timestep
     0.
@@ -51,22 +50,14 @@ class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
     takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
 
     set_alpha_to_one: bool = False
-    eta: float = 0.0
+    eta: NotNegative = 0.0
     use_clipped: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.eta >= 0, f"eta={self.eta} must not be negative")
-
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
-        at, signal, noise = plan.at(i), plan.signal[i], plan.noise[i]
-        x0 = self.denoised(plan, i, x, out, state)
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
+        at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
+        epsilon = plan.epsilon(i, x, out)
         if self.use_clipped:
-            epsilon = epsilon_from_x0(x, x0, signal, noise)
-        else:
-            epsilon = to_epsilon(plan.prediction, x, out, signal, noise)
+            epsilon = epsilon_from_x0(x, x0, plan.signal[i], plan.noise[i])
         after = at.x0_coef * x0 + at.direction * epsilon
         return after + at.std * draw(out) if self.eta > 0 else after, state
 
@@ -77,7 +68,7 @@ class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
         return Levels(t, schedule.alphas_cumprod[t], to, unit(), landing)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
-        check_no_pure_noise(self, at.timesteps, at.here, prediction, self.bounds_infinity)
+        check_no_pure_noise(self, at, prediction, self.bounds_infinity)
         variance = ((1 - at.to) / (1 - at.here)) * (1 - at.here / at.to)
         std = self.eta * root(variance, self, "the variance")
         direction = root(1 - at.to - std**2, self, f"with eta={self.eta}, 1 - alpha_bar_to - std**2")
@@ -85,7 +76,7 @@ class DDIM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIMInverse(Timesteps[Row, tuple[()]], Clipped[Row, tuple[()]]):
+class DDIMInverse(Timesteps[Row, Empty], Clipped[Row, Empty]):
     """DDIM run backwards. The rows rise, starting at the picture. The input sample of a row has the noise level of the
     row before, and the model is called with the timestep at which the step lands, as is customary.
 
@@ -103,13 +94,9 @@ class DDIMInverse(Timesteps[Row, tuple[()]], Clipped[Row, tuple[()]]):
         known = self.spacing != "linspace" or not self.like_diffusers
         check(known, "DDIMInverseScheduler has no timestep_spacing='linspace': use leading or trailing")
 
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
-        at = plan.at(i)
-        x0 = self.denoised(plan, i, x, out, state)
-        epsilon = to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
-        return at.x0_coef * x0 + at.direction * epsilon, state
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
+        at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
+        return at.x0_coef * x0 + at.direction * plan.epsilon(i, x, out), state
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         falling, apart = self.visited(schedule, given)
@@ -119,9 +106,8 @@ class DDIMInverse(Timesteps[Row, tuple[()]], Clipped[Row, tuple[()]]):
         return Levels(t, here, schedule.alphas_cumprod[t], unit(), beside={"before": before})
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
-        check_no_pure_noise(self, at.beside["before"], at.here, prediction)
+        check_no_pure_noise(self, at._replace(timesteps=at.beside["before"]), prediction)
         divides = prediction == "sample" and bool((at.here == 1).any())
-        check(
-            not divides, "DDIMInverse: a picture without noise has no epsilon: set_alpha_to_one=False, or epsilon or v"
-        )
+        wanted = "set_alpha_to_one=False, or epsilon or v"
+        check(not divides, f"DDIMInverse: a picture without noise has no epsilon: {wanted}")
         return Row(x0_coef=at.to**0.5, direction=(1 - at.to) ** 0.5, std=torch.zeros_like(at.to))

@@ -12,16 +12,19 @@ after the last row comes the clean picture, alpha_bar 1.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import unit
+from minidiff.samplers.checks import check_no_pure_noise, check_some_noise
 from minidiff.samplers.levels import Timesteps
 from minidiff.samplers.limits import Limited
-from minidiff.samplers.method import Draw, Given, Levels, Plan, check_no_pure_noise, check_some_noise, unit
+from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule
 
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
@@ -30,20 +33,13 @@ MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is n
 FIXED_LARGE_LOG = "variance_type='fixed_large_log' gives NaN in diffusers 0.42.1: use fixed_large, which it stands for"
 
 
-class Row(NamedTuple):
-    """The mean is ``x0_coef`` * x0 + ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and
-    ``log_small``, ``log_large`` bound a learned one. ``noisy``: noise is drawn at every timestep but 0."""
-
-    x0_coef: Tensor
-    x_coef: Tensor
-    std: Tensor
-    log_small: Tensor
-    log_large: Tensor
-    noisy: Any
+Row = namedtuple("Row", "x0_coef x_coef std log_small log_large noisy")
+"""The mean is ``x0_coef`` * x0 + ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and
+``log_small``, ``log_large`` bound a learned one. ``noisy``: noise is drawn at every timestep but 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
+class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
     """DDPM sampler. ``variance``: fixed_small, fixed_large, their _log forms (the same, computed through the
     logarithm), learned, or learned_range. The learned ones need a model with twice the channels, whose second half is
     the variance.
@@ -56,9 +52,7 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
     steps_offset: int = 0
     variance: Variance = "fixed_small"
 
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
         mean = at.x0_coef * self.denoised(plan, i, x, out, state) + at.x_coef * x
         if not at.noisy:
@@ -66,7 +60,7 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
         out, learned = self._split(x, out)
         return mean + self._deviation(at, learned) * draw(out), state
 
-    def denoised(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+    def denoised(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         return super().denoised(plan, i, x, self._split(x, out)[0], state)
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -77,8 +71,8 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         check(not (self.like_diffusers and self.variance == "fixed_large_log"), FIXED_LARGE_LOG)
-        check_no_pure_noise(self, at.timesteps, at.here, prediction, self.bounds_infinity)
-        check_some_noise(self, at.timesteps, at.here)
+        check_no_pure_noise(self, at, prediction, self.bounds_infinity)
+        check_some_noise(self, at)
         beta_bar, beta_bar_to = 1 - at.here, 1 - at.to
         alpha = at.here / at.to
         beta = 1 - alpha
@@ -110,7 +104,8 @@ class DDPM(Timesteps[Row, tuple[()]], Limited[Row, tuple[()]]):
         if self.variance == "learned_range":
             share = (learned + 1) / 2
             return torch.exp(0.5 * (share * at.log_large + (1 - share) * at.log_small))
-        return at.std
+        std: Tensor = at.std
+        return std
 
 
 def split_variance(x: Tensor, out: Tensor, option: str) -> tuple[Tensor, Tensor]:

@@ -15,36 +15,27 @@ log rho is not defined at rho 0, so the last step lands on the smallest sigma of
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction
-from minidiff.samplers.dpm_solver import check_order
-from minidiff.samplers.levels import Lambdas
-from minidiff.samplers.method import Draw, Levels, Plan, earlier, rates
-from minidiff.samplers.multistep import Outputs, highest_orders, usable
+from minidiff.samplers.arithmetic import earlier, rates
+from minidiff.samplers.checks import usable
+from minidiff.samplers.dpm_solver import highest_orders
+from minidiff.samplers.levels import Lambdas, Landing
+from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
+from minidiff.samplers.options import UpTo3
 from minidiff.schedule import epsilon_from_x0
 
-
-class Row(NamedTuple):
-    """A step of order 1 is ``x_coef`` * x + ``e_coef`` * epsilon. One of order 2 is ``to_signal`` * (x /
-    ``from_signal`` + ``a1`` * epsilon + ``a2`` * the one before), and of order 3 the same with ``b1``, ``b2``,
-    ``b3``. ``order``: the highest of each row."""
-
-    order: Any
-    x_coef: Tensor
-    e_coef: Tensor
-    to_signal: Tensor
-    from_signal: Tensor
-    a1: Tensor
-    a2: Tensor
-    b1: Tensor
-    b2: Tensor
-    b3: Tensor
+Row = namedtuple("Row", "order x_coef e_coef to_signal from_signal a1 a2 b1 b2 b3")
+"""A step of order 1 is ``x_coef`` * x + ``e_coef`` * epsilon. One of order 2 is ``to_signal`` * (x / ``from_signal`` +
+``a1`` * epsilon + ``a2`` * the one before), and of order 3 the same with ``b1``, ``b2``, ``b3``. ``order``: the highest
+of each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +47,11 @@ class DEIS(Lambdas[Row, Outputs]):
     last step does nothing.
     """
 
-    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "repeated"
+    lands_on: ClassVar[Landing] = "repeated"
 
-    solver_order: int = 2
+    solver_order: UpTo3 = 2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order(self.solver_order)
-
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
-    ) -> tuple[Tensor, Outputs]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         """Compute in the dtype of ``x``. epsilon is derived from x0, even if the model predicts epsilon."""
         at = plan.at(i)
         m = epsilon_from_x0(x, self.denoised(plan, i, x, out, state), plan.signal[i], plan.noise[i])

@@ -13,8 +13,9 @@ sigmas end above 0).
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,30 +23,27 @@ from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.samplers.levels import SpacedSigmas, sigma_table
-from minidiff.samplers.method import Draw, Given, Levels, Plan, Put, root
+from minidiff.samplers.checks import root, rows_of
+from minidiff.samplers.levels import SpacedSigmas, sigma_table, to_timesteps
+from minidiff.samplers.method import Draw, Given, Levels, Next, Plan, Put
 from minidiff.schedule import NoiseSchedule
 
-
-class Row(NamedTuple):
-    """``dt``: factor of the slope, from the start of the interval; ``sigma_up``: factor of fresh noise at the end of an
-    interval (0 unless ancestral)."""
-
-    dt: Tensor
-    sigma_up: Tensor
+Base = Tensor | None
+"""In the middle of an interval, the sample at its start; at the start, None."""
 
 
-class Split(NamedTuple):
-    """For each interval, (n,) each: the middle sigma (for the last interval its end, since it has no middle), the sigma
-    on which the step lands, and the sigma of fresh noise."""
+Row = namedtuple("Row", "dt sigma_up")
+"""``dt``: factor of the slope, from the start of the interval; ``sigma_up``: factor of fresh noise at the end of an
+interval (0 unless ancestral)."""
 
-    middle: Tensor
-    to: Tensor
-    up: Tensor
+
+Split = namedtuple("Split", "middle to up")
+"""For each interval, (n,) each: the middle sigma (for the last interval its end, since it has no middle), the sigma on
+which the step lands, and the sigma of fresh noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPM2(SpacedSigmas[Row, "Tensor | None"]):
+class DPM2(SpacedSigmas[Row, Base]):
     """DPM2 sampler. Options: see :class:`SpacedSigmas`. In the middle of an interval, the state is the sample at its
     start.
 
@@ -56,13 +54,9 @@ class DPM2(SpacedSigmas[Row, "Tensor | None"]):
     """
 
     order: ClassVar[int] = 2
+    initial: ClassVar[Base] = None
 
-    def start(self) -> Tensor | None:
-        return None
-
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Tensor | None, draw: Draw
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Base, draw: Draw) -> Next[Base]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         at = plan.at(i)
         if i % 2 == 0:
@@ -82,7 +76,7 @@ class DPM2(SpacedSigmas[Row, "Tensor | None"]):
             times = times.round()
         ends, s = torch.from_numpy(times), torch.from_numpy(sigmas)
         middle, to, up = self.split(s)
-        between = timesteps_between(middle[:-1], torch.from_numpy(np.log(table))).to(ends.dtype)
+        between = torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)).to(ends.dtype)
         t = torch.cat([ends[:1], torch.stack([between, ends[1:]], dim=1).flatten()])
         here, to = interleave(s[:-1], middle), interleave(middle, to)
         listed = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
@@ -107,7 +101,8 @@ class DPM2Ancestral(DPM2):
     but the last."""
 
     def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        return x + draw(out) * at.sigma_up
+        after: Tensor = x + draw(out) * at.sigma_up
+        return after
 
     def split(self, s: Tensor) -> Split:
         to = s.roll(-1)
@@ -117,25 +112,12 @@ class DPM2Ancestral(DPM2):
         down = root(to**2 - up**2, self, "sigma_down")
         middle = s.log().lerp(down.log(), 0.5).exp()[:-1]
         middle[-1] = s[-1]
-        lost = (~(middle[:-1] > 0)).nonzero().flatten().tolist()
-        check(
-            not lost,
-            f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle (diffusers: NaN); "
-            "use more steps",
-        )
+        lost = rows_of(~(middle[:-1] > 0))
+        where = f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle"
+        check(not lost, f"{where} (diffusers: NaN); use more steps")
         return Split(middle, down[:-1], up[:-1])
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
     """Interleave two (n,) rows to (2n - 1,), leaving out the last entry of ``second``."""
     return torch.stack([first, second], dim=1).flatten()[:-1]
-
-
-def timesteps_between(sigmas: Tensor, logs: Tensor) -> Tensor:
-    """Return the fractional timesteps, (n,), at which training's log sigmas ``logs`` (T,) are those of ``sigmas``
-    (n,). Like ``to_timesteps`` in levels.py, but in float32, as the reference computes the middles."""
-    log_sigma = torch.from_numpy(np.log(sigmas.clamp(min=1e-10).numpy()))
-    below = (log_sigma[None] - logs[:, None] >= 0).cumsum(dim=0).argmax(dim=0).clip(max=len(logs) - 2)
-    low, high = logs[below], logs[below + 1]
-    share = ((low - log_sigma) / (low - high)).clip(0, 1)
-    return (1 - share) * below + share * (below + 1)

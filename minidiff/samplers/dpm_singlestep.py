@@ -9,31 +9,23 @@ those of dpm_solver.py.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import lambda_of, meet, rates
+from minidiff.samplers.checks import usable
 from minidiff.samplers.dpm_solver import DPMOptions, exponentials
-from minidiff.samplers.method import Draw, Levels, Plan, lambda_of, meet, rates
-from minidiff.samplers.multistep import Outputs, usable
+from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
 
-
-class Row(NamedTuple):
-    """(n, 3) each, the entry k - 1 for steps of order k, which begin k - 1 rows before: a step is ``x_coef`` * x +
-    ``d0`` * D0 + ``d1`` * D1 + ``d2`` * D2 + ``fresh`` * noise; ``r0`` and ``r1`` are where the latest output and the
-    one before lie in the step. ``order`` (n,): that of each row, its place in the group."""
-
-    order: Any
-    x_coef: Tensor
-    d0: Tensor
-    d1: Tensor
-    d2: Tensor
-    fresh: Tensor
-    r0: Tensor
-    r1: Tensor
+Row = namedtuple("Row", "order x_coef d0 d1 d2 fresh r0 r1")
+"""(n, 3) each, the entry k - 1 for steps of order k, which begin k - 1 rows before: a step is ``x_coef`` * x + ``d0`` *
+D0 + ``d1`` * D1 + ``d2`` * D2 + ``fresh`` * noise; ``r0`` and ``r1`` are where the latest output and the one before lie
+in the step. ``order`` (n,): that of each row, its place in the group."""
 
 
 class Group(NamedTuple):
@@ -56,15 +48,14 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
     :class:`Lambdas`.
     """
 
+    initial: ClassVar[Group] = Group()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.algorithm != "sde-dpmsolver" and not self.euler_at_final and self.sigma_spacing != "lu"
         check(known, f"{self.name} has no algorithm 'sde-dpmsolver', euler_at_final or sigma_spacing 'lu'")
 
-    def start(self) -> Group:
-        return Group()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Group, draw: Draw) -> tuple[Tensor, Group]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Group, draw: Draw) -> Next[Group]:
         """Compute in the dtype of ``x``."""
         m, at = self.convert(plan, i, x, out, state), plan.at(i)
         outputs = (*state.outputs, m)[-self.solver_order :]

@@ -22,42 +22,32 @@ from a picture to the noise that would generate it, for editing by inversion.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import earlier, meet, rates, upcast
+from minidiff.samplers.checks import usable
 from minidiff.samplers.ddpm import split_variance
-from minidiff.samplers.levels import CURVES, Final, Floats, Lambdas, at_timesteps, to_timesteps
-from minidiff.samplers.method import Draw, Given, Levels, Plan, earlier, meet, rates, upcast
-from minidiff.samplers.multistep import Outputs, highest_orders, unclipped, usable
-from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_x0, to_epsilon, x0_from_epsilon
+from minidiff.samplers.levels import CURVES, Final, Floats, Lambdas, Landing, at_timesteps, to_timesteps
+from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan, R, S
+from minidiff.samplers.options import UpTo3
+from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_x0, x0_from_epsilon
 
 Algorithm = Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"]
 SolverType = Literal["midpoint", "heun"]
-R = TypeVar("R", bound=tuple[Any, ...])
-S = TypeVar("S")
+FEW = 15  # runs of fewer steps end with steps of lower order, which are more stable there
 
 
-class Multistep(NamedTuple):
-    """A step is ``x_coef`` * x + ``d0`` * D0 + ``d1`` * D1 + ``d2`` * D2 + ``fresh`` * noise, with ``d1_heun`` in the
-    place of d1 in a step of order 3. ``inv_r0`` and ``inv_r1`` make D1 of the differences of the latest outputs,
-    ``share`` and ``inv_r`` make D1 and D2 of those of order 3. ``order``: the highest of each row."""
-
-    order: Any
-    x_coef: Tensor
-    d0: Tensor
-    d1: Tensor
-    d1_heun: Tensor
-    d2: Tensor
-    fresh: Tensor
-    inv_r0: Tensor
-    inv_r1: Tensor
-    share: Tensor
-    inv_r: Tensor
+Multistep = namedtuple("Multistep", "order x_coef d0 d1 d1_heun d2 fresh inv_r0 inv_r1 share inv_r")
+"""A step is ``x_coef`` * x + ``d0`` * D0 + ``d1`` * D1 + ``d2`` * D2 + ``fresh`` * noise, with ``d1_heun`` in the place
+of d1 in a step of order 3. ``inv_r0`` and ``inv_r1`` make D1 of the differences of the latest outputs, ``share`` and
+``inv_r`` make D1 and D2 of those of order 3. ``order``: the highest of each row."""
 
 
 def multistep(at: Any, x: Tensor, outputs: Outputs) -> Tensor:
@@ -87,7 +77,7 @@ class DPMOptions(Lambdas[R, S]):
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
 
-    solver_order: int = 2
+    solver_order: UpTo3 = 2
     algorithm: Algorithm = "dpmsolver++"
     solver_type: SolverType = "midpoint"
     euler_at_final: bool = False
@@ -98,7 +88,6 @@ class DPMOptions(Lambdas[R, S]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.solver_order)
         reaches = self.predicts_x0 or self.final_sigma != "zero"
         check(reaches, f"algorithm={self.algorithm!r} divides by sigma: it needs final_sigma='sigma_min'")
         known = self.algorithm != "sde-dpmsolver" or self.solver_order < 3
@@ -109,7 +98,7 @@ class DPMOptions(Lambdas[R, S]):
         return self.algorithm.endswith("++")
 
     @property
-    def final(self) -> Literal["zero", "sigma_min", "repeated"]:
+    def final(self) -> Landing:
         return self.final_sigma
 
     def highest(self, schedule: NoiseSchedule) -> int:
@@ -134,16 +123,10 @@ class DPMOptions(Lambdas[R, S]):
 
 def limited_epsilon(method: Lambdas[Any, Any], plan: Plan[Any], i: int, x: Tensor, out: Tensor) -> Tensor:
     """Convert ``out`` to epsilon, after thresholding its x0 if that is enabled."""
-    signal, noise = plan.signal[i], plan.noise[i]
-    epsilon = to_epsilon(plan.prediction, x, out, signal, noise)
+    epsilon, signal, noise = plan.epsilon(i, x, out), plan.signal[i], plan.noise[i]
     if method.threshold is None:
         return epsilon
     return epsilon_from_x0(x, method.limit(x0_from_epsilon(x, epsilon, signal, noise)), signal, noise)
-
-
-def check_order(order: int) -> None:
-    """Raise ConfigError for an order without a formula."""
-    check(1 <= order <= 3, f"solver_order={order} must be 1, 2 or 3")
 
 
 def lu(table: Floats, n: int) -> Floats:
@@ -164,9 +147,7 @@ class DPMSolver(DPMOptions[Multistep, Outputs]):
     timesteps as karras does; and see :class:`Lambdas`.
     """
 
-    def step(
-        self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
-    ) -> tuple[Tensor, Outputs]:
+    def step(self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         """Compute x0 in the model's dtype, and the sum in float32."""
         m, at = self.convert(plan, i, x, out, state), plan.at(i)
         outputs = (*state, m)[-self.solver_order :]
@@ -193,7 +174,7 @@ class DPMSolver2MSDE(DPMSolver):
 class DPMSolver3MSDE(DPMSolver2MSDE):
     """DPM++ 3M SDE: :class:`DPMSolver2MSDE` with order 3."""
 
-    solver_order: int = 3
+    solver_order: UpTo3 = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +201,7 @@ class DPMSolverInverse(DPMSolver):
         known = self.sigma_spacing != "lu"
         check(known, "DPMSolverInverse has no sigma_spacing='lu'; it knows timesteps, karras, exponential, beta")
 
-    def step(
-        self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
-    ) -> tuple[Tensor, Outputs]:
+    def step(self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         """Compute in float32, since the first steps multiply the difference of x and x0 by 10 and more."""
         seen, said = (x, out) if self.like_diffusers else (upcast(x), upcast(out))
         outputs = (*state, self.convert(plan, i, seen, said, state))[-self.solver_order :]
@@ -271,21 +250,9 @@ class DPMSolverInverse(DPMSolver):
         _, seen = np.unique(t, return_index=True)
         return t[np.sort(seen)].astype(np.int64)
 
-    def rows(self, at: Levels, prediction: Prediction) -> Multistep:
-        orders = highest_orders(len(at.here), self.solver_order, self.lower_order_final, self.euler_at_final)
-        parts = exponentials(self.algorithm, rates(at.here), rates(at.to), at.h, True)
-        return multistep_rows(self, orders, parts, at.h, self.solver_type)
 
-
-class Exponentials(NamedTuple):
-    """Factors of x, D0, D1 (for both solver types), D2 and fresh noise, (n,) each."""
-
-    x_coef: Tensor
-    d0: Tensor
-    d1_midpoint: Tensor
-    d1_heun: Tensor
-    d2: Tensor
-    fresh: Tensor
+Exponentials = namedtuple("Exponentials", "x_coef d0 d1_midpoint d1_heun d2 fresh")
+"""Factors of x, D0, D1 (for both solver types), D2 and fresh noise, (n,) each."""
 
 
 Rates = tuple[Tensor, Tensor]
@@ -333,3 +300,29 @@ def multistep_rows(method: Any, orders: tuple[int, ...], parts: Exponentials, h:
         **usable(method, orders, 2, {"d1": d1, "inv_r0": 1.0 / r0}),
         **usable(method, orders, 3, third),
     )
+
+
+def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: bool) -> tuple[int, ...]:
+    """Return the highest order of each step of a multistep method, (n,): ``order``, or the number of outputs so far if
+    that is lower. With ``lower_order_final`` and few steps, the last two have order 2 and 1 at most; with
+    ``first_at_last``, the last has order 1."""
+    few = lower_order_final and n < FEW
+    orders = [min(order, i + 1) for i in range(n)]
+    if few and n > 1:
+        orders[-2] = min(orders[-2], 2)
+    if few or first_at_last:
+        orders[-1] = 1
+    return tuple(orders)
+
+
+def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:
+    """Return the number of training's timesteps, counted from the lowest, with lambda >= ``lambda_min`` (None: all)."""
+    if lambda_min is None:
+        return len(schedule)
+    alpha_bar = schedule.alphas_cumprod.clone()
+    if alpha_bar[-1] == 0:
+        alpha_bar[-1] = last_alpha_bar
+    lambdas = torch.log(torch.sqrt(alpha_bar)) - torch.log(torch.sqrt(1 - alpha_bar))
+    last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), lambda_min))
+    check(last >= 1, f"lambda_min_clipped={lambda_min} clips every timestep of training")
+    return last

@@ -9,37 +9,31 @@ Brownian path with sigma as its time, so that the noise of the second step inclu
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction, check
+from minidiff.config import Prediction
 from minidiff.errors import ConfigError
-from minidiff.samplers.brownian import BrownianTree, Increment, draw_increment
+from minidiff.samplers.brownian import BrownianTree
+from minidiff.samplers.checks import check_finite
 from minidiff.samplers.levels import Floats, SpacedSigmas, sigma_table, to_timesteps
-from minidiff.samplers.method import Draw, Given, Levels, Plan, Put, check_finite
+from minidiff.samplers.method import Draw, Given, Levels, Next, Plan, Put
+from minidiff.samplers.options import Rule
 from minidiff.schedule import NoiseSchedule
 
-Path = tuple[tuple[int, float], Increment]
-"""Seed and standard deviation of a Brownian path's first draw, and the nodes of one increment."""
+Path = tuple[BrownianTree, float, float]
+"""A Brownian path, and the interval of one of its increments."""
 
 
-class Row(NamedTuple):
-    """A step is ``x_coef`` * x - ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is
-    what an increment of the path is divided by; ``first_part`` and ``second_part`` make the noise of an odd row (the
-    middle of an interval) of two draws. ``path``: where each row's noise comes from, if there is a seed."""
-
-    x_coef: Tensor
-    x0_coef: Tensor
-    sigma_up: Tensor
-    dt: Tensor
-    root_dt: Tensor
-    first_part: Tensor
-    second_part: Tensor
-    path: Any
+Row = namedtuple("Row", "x_coef x0_coef sigma_up dt root_dt first_part second_part path")
+"""A step is ``x_coef`` * x - ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is what
+an increment of the path is divided by; ``first_part`` and ``second_part`` make the noise of an odd row (the middle of
+an interval) of two draws. ``path``: where each row's noise comes from, if there is a seed."""
 
 
 class State(NamedTuple):
@@ -60,19 +54,13 @@ class DPMSDE(SpacedSigmas[Row, State]):
     cannot be reproduced, neither there nor here.
     """
 
+    initial: ClassVar[State] = State()
     order: ClassVar[int] = 2
 
     s_noise: float = 1.0
-    noise_seed: int | None = None
+    noise_seed: Annotated[int | None, Rule(lambda v: v >= 0, "must not be negative")] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.noise_seed is None or self.noise_seed >= 0, f"noise_seed={self.noise_seed} must not be negative")
-
-    def start(self) -> State:
-        return State()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``."""
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
         if i == len(plan) - 1:  # to sigma 0
@@ -87,8 +75,9 @@ class DPMSDE(SpacedSigmas[Row, State]):
     def _noise(self, at: Row, x: Tensor, state: State, draw: Draw) -> Tensor:
         """Return standard normal noise: the path's increment over the row's step, divided by the root of its length."""
         if at.path is not None:
-            root, increment = at.path
-            return draw_increment(root, increment, x) * -1.0 / at.root_dt
+            tree, low, high = cast(Path, at.path)
+            noise: Tensor = tree.increment(low, high, x) * -1.0 / at.root_dt
+            return noise
         fresh = draw(x)
         return fresh if state.noise is None else at.first_part * state.noise + at.second_part * fresh
 
@@ -149,11 +138,11 @@ class DPMSDE(SpacedSigmas[Row, State]):
         )
 
     def _path(self, at: Levels, starts: list[float]) -> tuple[Path | None, ...]:
-        """Return the seeds of the draws for each row, from its start to where it lands; the last row draws none."""
+        """Return where the noise of each row comes from, from its start to where it lands; the last row draws none."""
         if self.noise_seed is None:
             return (None,) * len(starts)
         ends = torch.cat([at.beside["start"], at.beside["end"]])
         positive = ends[ends > 0]
         tree = BrownianTree(positive.min().item(), positive.max().item(), self.noise_seed)
         rows = zip(starts[:-1], at.to[:-1].tolist(), strict=True)
-        return (*((tree.root, tree.increment(to, start)) for start, to in rows), None)
+        return (*((tree, to, start) for start, to in rows), None)

@@ -15,20 +15,22 @@ euler.py; the DPM-Solver++ step (Lu et al. 2022b, algorithm 2) is that of dpm_so
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
+from minidiff.samplers.arithmetic import Space, meet, upcast
 from minidiff.samplers.consistency import check_karras
-from minidiff.samplers.dpm_solver import Algorithm, check_order, exponentials, multistep, multistep_rows
+from minidiff.samplers.dpm_solver import Algorithm, exponentials, highest_orders, multistep, multistep_rows
 from minidiff.samplers.euler import Churning
 from minidiff.samplers.levels import Final, given_sigmas
 from minidiff.samplers.limits import Limited
-from minidiff.samplers.method import Draw, Given, Levels, Plan, R, S, Space, meet, upcast
-from minidiff.samplers.multistep import Outputs, highest_orders
+from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Outputs, Plan, R, S
+from minidiff.samplers.options import UpTo3
 from minidiff.schedule import NoiseSchedule, check_steps
 
 MAX_STEPS = 1000
@@ -40,6 +42,14 @@ class Wrapping(NamedTuple):
     c_in: Tensor
     c_skip: Tensor
     c_out: Tensor
+
+    def x0(self, x: Tensor, out: Tensor) -> Tensor:
+        """Return the picture that the model sees in ``x``, for one row, in the wider dtype."""
+        return self.c_skip * x + meet(self.c_out * out, x)
+
+
+Seen = namedtuple("Seen", "seen")
+"""``seen``: the columns at sigma, where the model is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +89,7 @@ class EDMOptions(Limited[R, S]):
         return Wrapping(c_in, self.sigma_data**2 / variance, signed * self.sigma_data / variance**0.5)
 
     def scale_input(self, plan: Plan[Any], i: int, x: Tensor) -> Tensor:
-        seen: Tensor = x * plan.at(i).c_in
+        seen: Tensor = x * plan.at(i).seen.c_in
         return seen
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -129,74 +139,31 @@ class EDMOptions(Limited[R, S]):
         return sigmas[-1]
 
 
-class EulerRow(NamedTuple):
-    """The columns of :class:`Wrapping` and of :class:`~minidiff.samplers.euler.Churn`; ``skip_hat`` and ``out_hat``
-    are c_skip and c_out at sigma_hat."""
-
-    c_in: Tensor
-    c_skip: Tensor
-    c_out: Tensor
-    sigma_hat: Tensor
-    churn: Tensor
-    churned: Any
-    dt: Tensor
-    skip_hat: Tensor
-    out_hat: Tensor
+EulerRow = namedtuple("EulerRow", "seen hat churn")
+"""``seen``: at sigma, where the model is called; ``hat``: at sigma_hat, where the step starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMEuler(Churning, EDMOptions[EulerRow, tuple[()]]):
+class EDMEuler(Churning[EulerRow], EDMOptions[EulerRow, Empty]):
     """Euler sampler for EDM. Options: :class:`EDMOptions`, and the churn of :class:`~minidiff.samplers.euler.Euler`."""
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "sigmas")
     places_in: ClassVar[torch.dtype] = torch.float64
 
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float | None = None
-    s_noise: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.s_churn >= 0, f"s_churn={self.s_churn} must not be negative")
-
-    def step(
-        self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
-        x = self.stir(at, upcast(x), out, draw)
-        slope = (x - self.limit(at.skip_hat * x + meet(at.out_hat * out, x))) / at.sigma_hat
-        return (x + slope * at.dt).to(out.dtype), state
+        return self.churned_step(at.churn, x, out, draw, lambda x: self.limit(at.hat.x0(x, out))), state
 
-    def denoised(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+    def denoised(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         """Compute x0 from the sample that the model saw, before any churn."""
-        at, x = plan.at(i), upcast(x)
-        return self.limit(at.c_skip * x + meet(at.c_out * out, x))
+        return self.limit(plan.at(i).seen.x0(upcast(x), out))
 
     def rows(self, at: Levels, prediction: Prediction) -> EulerRow:
         churn = self.churn(at, len(at.here))
-        _, skip_hat, out_hat = self.wrapping(churn.sigma_hat, prediction)
-        columns: Any = (*self.wrapping(at.here, prediction), *churn, skip_hat, out_hat)
-        return EulerRow(*columns)
+        return EulerRow(self.wrapping(at.here, prediction), self.wrapping(churn.sigma_hat, prediction), churn)
 
 
-class MultistepRow(NamedTuple):
-    """The columns of :class:`Wrapping` and of :class:`~minidiff.samplers.dpm_solver.Multistep`."""
-
-    c_in: Tensor
-    c_skip: Tensor
-    c_out: Tensor
-    order: Any
-    x_coef: Tensor
-    d0: Tensor
-    d1: Tensor
-    d1_heun: Tensor
-    d2: Tensor
-    fresh: Tensor
-    inv_r0: Tensor
-    inv_r1: Tensor
-    share: Tensor
-    inv_r: Tensor
+MultistepRow = namedtuple("MultistepRow", "seen step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +177,7 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
 
     places_in: ClassVar[torch.dtype] = torch.float32
 
-    solver_order: int = 2
+    solver_order: UpTo3 = 2
     sde: bool = False
     heun: bool = False
     lower_order_final: bool = True
@@ -218,20 +185,18 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.solver_order)
         check(not self.sde or self.solver_order < 3, "solver_order=3 does not go with sde (sde-dpmsolver++): use 2")
 
     def step(
         self, plan: Plan[MultistepRow], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw
-    ) -> tuple[Tensor, Outputs]:
+    ) -> Next[Outputs]:
         x0, at = self.denoised(plan, i, x, out, state), plan.at(i)
         outputs = (*state, x0)[-3:]
-        after = multistep(at, x, outputs)
-        return after + at.fresh * draw(x0) if self.sde else after, outputs
+        after = multistep(at.step, x, outputs)
+        return after + at.step.fresh * draw(x0) if self.sde else after, outputs
 
     def denoised(self, plan: Plan[MultistepRow], i: int, x: Tensor, out: Tensor, state: Outputs) -> Tensor:
-        at = plan.at(i)
-        return self.limit(at.c_skip * x + at.c_out * out)
+        return self.limit(plan.at(i).seen.x0(x, out))
 
     def last(self, sigmas: Tensor) -> Tensor:
         return torch.tensor(self.sigma_min, dtype=torch.float32, device="cpu")
@@ -243,5 +208,5 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
         one = torch.ones_like(h)
         kind: Algorithm = "sde-dpmsolver++" if self.sde else "dpmsolver++"
         parts = exponentials(kind, (one, at.here), (one, at.to), h, False)
-        columns = multistep_rows(self, orders, parts, h, "heun" if self.heun else "midpoint")
-        return MultistepRow(*self.wrapping(at.here, prediction), *cast(Any, columns))
+        steps = multistep_rows(self, orders, parts, h, "heun" if self.heun else "midpoint")
+        return MultistepRow(self.wrapping(at.here, prediction), steps)

@@ -14,9 +14,9 @@ from minidiff.console.spelling import near
 
 Method = tuple[str, Mapping[str, Any]]
 
-# In lower case and without punctuation, "++" as "pp": see _plain. The name of the levels (Karras, Exponential) follows.
+# Names of A1111 and ComfyUI that differ from ours, in lower case and without punctuation, "++" as "pp": see _plain. The
+# name of the levels (Karras, Exponential) follows.
 METHODS: Mapping[str, Method] = {
-    # names of A1111 and ComfyUI that differ from ours
     "eulera": ("euler_ancestral", {}),
     "eulerancestral": ("euler_ancestral", {}),
     "plms": ("pndm", {}),
@@ -25,30 +25,6 @@ METHODS: Mapping[str, Method] = {
     "dpmpp2msdeheun": ("dpmpp_2m_sde", {"solver_type": "heun"}),
     "unipcbh1": ("unipc", {"solver_type": "bh1"}),
     "unipcbh2": ("unipc", {"solver_type": "bh2"}),
-    # diffusers' classes
-    "ddpmscheduler": ("ddpm", {}),
-    "ddimscheduler": ("ddim", {}),
-    "ddiminversescheduler": ("ddim_inverse", {}),
-    "pndmscheduler": ("pndm", {}),
-    "eulerdiscretescheduler": ("euler", {}),
-    "eulerancestraldiscretescheduler": ("euler_ancestral", {}),
-    "heundiscretescheduler": ("heun", {}),
-    "lmsdiscretescheduler": ("lms", {}),
-    "kdpm2discretescheduler": ("dpm2", {}),
-    "kdpm2ancestraldiscretescheduler": ("dpm2_ancestral", {}),
-    "dpmsolvermultistepscheduler": ("dpmpp_2m", {}),
-    "dpmsolvermultistepinversescheduler": ("dpmpp_2m_inverse", {}),
-    "dpmsolversinglestepscheduler": ("dpmpp_2s", {}),
-    "dpmsolversdescheduler": ("dpmpp_sde", {}),
-    "deismultistepscheduler": ("deis", {}),
-    "unipcmultistepscheduler": ("unipc", {}),
-    "sasolverscheduler": ("sa_solver", {}),
-    "edmeulerscheduler": ("edm_euler", {}),
-    "edmdpmsolvermultistepscheduler": ("edm_dpmpp_2m", {}),
-    "cmstochasticiterativescheduler": ("cm", {}),
-    "ipndmscheduler": ("ipndm", {}),
-    "lcmscheduler": ("lcm", {}),
-    "tcdscheduler": ("tcd", {}),
 }
 LEVELS = {"karras": "karras", "ka": "karras", "exponential": "exponential", "beta": "beta"}
 # Samplers here without such levels, or with a choice of others.
@@ -68,9 +44,12 @@ ABSENT: Mapping[str, str] = {
 
 def meant(name: str, own: Collection[str]) -> tuple[str, dict[str, Any]] | None:
     """Return the sampler, one of ``own``, and the options that other programs call ``name``; None if there is none."""
+    from minidiff.samplers.diffusers.classes import READERS
+
     plain = _plain(name)
     ours: dict[str, Method] = {_plain(known): (known, {}) for known in own}
-    methods = {**ours, **{called: method for called, method in METHODS.items() if method[0] in own}}
+    classes: dict[str, Method] = {_plain(kind): (reader.name, {}) for kind, reader in READERS.items()}
+    methods = {**ours, **{called: method for called, method in {**METHODS, **classes}.items() if method[0] in own}}
     if plain in methods:
         return methods[plain][0], dict(methods[plain][1])
     for ending, levels in LEVELS.items():

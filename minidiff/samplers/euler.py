@@ -17,48 +17,49 @@ This is the step of DDPM written in sigma. Noise is drawn at every step, includi
 
 from __future__ import annotations
 
+from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
-from minidiff.samplers.levels import (
-    Final,
-    Floats,
-    Sigmas,
-    SpacedSigmas,
-    check_ends,
-    ends,
-    sigma_table,
-    to_timesteps,
-)
-from minidiff.samplers.method import Draw, Given, Levels, Plan, meet, root, sigma_x0, upcast
+from minidiff.samplers.arithmetic import meet, upcast
+from minidiff.samplers.checks import root
+from minidiff.samplers.levels import Final, Floats, Sigmas, SpacedSigmas, ends, sigma_table, to_timesteps
+from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R
+from minidiff.samplers.options import AboveZero, NotNegative
 from minidiff.schedule import NoiseSchedule
 
 MAX_GAMMA = 2**0.5 - 1  # churn at most doubles the variance in one step
 
 
-class Churn(NamedTuple):
-    """``sigma_hat``: sigma after the churn; ``churn``: factor of its noise; ``churned``: True if there is any churn;
-    ``dt``: from sigma_hat to the next sigma."""
-
-    sigma_hat: Tensor
-    churn: Tensor
-    churned: Any
-    dt: Tensor
+Churn = namedtuple("Churn", "sigma_hat churn churned dt")
+"""``sigma_hat``: sigma after the churn; ``churn``: factor of its noise; ``churned``: True if there is any churn;
+``dt``: from sigma_hat to the next sigma."""
 
 
-class Churning:
+@dataclass(frozen=True, kw_only=True)
+class Churning(Method[R, Empty]):
     """Base class of the methods with churn. ``s_churn`` (0: none) is spread over all steps and applies where sigma lies
     in ``s_tmin``..``s_tmax`` (None: no upper bound); its noise is multiplied by ``s_noise``."""
 
-    s_churn: float
-    s_tmin: float
-    s_tmax: float | None
-    s_noise: float
+    s_churn: NotNegative = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float | None = None
+    s_noise: float = 1.0
+
+    def churned_step(self, at: Churn, x: Tensor, out: Tensor, draw: Draw, x0: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the sample after a step. ``x0`` gives the picture seen in a sample at sigma_hat."""
+        x = upcast(x)
+        if at.churned:
+            x = x + meet((draw(out) * self.s_noise) * at.churn, x)
+        slope = (x - meet(x0(x), x)) / at.sigma_hat
+        after: Tensor = x + slope * at.dt
+        return after.to(out.dtype)
 
     def churn(self, at: Levels, steps: int) -> Churn:
         """Return the columns for a run of ``steps`` steps."""
@@ -70,15 +71,9 @@ class Churning:
         churn = (sigma_hat**2 - at.here**2) ** 0.5
         return Churn(sigma_hat, churn, tuple(churned.tolist()), at.to - sigma_hat)
 
-    def stir(self, at: Any, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        """Return ``x`` in float32 with the noise of a churned row."""
-        if at.churned:
-            x = x + meet((draw(out) * self.s_noise) * at.churn, x)
-        return x
-
 
 @dataclass(frozen=True, kw_only=True)
-class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
+class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
     """Euler sampler.
 
     ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
@@ -94,31 +89,18 @@ class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps", "sigmas")
 
     interpolation: Literal["linear", "log_linear"] = "linear"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: AboveZero = None
+    sigma_max: AboveZero = None
     continuous: bool = False
     final_sigma: Final = "zero"
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float | None = None
-    s_noise: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.s_churn >= 0, f"s_churn={self.s_churn} must not be negative")
-        check_ends(self.sigma_min, self.sigma_max)
-
-    def step(
-        self, plan: Plan[Churn], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[Churn], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
-        x = self.stir(at, upcast(x), out, draw)
-        slope = (x - meet(sigma_x0(plan, i, x, out, at.sigma_hat), x)) / at.sigma_hat
-        return (x + slope * at.dt).to(out.dtype), state
+        return self.churned_step(at, x, out, draw, lambda x: plan.x0(i, x, out, at.sigma_hat)), state
 
-    def denoised(self, plan: Plan[Churn], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
+    def denoised(self, plan: Plan[Churn], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         """Compute x0 from the sample that the model saw, before any churn."""
-        return sigma_x0(plan, i, upcast(x), out, plan.levels.here[i])
+        return plan.x0(i, upcast(x), out)
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         times, sigmas = self.visited(sigma_table(schedule, self.last_alpha_bar), given)
@@ -154,27 +136,22 @@ class Euler(Churning, SpacedSigmas[Churn, tuple[()]]):
         return self.churn(at, len(at.here) if at.sigmas is None else len(at.sigmas) - 1)
 
 
-class Ancestral(NamedTuple):
-    """``dt``: from sigma to sigma_down; ``sigma_up``: factor of the fresh noise."""
-
-    dt: Tensor
-    sigma_up: Tensor
+Ancestral = namedtuple("Ancestral", "dt sigma_up")
+"""``dt``: from sigma to sigma_down; ``sigma_up``: factor of the fresh noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EulerAncestral(Sigmas[Ancestral, tuple[()]]):
+class EulerAncestral(Sigmas[Ancestral, Empty]):
     """Euler ancestral sampler. Options and ``like_diffusers``: see :class:`Sigmas`."""
 
-    def step(
-        self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: tuple[()], draw: Draw
-    ) -> tuple[Tensor, tuple[()]]:
+    def step(self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
         x = upcast(x)
         x = x + ((x - meet(x0, x)) / plan.levels.here[i]) * at.dt
         return (x + meet(draw(out) * at.sigma_up, x)).to(out.dtype), state
 
-    def denoised(self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: tuple[()]) -> Tensor:
-        return sigma_x0(plan, i, upcast(x), out, plan.levels.here[i])
+    def denoised(self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
+        return plan.x0(i, upcast(x), out)
 
     def rows(self, at: Levels, prediction: Prediction) -> Ancestral:
         up = root(at.to**2 * (at.here**2 - at.to**2) / at.here**2, self, "sigma_up")

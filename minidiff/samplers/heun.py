@@ -11,8 +11,9 @@ of the next. n steps make 2n - 1 model calls, since the last interval, to sigma 
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +22,11 @@ from minidiff.config import Prediction
 from minidiff.errors import ConfigError
 from minidiff.samplers.levels import SpacedSigmas
 from minidiff.samplers.limits import Clipped
-from minidiff.samplers.method import Draw, Given, Levels, Plan
+from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule
 
-
-class Row(NamedTuple):
-    """``dt``: from sigma to that of the next row; 0 where an interval ends and the next begins."""
-
-    call: Any
-    dt: Tensor
+Row = namedtuple("Row", "call dt")
+"""``dt``: from sigma to that of the next row; 0 where an interval ends and the next begins."""
 
 
 class State(NamedTuple):
@@ -47,13 +44,11 @@ class Heun(SpacedSigmas[Row, State], Clipped[Row, State]):
     starts at an odd row (img2img) makes no progress; without it that is an error. And see :class:`Sigmas`.
     """
 
+    initial: ClassVar[State] = State()
     order: ClassVar[int] = 2
     takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
 
-    def start(self) -> State:
-        return State()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         if state.base is None or state.slope is None:
             if i % 2 and not self.like_diffusers:

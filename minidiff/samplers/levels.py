@@ -20,14 +20,19 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.errors import ConfigError
+from minidiff.samplers.arithmetic import Space, unit
 from minidiff.samplers.betainc import inverse_betainc
+from minidiff.samplers.checks import check_timesteps, whole
 from minidiff.samplers.limits import Thresholded
-from minidiff.samplers.method import Given, Levels, Method, R, S, Space, check_timesteps, unit, whole
+from minidiff.samplers.method import Given, Levels, Method, R, S
+from minidiff.samplers.options import AboveZero, Share
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps, spaced
 
 Floats = NDArray[Any]
 SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 Final = Literal["zero", "sigma_min"]
+Landing = Literal["zero", "sigma_min", "repeated"]
+"""Where the last step lands: on 0, on training's smallest sigma, or, as in diffusers, on the last of a curve again."""
 
 
 # --- in timesteps: x keeps unit variance ------------------------------------------------------------------------------
@@ -80,8 +85,8 @@ def at_timesteps(timesteps: Floats, table: Floats) -> Floats:
     return sigmas
 
 
-def to_timesteps(sigmas: Floats, table: Floats) -> Floats:
-    """Return the fractional timesteps, (n,) float64, at which ``table`` has these sigmas, interpolated in log sigma.
+def to_timesteps(sigmas: Floats, table: Floats, dtype: type[np.floating[Any]] = np.float64) -> Floats:
+    """Return the fractional timesteps, (n,), at which ``table`` has these sigmas, interpolated in log sigma.
 
     Sigmas outside the table give the first or the last timestep."""
     logs = np.log(table)
@@ -89,7 +94,8 @@ def to_timesteps(sigmas: Floats, table: Floats) -> Floats:
     below = np.cumsum(log_sigma[None] - logs[:, None] >= 0, axis=0).argmax(axis=0).clip(max=len(table) - 2)
     low, high = logs[below], logs[below + 1]
     share = np.clip((low - log_sigma) / (low - high), 0, 1)
-    t: Floats = (1 - share) * below + share * (below + 1)
+    low_t = below.astype(dtype)
+    t: Floats = (1 - share) * low_t + share * (low_t + 1)
     return t
 
 
@@ -144,11 +150,7 @@ class Sigmas(Method[R, S]):
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
-    last_alpha_bar: float = 2**-24
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 < self.last_alpha_bar < 1, f"last_alpha_bar={self.last_alpha_bar} must lie between 0 and 1")
+    last_alpha_bar: Share = 2**-24
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         times, sigmas = self.visited(sigma_table(schedule, self.last_alpha_bar), given)
@@ -247,27 +249,20 @@ class Lambdas(Thresholded[R, S]):
 
     space: ClassVar[Space] = "lambda"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
-    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = (
-        "zero"  # repeated: a curve's last once more (diffusers)
-    )
+    lands_on: ClassVar[Landing] = "zero"
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
     sigma_spacing: SigmaSpacing = "timesteps"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: AboveZero = None
+    sigma_max: AboveZero = None
     lower_order_final: bool = True
     cut_timesteps: bool = False
-    last_alpha_bar: float = 2**-24
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 < self.last_alpha_bar < 1, f"last_alpha_bar={self.last_alpha_bar} must lie between 0 and 1")
-        check_ends(self.sigma_min, self.sigma_max)
+    last_alpha_bar: Share = 2**-24
 
     @property
-    def final(self) -> Literal["zero", "sigma_min", "repeated"]:
-        """Return where the last step lands: on 0, on training's smallest sigma, or on the last of a curve again."""
+    def final(self) -> Landing:
+        """Where the last step lands."""
         return self.lands_on
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
@@ -331,12 +326,6 @@ class Lambdas(Thresholded[R, S]):
             return t.astype(np.float32)
         cut = self.cut_timesteps or self.sigma_spacing in ("exponential", "beta")
         return (t if cut else t.round()).astype(np.int64)
-
-
-def check_ends(sigma_min: float | None, sigma_max: float | None) -> None:
-    """Raise ConfigError unless the ends of a curve are above 0, or None."""
-    for name, sigma in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        check(sigma is None or sigma > 0, f"{name}={sigma} must be positive, or None")
 
 
 def ends(

@@ -8,23 +8,22 @@ guidance scales: the bound is a high percentile of |x0| in each image, and x0 is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from minidiff.config import check
-from minidiff.samplers.method import PURE_NOISE, Method, Plan, R, S
+from minidiff.samplers.checks import PURE_NOISE
+from minidiff.samplers.method import Method, Plan, R, S
+from minidiff.samplers.options import AboveZero, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clipped(Method[R, S]):
     """Base class of methods that may clamp x0 to -``clip``..``clip`` (None: no clamp)."""
 
-    clip: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.clip is None or self.clip > 0, f"clip={self.clip} must be positive, or None")
+    clip: AboveZero = None
 
     def limit(self, x0: Tensor) -> Tensor:
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
@@ -35,18 +34,13 @@ class Thresholded(Method[R, S]):
     """Base class of methods that may threshold x0. ``threshold``: percentile of dynamic thresholding as a fraction,
     0.995 in the paper (None: no thresholding); the bound lies in 1..``threshold_max``."""
 
-    threshold: float | None = None
+    threshold: Annotated[float | None, Rule(lambda v: 0 <= v <= 1, "is a fraction: it must lie in 0..1")] = None
     threshold_max: float = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = self.threshold is None or 0 <= self.threshold <= 1
-        check(fits, f"threshold={self.threshold} is a fraction: it must lie in 0..1")
-
     def limit(self, x0: Tensor) -> Tensor:
-        return (
-            super().limit(x0) if self.threshold is None else dynamic_threshold(x0, self.threshold, self.threshold_max)
-        )
+        if self.threshold is None:
+            return super().limit(x0)
+        return dynamic_threshold(x0, self.threshold, self.threshold_max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +56,9 @@ class Limited(Thresholded[R, S], Clipped[R, S]):
         """Return x0, within the limits. Raises ConfigError if it is 0 / 0, which no clamp bounds: in the first row of a
         zero-SNR schedule, if an epsilon model returns exactly the noise that it sees."""
         x0 = super().denoised(plan, i, x, out, state)
-        if i == 0 and plan.from_noise:
-            check(
-                not bool(x0.isnan().any()), f"{self.name}: x0 is 0 / 0 where the model's answer equals x, {PURE_NOISE}"
-            )
+        if i == 0 and plan.prediction == "epsilon" and plan.from_noise:
+            known = not bool(x0.isnan().any())
+            check(known, f"{self.name}: x0 is 0 / 0 where the model's answer equals x, {PURE_NOISE}")
         return x0
 
 

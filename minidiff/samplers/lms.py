@@ -18,16 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction, check
+from minidiff.config import Prediction
+from minidiff.samplers.checks import check_finite
 from minidiff.samplers.levels import SpacedSigmas
-from minidiff.samplers.method import Draw, Levels, Plan, check_finite
+from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
+from minidiff.samplers.options import Rule
 
 MAX_ORDER = 8  # the rule integrates polynomials up to degree 31; in float32 higher orders are noise
+Order = Annotated[int, Rule(lambda v: 1 <= v <= MAX_ORDER, f"must lie in 1..{MAX_ORDER}")]
 
 # The rule on -1..1: (node, weight) in the order in which the terms are summed. Every node but 0 stands for its
 # negative too. The odd ones of the full list come first: they are those of the 10-point Gauss rule.
@@ -60,7 +63,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):
+class LMS(SpacedSigmas[Row, Outputs]):
     """LMS sampler. Options: those of :class:`SpacedSigmas`, and ``solver_order``, the number of slopes: 1 is Euler, 4
     is usual, 8 is the maximum. The state is the slopes so far, oldest first.
 
@@ -68,16 +71,9 @@ class LMS(SpacedSigmas[Row, tuple[Tensor, ...]]):
     would have there, although they are not known, so that the weights do not add up. And see :class:`Sigmas`.
     """
 
-    solver_order: int = 4
+    solver_order: Order = 4
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fits = 1 <= self.solver_order <= MAX_ORDER
-        check(fits, f"solver_order={self.solver_order} must lie in 1..{MAX_ORDER}")
-
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...], draw: Draw
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         slopes = (*state, slope)[-self.solver_order :]
         known = min(i + 1, self.solver_order) if self.like_diffusers else len(slopes)

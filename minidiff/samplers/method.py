@@ -23,43 +23,32 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
-from typing import (
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    Protocol,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from minidiff.config import Prediction, check, one_of, quote, within
+from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.schedule import NoiseSchedule, to_x0
+from minidiff.samplers.arithmetic import Space, lambda_of, meet, noisy, rates
+from minidiff.samplers.options import check_options
+from minidiff.schedule import NoiseSchedule, to_epsilon, to_x0
 
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise with the shape, dtype and device of the tensor it is given. Called only when noise is used."""
-
-Space = Literal["alpha_bar", "sigma", "lambda"]
-"""Measure of noise of a method, and scale of its x: ``alpha_bar``, with x of unit variance; ``sigma`` = noise /
-signal, with x at the picture's own scale plus noise; ``lambda`` = -log sigma, from sigma, with x of unit variance."""
 
 Put = tuple[Space, Tensor]
 """A level and its measure."""
 
 R = TypeVar("R", bound=tuple[Any, ...])
 S = TypeVar("S")
+Next = tuple[Tensor, S]
+"""The sample at the next row, and the new state."""
+Empty = tuple[()]
+"""State of the one-step methods."""
+Numbers = Sequence[float] | None
+Outputs = tuple[Tensor, ...]
+"""The latest outputs, converted to the quantity that a multistep method combines, oldest first."""
 
 
 class Levels(NamedTuple):
@@ -110,7 +99,7 @@ class Plan(Generic[R]):
     prediction: Prediction
     rows: R
     on_device: tuple[str, ...] = ()  # the columns that are used in matrix products with samples
-    from_noise: bool = field(init=False)  # the first row divides by a signal of 0: x0 is infinite until it is limited
+    from_noise: bool = field(init=False)  # x has no picture in the first row: its x0 is infinite until it is limited
     signal: Tensor = field(init=False)
     noise: Tensor = field(init=False)
     variance: Tensor = field(init=False)
@@ -120,11 +109,11 @@ class Plan(Generic[R]):
     def __post_init__(self) -> None:
         here = self.levels.here
         variance = here**2 + 1
+        in_scale = variance**0.5
+        object.__setattr__(self, "from_noise", self.space == "alpha_bar" and bool(here[0] == 0))
         signal, noise = (here**0.5, (1 - here) ** 0.5) if self.space == "alpha_bar" else rates(here)
-        pure = self.space == "alpha_bar" and self.prediction == "epsilon" and bool(here[0] == 0)
-        object.__setattr__(self, "from_noise", pure)
-        made = {"signal": signal, "noise": noise, "variance": variance, "in_scale": variance**0.5}
-        for name, column in {**made, "c_out": -here / made["in_scale"]}.items():
+        made = {"signal": signal, "noise": noise, "variance": variance, "in_scale": in_scale, "c_out": -here / in_scale}
+        for name, column in made.items():
             object.__setattr__(self, name, column)
 
     def __len__(self) -> int:
@@ -158,7 +147,22 @@ class Plan(Generic[R]):
 
     def at(self, i: int) -> R:
         """Return row ``i`` of the method's columns."""
-        return type(self.rows)(*(column[i] for column in self.rows))
+        return cast(R, _row(self.rows, i))
+
+    def x0(self, i: int, x: Tensor, out: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Return the picture that the model sees in ``x`` at row ``i``, without limits. ``sigma`` (0-dim): that of
+        ``x``, at the picture's own scale, if it is not the row's."""
+        if self.space != "sigma":
+            return to_x0(self.prediction, x, out, self.signal[i], self.noise[i])
+        if self.prediction == "epsilon":
+            return x - meet((self.levels.here[i] if sigma is None else sigma) * out, x)
+        if self.prediction == "v_prediction":
+            return meet(out * self.c_out[i], x) + x / self.variance[i]
+        return out
+
+    def epsilon(self, i: int, x: Tensor, out: Tensor) -> Tensor:
+        """Return the noise that the model sees in ``x`` of unit variance at row ``i``."""
+        return to_epsilon(self.prediction, x, out, self.signal[i], self.noise[i])
 
     def to(self, device: torch.device | str) -> Plan[R]:
         """Return the plan with timesteps on ``device``, moved once before the loop. Coefficients stay on the CPU."""
@@ -185,10 +189,10 @@ class Plan(Generic[R]):
             )
         if landing is not None:
             found["to timestep"] = landing
-        for name, column in zip(type(self.rows)._fields, self.rows, strict=True):  # type: ignore[attr-defined]
-            flat = column.ndim == 1 if isinstance(column, Tensor) else isinstance(column[0], (str, int))
-            if flat and any(column):
-                found[name] = column
+        for part, name, column in _flat(self.rows):
+            single = column.ndim == 1 if isinstance(column, Tensor) else isinstance(column[0], (str, int))
+            if single and any(column):
+                found[f"{part} {name}" if name in found else name] = column
         shown = getattr(self.rows, "shown", None)
         return found if shown is None else found | shown()
 
@@ -204,68 +208,47 @@ class Plan(Generic[R]):
         return "\n".join([repr(self), *("  ".join(line) for line in lines)])
 
 
+def _row(rows: Any, i: int) -> Any:
+    """Return row ``i`` of a NamedTuple of columns, or of further ones inside it."""
+    return type(rows)(*(_row(column, i) if hasattr(column, "_fields") else column[i] for column in rows))
+
+
+def _flat(rows: Any, part: str = "") -> list[tuple[str, str, Any]]:
+    """Return the columns with their names, and those of NamedTuples inside ``rows`` with the name of that part."""
+    columns = zip(getattr(rows, "_fields", ()), rows, strict=True)
+    return [x for name, c in columns for x in (_flat(c, name) if hasattr(c, "_fields") else [(part, name, c)])]
+
+
 def _cell(value: Any) -> str:
     value = value.item() if isinstance(value, Tensor) else value
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def lambda_of(sigma: Tensor) -> Tensor:
-    """Return lambda = log(signal / noise) at ``sigma`` (n,): half the logarithm of the signal-to-noise ratio."""
-    signal, noise = rates(sigma)
-    return torch.log(signal) - torch.log(noise)
-
-
-def rates(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (signal, noise) with noise / signal = ``sigma`` (any shape) and signal**2 + noise**2 = 1."""
-    signal = 1 / (sigma**2 + 1) ** 0.5
-    return signal, sigma * signal
-
-
-def noisy(space: Space, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """Add ``noise`` to ``x0`` at ``level``, which broadcasts against both and has their dtype."""
-    if space == "sigma":
-        return x0 + noise * level
-    signal, amount = rates(level) if space == "lambda" else (level**0.5, (1 - level) ** 0.5)
-    return signal * x0 + amount * noise
-
-
 class Sampler(Protocol[R, S]):
-    """Interface of a sampler. ``i`` is a row of the plan; x and out are (B, ...) tensors on one device."""
+    """What a run needs of a sampler: five functions, described in :class:`Method`. ``i`` is a row of the plan; x and
+    out are (B, ...) tensors on one device."""
 
     def plan(
         self,
         schedule: NoiseSchedule | None,
         steps: int | None = None,
         *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> Plan[R]:
-        """Return the plan, one row per model call, for exactly one of ``steps``, ``timesteps`` and ``sigmas``.
-
-        Raises ConfigError for a number or list that the method cannot run, quoting the limit."""
-
-    def start(self) -> S:
-        """Return the state before the first step, whichever row that is."""
-
-    def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor:
-        """Return the model input for sample ``x``. Models are trained on unit variance. If x is the picture plus noise
-        (Euler), its variance is sigma**2 + 1, and x is divided by the root of that; otherwise it is returned as is."""
-
-    def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor | None:
-        """Return the model's estimate x0 of the picture; None if the method has no such estimate. Use it for previews:
-        x itself is noisy until the end."""
-
-    def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> tuple[Tensor, S]:
-        """Return the sample at the next row and the new state."""
+        timesteps: Numbers = None,
+        sigmas: Numbers = None,
+    ) -> Plan[R]: ...
+    def start(self) -> S: ...
+    def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor: ...
+    def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor | None: ...
+    def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> Next[S]: ...
 
 
 class Given(NamedTuple):
     """Input of a plan, exactly one of the three: ``steps``; ``timesteps`` of the model; ``sigmas``, one more than the
     number of steps. Both lists fall."""
 
-    steps: int | None
-    timesteps: Sequence[float] | None
-    sigmas: Sequence[float] | None
+    steps: int | None = None
+    timesteps: Numbers = None
+    sigmas: Numbers = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,34 +263,33 @@ class Method(Sampler[R, S]):
     space: ClassVar[Space] = "alpha_bar"
     own_levels: ClassVar[bool] = False  # True if the method defines its own noise levels and needs no NoiseSchedule
     predicts: ClassVar[Prediction | None] = None  # the prediction type of the model, whatever the schedule says
+    initial: ClassVar[Any] = ()  # the state before the first step
+    on_device: ClassVar[tuple[str, ...]] = ()  # the columns that are used in matrix products with samples
     takes: ClassVar[tuple[str, ...]] = ("steps",)  # those of steps, timesteps and sigmas that the reference accepts
     takes_more: ClassVar[tuple[str, ...]] = ()  # those that a sampler chosen by name accepts in addition
 
     like_diffusers: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in _option_types(type(self)).items():
-            _check_option(f"{self.name}.{name}", getattr(self, name), kind)
+        check_options(self)
 
     @property
     def name(self) -> str:
         """Name of the class, for messages."""
         return type(self).__name__
 
-    @property
-    def on_device(self) -> tuple[str, ...]:
-        """See :class:`Plan`."""
-        return ()
-
     def plan(
         self,
         schedule: NoiseSchedule | None,
         steps: int | None = None,
         *,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
+        timesteps: Numbers = None,
+        sigmas: Numbers = None,
     ) -> Plan[R]:
-        """See :class:`Sampler`. ``takes`` and ``takes_more`` list which of the three are accepted."""
+        """Return the plan, one row per model call, for exactly one of ``steps``, ``timesteps`` and ``sigmas``.
+        ``takes`` and ``takes_more`` list which of the three are accepted.
+
+        Raises ConfigError for a number or list that the method cannot run, quoting the limit."""
         given = Given(steps, timesteps, sigmas)
         takes = self.takes if self.like_diffusers else (*self.takes, *self.takes_more)
         chosen = [name for name, value in given._asdict().items() if value is not None]
@@ -344,11 +326,12 @@ class Method(Sampler[R, S]):
         """Return all coefficients of the steps between these levels. Raises ConfigError if one is not finite."""
 
     def start(self) -> S:
-        """See :class:`Sampler`; one-step methods need no state."""
-        return cast(S, ())
+        """Return the state before the first step, whichever row that is; one-step methods need none."""
+        return cast(S, self.initial)
 
     def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor:
-        """See :class:`Sampler`."""
+        """Return the model input for sample ``x``. Models are trained on unit variance. If x is the picture plus noise
+        (Euler), its variance is sigma**2 + 1, and x is divided by the root of that; otherwise it is returned as is."""
         return x / plan.in_scale[i] if self.space == "sigma" else x
 
     def limit(self, x0: Tensor) -> Tensor:
@@ -356,145 +339,13 @@ class Method(Sampler[R, S]):
         return x0
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
-        """See :class:`Sampler`."""
-        if self.space == "sigma":
-            return self.limit(sigma_x0(plan, i, x, out, plan.levels.here[i]))
-        return self.limit(to_x0(plan.prediction, x, out, plan.signal[i], plan.noise[i]))
+        """Return the model's estimate x0 of the picture. Use it for previews: x itself is noisy until the end."""
+        return self.limit(plan.x0(i, x, out))
 
     @abstractmethod
-    def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> tuple[Tensor, S]:
-        """See :class:`Sampler`."""
+    def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> Next[S]:
+        """Return the sample at the next row and the new state."""
 
 
 NOTHING = NoiseSchedule(torch.ones(1, dtype=torch.float32, device="cpu"))
 """Placeholder for the schedule of a method that defines its own levels."""
-
-
-LARGEST = 1e9  # bound of numeric options: the square and more must be finite in float32
-
-
-@cache
-def _option_types(method: type) -> dict[str, Any]:
-    return {name: kind for name, kind in get_type_hints(method).items() if get_origin(kind) is not ClassVar}
-
-
-def _check_option(name: str, value: Any, kind: Any) -> None:
-    """Raise ConfigError unless ``value`` is of type ``kind``: a Literal, bool, int, float, one of these or None, or a
-    tuple of one of these."""
-    if get_origin(kind) is Literal:
-        known = get_args(kind)
-        return one_of(known, **{name: value})
-    if get_origin(kind) is tuple:  # of any length, of one type
-        check(isinstance(value, tuple), f"{name}={quote(value)} must be a tuple")
-        for entry in value:
-            _check_option(name, entry, get_args(kind)[0])
-        return None
-    kinds = get_args(kind) or (kind,)
-    if float in kinds:
-        kinds = (*kinds, int)
-    fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-    check(fits, f"{name}={quote(value)} must be of type {getattr(kind, '__name__', kind)}")
-    if isinstance(value, (int, float)):
-        within(*((-LARGEST, LARGEST) if float in kinds else (-(2**63), 2**63 - 1)), **{name: value})
-    return None
-
-
-# --- arithmetic that methods share -----------------------------------------------------------------------------------
-
-
-def sigma_x0(plan: Plan[Any], i: int, x: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
-    """Return x0 for ``x`` at row ``i``, whose noise has standard deviation ``sigma`` (0-dim), in the wider dtype."""
-    if plan.prediction == "epsilon":
-        return x - meet(sigma * out, x)
-    return meet(out * plan.c_out[i], x) + x / plan.variance[i] if plan.prediction == "v_prediction" else out
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Return ``x`` in float32: in half precision the sum of picture and noise would lose the picture at large sigma."""
-    return x.to(torch.float32)
-
-
-def meet(y: Tensor, x: Tensor) -> Tensor:
-    """Convert ``y`` to the wider dtype of both, as their sum would."""
-    return y.to(torch.promote_types(y.dtype, x.dtype))
-
-
-def unit() -> Tensor:
-    """Return a 0-dim 1 on the host, whatever torch's current default device and dtype are."""
-    return torch.tensor(1.0, dtype=torch.float32, device="cpu")
-
-
-def earlier(column: Tensor) -> Tensor:
-    """Shift ``column`` (n,) by one row: each entry becomes that of the row before. The first one stays."""
-    return torch.cat([column[:1], column[:-1]])
-
-
-def root(x: Tensor, method: Method[Any, Any], what: str) -> Tensor:
-    """Return sqrt(x) of a (n,) row that rounding may have pushed below 0, for which the reference gives NaN.
-
-    For a sampler chosen by name, entries down to -1e-6 count as 0. Raises ConfigError for other negative entries."""
-    lowest = 0.0 if method.like_diffusers else -1e-6
-    bad = (~(x >= lowest)).nonzero().flatten().tolist()
-    check(not bad, f"{method.name}: {what} is the root of a negative number or NaN at rows {bad[:4]}")
-    return x.clamp(min=0) ** 0.5
-
-
-def whole(method: Method[Any, Any], timesteps: Sequence[float], lowest: int | None = None) -> NDArray[Any]:
-    """Return ``timesteps`` as int64. Raises ConfigError for fractions, and for any below ``lowest``."""
-    fits = all(float(t).is_integer() and (lowest is None or t >= lowest) for t in timesteps)
-    range_ = "" if lowest is None else f", {lowest} or above"
-    check(fits, f"{method.name}: timesteps must be whole numbers{range_}, got {list(timesteps)[:6]}")
-    return np.array([int(t) for t in timesteps], dtype=np.int64)
-
-
-def check_timesteps(method: Method[Any, Any], timesteps: Any, train_steps: int) -> None:
-    """Raise ConfigError unless ``timesteps`` (a list or array) fall strictly and lie in 0..train_steps - 1.
-
-    The reference has a last row of -1 for some step counts of trailing spacing only (see ``spaced``)."""
-    t = [float(v) for v in timesteps]
-    check(len(t) > 0, f"{method.name}: timesteps is empty")
-    falls = all(a > b for a, b in pairwise(t))
-    check(falls, f"{method.name}: timesteps must fall strictly, got {t[:6]}")
-    lowest = -1 if method.like_diffusers else 0
-    hint = "; use fewer steps or steps_offset=0" if t[0] == train_steps else ""
-    inside = lowest <= t[-1] and t[0] <= train_steps - 1
-    check(
-        inside, f"{method.name}: timesteps run from {t[0]:g} to {t[-1]:g}, the model knows 0 to {train_steps - 1}{hint}"
-    )
-
-
-def check_finite(method: Method[Any, Any], column: Tensor) -> None:
-    """Raise ConfigError if a ``column`` (n, ...) of coefficients is not finite: 0 / 0, from two equal sigmas. The
-    reference gives NaN there."""
-    finite = column.reshape(len(column), -1).isfinite().all(dim=1)
-    bad = (~finite).nonzero().flatten().tolist()[:4]
-    where = f"{method.name}: no finite coefficients at rows {bad} of {len(column)}, where two sigmas are equal"
-    check(not bad, f"{where}; use fewer steps or steps_offset=0")
-
-
-def check_some_noise(method: Method[Any, Any], timesteps: Tensor, alpha_bars: Tensor) -> None:
-    """Raise ConfigError if a method that divides by 1 - alpha_bar visits a timestep without noise."""
-    rows = (alpha_bars == 1).nonzero().flatten().tolist()
-    where = f"row {rows[0]}, timestep {timesteps[rows[0]].item():g}" if rows else ""
-    check(not rows, f"{method.name}: alpha_bar is 1 at {where}: no noise to take away; use betas above 0")
-
-
-PURE_NOISE = (
-    "for alpha_bar is 0 there, and prediction='epsilon' says nothing of the picture (zero_snr); use a v_prediction "
-    "model, or leading spacing"
-)
-
-
-def check_no_pure_noise(
-    method: Method[Any, Any], timesteps: Tensor, alpha_bars: Tensor, prediction: Prediction, bounded: bool = False
-) -> None:
-    """Raise ConfigError if x0 of an epsilon model is needed at pure noise (alpha_bar 0: zero terminal SNR), which
-    divides by 0. ``bounded``: x0 is clamped, and the first row is allowed, where x is fresh noise and x0 infinite. In
-    later rows (trailing spacing may end with a row at timestep -1) x is a picture that may equal the model's output,
-    and 0 / 0 cannot be clamped."""
-    pure = (alpha_bars == 0).nonzero().flatten().tolist()
-    rows = [row for row in pure if row > 0 or not bounded]
-    if prediction == "epsilon" and rows:
-        t = timesteps[rows[0]].item()
-        other = "" if rows[0] == 0 else ", or another number of steps"
-        raise ConfigError(f"{method.name}: x0 is not finite at row {rows[0]}, timestep {t:g}, {PURE_NOISE}{other}")

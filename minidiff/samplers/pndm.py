@@ -25,26 +25,19 @@ have less history and a lower order ("improved PNDM", Zhang & Chen 2023, section
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
+from minidiff.samplers.arithmetic import earlier, unit
+from minidiff.samplers.checks import check_no_pure_noise, check_some_noise
 from minidiff.samplers.levels import Timesteps, alpha_bar_at
-from minidiff.samplers.method import (
-    Draw,
-    Given,
-    Levels,
-    Method,
-    Plan,
-    check_no_pure_noise,
-    check_some_noise,
-    earlier,
-    unit,
-)
+from minidiff.samplers.method import Draw, Given, Levels, Method, Next, Outputs, Plan
 from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_v, x0_from_v
 
 WARM_UP = 12  # rows of the Runge-Kutta warm-up: four calls for each of three intervals
@@ -52,16 +45,10 @@ MAX_STEPS = 1000
 SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise, where x0 would be 0 / 0
 
 
-class Row(NamedTuple):
-    """``call``: the kind of the row. ``half``: alpha_bar at which a half-way Runge-Kutta stage lands. ``up``: alpha_bar
-    one interval above, from which a repeated first row starts again. ``x_coef`` and ``epsilon_coef``: what a run from
-    the top multiplies x and the combined epsilon by."""
-
-    call: Any
-    half: Tensor
-    up: Tensor
-    x_coef: Tensor
-    epsilon_coef: Tensor
+Row = namedtuple("Row", "call half up x_coef epsilon_coef")
+"""``call``: the kind of the row. ``half``: alpha_bar at which a half-way Runge-Kutta stage lands. ``up``: alpha_bar one
+interval above, from which a repeated first row starts again. ``x_coef`` and ``epsilon_coef``: what a run from the top
+multiplies x and the combined epsilon by."""
 
 
 class State(NamedTuple):
@@ -84,15 +71,13 @@ class PNDM(Timesteps[Row, State]):
     far, so that a run that starts in the middle (img2img) takes its second row for the repeated one.
     """
 
+    initial: ClassVar[State] = State()
     takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
 
     set_alpha_to_one: bool = False
     runge_kutta: bool = False
 
-    def start(self) -> State:
-        return State()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         here, to = plan.levels.here[i], plan.levels.to[i]
         call = state.calls if self.like_diffusers else i
         if self.runge_kutta and call < WARM_UP:
@@ -106,9 +91,7 @@ class PNDM(Timesteps[Row, State]):
         after = transfer(x, adams_bashforth(history), here, to, plan.prediction)
         return after, State(state.calls + 1, history, base=x if state.calls == 0 else None)
 
-    def _runge_kutta(
-        self, plan: Plan[Row], i: int, call: int, x: Tensor, out: Tensor, state: State
-    ) -> tuple[Tensor, State]:
+    def _runge_kutta(self, plan: Plan[Row], i: int, call: int, x: Tensor, out: Tensor, state: State) -> Next[State]:
         """Do stage ``call % 4`` of interval ``call // 4``. Every stage starts at the interval's first sample."""
         stage, history, base, total = call % 4, state.history, state.base, state.total
         if stage == 0:
@@ -149,8 +132,8 @@ class PNDM(Timesteps[Row, State]):
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         check(prediction != "sample", "PNDM combines epsilons: prediction='sample' is not possible, use ddim or euler")
-        check_no_pure_noise(self, at.timesteps, at.here, "epsilon")
-        check_some_noise(self, at.timesteps, at.here)
+        check_no_pure_noise(self, at, "epsilon")
+        check_some_noise(self, at)
         stages = [f"RK {k + 1} of 4" for k in (0, 1, 2, 3) * 3] if self.runge_kutta else ["first", "first again"]
         stages += ["multistep"] * len(at.here)
         half, up, start, end = at.beside["half"], at.beside["up"], at.here.clone(), at.to.clone()
@@ -200,7 +183,7 @@ class Crash(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPNDM(Method[Crash, tuple[Tensor, ...]]):
+class IPNDM(Method[Crash, Outputs]):
     """iPNDM sampler. Time t runs from 1 to 0, with
 
         noise = sin(pi t / 2)**2      signal = sqrt(1 - noise**2)      time input: 2 / pi * atan2(noise, signal)
@@ -214,16 +197,14 @@ class IPNDM(Method[Crash, tuple[Tensor, ...]]):
     own_levels: ClassVar[bool] = True
     predicts: ClassVar[Prediction | None] = "v_prediction"
 
-    def step(
-        self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...], draw: Draw
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def step(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         at = plan.at(i)
         history = (*state, x * at.told_noise + out * at.told_signal)
         epsilon = adams_bashforth(history)
         x0 = (x - at.told_noise * epsilon) / at.divisor
         return at.to_signal * x0 + epsilon * at.to_noise, history[-3:]
 
-    def denoised(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+    def denoised(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: Outputs) -> Tensor:
         at = plan.at(i)
         return x0_from_v(x, out, at.told_signal, at.told_noise)
 

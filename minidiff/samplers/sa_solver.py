@@ -15,37 +15,34 @@ small h. epsilon can take the place of x0.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from operator import add, mul
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction, check
-from minidiff.samplers.dpm_solver import limited_epsilon
-from minidiff.samplers.levels import Lambdas
-from minidiff.samplers.method import Draw, Given, Levels, Plan, Put, lambda_of, meet, rates
-from minidiff.samplers.multistep import Outputs, unclipped, usable
+from minidiff.config import Prediction
+from minidiff.samplers.arithmetic import lambda_of, meet, rates
+from minidiff.samplers.checks import usable
+from minidiff.samplers.dpm_solver import limited_epsilon, unclipped
+from minidiff.samplers.levels import Lambdas, Landing
+from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan, Put
+from minidiff.samplers.options import NotNegative, Rule
 from minidiff.schedule import NoiseSchedule
 
 HIGHEST = 4
+UpTo4 = Annotated[int, Rule(lambda v: 1 <= v <= HIGHEST, f"must lie in 1..{HIGHEST}")]
 
 
-class Row(NamedTuple):
-    """For the interval that begins at the row: ``tau``; a step is ``x_coef`` * x + ``fresh`` * noise + a sum over the
-    outputs, latest first, with weights ``predict`` or, the new output being the first, ``correct`` (n, 4, 4): the row,
-    the order less one, the output. ``order`` and ``correct_order``: the highest of each row."""
-
-    order: Any
-    correct_order: Any
-    tau: Tensor
-    x_coef: Tensor
-    fresh: Tensor
-    predict: Tensor
-    correct: Tensor
+Row = namedtuple("Row", "order correct_order tau x_coef fresh predict correct")
+"""For the interval that begins at the row: ``tau``; a step is ``x_coef`` * x + ``fresh`` * noise + a sum over the
+outputs, latest first, with weights ``predict`` or, the new output being the first, ``correct`` (n, 4, 4): the row, the
+order less one, the output. ``order`` and ``correct_order``: the highest of each row."""
 
 
 class State(NamedTuple):
@@ -68,30 +65,22 @@ class SASolver(Lambdas[Row, State]):
     last step does nothing; and noise is added to a picture at the alpha_bar of a whole timestep.
     """
 
-    lands_on: ClassVar[Literal["zero", "sigma_min", "repeated"]] = "repeated"
+    initial: ClassVar[State] = State()
+    lands_on: ClassVar[Landing] = "repeated"
 
-    predictor_order: int = 2
-    corrector_order: int = 2
+    predictor_order: UpTo4 = 2
+    corrector_order: UpTo4 = 2
     algorithm: Literal["data_prediction", "noise_prediction"] = "data_prediction"
-    tau: float = 1.0
+    tau: NotNegative = 1.0
     tau_start: float = 200.0
     tau_end: float = 800.0
     lambda_min_clipped: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.tau >= 0, f"tau={self.tau} must not be negative")
-        for name, order in (("predictor_order", self.predictor_order), ("corrector_order", self.corrector_order)):
-            check(1 <= order <= HIGHEST, f"{name}={order} must lie in 1..{HIGHEST}")
 
     @property
     def predicts_x0(self) -> bool:
         return self.algorithm == "data_prediction"
 
-    def start(self) -> State:
-        return State()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``. Noise is drawn at every step, even if tau is 0."""
         combine = self.denoised if self.predicts_x0 else self._epsilon
         m = combine(plan, i, x, out, state)  # from the sample that the model saw, before its correction
@@ -168,7 +157,8 @@ def walk(at: Row, x: Tensor, noise: Tensor, weights: Tensor, outputs: Outputs, o
     total = weights[order - 1, 0] * outputs[-1]
     for k in range(1, order):
         total = total + weights[order - 1, k] * outputs[-k - 1]
-    return (at.x_coef * x + meet(total, x) + meet(at.fresh * noise, x)).to(x.dtype)
+    after: Tensor = at.x_coef * x + meet(total, x) + meet(at.fresh * noise, x)
+    return after.to(x.dtype)
 
 
 # --- weights: integrals over an interval of lambda, all (n,) ---------------------------------------------------------
@@ -212,20 +202,14 @@ def second_order(start: Tensor, end: Tensor, tau: Tensor, before: Tensor | None)
 def lagrange(points: list[Tensor]) -> list[list[Tensor]]:
     """Return, for each of one to four ``points``, the coefficients (highest power first) of the polynomial that is 1
     there and 0 at the others."""
+    if len(points) == 1:
+        return [[torch.ones_like(points[0])]]
     polynomials = []
     for i, point in enumerate(points):
-        others = [p for k, p in enumerate(points) if k != i]
-        if not others:
-            return [[torch.ones_like(point)]]
+        others = points[:i] + points[i + 1 :]
         below = reduce(mul, [point - p for p in others])
-        above: list[Any] = [1]
-        if len(others) == 1:
-            above += [-others[0]]
-        elif len(others) == 2:
-            a, b = others
-            above += [-a - b, a * b]
-        else:
-            a, b, c = others
-            above += [-a - b - c, a * b + a * c + b * c, -a * b * c]
+        above: list[Any] = [1]  # of the product of all (u - p): (-1)**k times the sum of the products of k of the p
+        for k in range(1, len(points)):
+            above.append((-1) ** k * reduce(add, [reduce(mul, some) for some in combinations(others, k)]))
         polynomials.append([value / below for value in above])
     return polynomials

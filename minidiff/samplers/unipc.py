@@ -16,36 +16,24 @@ weights are constant: 1/2 for one difference in the predictor, and for none in t
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
-from minidiff.samplers.dpm_solver import check_order
-from minidiff.samplers.levels import Final, Lambdas
-from minidiff.samplers.method import Draw, Levels, Plan, lambda_of, meet, rates
-from minidiff.samplers.multistep import Outputs, usable
-from minidiff.schedule import to_epsilon
+from minidiff.samplers.arithmetic import lambda_of, meet, rates
+from minidiff.samplers.checks import usable
+from minidiff.samplers.levels import Final, Lambdas, Landing
+from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
+from minidiff.samplers.options import UpTo3
 
-
-class Row(NamedTuple):
-    """For the interval that starts at the row: the coefficients above; ``r1`` and ``r2``: positions of the earlier
-    outputs; ``predict3`` (n, 2): the predictor's weights of order 3; ``correct2`` and ``correct3`` (n, 2): the
-    corrector's, with those of the new output in ``new2`` and ``new3``. ``order``: the highest of each row."""
-
-    order: Any
-    x_coef: Tensor
-    m_coef: Tensor
-    res_coef: Tensor
-    r1: Tensor
-    r2: Tensor
-    predict3: Tensor
-    correct2: Tensor
-    correct3: Tensor
-    new2: Tensor
-    new3: Tensor
+Row = namedtuple("Row", "order x_coef m_coef res_coef r1 r2 predict3 correct2 correct3 new2 new3")
+"""For the interval that starts at the row: the coefficients above; ``r1`` and ``r2``: positions of the earlier outputs;
+``predict3`` (n, 2): the predictor's weights of order 3; ``correct2`` and ``correct3`` (n, 2): the corrector's, with
+those of the new output in ``new2`` and ``new3``. ``order``: the highest of each row."""
 
 
 class State(NamedTuple):
@@ -68,7 +56,10 @@ class UniPC(Lambdas[Row, State]):
     threshold has no effect on steps with predict_x0=False.
     """
 
-    solver_order: int = 2
+    initial: ClassVar[State] = State()
+    on_device: ClassVar[tuple[str, ...]] = ("predict3", "correct3")
+
+    solver_order: UpTo3 = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
@@ -76,24 +67,15 @@ class UniPC(Lambdas[Row, State]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_order(self.solver_order)
         limits = self.threshold is None or self.predict_x0 or self.like_diffusers
-        check(
-            limits, f"threshold={self.threshold} limits x0, which predict_x0=False does not combine: give one of them"
-        )
+        instead = "limits x0, which predict_x0=False does not combine: give one of them"
+        check(limits, f"threshold={self.threshold} {instead}")
 
     @property
-    def final(self) -> Literal["zero", "sigma_min", "repeated"]:
+    def final(self) -> Landing:
         return "zero" if self.final_sigma == "zero" else "repeated"
 
-    @property
-    def on_device(self) -> tuple[str, ...]:
-        return ("predict3", "correct3") if self.solver_order == 3 else ()
-
-    def start(self) -> State:
-        return State()
-
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> tuple[Tensor, State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``."""
         m = self._convert(plan, i, x, out, state)
         if state.base is not None and i - 1 not in self.disable_corrector:
@@ -108,7 +90,7 @@ class UniPC(Lambdas[Row, State]):
         """Return x0 (or epsilon) for the sample that the model saw, before its correction."""
         if self.predict_x0:
             return self.denoised(plan, i, x, out, state)
-        return to_epsilon(plan.prediction, x, out, plan.signal[i], plan.noise[i])
+        return plan.epsilon(i, x, out)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, last = len(at.here), self.solver_order
@@ -171,7 +153,7 @@ OF_TWO_DTYPES = (
 
 def predict(at: Row, x: Tensor, outputs: Outputs, order: int) -> Tensor:
     """Step from ``x`` at a row to the next."""
-    after = at.x_coef * x - at.m_coef * outputs[-1]
+    after: Tensor = at.x_coef * x - at.m_coef * outputs[-1]
     if order == 2:
         after = after - at.res_coef * (0.5 * meet(differences(at, outputs, 2)[0], x))
     if order == 3:
@@ -191,8 +173,8 @@ def correct(at: Row, state: State, x: Tensor, new: Tensor) -> Tensor:
     else:
         seen = weighted(at.correct3, x, differences(at, outputs, 3))
         residual = seen + at.new3.to(x.dtype) * step
-    after = at.x_coef * x - at.m_coef * outputs[-1]
-    return (after - at.res_coef * residual).to(x.dtype)
+    after: Tensor = at.x_coef * x - at.m_coef * outputs[-1] - at.res_coef * residual
+    return after.to(x.dtype)
 
 
 def differences(at: Row, outputs: Outputs, order: int) -> list[Tensor]:

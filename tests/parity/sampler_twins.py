@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 from unittest import mock
 
 import diffusers
@@ -24,6 +25,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANTILES = Tolerance(1e-11, 1e-12, "scipy's Beta quantiles in float64, which only the timesteps of KDPM2 keep")
 STEP_OPTIONS = ("order", "eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise")
 PLAN_OPTIONS = ("strength",)
+LARGEST_IN_HALF = 2000.0  # x0 is noise of up to 5 standard deviations times sigma: beyond 65504 float16 is infinite
+
+T = TypeVar("T")
+
+
+def turn(values: Sequence[T], i: int) -> T:
+    """The i-th of ``values``, beginning again at the end."""
+    return values[i % len(values)]
 
 
 def config(name: str, **options: Any) -> Config:
@@ -49,6 +58,17 @@ def reference(c: Config) -> Any:
     plan = kind.set_timesteps
     with mock.patch.object(kind, "set_timesteps", lambda self, *_: plan(self, 2)):
         return kind.from_config(own)
+
+
+def step_options(ref: Any, c: Config) -> dict[str, Any]:
+    """The options of ``c`` that are arguments of the reference's ``step``."""
+    takes = inspect.signature(ref.step).parameters
+    return {k: v for k, v in c.items() if k in STEP_OPTIONS and k in takes}
+
+
+def takes_generator(ref: Any) -> bool:
+    """Whether ``step`` of the reference draws noise."""
+    return "generator" in inspect.signature(ref.step).parameters
 
 
 def output(c: Config, seen: Tensor, generator: torch.Generator) -> Tensor:
@@ -94,10 +114,7 @@ def compare(
         ref.set_begin_index(first)
     elif hasattr(ref, "_step_index"):
         ref._step_index = first
-    takes = inspect.signature(ref.step).parameters
-    options = {k: v for k, v in c.items() if k in STEP_OPTIONS and k in takes}
-    draws = "generator" in takes
-
+    options, draws = step_options(ref, c), takes_generator(ref)
     model = torch.Generator().manual_seed(1)
     ours_noise, theirs_noise = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
 
@@ -141,8 +158,7 @@ def walk_reference(
     """Run the reference alone, as :func:`compare` does: whether all that it gives is finite. Raises what it raises."""
     ref = reference(c)
     ref.set_timesteps(**given, **{k: v for k, v in c.items() if k in PLAN_OPTIONS})
-    takes = inspect.signature(ref.step).parameters
-    options = {k: v for k, v in c.items() if k in STEP_OPTIONS and k in takes}
+    options = step_options(ref, c)
     model = torch.Generator().manual_seed(1)
     x = (torch.randn(shape, generator=model) * ref.init_noise_sigma).to(dtype)
     finite = bool(torch.as_tensor(ref.timesteps).isfinite().all())
@@ -153,7 +169,7 @@ def walk_reference(
     return finite
 
 
-def compare_all(c: Config, steps: tuple[int, ...] = (1, 2, 5, 20, 50)) -> None:
+def compare_all(c: Config, steps: Sequence[int]) -> None:
     """Whole trajectories of every length and dtype; the longest in float32 only, to save time."""
     twin = reference(c)
     for n in steps:
@@ -161,16 +177,33 @@ def compare_all(c: Config, steps: tuple[int, ...] = (1, 2, 5, 20, 50)) -> None:
             compare(c, n, dtype, twin=twin)
 
 
-def compare_starts(c: Config, steps: int = 20) -> None:
-    """A run of 20 steps, started at every one of its rows."""
-    twin = reference(c)
-    twin.set_timesteps(steps)
-    for first in range(len(twin.timesteps)):
-        compare(c, steps, DTYPES[first % 3], first=first, twin=twin)
-
-
-def compare_some(c: Config, turn: int, steps: tuple[int, ...] = (1, 2, 3, 5, 20)) -> None:
+def compare_some(c: Config, first: int, steps: Sequence[int]) -> None:
     """Whole trajectories of every length, the dtypes taking turns: where a test has many options to go through."""
     twin = reference(c)
     for j, n in enumerate(steps):
-        compare(c, n, DTYPES[(turn + j) % 3], twin=twin)
+        compare(c, n, turn(DTYPES, first + j), twin=twin)
+
+
+def compare_wide(c: Config, steps: Sequence[int]) -> None:
+    """Whole trajectories: all in float32, and some of each length class in half precision."""
+    twin = reference(c)
+    for n in steps:
+        compare(c, n, twin=twin)
+    for n, dtype in ((2, DTYPES[1]), (5, DTYPES[2]), (16, DTYPES[1])):
+        if dtype != torch.float16 or fits_in_half(c):
+            compare(c, n, dtype, twin=twin)
+
+
+def compare_starts(c: Config, steps: int, every: int) -> None:
+    """A run of ``steps``, started at ``every`` so many of its rows."""
+    twin = reference(c)
+    twin.set_timesteps(steps)
+    half = fits_in_half(c)
+    for j, first in enumerate(range(0, len(twin.timesteps), every)):
+        compare(c, steps, turn(DTYPES, j) if half else DTYPES[0], first=first, twin=twin)
+
+
+def fits_in_half(c: Config) -> bool:
+    """Whether the sigmas of a solver in lambda lie in float16's range, x0 of an epsilon model included."""
+    plan = sampler_from_diffusers(c).plan(NoiseSchedule.from_config(schedule_from_diffusers(c)), 20)
+    return plan.space != "lambda" or bool(plan.sigmas.max() < LARGEST_IN_HALF)

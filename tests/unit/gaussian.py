@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minidiff.config import ScheduleConfig
 from minidiff.samplers import SAMPLERS
-from minidiff.samplers.method import rates
+from minidiff.samplers.arithmetic import rates
 from minidiff.schedule import NoiseSchedule
 
 MEAN, SPREAD = 0.7, 0.8
@@ -124,8 +124,8 @@ def scales(plan: Any, i: int) -> tuple[float, float]:
 def answer(plan: Any, i: int, x: Tensor, signal: float, noise: float, spread: float) -> Tensor:
     """What a perfect model of the plan's kind says of ``x``."""
     x0 = x0_of(x, signal, noise, spread)
-    if hasattr(plan.rows, "c_in"):  # EDM's wrapping
-        return (x0 - plan.rows.c_skip[i] * x) / plan.rows.c_out[i]
+    if hasattr(plan.rows, "seen"):  # EDM's wrapping
+        return (x0 - plan.rows.seen.c_skip[i] * x) / plan.rows.seen.c_out[i]
     epsilon = (x - signal * x0) / noise
     return signal * epsilon - noise * x0 if plan.prediction == "v_prediction" else epsilon
 

@@ -21,7 +21,7 @@ from minidiff.config import ScheduleConfig
 from minidiff.programs import read
 from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import SAMPLERS, Scheduler, name_of, sampler_to_config
-from minidiff.samplers.method import rates
+from minidiff.samplers.arithmetic import rates
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import K_DIFFUSION, K_DIFFUSION_PROFILE, assert_close
 

@@ -23,18 +23,19 @@ from torch import Tensor
 
 from minidiff.config import Prediction
 from minidiff.errors import ConfigError
+from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.consistency import CM, LCM, TCD
 from minidiff.samplers.ddim import DDIM, DDIMInverse
 from minidiff.samplers.ddpm import DDPM
 from minidiff.samplers.dpm2 import DPM2
 from minidiff.samplers.dpm_solver import DPMSolverInverse
 from minidiff.samplers.dpmpp_sde import DPMSDE
-from minidiff.samplers.edm import MAX_STEPS, EDMEuler, EDMMultistep
+from minidiff.samplers.edm import MAX_STEPS, EDMEuler, EDMMultistep, Seen
 from minidiff.samplers.euler import Euler, EulerAncestral
 from minidiff.samplers.heun import Heun
 from minidiff.samplers.levels import Lambdas, sigma_table
 from minidiff.samplers.lms import LMS
-from minidiff.samplers.method import NOTHING, Given, Levels, Method, Plan, Sampler, unit
+from minidiff.samplers.method import NOTHING, Given, Levels, Method, Plan, Sampler
 from minidiff.samplers.pndm import IPNDM, PNDM
 from minidiff.samplers.sa_solver import SASolver
 from minidiff.schedule import NoiseSchedule
@@ -88,7 +89,8 @@ def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
             return _walkable(options.plan_at(options.between(levels, options.sigma_max), prediction))
         levels = options.sigmas_at(torch.linspace(0, 1, total, dtype=torch.float32, device="cpu"))
         every = options.between(torch.cat([levels, torch.zeros_like(levels[:1])]), options.sigma_max)
-        return _walkable(_unwalked(options, every, options.wrapping(every.here, prediction)))._replace(steps=False)
+        seen = Seen(options.wrapping(every.here, prediction))
+        return _walkable(_unwalked(options, every, seen))._replace(steps=False)
     if isinstance(options, (DDIM, DDIMInverse, LCM, TCD, PNDM, Lambdas)):
         return _listed(options, options.schedule_of(schedule))
     raise ConfigError("the scheduler has no timesteps yet: call set_timesteps(50) first")

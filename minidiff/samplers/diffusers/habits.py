@@ -6,13 +6,13 @@ Using those raises an error that names the equivalent here.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from minidiff.config import quote
+from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
 
 P = ParamSpec("P")
@@ -31,18 +31,10 @@ ATTRIBUTES = {
     "save_pretrained": "minidiff.samplers.sampler_to_config(scheduler.sampler) is the sampler as JSON",
 }
 MAKE = "write Scheduler.from_diffusers({'_class_name': 'DDIMScheduler', ...}), or Scheduler(sampler, schedule)"
-MADE_BY_CONFIG = {
-    "num_train_timesteps": MAKE,
-    "beta_start": MAKE,
-    "beta_end": MAKE,
-    "beta_schedule": MAKE,
-    "trained_betas": MAKE,
-    "prediction_type": MAKE,
-    "timestep_spacing": MAKE,
-    "steps_offset": MAKE,
-    "clip_sample": MAKE,
-    "config": MAKE,
-}
+MADE_BY_CONFIG = dict.fromkeys(
+    ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "config"),
+    MAKE,
+) | dict.fromkeys(("timestep_spacing", "steps_offset", "clip_sample", "config"), MAKE)
 FROM_CONFIG = "write Scheduler.from_diffusers(config), whose '_class_name' says which sampler"
 FROM_PRETRAINED = "write Scheduler.from_diffusers(json.load(open('scheduler_config.json')))"
 STEP = {
@@ -57,11 +49,8 @@ STEP |= dict.fromkeys(
 )
 ADD_NOISE = dict.fromkeys(("original_samples", "timesteps"), "write scheduler.add_noise(x0, noise, t)")
 SCALE = dict.fromkeys(("sample", "timestep"), "write scheduler.scale_model_input(x, t)")
-PLAN = {
-    "strength": "put it into the config of from_diffusers",
-    "original_inference_steps": "put it into the config of from_diffusers",
-    "mu": "it belongs to flow matching, which is not supported",
-}
+PLAN = dict.fromkeys(("strength", "original_inference_steps"), "put it into the config of from_diffusers")
+PLAN["mu"] = "it belongs to flow matching, which is not supported"
 
 
 class AttributeHint(ConfigError, AttributeError):
@@ -70,11 +59,8 @@ class AttributeHint(ConfigError, AttributeError):
 
 def missing(kind: type, name: str) -> AttributeHint:
     """Return the error for attribute ``name`` of an object of ``kind``, with a replacement or the nearest name."""
-    near = _near(name, [n for n in dir(kind) if not n.startswith("_")])
-    hint = ATTRIBUTES.get(name) or f"did you mean {near}?"
-    if name not in ATTRIBUTES and not near:
-        return AttributeHint(f"{kind.__name__} has no {name}")
-    return AttributeHint(f"{kind.__name__} has no {name}: {hint}")
+    known = f": {ATTRIBUTES[name]}" if name in ATTRIBUTES else near(name, [n for n in dir(kind) if n[0] != "_"])
+    return AttributeHint(f"{kind.__name__} has no {name}{known}")
 
 
 def hinting(instead: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -88,15 +74,11 @@ def hinting(instead: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:
                 if name not in known:
-                    near = _near(name, known)
-                    hint = instead.get(name) or (f"did you mean {near}?" if near else f"it takes {', '.join(known)}")
-                    raise ConfigError(f"{function.__qualname__} has no argument {quote(name)}: {hint}")
+                    guess = near(name, known) or f"; it takes {', '.join(known)}"
+                    hint = f": {instead[name]}" if name in instead else guess
+                    raise ConfigError(f"{function.__qualname__} has no argument {quote(name)}{hint}")
             return function(*args, **kwargs)
 
         return call
 
     return wrap
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    return next(iter(difflib.get_close_matches(name, list(known), 1)), "")

@@ -15,7 +15,7 @@ from typing import Any
 from minidiff.config import ScheduleConfig, check, from_json, quote
 from minidiff.console.spelling import near
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.samplers.diffusers.classes import READERS, SCHEDULE, Config, Reader, one_of
+from minidiff.samplers.diffusers.classes import CURVES, READERS, SCHEDULE, Config, Reader, one_of
 from minidiff.samplers.method import Method
 from minidiff.schedule import MAX_BETA
 
@@ -57,8 +57,7 @@ def unknown_fields(config: Config) -> list[Any]:
 def read_sampler(config: Config) -> Method[Any, Any]:
     """Create a sampler as :func:`sampler_from_diffusers` does, without its warning."""
     reader, filled = _fill(config)
-    options = {name: source(filled) if callable(source) else filled[source] for name, source in reader.options.items()}
-    return reader.sampler(**options, like_diffusers=True)
+    return reader.sampler(**{option.name: option.read(filled) for option in reader.options}, like_diffusers=True)
 
 
 def schedule_from_diffusers(config: Config) -> ScheduleConfig:
@@ -72,7 +71,7 @@ def schedule_from_diffusers(config: Config) -> ScheduleConfig:
         "prediction": c["prediction_type"].replace("original_sample", "sample"),
         "zero_snr": bool(c.get("rescale_betas_zero_snr", False)) and "rescale_betas_zero_snr" in reader.fields,
     }
-    if betas is None and one_of(c, "beta_schedule", reader.beta_schedules) == "exp":
+    if betas is None and one_of(c, "beta_schedule", *reader.beta_schedules) == "exp":
         betas = _exp_betas(c["num_train_timesteps"])
     if betas is None:
         data["beta_schedule"] = c["beta_schedule"]
@@ -104,8 +103,10 @@ def _fill(config: Config) -> tuple[Reader, dict[str, Any]]:
     for key, default in own.items():
         _check_type(f"{name}: {key}", filled[key], default)
     check(filled["num_train_timesteps"] > 0, f"num_train_timesteps={filled['num_train_timesteps']} must be above 0")
-    one_of(filled, "prediction_type", reader.predictions)
-    reason = reader.refuse(filled)
+    one_of(filled, "prediction_type", *reader.predictions)
+    curves = [key for key in CURVES if filled.get(key)]
+    several = f"{' and '.join(curves)} exclude each other: keep one" if len(curves) > 1 else None
+    reason = reader.refuse(filled) or several
     if reason is not None:
         raise ConfigError(f"{name}: {reason}")
     return reader, filled

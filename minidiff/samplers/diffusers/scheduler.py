@@ -24,8 +24,9 @@ from torch import Tensor
 from minidiff.config import check, quote
 from minidiff.errors import ConfigError
 from minidiff.noise import Generators, source
+from minidiff.samplers.arithmetic import noisy
 from minidiff.samplers.diffusers import habits
-from minidiff.samplers.method import Method, Plan, Sampler, noisy
+from minidiff.samplers.method import Method, Plan, Sampler
 from minidiff.schedule import NoiseSchedule
 
 if TYPE_CHECKING:

@@ -1,14 +1,12 @@
 """Writer of diffusers' ``scheduler_config.json``: the tables of classes.py, applied in reverse.
 
-An option that equals a field of diffusers is copied to it. For an option that is computed from fields, ``INVERSE`` has
-the inverse. The result is read back before it is returned, so an option that the class of diffusers cannot express is
-refused by name, never lost.
+The result is read back before it is returned, so an option that the class of diffusers cannot express is refused by
+name, never lost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from minidiff.config import ScheduleConfig
@@ -20,42 +18,6 @@ from minidiff.samplers.method import Method
 Fields = dict[str, Any]
 
 
-def _limit(clip: float | None) -> Fields:
-    shared = {"clip_sample": clip is not None, "clip_denoised": clip is not None}
-    return shared if clip is None else {**shared, "clip_sample_range": clip}
-
-
-def _threshold(fraction: float | None) -> Fields:
-    return (
-        {"thresholding": False} if fraction is None else {"thresholding": True, "dynamic_thresholding_ratio": fraction}
-    )
-
-
-def _sigma_spacing(kind: str) -> Fields:
-    chosen = {f"use_{name}_sigmas": name == kind for name in ("karras", "exponential", "beta")}
-    return {**chosen, "use_lu_lambdas": kind == "lu"}
-
-
-# For options that classes.py computes: the fields from which it computes them. Fields that a class lacks are not
-# written.
-INVERSE: dict[str, Callable[[Any], Fields]] = {
-    "algorithm": lambda v: {"algorithm_type": v},
-    "clip": _limit,
-    "continuous": lambda v: {"timestep_type": "continuous" if v else "discrete"},
-    "cut_timesteps": lambda v: {},  # follows from beta_schedule
-    "disable_corrector": lambda v: {"disable_corrector": list(v)},
-    "final_sigma": lambda v: {},  # of the inverse solver: there is one kind only
-    "heun": lambda v: {"solver_type": "heun" if v else "midpoint"},
-    "lambda_min_clipped": lambda v: {} if v is None else {"lambda_min_clipped": v},  # no limit: JSON has no -infinity
-    "learned_variance": lambda v: {"variance_type": "learned_range" if v else None},
-    "runge_kutta": lambda v: {"skip_prk_steps": not v},
-    "s_tmax": lambda v: {"s_tmax": v},
-    "sde": lambda v: {"algorithm_type": "sde-dpmsolver++" if v else "dpmsolver++"},
-    "set_alpha_to_one": lambda v: {"set_alpha_to_one": v},
-    "sigma_spacing": _sigma_spacing,
-    "solver_type": lambda v: {"solver_type": v},
-    "threshold": _threshold,
-}
 # Fields that diffusers takes as arguments of the call, and ignores in a config with a warning. They are written, for
 # minidiff to read, only if they differ from the scheduler's default.
 CALLED = ("eta", "use_clipped_model_output", "s_churn", "s_tmin", "s_tmax", "s_noise", "strength", "order")
@@ -71,9 +33,8 @@ def sampler_to_diffusers(sampler: Any, schedule: ScheduleConfig) -> dict[str, An
     name, reader = _reader(sampler)
     plain = reader.sampler(**dataclasses.asdict(sampler) | {"like_diffusers": True})
     found = {"_class_name": name, **_schedule_fields(schedule, reader)}
-    for option, source in reader.options.items():
-        value = getattr(plain, option)
-        fields = INVERSE[option](value) if callable(source) else {source: value}
+    for option in reader.options:
+        fields = option.write(getattr(plain, option.name))
         found |= {k: v for k, v in fields.items() if k in reader.fields}
     found = {k: v for k, v in found.items() if k not in CALLED or v != reader.fields[k]}
     lost = _differences(plain, sampler_from_diffusers(found)) + _differences(schedule, _read_schedule(found, schedule))
