@@ -25,20 +25,22 @@ if TYPE_CHECKING:
     from minidiff.adapters import lora  # noqa: F401
     from minidiff.adapters import words as embeddings  # noqa: F401
     from minidiff.errors import Cancelled, CheckpointError, ConfigError, MinidiffError, UnsupportedError
-    from minidiff.pipeline.denoise import Prediction, Run, Step
-    from minidiff.pipeline.load import bundled, load
+    from minidiff.pipeline.denoise import Run, Step
+    from minidiff.pipeline.job import Prediction
+    from minidiff.pipeline.opening import bundled, load
     from minidiff.pipeline.picture import read_recipe, save_png
-    from minidiff.pipeline.prompts import Sizes
+    from minidiff.pipeline.request import Request, Sizes
     from minidiff.pipeline.stable_diffusion import StableDiffusion
     from minidiff.pipeline.unconditional import Unconditional
     from minidiff.schedule import NoiseSchedule
 
 HOMES = {
     "errors": ("Cancelled", "CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
-    "pipeline.denoise": ("Prediction", "Run", "Step"),
-    "pipeline.load": ("bundled", "load"),
+    "pipeline.denoise": ("Run", "Step"),
+    "pipeline.job": ("Prediction",),
+    "pipeline.opening": ("bundled", "load"),
     "pipeline.picture": ("read_recipe", "save_png"),
-    "pipeline.prompts": ("Sizes",),
+    "pipeline.request": ("Request", "Sizes"),
     "pipeline.stable_diffusion": ("StableDiffusion",),
     "pipeline.unconditional": ("Unconditional",),
     "schedule": ("NoiseSchedule",),
@@ -54,6 +56,7 @@ __all__ = [
     "MinidiffError",
     "NoiseSchedule",
     "Prediction",
+    "Request",
     "Run",
     "Sizes",
     "StableDiffusion",

@@ -367,7 +367,8 @@ class ModelConfig:
 
     ``sampler`` is the name of a sampler with its options, as ``samplers.sampler_from_config`` reads it.
     ``text_layer`` says which layer of the text encoders the UNet reads, ``zero_empty`` that it was trained to see
-    zeros where there is no prompt (SDXL base), not the encoded empty text.
+    zeros where there is no prompt (SDXL base), not the encoded empty text. ``guidance_scale``: the scale where a
+    request gives none; None: 7.5, and 2 for the family "shapes" (training/README.md), whose first files do not say it.
     """
 
     family: str
@@ -381,6 +382,7 @@ class ModelConfig:
     tokenizer_2: TokenizerConfig | None = None
     text_layer: Literal["last", "penultimate"] = "last"
     zero_empty: bool = False
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         pairs = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
@@ -433,7 +435,7 @@ def from_json(cls: type[T], data: str | Mapping[str, Any]) -> T:
     try:
         if isinstance(data, str):
             data = json.loads(data)
-        return typing.cast(T, _read(cls, data, cls.__name__))
+        return typing.cast(T, read_value(cls, data, cls.__name__))
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{cls.__name__}: not valid JSON ({e})") from None
 
@@ -444,8 +446,11 @@ def _has_fields(kind: Any, value: Any) -> bool:
     return isinstance(value, Mapping) and known.issuperset(value)
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages."""
+def read_value(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages.
+
+    Raises :class:`ConfigError` for a value of another type.
+    """
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected an object, got {quote(value)}")
@@ -458,13 +463,13 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         }
         missing = sorted(required - set(value))
         check(not missing, f"{where}: field {', '.join(missing)} is missing")
-        return kind(**{k: _read(hints[k], v, f"{where}.{k}") for k, v in value.items()})
+        return kind(**{k: read_value(hints[k], v, f"{where}.{k}") for k, v in value.items()})
     origin, args = get_origin(kind), get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
         kinds = [a for a in args if a is not type(None)]
-        return _read(next((k for k in kinds if _has_fields(k, value)), kinds[0]), value, where)
+        return read_value(next((k for k in kinds if _has_fields(k, value)), kinds[0]), value, where)
     if origin is Literal:
         one_of(args, **{where: value})
         return value
@@ -474,7 +479,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         check(short, f"{where}: {len(value)} entries; {MOST_LEVELS} is the most")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         check(len(kinds) == len(value), f"{where}: expected {len(kinds)} entries, got {len(value)}")
-        return tuple(_read(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(read_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         check(abs(value) < 2**1023, f"{where}={quote(value)} is out of range")
         return float(value)

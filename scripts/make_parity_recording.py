@@ -23,13 +23,13 @@ import torch  # noqa: E402
 
 from minidiff.parity import recording, theirs  # noqa: E402
 from minidiff.parity.command import pair, run_of  # noqa: E402
-from minidiff.parity.ours import Request  # noqa: E402
+from minidiff.parity.ours import asked  # noqa: E402
 from tests.unit.convert_sources import write_folder  # noqa: E402
 from tests.unit.tiny import tiny_sd  # noqa: E402
 from weights_convert.module_names import module_names  # noqa: E402
 
 FIXTURE = ROOT / "tests" / "fixtures" / "recording_sd1.safetensors"
-REQUEST = Request(prompt="a red fox", negative="blurry", steps=3, seed=5, width=24, height=16)
+REQUEST = asked("a red fox", negative_prompt="blurry", steps=3, seed=5, width=24, height=16)
 END = "<|endoftext|>"
 TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_token": END, "pad_token": END}
 

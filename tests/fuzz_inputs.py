@@ -124,9 +124,9 @@ class Base:
         use = rng.choice(["image", "mask", "training", "info", "recipe", "memory"])
         how = f"{how}, {damage}, {use}"
         if use == "image":
-            return how, verdict(lambda: images.read(path, None, None, None, 8, 4))
+            return how, verdict(lambda: images.open_pictures(path, None, None, None, 8, 4).resized())
         if use == "mask":
-            return how, verdict(lambda: images.read(path, path, 16, 16, 8, 4))
+            return how, verdict(lambda: images.open_pictures(path, path, 16, 16, 8, 4).resized())
         if use == "training":
             return how, verdict(lambda: ImageFolder(".", 8))
         if use == "memory":
@@ -303,7 +303,7 @@ def handed_over_open(path: Path) -> None:
     except Exception:
         return
     with image:
-        images.read(image, None, None, None, 8, 4)
+        images.open_pictures(image, None, None, None, 8, 4).resized()
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def read_embedding(path: str | os.PathLike[str], config: ModelConfig, name: str 
             if len(by_encoder) < len(found) or len(set(by_encoder.values())) < len(found):
                 raise CheckpointError(f"{file}: {listed(found)} do not belong together in one learned word")
             vectors = {part: rows(file, key, found[key]) for key, part in by_encoder.items()}
-            return Word(name or told or path.stem, vectors)
+            return Word(name or told or path.stem, vectors, file=path.name)
         if not 1 <= len(found) <= MOST_WORDS or any(key.endswith(WEIGHTS) for key in found):
             raise CheckpointError(
                 f"{file}: {listed(found) or 'no tensors'}; no learned words (an adapter is for --lora, a model for "
@@ -72,8 +72,8 @@ def read_embedding(path: str | os.PathLike[str], config: ModelConfig, name: str 
             Word(path.stem if key in NAMELESS else key, {only: rows(file, key, entry)}) for key, entry in found.items()
         ]
     if len(words) == 1:
-        return Word(name or told or words[0].name, words[0].vectors)
-    return Word(words[0].name, words[0].vectors, tuple(words[1:]))
+        return Word(name or told or words[0].name, words[0].vectors, file=path.name)
+    return Word(words[0].name, words[0].vectors, tuple(words[1:]), path.name)
 
 
 def listed(found: Mapping[str, Lazy]) -> str:

@@ -14,6 +14,7 @@ subtracted. The arithmetic follows the order of the peft library, and gives the 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from minidiff.config import check, quote
 from minidiff.errors import CheckpointError
+from minidiff.models.attention import freeze
 from minidiff.models.undo import forward_hook, surely
+from minidiff.storage.identity import taught
 from minidiff.storage.low_memory import check_present
 
 LARGEST = torch.finfo(torch.float32).max  # a factor beyond it is infinite in float32
@@ -112,6 +115,13 @@ class Adapter:
     found: int = 0
     unmatched: tuple[str, ...] = ()
 
+    @property
+    def hash(self) -> str:
+        """Hash of some values of every update, 16 hex digits: see :mod:`minidiff.storage.identity`."""
+        halves = {f"{k} {half}": getattr(u, half) for k, u in self.updates.items() for half in ("down", "up")}
+        alphas = " ".join(f"{k}={u.alpha}" for k, u in self.updates.items())
+        return taught(alphas, halves)[:16]
+
     def __str__(self) -> str:
         """Summary in one line: how much of the file matched the model."""
         total = max(self.found, len(self.updates))
@@ -125,6 +135,7 @@ class Applied:
     def __init__(self) -> None:
         self.kept: dict[str, tuple[nn.Module, nn.Parameter]] = {}
         self.hooks: list[RemovableHandle] = []
+        self.noted: list[tuple[Any, tuple[str, float, str]]] = []  # the model's parts, and what recipes say of it
 
     def remove(self) -> None:
         """Restore the model, bit for bit. Calling it twice is harmless."""
@@ -135,8 +146,19 @@ class Applied:
             layer.weight = weight
         for hook in self.hooks:
             hook.remove()
+        for parts, note in self.noted:
+            parts.adapters = tuple(other for other in parts.adapters if other is not note)
         self.kept.clear()
         self.hooks.clear()
+        self.noted.clear()
+
+    def _note(self, parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Name the adapters in the recipes of pictures from now on, if ``parts`` are those of a pipeline."""
+        if hasattr(parts, "adapters"):
+            for adapter, strength in adapters:
+                note = (os.path.basename(adapter.name), float(strength), adapter.hash)
+                self.noted.append((parts, note))
+                parts.adapters = (*parts.adapters, note)
 
 
 def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, float]], *, live: bool = False) -> Applied:
@@ -156,12 +178,15 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
     each = [(a.name, name, find(parts, name), u, at) for a, at in adapters for name, u in a.updates.items()]
     applied = Applied()
     try:
+        for part in {name.partition(".")[0] for _, name, _, _, _ in each}:
+            freeze(parts[part], applied.hooks)
         with torch.no_grad():
             if live:
                 for adapter_name, name, layer, update, strength in each:
                     # What can't be fused would not fill the layer's output with better numbers.
                     require_finite(update.delta(layer.get_parameter("weight"), strength), f"{adapter_name}: {name}")
                     forward_hook(layer, update.live(layer, strength), applied.hooks)
+                applied._note(parts, adapters)
                 return applied
             layers = {name: layer for _, name, layer, _, _ in each}
             plain = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
@@ -173,6 +198,7 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
             applied.kept.update((name, (layer, plain[name])) for name, layer in layers.items())
             for name, weight in bent.items():
                 layers[name].weight = weight
+            applied._note(parts, adapters)
         return applied
     except BaseException:
         applied.remove()

@@ -7,6 +7,7 @@ the embedding table, the tokenizer and the model's config, so that it is saved w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,13 @@ TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 class Word:
     """A learned word: its ``vectors`` by text encoder, each float (n, width).
 
-    ``others``: words of the same file, which are added together with this one.
+    ``others``: words of the same file, which are added together with this one. ``file``: its name, for recipes.
     """
 
     name: str
     vectors: Mapping[str, Tensor]
     others: tuple[Word, ...] = ()
+    file: str = ""
 
 
 @torch.no_grad()
@@ -56,6 +58,8 @@ def add(sd: StableDiffusion, word: Word) -> None:
     source = taught(sd.source, named) if sd.source else ""
     # It is not that file any more.
     changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", ""), (sd, "source", source)]
+    note = (os.path.basename(word.file or word.name), word.name, taught("", named)[:16])
+    changes.append((sd, "words", (*sd.words, note)))
     for part, tokenizer in TOKENIZERS.items():
         if getattr(config, part) is not None:
             encoder = getattr(sd, part)

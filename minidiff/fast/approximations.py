@@ -18,7 +18,8 @@ from minidiff.fast.deep import DeepCache
 from minidiff.fast.merge import MOST, TokenMerging
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.undo import surely
-from minidiff.pipeline.base import Pipeline, finite
+from minidiff.pipeline.base import Pipeline
+from minidiff.pipeline.request import finite
 
 
 def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None = None) -> dict[str, int]:

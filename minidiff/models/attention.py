@@ -11,11 +11,14 @@ from outside without changing this file.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from minidiff.config import Level
 
@@ -35,13 +38,27 @@ class Linear(nn.Linear):
 
     torch does that by itself where the weight requires a gradient, as in the reference. Where it doesn't, rows that lie
     apart (a picture seen as tokens) are multiplied in one product for each entry of the batch, which rounds otherwise.
+    The reference's weights require none while adapters are applied: ``frozen`` has an entry for each of them.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.frozen: OrderedDict[int, None] = OrderedDict()
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 3 or x.is_contiguous():
+        if x.ndim != 3 or x.is_contiguous() or self.frozen:
             return super().forward(x)
         out = (x.reshape(-1, x.shape[-1]) @ self.weight.t()).view(*x.shape[:2], -1)
         return out if self.bias is None else out + self.bias
+
+
+def freeze(part: nn.Module, handles: list[RemovableHandle]) -> None:
+    """Let the linear layers of ``part`` compute as with frozen weights, until the handles that it adds are removed."""
+    for layer in part.modules():
+        if isinstance(layer, Linear):
+            handle = RemovableHandle(layer.frozen)
+            handles.append(handle)  # before the entry is there: an interruption undoes it
+            layer.frozen[handle.id] = None
 
 
 class Attention(nn.Module):

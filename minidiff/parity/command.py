@@ -1,6 +1,6 @@
 """``minidiff parity``, ``minidiff parity record`` and ``minidiff parity compare``: from options to a report.
 
-The grammar stands in arguments.py. What only the command line may import, the converter, is handed in by cli.py.
+The grammar stands in cli/parity.py, which also hands in what only the command line may import: the converter.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.parity import names, pictures, recording, theirs
 from minidiff.parity.engine import find
-from minidiff.parity.ours import Ours, Request
+from minidiff.parity.ours import PROMPT, Asked, Ours, asked
 from minidiff.parity.page import page
 from minidiff.parity.report import Report, text
 from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.pipeline.request import options
 from minidiff.samplers import check_name, sampler_from_config, sampler_from_diffusers, sampler_to_config
 from minidiff.storage.writing import Existing, atomic, check_place
 from minidiff.version import VERSION
@@ -40,6 +41,7 @@ DTYPES = {
 }
 LARGEST = 256  # pixels by default: at full size a step's layers alone take gigabytes
 LAYERS: dict[str, Deep] = {"first": first_step_only, "all": lambda scope: True, "none": lambda scope: False}
+TAKEN = ("negative_prompt", "steps", "guidance_scale", "seed")  # options that go into the request as they are
 EQUAL, PARTED = 0, 1  # exit statuses
 
 
@@ -88,7 +90,7 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
 
 
 def hold(
-    pipe: Pipe, reference: Any, request: Request, pairs: Names, args: Namespace, tell: Callable[[str], None]
+    pipe: Pipe, reference: Any, request: Asked, pairs: Names, args: Namespace, tell: Callable[[str], None]
 ) -> Report:
     """Both sides run. If they part in the UNet of a later step, again with that step's layers."""
 
@@ -166,16 +168,22 @@ def show(report: Report, args: Namespace, destination: Path | None) -> int:
     return EQUAL if report.equal else PARTED
 
 
-def run_of(pipe: Pipe, request: Request) -> dict[str, Any]:
+def run_of(pipe: Pipe, request: Asked) -> dict[str, Any]:
     """Return a description of the run, for a recording's header."""
     r = request
     sampler = sampler_to_config(pipe.sampler(r.sampler))
-    text_only = {"prompt": r.prompt, "negative": r.negative, "scale": r.scale, "width": r.width, "height": r.height}
+    text_only = {
+        "prompt": r.prompt,
+        "negative": r.negative_prompt,
+        "scale": r.guidance_scale,
+        "width": r.width,
+        "height": r.height,
+    }
     return {
         "family": pipe.config.family,
         "model": recording.architecture(pipe.config),
         **(text_only if isinstance(pipe, StableDiffusion) else {}),
-        **({"strength": r.strength} if r.image is not None else {}),
+        **({"strength": r.taken_strength} if r.image is not None else {}),
         "steps": r.steps,
         "seed": r.seed,
         "sampler": sampler["name"],
@@ -185,29 +193,32 @@ def run_of(pipe: Pipe, request: Request) -> dict[str, Any]:
     }
 
 
-def _request(args: Namespace, pipe: Pipe) -> Request:
+def _request(args: Namespace, pipe: Pipe) -> Asked:
     """The run that was asked for. Raises :class:`ConfigError` for what a model without text cannot take."""
-    common = {"steps": args.steps, "seed": args.seed, "eta": getattr(pipe.sampler(None), "eta", 0.0)}
+    found = {name: getattr(args, name) for name in TAKEN if getattr(args, name) is not None}
+    found["eta"] = getattr(pipe.sampler(None), "eta", 0.0)
     if isinstance(pipe, Unconditional):
-        for option in ("prompt", "negative", "scale", "size", "image", "mask", "strength"):
+        flags = {f.name: option.flag for f, option in options(Asked)} | {"prompt": "--prompt", "size": "--size"}
+        for option in ("prompt", "negative_prompt", "guidance_scale", "size", "image", "mask", "strength"):
             if getattr(args, option) is not None:
-                raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no --{option}")
-        return Request(**common)
+                raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no {flags[option]}")
+        return asked(None, **found)
     config = pipe.vae.config
     height, width = (min(side * config.factor, max(LARGEST, config.factor)) for side in pipe.unet.config.sides)
-    width, height = args.size or (width, height)
-    texts = {key: getattr(args, key) for key in ("prompt", "negative", "scale") if getattr(args, key) is not None}
-    return Request(**common, **texts, width=width, height=height, **pictures.begun(args, pipe, width, height))
+    height, width = args.size or (height, width)
+    begun = pictures.starting_from(args, pipe, width, height)
+    return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **begun})
 
 
-def _about(pipe: Pipe, r: Request, args: Namespace) -> dict[str, str]:
+def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
     """The run in a few words, for the report."""
     sampler = sampler_to_config(pipe.sampler(r.sampler))["name"]
     run = f"{r.steps} steps of {sampler}, seed {r.seed}"
     if isinstance(pipe, StableDiffusion):
-        run += f", {r.width} x {r.height}, guidance scale {r.scale:g}, prompt {r.prompt!r}, negative {r.negative!r}"
+        run += f", {r.width} x {r.height}, guidance scale {r.guidance_scale:g}, prompt {r.prompt!r}"
+        run += f", negative {r.negative_prompt!r}"
     if r.image is not None:
-        run += f", from {args.image or 'a picture made for this'} at strength {r.strength:g}"
+        run += f", from {args.image or 'a picture made for this'} at strength {r.taken_strength:g}"
         run += f", painting where {args.mask or 'a mask made for this'} is white" if r.mask is not None else ""
     threads = torch.get_num_threads()
     with_threads = f" with {threads} thread{'s' if threads > 1 else ''}" if pipe.device.type == "cpu" else ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +13,28 @@ from minidiff.parity.names import module_names
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64
 from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.pipeline.request import Request
 from minidiff.samplers.method import Draw, Sampler
-from minidiff.samplers.wrapped import Wrapped
 
-if TYPE_CHECKING:
-    from PIL import Image
+PROMPT = "a photo of an astronaut riding a horse"
 
 
 @dataclass(frozen=True)
-class Request:
-    """Picture for both sides to make. ``prompt`` is unused by a model without text; sizes are in pixels, None the
-    model's own. ``image`` and ``mask``, RGB and grey, are of that size; ``image`` None begins from noise alone."""
+class Asked(Request):
+    """Request for a picture that both sides make. ``image`` and ``mask`` have the size of the run already."""
 
-    prompt: str = "a photo of an astronaut riding a horse"
-    negative: str = ""
-    steps: int = 4
-    scale: float = 7.5
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    sampler: Sampler[Any, Any] | None = None
+    _: KW_ONLY
     eta: float = 0.0  # of DDIM and TCD: diffusers' pipelines are told it at every step
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    strength: float = 0.8
     draw_like_diffusers: bool = False  # noise in the sample's dtype; minidiff's own seeds draw float32 and round it
+
+
+def asked(prompt: str | None = PROMPT, **given: Any) -> Asked:
+    """Return a request with the defaults of a comparison: few steps, and nothing left to chance or to the model.
+
+    ``prompt``: None for a model without text.
+    """
+    texts = {} if prompt is None else {"negative_prompt": "", "guidance_scale": 7.5}
+    return Asked(prompt, **{**texts, "steps": 4, "seed": 0, **given})
 
 
 @dataclass
@@ -45,7 +42,7 @@ class Ours:
     """minidiff as a side: ``pipe`` runs ``request``. ``names`` None shows every module under its own name."""
 
     pipe: StableDiffusion | Unconditional
-    request: Request
+    request: Asked
     names: Names | None = None
     deep: Deep = first_step_only
     title: str = "minidiff"
@@ -53,17 +50,12 @@ class Ours:
     def run(self, tap: Tap) -> None:
         """From prompt to pixels."""
         probe, pipe, r = Probe(tap, self.deep), self.pipe, self.request
-        sampler = Shown(pipe.sampler(r.sampler), probe)
-        noise: dict[str, Any] = {"seed": r.seed}
+        shown = replace(r, sampler=Shown(pipe.sampler(r.sampler), probe))
         if r.draw_like_diffusers:
-            noise = {"generator": torch.Generator().manual_seed(r.seed)}
+            assert isinstance(r.seed, int)
+            shown = replace(shown, seed=None, generator=torch.Generator().manual_seed(r.seed))
         with watched(probe, pipe.parts, self.names or {n: own_names(part) for n, part in pipe.parts.items()}):
-            if isinstance(pipe, StableDiffusion):
-                size: dict[str, Any] = {"height": r.height, "width": r.width}
-                begin: dict[str, Any] = {"image": r.image, "mask": r.mask, "strength": r.strength}
-                run = pipe.steps(r.prompt, r.negative, r.steps, r.scale, sampler=sampler, **noise, **size, **begin)
-            else:
-                run = pipe.steps(1, r.steps, sampler=sampler, **noise)
+            run = pipe.run(shown)
             x = run.last().x
             probe.scope = "decode"
             probe.show("pixels", pipe.decode(x))
@@ -78,14 +70,22 @@ def own_names(module: Any) -> dict[str, str]:
     return {name: name for name in module_names(module)}
 
 
-class Shown(Wrapped):
+class Shown:
     """A sampler that shows its plan, the first sample, and what goes into and comes out of every step."""
 
     def __init__(self, inner: Sampler[Any, Any], probe: Probe) -> None:
-        super().__init__(inner)
-        self.probe = probe
+        self.inner, self.probe = inner, probe
         self.begun = False
         self.first: Tensor | None = None
+
+    @property
+    def order(self) -> int:
+        """Model calls per step."""
+        return int(getattr(self.inner, "order", 1))
+
+    def start(self) -> Any:
+        """Return the inner one's state before the first step."""
+        return self.inner.start()
 
     def plan(self, schedule: Any = None, steps: int | None = None, *, timesteps: Any = None, sigmas: Any = None) -> Any:
         """The inner one's, shown."""

@@ -16,13 +16,12 @@ import numpy as np
 from minidiff.config import check
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.pixels import open_picture
-from minidiff.pipeline.request import usual_strength
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-def begun(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> dict[str, Any]:
+def starting_from(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> dict[str, Any]:
     """``image``, ``mask`` and ``strength`` of a run by the options of these names: what is given, or made where the
     model cannot do without; nothing for a run from noise alone."""
     masked = args.mask is not None or pipe.reads_mask
@@ -30,7 +29,7 @@ def begun(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> di
         check(args.strength is None, "--strength says how much of a picture may change: give an --image too")
         return {}
     made = {"image": picture(args.image, width, height), "mask": mask(args.mask, width, height) if masked else None}
-    return {**made, "strength": usual_strength(masked) if args.strength is None else args.strength}
+    return {**made, "strength": args.strength}
 
 
 def picture(path: str | None, width: int, height: int) -> Image.Image:

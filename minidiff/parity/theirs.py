@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, MinidiffError, UnsupportedError
-from minidiff.parity.ours import Request
+from minidiff.parity.ours import Asked
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
 from minidiff.parity.taps import Probe, Tap, in_float64, swap_first
 from minidiff.samplers import SAMPLERS, check_name
@@ -119,7 +119,7 @@ class Theirs:
     """diffusers as a side: ``pipe`` runs ``request``. ``names``: {part: {module's name there: the stage's}}."""
 
     pipe: Any
-    request: Request
+    request: Asked
     names: Names
     deep: Deep = first_step_only
     title: str = "diffusers"
@@ -135,16 +135,20 @@ class Theirs:
 
     def _run(self, probe: Probe) -> None:
         pipe, r = self.pipe, self.request
-        generator = torch.Generator().manual_seed(r.seed)
+        generator = torch.Generator().manual_seed(int(str(r.seed)))
         with torch.no_grad(), watched(probe, parts_of(pipe), self.names), shown(pipe.scheduler, probe):
             taken = inspect.signature(pipe.__call__).parameters
             options: dict[str, Any] = {"num_inference_steps": r.steps, "generator": generator}
             options |= {"eta": r.eta} if "eta" in taken else {}
             if hasattr(pipe, "text_encoder"):
                 size = {"height": r.height, "width": r.width} if "height" in taken else {}  # else the picture's
-                picture = {"image": r.image, "strength": r.strength} if r.image is not None else {}
+                picture = {"image": r.image, "strength": r.taken_strength} if r.image is not None else {}
                 options |= size | picture | ({"mask_image": r.mask} if r.mask is not None else {})
-                texts: dict[str, Any] = {"prompt": r.prompt, "negative_prompt": r.negative, "guidance_scale": r.scale}
+                texts: dict[str, Any] = {
+                    "prompt": r.prompt,
+                    "negative_prompt": r.negative_prompt,
+                    "guidance_scale": r.guidance_scale,
+                }
                 pixels = pipe(**texts, **options, output_type="pt").images
             else:
                 images = pipe(batch_size=1, **options, output_type="np").images

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minidiff.pipeline.base import Pipeline
-    from minidiff.pipeline.load import assemble, bundled, from_parts, load, random_model
+    from minidiff.pipeline.opening import assemble, bundled, from_parts, load, random_model
     from minidiff.pipeline.stable_diffusion import BUNDLED_SCALE, StableDiffusion
     from minidiff.pipeline.unconditional import Unconditional
 
 HOMES = {
     "base": ("Pipeline",),
-    "load": ("assemble", "bundled", "from_parts", "load", "random_model"),
+    "opening": ("assemble", "bundled", "from_parts", "load", "random_model"),
     "stable_diffusion": ("BUNDLED_SCALE", "StableDiffusion"),
     "unconditional": ("Unconditional",),
 }

@@ -1,32 +1,38 @@
-"""Base class of the pipelines: model parts on a device, the choice of a sampler, and the run from start to picture.
+"""Base class of the pipelines: the model's parts on a device, and the way from a request to a result.
 
-Its two subclasses, with text and without, are defined in ``pipeline.py``.
+    Request --job--> Job --denoise--> Step ... Step --finish--> pixels
+
+Its two subclasses, with text and without, say what conditions the model and what a run begins from.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
 import os
-from collections.abc import Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from minidiff import noise
-from minidiff.config import ModelConfig, check, one_of, quote
-from minidiff.errors import CheckpointError, ConfigError
+from minidiff import programs
+from minidiff.config import ModelConfig, check
+from minidiff.errors import CheckpointError
 from minidiff.models.unet import UNet
-from minidiff.pipeline import opening
-from minidiff.pipeline.denoise import Predict, Progress, Run, Step, Work, denoise
-from minidiff.pipeline.latents import Beginning, Start
+from minidiff.pipeline import assembly
+from minidiff.pipeline.denoise import Progress, Run
+from minidiff.pipeline.guidance import Conditioned
+from minidiff.pipeline.images import Opened, Pictures
+from minidiff.pipeline.job import Job
+from minidiff.pipeline.latents import Beginning, Sample
 from minidiff.pipeline.picture import label, to_pil, to_unit
+from minidiff.pipeline.recipe import Made, Recipe
+from minidiff.pipeline.request import Output, Request, options
+from minidiff.pipeline.rows import choose_rows, unguided
 from minidiff.precision import apply_policy, check_finite
-from minidiff.programs import Convention
+from minidiff.programs import Program, img2img
 from minidiff.programs.program import ProgramSampler
 from minidiff.programs.streams import Streams
-from minidiff.samplers import name_of, sampler_from_config, sampler_to_config
 from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.storage import checkpoint
@@ -38,18 +44,18 @@ from minidiff.version import VERSION
 if TYPE_CHECKING:
     from PIL import Image
 
-Output = Literal["pil", "tensor", "latent"]
-Seed = int | Sequence[int] | None
 SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
-Like = str | Convention | None
-
-
-MOST = 10**9  # pictures per run
 Own = TypeVar("Own", bound="Pipeline")  # typing.Self needs Python 3.11
 
 
+class Parts(dict[str, nn.Module]):
+    """A model's parts by name, and the adapters that bend them: (file, strength, hash) each, for the recipe."""
+
+    adapters: tuple[tuple[str, float, str], ...] = ()
+
+
 class Pipeline:
-    """Base class of the pipelines: the parts, their device and dtype, and the way from noise to a result."""
+    """Base class of the pipelines: the parts, their device and dtype, and the way from a request to a result."""
 
     def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
         """Initialize from ``parts`` by name, as :func:`checkpoint.build` returns them; ``hash``: that of their file.
@@ -60,9 +66,11 @@ class Pipeline:
         for part in parts.values():
             part.requires_grad_(False)  # training enables it where needed
         self.config = config
-        self.parts = dict(parts)
+        self.parts = Parts(parts)
         self.hash = hash
         self.source = ""  # identity of the checkpoint that the weights came from, as long as they are unchanged
+        self.words: tuple[tuple[str, str, str], ...] = ()  # learned words, (file, word, hash), for the recipe
+        self.dtype_chosen: str | None = None  # "auto" if the command line chose the dtype, for the recipe
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
         self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
@@ -82,14 +90,15 @@ class Pipeline:
     ) -> Own:
         """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, also for a model of
         another kind: with text or without."""
-        return opening.open_file(path, cls._own, device, dtype, low_memory, copy)
+        return assembly.open_file(path, cls._own, device, dtype, low_memory, copy)
 
     @classmethod
     def _own(cls: type[Own], config: ModelConfig, source: str) -> type[Own]:
         if not cls.fits(config):
-            other = "; open it with minidiff.load"
-            raise CheckpointError(f"{source}: a {config.family} model, which is no {cls.__name__}{other}")
+            raise CheckpointError(f"{source}: a {config.family} model, {cls._others}")
         return cls
+
+    _others: ClassVar[str]  # what all other models are, and which call opens them
 
     @staticmethod
     def fits(config: ModelConfig) -> bool:
@@ -158,22 +167,141 @@ class Pipeline:
         self.hash = checkpoint.write(path, self.config, self._tensors())
         return self.hash
 
-    def sampler(self, choice: SamplerChoice = None, like: Convention | None = None) -> Sampler[Any, Any]:
+    def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
         """Return the sampler for ``choice``: a name, {"name": ..., options}, a Sampler, or None for the checkpoint's
-        own. With ``like``, return that program's version of the named sampler."""
-        if like is not None:
-            choice = str(self.config.sampler.get("name")) if choice is None else choice
-            if not isinstance(choice, (str, Mapping)):
-                raise ConfigError(
-                    f'{type(choice).__name__} is ready as it is; with like= give {{"name": ..., options}}'
-                )
-            return like.sampler(self.config.schedule, choice)
-        if choice is None:
-            return sampler_from_config(self.config.sampler)
-        if isinstance(choice, (str, Mapping)):
-            return sampler_from_config({"name": choice} if isinstance(choice, str) else choice)
-        check(callable(getattr(choice, "plan", None)), f"sampler={choice!r} is neither a name nor a Sampler")
-        return choice
+        own."""
+        return programs.read(None).sampler(self.config.schedule, choice, self.config.sampler).inner
+
+    def own_steps(self, sampler: SamplerChoice = None) -> int:
+        """Return the default number of steps with a choice of sampler."""
+        return 50
+
+    def job(self, request: Request) -> Job:
+        """Decide everything about a run and compute its beginning: what conditions it, and its first sample.
+
+        Raises :class:`ConfigError` for a request that this model cannot run, before anything is computed.
+        """
+        self._check(request)
+        config, total = self.config, len(self.schedule)
+        count = request.num_images * self._prompts_of(request)
+        opened = self._pictures(request)
+        shape = (count, *self._shape(request, opened))
+        self._check_memory(shape)
+
+        program = programs.read(request.like)
+        noise = program.streams(request.seed, count, request.generator)
+        chosen = program.sampler(config.schedule, request.sampler, config.sampler).seeded(noise.seeds)
+        entry = img2img.whole(request.steps)
+        if request.image is not None and request.denoising_start is None:
+            entry = program.entry(chosen.name, request.steps, request.taken_strength, total)
+        plan = chosen.plan(self.schedule, entry.steps)
+        sampler = chosen.inner
+        rows, noised = choose_rows(plan, getattr(sampler, "order", 1), entry, request, config.schedule.steps)
+        alone = unguided(plan, rows, sampler, request, config.schedule.steps)
+
+        pictures = None if opened is None else opened.resized()
+        conditioned = self._conditioned(request, program, shape)
+        like = torch.empty(shape, dtype=self.dtype, device=self.device)
+        given = self._given(request.latents, shape)
+        first = self._first(Beginning(plan, rows, noised, noise.first, like, given), pictures, request)
+
+        return Job(
+            plan=plan,
+            sampler=sampler,
+            rows=rows,
+            x=first.x,
+            predict=conditioned.predict(first.beside),
+            instead=dict.fromkeys(alone, conditioned.alone(first.beside)),
+            keep=first.keep,
+            draw=lambda like: noise.later(tuple(like.shape), like.dtype, like.device),
+            rewind=noise.rewinding(),
+            recipes=self._recipes(request, program, chosen, noise, conditioned, shape, pictures),
+        )
+
+    # What a kind of pipeline decides for itself:
+
+    def _check(self, request: Request) -> None:
+        """Raise :class:`ConfigError` for options that this kind of model does not take, or that do not go together."""
+        raise NotImplementedError
+
+    def _prompts_of(self, request: Request) -> int:
+        """Return the number of prompts, each of which gets ``num_images`` pictures."""
+        return 1
+
+    def _pictures(self, request: Request) -> Opened | None:
+        """Return the image and the mask that the run begins from, opened and not yet resized."""
+        return None
+
+    def _shape(self, request: Request, pictures: Opened | None) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of a sample."""
+        raise NotImplementedError
+
+    def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
+        """Return the model with its conditions, for samples of ``shape``."""
+        raise NotImplementedError
+
+    def _first(self, beginning: Beginning, pictures: Pictures | None, request: Request) -> Sample:
+        """Return the first sample."""
+        return beginning.from_noise()
+
+    def _check_memory(self, shape: tuple[int, ...]) -> None:
+        """Raise :class:`ConfigError` if samples of ``shape`` (B, C, h, w) do not fit into memory."""
+        raise NotImplementedError
+
+    def _given(self, latents: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        """Return the initial noise that was given, checked, on the model's device."""
+        if latents is None:
+            return None
+        check(isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
+        fits = tuple(latents.shape) == shape
+        check(fits, f"latents of shape {tuple(latents.shape)} do not fit; {shape} is wanted")
+        return latents.to(self.device, self.dtype)
+
+    def _recipes(
+        self,
+        request: Request,
+        program: Program,
+        chosen: ProgramSampler,
+        noise: Streams,
+        conditioned: Conditioned,
+        shape: tuple[int, ...],
+        pictures: Pictures | None,
+    ) -> tuple[Recipe, ...]:
+        """Return the recipe of each picture: the request for it alone, and where it is made."""
+        factor = 1 if self.config.vae is None else self.config.vae.factor
+        asked = {f.name: getattr(request, f.name) for f, option in options(type(request)) if option.kept is not None}
+        asked |= {
+            "steps": int(request.steps),
+            "sampler": chosen.note,
+            "strength": request.taken_strength if pictures is not None else None,
+            "height": shape[2] * factor,
+            "width": shape[3] * factor,
+            "like": None if program == programs.read(None) else str(program),
+        }
+        made = Made(
+            lora=tuple((name, strength) for name, strength, _ in self.parts.adapters),
+            lora_hashes=tuple(hash for _, _, hash in self.parts.adapters),
+            embedding=tuple((name, word) for name, word, _ in self.words),
+            embedding_hashes=tuple(hash for _, _, hash in self.words),
+            model=self.config.family,
+            model_hash=self.identity,
+            dtype=str(self.dtype).removeprefix("torch."),
+            dtype_chosen=self.dtype_chosen,
+            device=self.device.type,
+            fast=self.fast,
+            approximate=dict(self.approximations),
+            minidiff=VERSION,
+            torch=str(torch.__version__),
+        )
+        origins = {} if pictures is None else pictures.origins(request)
+        known = request.latents is None  # or the seed would not tell the noise
+        recipes = []
+        for k, told in enumerate(conditioned.told):
+            drawn = noise.note(k, shape[0]) if known else {}
+            own = type(request)(**{**asked, **told, "seed": drawn.get("seed")})
+            where = replace(made, place=drawn.get("place"), places=drawn.get("places"))
+            recipes.append(Recipe(request=own, made=where, pictures=origins, text=conditioned.text))
+        return tuple(recipes)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode the finished sample of a run to pixels (B, 3, H, W) in [0, 1]. Without a VAE the sample is pixels
@@ -199,92 +327,12 @@ class Pipeline:
     def _last(self, run: Run, progress: Progress) -> Tensor:
         """Return the finished sample of a run, checked to be finite."""
         x = run.last(progress).x
-        check_finite(x, self.parts, lambda: list(run.again() if run.again is not None else ()))
+        check_finite(x, self.parts, lambda: list(run.again()))
         return x
 
-    def _run(
-        self,
-        predict: Predict,
-        begin: Beginning,
-        start: Start,
-        labels: Sequence[dict[str, Any]],
-        origins: Sequence[Mapping[str, Any]],
-        steps: int,
-        instead: Mapping[int, Predict] | None = None,
-    ) -> Run:
-        """Return the run from ``start``. ``labels`` and ``origins``: recipe entries of each image, the latter about its
-        noise. ``instead``: rows that call another model."""
-        rows, draw = begin.rows, begin.later
-        work = Work()
-        marks = [source.mark() for source in (begin.draw, draw)]
-
-        def trail() -> Generator[Step, None, None]:
-            return denoise(
-                predict,
-                start.sampler,
-                begin.plan,
-                start.x,
-                first=rows.start,
-                stop=rows.stop,
-                draw=lambda like: draw(tuple(like.shape), like.dtype, like.device),
-                instead=instead,
-                work=work,
-            )
-
-        def again() -> Generator[Step, None, None]:
-            for source, mark in zip((begin.draw, draw), marks, strict=True):
-                source.rewind(mark)
-            return trail()
-
-        common = {
-            "sampler": note(begin.sampler),
-            "steps": int(steps),
-            "model": self.config.family,
-            "model_hash": self.identity,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "minidiff": VERSION,
-            "torch": str(torch.__version__),
-            **({"fast": list(self.fast)} if self.fast else {}),
-            **({"approximate": dict(self.approximations)} if self.approximations else {}),
-        }
-        recipes = [{**own, **origin, **common} for own, origin in zip(labels, origins, strict=True)]
-        return Run(trail(), begin.plan, recipes, rows, again, work)
-
-    def _begin(
-        self,
-        sampler: Sampler[Any, Any],
-        plan: Any,
-        rows: range,
-        shape: tuple[int, ...],
-        latents: Tensor | None,
-        seed: Seed,
-        generator: noise.Generators | None,
-        streams: Streams | None = None,
-        noised: int | None = None,
-    ) -> tuple[Beginning, list[dict[str, Any]]]:
-        """Return the beginning of a run with its noise source, and the recipe entries about the noise of each image:
-        its seed, if the seed alone determines it.
-
-        ``streams``: another program's noise, in place of ``seed`` and ``generator``. ``noised``: see
-        :class:`Beginning`.
-        """
-        check(latents is None or isinstance(latents, Tensor), f"latents must be a tensor, got {type(latents).__name__}")
-        seeds = noise.seeds_of(shape[0], seed) if generator is None and streams is None else seed
-        draw = noise.source(shape[0], seeds, generator) if streams is None else streams.first
-        if latents is not None:
-            latents = latents.to(self.device, self.dtype)
-            check(
-                tuple(latents.shape) == shape, f"latents of shape {tuple(latents.shape)} do not fit; {shape} is wanted"
-            )
-        like = torch.empty(shape, dtype=self.dtype, device=self.device)
-        known = latents is None
-        later = draw if streams is None else streams.later
-        begin = Beginning(plan, sampler, rows, draw, later, like, latents, rows.start if noised is None else noised)
-        if streams is not None and known:
-            return begin, [dict(streams.note(k, shape[0])) for k in range(shape[0])]
-        says_all = list(seeds) if known and isinstance(seeds, list) else [None] * shape[0]
-        return begin, [{"seed": s} for s in says_all]
+    def run(self, request: Request) -> Run:
+        """Return the denoising of a request; see :meth:`job`."""
+        return Run(self.job(request))
 
     def _deliver(self, run: Run, output: Output, progress: Progress) -> list[Image.Image] | Tensor:
         """Run to the end and return the requested ``output``."""
@@ -294,27 +342,3 @@ class Pipeline:
         if output == "tensor":
             return pixels
         return [label(image, recipe) for image, recipe in zip(to_pil(pixels), run.recipes, strict=True)]
-
-
-def check_output(output: str) -> None:
-    one_of(("pil", "tensor", "latent"), output=output)
-
-
-def check_count(name: str, value: Any) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    check(whole and value >= 1, f"{name}={quote(value)} must be a whole number, at least 1")
-    check(value < MOST, f"{name} must be below {MOST:,}")
-
-
-def finite(name: str, value: Any) -> float:
-    check(isinstance(value, numbers.Real) and math.isfinite(value), f"{name}={value!r} must be a finite number")
-    return float(value)
-
-
-def note(sampler: Any) -> dict[str, Any]:
-    """Return the recipe entry of a sampler: its name and options, or class name and text form for a caller's own."""
-    if isinstance(sampler, ProgramSampler):
-        return sampler.note
-    if name_of(sampler) is None:
-        return {"name": type(sampler).__name__, "options": str(sampler)}
-    return sampler_to_config(sampler)

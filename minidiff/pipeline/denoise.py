@@ -7,29 +7,18 @@ preview, a recording, your own loop) may inspect the step, keep it, change ``ste
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minidiff.console.progress import Counter, check_progress
 from minidiff.errors import Cancelled, ConfigError
-from minidiff.samplers.method import Draw, Sampler
-
-
-class Prediction(NamedTuple):
-    """Model output: ``out`` goes to the sampler. With guidance it is computed from the two other fields."""
-
-    out: Tensor
-    conditional: Tensor | None = None
-    unconditional: Tensor | None = None
-
-
-Predict = Callable[[Tensor, Tensor], Prediction]
+from minidiff.pipeline.job import Job
 
 
 class Work:
@@ -105,87 +94,24 @@ class Step:
 Progress = bool | None | Callable[[Step], object]
 
 
-def choose_rows(
-    plan: Any,
-    steps: int,
-    sampler: Any,
-    train_steps: int,
-    *,
-    strength: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-) -> range:
-    """Select the rows of ``plan``, made for ``steps``, that a run executes; all of them by default.
-
-    ``strength`` in 0..1 selects the last int(steps * strength) steps, for a run that begins with a noisy picture.
-    ``start`` and ``end`` are fractions of the way from noise to picture, for handing over from one model to another.
-    They are compared by timestep, so that two models with different plans meet at the same noise level. Raises
-    :class:`ConfigError` if no row is left.
-    """
-    n = len(plan.timesteps)
-    first, stop = 0, n
-    order = getattr(sampler, "order", 1)  # a method with two calls per step can only be entered at the first
-    if start is not None:
-        left = int((plan.timesteps < cutoff(start, train_steps)).sum())
-        first = n - left - (1 if order == 2 and left % 2 == 0 else 0)
-    elif strength is not None:
-        taken = min(int(steps * strength), steps)
-        first = (steps - taken) * order if taken else n
-    if end is not None:
-        stop = first + int((plan.timesteps[first:] >= cutoff(end, train_steps)).sum())
-    if first >= stop:
-        given = {"strength": strength if start is None else None, "denoising_start": start, "denoising_end": end}
-        shown = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-        raise ConfigError(f"{shown} of steps={steps} leaves no step to do; take more steps or another part of them")
-    return range(first, stop)
-
-
-def cutoff(fraction: float, train_steps: int) -> int:
-    """Return the timestep at ``fraction`` of the way from pure noise (0) to the picture (1)."""
-    return round(train_steps - fraction * train_steps)
-
-
-def rows_outside(plan: Any, rows: range, low: float, high: float, train_steps: int) -> list[int]:
-    """Return the ``rows`` of ``plan`` that lie before ``low`` or from ``high`` on.
-
-    ``low`` and ``high`` are fractions of the way from noise (0) to picture (1), compared by timestep as in
-    :func:`choose_rows`. No row lies outside 0 to 1.
-    """
-    early, late = cutoff(low, train_steps), cutoff(high, train_steps)
-    t = plan.timesteps
-    return [i for i in rows if (low > 0 and t[i] >= early) or (high < 1 and t[i] < late)]
-
-
 @torch.no_grad()
-def denoise(
-    predict: Predict,
-    sampler: Sampler[Any, Any],
-    plan: Any,
-    x: Tensor,
-    *,
-    first: int = 0,
-    stop: int | None = None,
-    draw: Draw,
-    instead: Mapping[int, Predict] | None = None,
-    work: Work | None = None,
-) -> Generator[Step, None, None]:
-    """Run ``plan`` from row ``first`` up to, not including, ``stop``, and yield a :class:`Step` for each row.
-
-    ``x`` (B, C, H, W) has the noise level of the first row. ``instead`` maps rows to a model that is called there
-    in place of ``predict``. ``work`` allows the run to be cancelled.
+def denoise(job: Job, work: Work | None = None) -> Generator[Step, None, None]:
+    """Run the rows of a job and yield a :class:`Step` for each. ``work`` allows the run to be cancelled.
 
     Gradients are disabled inside; between two steps the caller's setting applies. Raises :class:`Cancelled`.
     """
     work = work or Work()
-    plan = plan.to(x.device)  # once: copying a timestep from the host at every step would synchronize
+    sampler, x = job.sampler, job.x
+    plan = job.plan.to(x.device)  # once: copying a timestep from the host at every step would synchronize
     state = sampler.start()
-    for i in range(first, len(plan.timesteps) if stop is None else stop):
-        before, before_state = x, state
-        model = (instead or {}).get(i, predict)
+    for i in job.rows:
+        predict = job.instead.get(i, job.predict)
         work.check()
         with work.going_on():
-            prediction = model(sampler.scale_input(plan, i, x), plan.timesteps[i])
-        x, state = sampler.step(plan, i, x, prediction.out, state, draw)
+            prediction = predict(sampler.scale_input(plan, i, x), plan.timesteps[i])
+        before, before_state = x, state
+        x, state = sampler.step(plan, i, x, prediction.out, state, job.draw)
+        x = job.keep(i, x)
 
         def x0(
             i: int = i, x: Tensor = before, out: Tensor = prediction.out, state: Any = before_state
@@ -198,31 +124,29 @@ def denoise(
 
 
 class Run(Iterator[Step]):
-    """A prepared denoising run: iterate over its steps, or call :meth:`last` to run it to the end.
+    """The denoising of a job: iterate over its steps, or call :meth:`last` to run it to the end.
 
     ``plan`` lists the model calls (print it), of which ``rows`` are executed. ``recipes`` hold, for each image, the
-    settings that reproduce it. ``again`` starts the same denoising over, with the same noise. ``work`` is the state
-    shared with the model calls.
+    settings that reproduce it. ``work`` is the state shared with the model calls.
 
     To stop early and free the memory, call :meth:`close` or drop the run.
     """
 
-    def __init__(
-        self,
-        trail: Generator[Step, None, None],
-        plan: Any,
-        recipes: list[dict[str, Any]],
-        rows: range | None = None,
-        again: Callable[[], Iterator[Step]] | None = None,
-        work: Work | None = None,
-    ) -> None:
-        self.trail = trail
-        self.plan = plan
-        self.recipes = recipes
-        self.rows = range(len(plan.timesteps)) if rows is None else rows
-        self.again = again
-        self.work = work or Work()
+    def __init__(self, job: Job) -> None:
+        self.job: Job | None = job
+        self.work = Work()
+        self.trail = denoise(job, self.work)
+        self.plan = job.plan
+        self.rows = job.rows
+        self.recipes = [recipe.to_json() for recipe in job.recipes]
         self._latest: Step | None = None
+
+    def again(self) -> Iterator[Step]:
+        """Return the same denoising from the start, with the same noise; nothing after :meth:`close`."""
+        if self.job is None:
+            return iter(())
+        self.job.rewind()
+        return denoise(self.job, self.work)
 
     def __repr__(self) -> str:
         done = 0 if self._latest is None else self.rows.index(self._latest.i) + 1
@@ -256,7 +180,7 @@ class Run(Iterator[Step]):
     def close(self) -> None:
         """Stop the run and free its memory. Call it from the thread that iterates."""
         self.trail.close()
-        self.again = None
+        self.job = None
         self.work.kept.clear()
 
     def last(self, progress: Progress = False) -> Step:

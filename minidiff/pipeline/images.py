@@ -7,6 +7,7 @@ convolutions choose their kernel by the strides) are those of the reference, so 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from minidiff.errors import ConfigError
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
 from minidiff.pipeline.pixels import complaint, open_picture, to_eight_bits
+from minidiff.pipeline.recipe import Origin
+from minidiff.pipeline.request import Request, basename
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,8 +46,39 @@ class Pictures:
     encoded: bool
     mask: Tensor | None = None
 
+    def origins(self, request: Request) -> dict[str, Origin]:
+        """Return for the recipe where ``image`` and ``mask`` came from, with a hash of what the run sees."""
+        seen = {"image": self.pixels, "mask": self.mask}
+        return {k: Origin(basename(getattr(request, k)), digest(v)) for k, v in seen.items() if v is not None}
 
-def read(
+
+def digest(values: Tensor) -> str:
+    """Return a hash of shape, dtype and values, 16 hex digits."""
+    found = values.detach().contiguous().cpu()
+    told = f"{found.dtype} {tuple(found.shape)} ".encode()
+    return hashlib.sha256(told + found.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Image and mask as they were opened, and the size (height, width) in pixels that the run takes them in."""
+
+    image: list[Image.Image] | Tensor
+    mask: list[Image.Image] | Tensor | None
+    size: tuple[int, int]
+    encoded: bool
+    channels: int
+
+    def resized(self) -> Pictures:
+        """Return the pictures as numbers, resized. Raises :class:`ConfigError` for tensors with values out of range."""
+        mask = None if self.mask is None else (_numbers(self.mask, self.size, "L", 1, "mask") >= MASKED).float()
+        if self.encoded:
+            assert isinstance(self.image, Tensor)
+            return Pictures(self.image, True, mask)
+        return Pictures(2.0 * _numbers(self.image, self.size, "RGB", self.channels, "image") - 1.0, False, mask)
+
+
+def open_pictures(
     image: Picture,
     mask: Picture | None,
     height: int | None,
@@ -52,39 +86,37 @@ def read(
     factor: int,
     latent_channels: int,
     image_channels: int = 3,
-) -> Pictures:
-    """Read ``image`` and ``mask`` and resize them to ``height`` x ``width``, by default their own size rounded down to
+) -> Opened:
+    """Open ``image`` and ``mask``, to be resized to ``height`` x ``width``, by default their own size rounded down to
     multiples of ``factor``.
 
     Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]. An image with
     ``latent_channels`` is taken as latents. Pictures may have any mode, see :mod:`minidiff.pipeline.pixels`. Files are
-    rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes or values, and
+    rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes, and
     :class:`CheckpointError` for a file that is missing or not a picture.
     """
+    covered = None if mask is None else _open(mask, "mask")
     if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == latent_channels != image_channels:
         check(image.numel() > 0, f"image is a tensor of shape {tuple(image.shape)}, which holds nothing")
         size = (image.shape[2] * factor, image.shape[3] * factor)
         for name, given, side in (("height", height, size[0]), ("width", width, size[1])):
-            check(
-                given in (None, side),
-                f"{name}={given}, but the image is latents of {side} pixels; they keep their size",
-            )
-        return Pictures(image, True, None if mask is None else _mask(_open(mask, "mask"), size, size))
+            kept = f"{name}={given}, but the image is latents of {side} pixels; they keep their size"
+            check(given in (None, side), kept)
+        _check_mask(covered, size)
+        return Opened(image, covered, size, True, image_channels)
     found = _open(image, "image")
     own = size_of(found)
     size = (height or own[0] // factor * factor, width or own[1] // factor * factor)
     check(min(size) > 0, f"image of {own[1]} x {own[0]} pixels is too small; {factor} x {factor} is the least")
-    pixels = 2.0 * _numbers(found, size, "RGB", image_channels, "image") - 1.0
-    return Pictures(pixels, False, None if mask is None else _mask(_open(mask, "mask"), size, own))
+    _check_mask(covered, own)
+    return Opened(found, covered, size, False, image_channels)
 
 
-def _mask(mask: Any, size: tuple[int, int], image: tuple[int, int]) -> Tensor:
-    """Return the mask as 0 and 1, (M, 1, H, W). Its size must match the image before either is resized."""
-    own = size_of(mask)
-    check(
-        own == image, f"mask is {own[1]} x {own[0]} pixels, the image {image[1]} x {image[0]}; they must be of one size"
-    )
-    return (_numbers(mask, size, "L", 1, "mask") >= MASKED).float()
+def _check_mask(mask: list[Image.Image] | Tensor | None, image: tuple[int, int]) -> None:
+    """Raise :class:`ConfigError` for a mask of another size than the image, before either is resized."""
+    own = image if mask is None else size_of(mask)
+    sizes = f"mask is {own[1]} x {own[0]} pixels, the image {image[1]} x {image[0]}; they must be of one size"
+    check(own == image, sizes)
 
 
 def _open(given: Any, name: str) -> list[Image.Image] | Tensor:

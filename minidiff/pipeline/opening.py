@@ -1,69 +1,106 @@
-"""Building a pipeline from tensors and from files, for a class of pipeline that the caller chooses."""
+"""Pipelines of either kind: from a minidiff file, from tensors, the bundled one, and an untrained one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping
+from importlib.resources import as_file, files
 
 import torch
+from torch import nn
 
 from minidiff.config import ModelConfig
+from minidiff.errors import UnsupportedError
+from minidiff.models.initial import first_weights
+from minidiff.pipeline import assembly
+from minidiff.pipeline.stable_diffusion import StableDiffusion
+from minidiff.pipeline.unconditional import Unconditional
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy
-from minidiff.storage.identity import identify
-from minidiff.storage.low_memory import Turns
 
-if TYPE_CHECKING:
-    from minidiff.pipeline.base import Pipeline
-
-Own = TypeVar("Own", bound="Pipeline")
-Choose = Callable[[ModelConfig, str], type[Own]]  # the class for a config, and the name of its source for errors
+BUNDLED = "assets/shapes.safetensors"
 
 
-def build(
-    kind: type[Own],
+def kind_of(config: ModelConfig, source: str = "") -> type[StableDiffusion] | type[Unconditional]:
+    """Return the class of pipeline for ``config``: with a text encoder :class:`StableDiffusion`."""
+    return StableDiffusion if StableDiffusion.fits(config) else Unconditional
+
+
+def assemble(
     config: ModelConfig,
     tensors: Mapping[str, Lazy],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    source: str,
-    hash: str,
-    low_memory: bool,
-) -> Own:
-    """Build a pipeline of class ``kind``; the arguments are those of :func:`minidiff.pipeline.assemble`."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
-    parts = checkpoint.build(config)
-    if low_memory:
-        checkpoint.sketch(parts, tensors, dtype, source)
-    else:
-        checkpoint.fill(parts, tensors, device, dtype, source)
-    pipe = kind(config, parts, hash)  # decides which modules stay in float32
-    pipe.source = identify(config, tensors)
-    if low_memory:
-        pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
-        pipe.turns.begin()
-    return pipe
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    source: str = "checkpoint",
+    hash: str = "",
+    low_memory: bool = False,
+) -> StableDiffusion | Unconditional:
+    """Build a pipeline from a config and tensors by name ("unet.conv_in.weight", ...), whatever their origin.
+
+    ``device``: None for CUDA if available, else the CPU. ``dtype``: None for float32 on the CPU and the dtype of the
+    tensors on CUDA. ``low_memory``: the parts take turns in memory (:mod:`minidiff.storage.low_memory`): each reads its
+    tensors when it is called and frees them when another part is called. The results are bit-identical, but alternating
+    between parts costs time for reading.
+    """
+    return assembly.build(kind_of(config), config, tensors, device, dtype, source, hash, low_memory)
 
 
-def open_file(
+def from_parts(config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> StableDiffusion | Unconditional:
+    """Return the pipeline that fits ``config``: :class:`StableDiffusion` with a text encoder, else
+    :class:`Unconditional`.
+
+    Raises :class:`UnsupportedError` for a model that no pipeline runs, such as a text UNet without a text encoder, or
+    input channels other than a mask and a masked picture.
+    """
+    return kind_of(config)(config, parts, hash)
+
+
+def load(
     path: str | os.PathLike[str],
-    choose: Choose[Own],
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    low_memory: bool,
-    copy: bool,
-) -> Own:
-    """Open a minidiff file; the arguments are those of :func:`minidiff.load`. Raises :class:`CheckpointError`."""
-    found = checkpoint.read(path)
-    try:
-        kind = choose(found.config, str(path))
-        tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy
-        return build(kind, found.config, tensors, device, dtype, str(path), found.hash, low_memory)
-    finally:
-        if not low_memory:
-            found.file.close()  # converted tensors no longer need the map; the others hold it themselves
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    low_memory: bool = False,
+    copy: bool = False,
+) -> StableDiffusion | Unconditional:
+    """Open a minidiff file. ``device``, ``dtype`` and ``low_memory`` are described in :func:`assemble`.
+
+    :meth:`StableDiffusion.load` and :meth:`Unconditional.load` do the same for a known kind of model, and have that
+    return type.
+
+    Weights that need no conversion to another device or dtype are memory-mapped. Writing into the file while it is in
+    use changes them, and truncating it ends the process with SIGBUS on the next access. Replacing the file by another
+    of the same name is safe. ``copy`` reads everything into memory at once instead. With ``low_memory`` the file stays
+    open.
+
+    Raises :class:`CheckpointError` if ``path`` is not a minidiff file, and :class:`ConfigError` for ``copy`` together
+    with ``low_memory``.
+    """
+    return assembly.open_file(path, kind_of, device, dtype, low_memory, copy)
+
+
+def bundled(
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, low_memory: bool = False
+) -> StableDiffusion:
+    """Load the small model that ships with minidiff: 64 x 64 pictures of coloured shapes from captions such as "a red
+    star on a blue background".
+
+    ``minidiff/training/README.md`` describes its training data and its accuracy; ``scripts/train_shapes.py`` trains it
+    from scratch. The arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` if the model is not
+    installed.
+    """
+    asset = files("minidiff") / BUNDLED
+    if not asset.is_file():
+        raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
+    with as_file(asset) as path:
+        return StableDiffusion.load(path, device, dtype, low_memory=low_memory)
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:
+    """Return an untrained model with random weights drawn from ``seed``, for experiments and as a start of training."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    parts = {name: part.to_empty(device="cpu") for name, part in checkpoint.build(config).items()}
+    for part in parts.values():
+        for module in part.modules():
+            first_weights(module, generator)
+    return from_parts(config, parts)

@@ -9,11 +9,8 @@ picture is.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,35 +19,13 @@ from minidiff.config import ModelConfig, check
 from minidiff.console import warn
 from minidiff.models.clip import CLIPText, TextOutput
 from minidiff.models.tokenizer import END, START, Tokenizer
+from minidiff.pipeline.request import Sizes, Text, texts
 
 Encoder = tuple[Tokenizer, CLIPText]
 
 # What the reference tells the refiner where nothing else is said: with the prompt, and with the negative prompt.
 SCORE, NEGATIVE_SCORE = 6.0, 2.5
 MOST_WORDS = 10  # that a warning names
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Picture sizes for SDXL: (height, width) in pixels before training resized it, (top, left) of the crop,
-    (height, width) that is wanted; for the refiner ``score``, 0 to 10, instead of the last. None: the picture's own
-    size, or the score of the reference: 6, and 2.5 beside the negative prompt."""
-
-    original: tuple[int, int] | None = None
-    crop: tuple[int, int] = (0, 0)
-    target: tuple[int, int] | None = None
-    score: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("original", "crop", "target"):
-            pair = getattr(self, name)
-            fits = pair is None or (isinstance(pair, Sequence) and len(pair) == 2 and all(map(_number, pair)))
-            check(fits, f"sizes: {name}={pair!r} must be two numbers")
-        check(self.score is None or _number(self.score), f"sizes: score={self.score!r} must be a number")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Prompt(NamedTuple):
@@ -61,6 +36,27 @@ class Prompt(NamedTuple):
     pooled: Tensor | None
     texts: list[str | None]
     texts_2: list[str] | None = None
+
+    def second(self, k: int) -> str | None:
+        """Return the second encoder's text for prompt ``k``, if it differs from the first encoder's."""
+        return None if self.texts_2 is None else self.texts_2[k % len(self.texts_2)]
+
+    def matching(self, positive: Prompt) -> Prompt:
+        """Return this negative prompt with one row for every positive one; a single row is expanded to all."""
+        context, pooled = self.context, self.pooled
+        if len(context) == 1:
+            context = context.expand(len(positive.context), -1, -1)
+            pooled = None if pooled is None else pooled.expand(len(context), -1)
+        shapes = f"{tuple(context.shape)} and {tuple(positive.context.shape)}"
+        fits = context.shape == positive.context.shape
+        check(fits, f"negative and positive prompt differ in shape, {shapes}; give one for each")
+        return self._replace(context=context, pooled=pooled)
+
+
+def texts_of(prompt: Text) -> list[str]:
+    """Return the texts of a prompt as a list. Raises :class:`ConfigError` for anything else, and an empty list."""
+    texts("prompt", prompt)
+    return [prompt] if isinstance(prompt, str) else list(prompt)
 
 
 def encode(

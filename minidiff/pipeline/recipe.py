@@ -1,7 +1,8 @@
-"""A picture's recipe with its types: what is read of one before any of it is used.
+"""A picture's recipe: the request that makes it again, and where it was made. One schema, written and read.
 
-Recipes come with pictures, and pictures come from strangers. Every field that minidiff ever wrote stands here once,
-with its type; what a later version adds is named, and left out.
+In JSON a recipe is one flat object. The request's part follows the fields of :class:`Request` that are kept; the rest
+is :class:`Made`. Recipes come with pictures, and pictures come from strangers: every value is read with its type, and
+what a later version adds is named and left out.
 """
 
 from __future__ import annotations
@@ -10,43 +11,38 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
-from minidiff.config import check, from_json, quote, within
+from minidiff.config import check, quote, read_value, within
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipeline.request import Request, options
 
 WIDEST, LONGEST = 1 << 16, 1 << 20  # pixels; steps
+PICTURES = ("image", "mask")  # of these a recipe keeps the file's name and a hash of what the run saw
+
+
+class Origin(NamedTuple):
+    """A picture that a run began from: its file's name, None if it came from none, and a hash of its pixels."""
+
+    name: str | None
+    hash: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Recipe that ``generate`` stores with a picture; None, or no entry, for settings that were not given."""
+class Made:
+    """Where and with what a picture was made; None, or no entry, for what does not apply.
 
-    prompt: str | None = None
-    negative_prompt: str | None = None
-    prompt_2: str | None = None
-    negative_prompt_2: str | None = None
-    guidance_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    seed: int | None = None
-    place: int | None = None  # in a stream of noise that was shared by so many places
+    ``place``, ``places``: position among the pictures that were drawn from one stream of noise. ``model``: the family.
+    ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: who chose the dtype, if not the caller.
+    ``lora``: (file, strength), ``embedding``: (file, word), each with its hash at the same place of the list below.
+    """
+
+    place: int | None = None
     places: int | None = None
-    sampler: dict[str, Any] | None = None
-    like: str | None = None
-    image: str | None = None
-    mask: str | None = None
-    strength: float | None = None
-    denoising_start: float | None = None
-    denoising_end: float | None = None
-    sizes: dict[str, Any] | None = None
-    negative_sizes: dict[str, Any] | None = None
-    clip_skip: int | None = None
-    guidance_rescale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
     lora: tuple[tuple[str, float], ...] = ()
+    lora_hashes: tuple[str, ...] = ()
     embedding: tuple[tuple[str, str | None], ...] = ()
+    embedding_hashes: tuple[str, ...] = ()
     model: str | None = None
     model_hash: str | None = None
     dtype: str | None = None
@@ -58,29 +54,77 @@ class Recipe:
     torch: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in dataclasses.fields(self)):
-            value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            for number in numbers:
-                check(not isinstance(number, float) or math.isfinite(number), f"{name}={quote(value)} is not finite")
-        within(1, WIDEST, width=self.width, height=self.height)
-        within(1, LONGEST, steps=self.steps)
         within(0, 2**32, place=self.place, places=self.places)
-        within(-(2**63), 2**64 - 1, seed=self.seed)
-        called = "" if self.sampler is None else self.sampler.get("name")
+        for name, strength in self.lora:
+            check(math.isfinite(strength), f"lora {quote(name)}={quote(strength)} is not finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What makes a picture again. ``request`` is for this one picture; ``pictures``: what it began from, by option."""
+
+    request: Request
+    made: Made
+    pictures: Mapping[str, Origin] = field(default_factory=dict)
+    text: bool = True  # the model reads a prompt
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as it is stored with a picture."""
+        found: dict[str, Any] = {}
+        for f, option in options(type(self.request)):
+            if option.kept is not None and (
+                self.request.gives(f) or (option.always and (self.text or not option.text))
+            ):
+                found[f.name] = plain(getattr(self.request, f.name))
+        for name, origin in self.pictures.items():
+            found[name] = origin.name
+            found |= {f"{name}_hash": origin.hash} if origin.hash else {}
+        for f in dataclasses.fields(self.made):
+            value = getattr(self.made, f.name)
+            if value not in (None, (), {}):
+                found[f.name] = plain(value)
+        return found
+
+
+def parse(found: Mapping[str, Any], source: str, kind: type[Request] = Request) -> tuple[Recipe, list[str]]:
+    """Return the recipe that ``found`` (parsed JSON) is, and the names in it that are not known.
+
+    Raises :class:`CheckpointError`, naming ``source`` and the field, for a value of a wrong type or out of range.
+    """
+    kept = {f.name: option.kept for f, option in options(kind) if option.kept is not None}
+    made = get_type_hints(Made)
+    try:
+        asked = {name: read_value(t | None, found[name], name) for name, t in kept.items() if name in found}
+        where = {name: read_value(t, found[name], name) for name, t in made.items() if name in found}
+        request = kind(**{"prompt": None, **{name: value for name, value in asked.items() if value is not None}})
+        check_range(request)
+        pictures = {name: _origin(found, name) for name in PICTURES if name in found}
+        recipe = Recipe(request=request, made=Made(**where), pictures=pictures, text="prompt" in found)
+    except ConfigError as e:
+        raise CheckpointError(f"{source}: its recipe is damaged ({e})") from None
+    known = {*kept, *made, *PICTURES, *(f"{name}_hash" for name in PICTURES)}
+    return recipe, sorted(found.keys() - known)
+
+
+def _origin(found: Mapping[str, Any], name: str) -> Origin:
+    return Origin(*(read_value(str | None, found.get(key), key) for key in (name, f"{name}_hash")))
+
+
+def check_range(request: Request) -> None:
+    """Raise :class:`ConfigError` for values that no run of minidiff can have had."""
+    within(1, WIDEST, width=request.width, height=request.height)
+    within(1, LONGEST, steps=request.steps)
+    if isinstance(request.seed, int):
+        within(-(2**63), 2**64 - 1, seed=request.seed)
+    if isinstance(request.sampler, Mapping):
+        called = request.sampler.get("name")
         check(isinstance(called, str), f"sampler has the name {quote(called)}, which is no text")
 
 
-FIELDS = frozenset(f.name for f in dataclasses.fields(Recipe))
-
-
-def typed(recipe: Mapping[str, Any], source: str) -> tuple[Recipe, list[str]]:
-    """``recipe`` with its types, and the names in it that are not known.
-
-    Raises :class:`CheckpointError`, naming ``source`` and the field, for a value of a wrong type or out of all range.
-    """
-    try:
-        found = from_json(Recipe, {name: value for name, value in recipe.items() if name in FIELDS})
-    except ConfigError as e:
-        raise CheckpointError(f"{source}: its recipe is damaged ({e})") from None
-    return found, sorted(recipe.keys() - FIELDS)
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON has it: dataclasses as dicts, tuples as lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

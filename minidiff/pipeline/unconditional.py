@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
-from minidiff import noise
+from minidiff import programs
 from minidiff.config import ModelConfig
-from minidiff.console.progress import check_progress
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.pipeline.base import Output, Pipeline, SamplerChoice, Seed, check_count, check_output, note
-from minidiff.pipeline.denoise import Prediction, Progress, Run
+from minidiff.noise import Generators
+from minidiff.pipeline.base import Pipeline, SamplerChoice
+from minidiff.pipeline.denoise import Progress, Run
+from minidiff.pipeline.guidance import Conditioned
+from minidiff.pipeline.images import Opened
+from minidiff.pipeline.job import Prediction
 from minidiff.pipeline.memory import check_fits
-from minidiff.pipeline.stable_diffusion import StableDiffusion
+from minidiff.pipeline.request import Output, Request, Seed, count, options
+from minidiff.programs import Program
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 class Unconditional(Pipeline):
     """Unconditional pipeline: the models of Ho et al. 2020, which take no prompt and work on pixels."""
+
+    _others = "which reads a prompt; open it by StableDiffusion.load"
 
     @staticmethod
     def fits(config: ModelConfig) -> bool:
@@ -43,8 +48,8 @@ class Unconditional(Pipeline):
         batch_size: int = 1,
         steps: int | None = None,
         sampler: SamplerChoice = None,
-        seed: Seed = None,
-        generator: noise.Generators | None = None,
+        seed: Seed | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         output: Literal["pil"] = "pil",
         progress: Progress = None,
@@ -57,8 +62,8 @@ class Unconditional(Pipeline):
         batch_size: int = 1,
         steps: int | None = None,
         sampler: SamplerChoice = None,
-        seed: Seed = None,
-        generator: noise.Generators | None = None,
+        seed: Seed | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         *,
         output: Literal["tensor", "latent"],
@@ -71,8 +76,8 @@ class Unconditional(Pipeline):
         batch_size: int = 1,
         steps: int | None = None,
         sampler: SamplerChoice = None,
-        seed: Seed = None,
-        generator: noise.Generators | None = None,
+        seed: Seed | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         output: Output = "pil",
         progress: Progress = None,
@@ -83,41 +88,81 @@ class Unconditional(Pipeline):
         ``steps``: by default every training timestep for DDPM, 50 for the faster methods. Other arguments of
         :meth:`StableDiffusion.generate` (``image``, ``prompt``, ...) raise :class:`ConfigError`.
         """
-        self._refuse(others)
-        check_output(output)
-        check_progress(progress)
-        return self._deliver(self.steps(batch_size, steps, sampler, seed, generator, latents), output, progress)
+        request = self._request(batch_size, steps, sampler, seed, generator, latents, output, progress, **others)
+        return self._deliver(self.run(request), request.output, request.progress)
 
     def steps(
         self,
         batch_size: int = 1,
         steps: int | None = None,
         sampler: SamplerChoice = None,
-        seed: Seed = None,
-        generator: noise.Generators | None = None,
+        seed: Seed | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         **others: Any,
     ) -> Run:
         """Return the denoising of :meth:`generate` as an iterator with one :class:`Step` per model call."""
-        self._refuse(others)
-        check_count("batch_size", batch_size)
-        sampler = self.sampler(sampler)
-        if steps is None:
-            steps = self.config.schedule.steps if note(sampler)["name"] == "ddpm" else 50
-        c = self.unet.config
-        height, width = c.sides
-        check_fits(
-            self.config, batch_size, height, width, device=self.device, size=self.dtype.itemsize, at_once=batch_size
-        )
-        labels = [{"width": width, "height": height}] * batch_size
-        shape = (batch_size, c.in_channels, height, width)
-        plan = sampler.plan(self.schedule, steps)
-        begin, origins = self._begin(sampler, plan, range(len(plan.timesteps)), shape, latents, seed, generator)
-        return self._run(lambda x, t: Prediction(self.unet(x, t)), begin, begin.from_noise(), labels, origins, steps)
+        return self.run(self._request(batch_size, steps, sampler, seed, generator, latents, **others))
 
-    def _refuse(self, others: Mapping[str, Any]) -> None:
-        """Raise :class:`ConfigError` for arguments that this kind of model does not use, and for unknown ones."""
+    def _request(
+        self,
+        batch_size: int = 1,
+        steps: int | None = None,
+        sampler: SamplerChoice = None,
+        seed: Seed | None = None,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        output: Output = "pil",
+        progress: Progress = None,
+        **others: Any,
+    ) -> Request:
+        """Return the request that the arguments stand for. A Request that is ready is accepted in their place."""
         for name in others:
-            known = name in inspect.signature(StableDiffusion.generate).parameters
-            why = "begins from noise alone, and reads no text" if known else "has no such argument"
-            raise ConfigError(f"{name}= is given, and a {self.config.family} model {why}; leave it out")
+            if name not in {f.name for f, _ in options(Request)}:
+                raise ConfigError(
+                    f"{name}= is given, and a {self.config.family} model has no such argument; leave it out"
+                )
+        if isinstance(batch_size, Request):
+            return replace(batch_size, **others)
+        count("batch_size", batch_size)
+        return Request(
+            others.pop("prompt", None),
+            steps=self.own_steps(sampler) if steps is None else steps,
+            sampler=sampler,
+            num_images=batch_size,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            output=output,
+            progress=progress,
+            **others,
+        )
+
+    def own_steps(self, sampler: SamplerChoice = None) -> int:
+        """Return the default number of steps: every training timestep for DDPM, 50 for the faster methods."""
+        chosen = programs.read(None).sampler(self.config.schedule, sampler, self.config.sampler)
+        return self.config.schedule.steps if chosen.note["name"] == "ddpm" else super().own_steps()
+
+    def _check(self, request: Request) -> None:
+        """Raise :class:`ConfigError` for options of models that read a prompt."""
+        for name in request.of_text():
+            why = f"a {self.config.family} model begins from noise alone, and reads no text"
+            raise ConfigError(f"{name}= is given, and {why}; leave it out")
+
+    def _shape(self, request: Request, pictures: Opened | None) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of a sample, which is pixels."""
+        return self.unet.config.in_channels, *self.unet.config.sides
+
+    def _check_memory(self, shape: tuple[int, ...]) -> None:
+        """Raise :class:`ConfigError` if samples of ``shape`` do not fit."""
+        count, _, height, width = shape
+        size = self.dtype.itemsize
+        check_fits(self.config, count, height, width, device=self.device, size=size, at_once=count)
+
+    def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
+        """Return the UNet, which nothing conditions."""
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            return Prediction(self.unet(x, t))
+
+        return Conditioned(lambda beside: predict, lambda beside: predict, [{"prompt": None}] * shape[0], text=False)

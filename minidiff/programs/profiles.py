@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from minidiff.samplers import SAMPLERS
+
 
 class Source(NamedTuple):
     """A file, and the commit (of the repository or of a fork of it) or the release in which it was read."""
@@ -88,6 +90,14 @@ FIELDS = {
 }
 """The facts of a profile: attribute -> its heading, and what a difference there does to the picture."""
 
+
+OWN = "this package"
+M_SCHEDULE = Source("minidiff/schedule.py", OWN)
+M_LEVELS = Source("minidiff/samplers/levels.py", OWN)
+M_NOISE = Source("minidiff/noise.py", OWN)
+M_SDE = Source("minidiff/samplers/dpmpp_sde.py", OWN)
+M_PROGRAMS = Source("minidiff/programs/__init__.py", OWN)
+M_IMG2IMG = Source("minidiff/programs/img2img.py", OWN)
 
 DIFFUSERS = "diffusers 0.42.1"
 DF_EULER = Source("src/diffusers/schedulers/scheduling_euler_discrete.py", DIFFUSERS)
@@ -172,6 +182,23 @@ STRIDED = "each T // steps: more rows than steps where those do not divide T"
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
+        Profile(
+            name="minidiff",
+            program="minidiff; a checkpoint's own sampler comes with its own options",
+            table=Fact("float32", "float32 throughout", M_SCHEDULE),
+            spacing=Fact("class", "the sampler's option: leading by default", M_LEVELS),
+            offset=Fact("class", "the sampler's option: 1 by default", M_LEVELS),
+            final=Fact("class", "alpha_bar of timestep 0 (DDIM, PNDM); sigma 0", M_LEVELS),
+            told=Fact("sampler", "whole; fractional between timesteps", M_LEVELS),
+            scale=Fact("sampler", "1; the largest sigma for Euler and its kin", M_LEVELS),
+            device=Fact("cpu", "the CPU, in float32", M_NOISE),
+            order=Fact("image", "a generator for each picture, seeds s, s + 1, ...", M_NOISE),
+            later=Fact("same", "the same generators go on", M_NOISE),
+            brownian=Fact("none", "a Brownian tree with a seed of its own", M_SDE),
+            guidance=Fact("except 1", "at exactly 1", M_PROGRAMS),
+            start=Fact("diffusers", "int(steps * strength) steps, from the level of the first of them", M_IMG2IMG),
+            methods={name: Method(name) for name in SAMPLERS},
+        ),
         Profile(
             name="diffusers",
             program="diffusers 0.42.1, with the scheduler_config.json of Stable Diffusion 1",

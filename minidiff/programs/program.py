@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from minidiff.config import check
+from minidiff.config import ScheduleConfig, check
 from minidiff.errors import ConfigError
-from minidiff.programs.levels import Table, levels, strided
+from minidiff.programs.levels import Table, levels, noise_table, strided
 from minidiff.programs.profiles import Method, Profile
-from minidiff.samplers.method import Levels, Plan
-from minidiff.samplers.wrapped import Wrapped
+from minidiff.samplers.method import Levels, Plan, Sampler
 from minidiff.schedule import NoiseSchedule, check_steps
 
 LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_min", "sigma_max", "final_sigma"}
@@ -20,25 +20,28 @@ LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_mi
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProgramSampler(Wrapped):
-    """``inner`` takes the steps; the plan is the program's. ``given``: the options that the user chose."""
+class ProgramSampler:
+    """A sampler as a program runs it: ``inner`` takes the steps, the plan is the program's. ``given``: the options that
+    the user chose. ``note``: how a picture's recipe names it, beside the program."""
 
     profile: Profile
     name: str
     method: Method
     given: Mapping[str, Any]
-    table: Table
-    scheduler: str | None
+    inner: Sampler[Any, Any]
+    note: Mapping[str, Any]
+    config: ScheduleConfig
+    scheduler: str | None = None
+
+    @cached_property
+    def table(self) -> Table:
+        """The program's table of noise levels for a model with this schedule."""
+        return noise_table(self.profile.table.value, self.config)
 
     def __repr__(self) -> str:
         like = ":".join(filter(None, [self.profile.name, self.scheduler]))
         given = "".join(f", {name}={value!r}" for name, value in self.given.items())
         return f"ProgramSampler: {self.name}{given} as {like} has it, by {self.inner!r}"
-
-    @property
-    def note(self) -> dict[str, Any]:
-        """For a picture's recipe: with the profile's name it leads back here."""
-        return {"name": self.name, **self.given}
 
     def plan(
         self,
@@ -48,11 +51,13 @@ class ProgramSampler(Wrapped):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> Any:
-        """One row per model call. ``schedule`` is not read: the program's own table is."""
+        """Return the plan, one row per model call. ``schedule``: None, or for a program with another table of noise
+        levels, is that table."""
+        schedule = schedule if schedule is not None and self.profile.table.value == "float32" else self.table.schedule
         if timesteps is not None:
-            return self.inner.plan(self.table.schedule, steps, timesteps=timesteps, sigmas=sigmas)
+            return self.inner.plan(schedule, steps, timesteps=timesteps, sigmas=sigmas)
         if sigmas is not None or LEVELS & self.given.keys() or self.profile.spacing.value == "class":
-            return self._told(self.inner.plan(self.table.schedule, steps, sigmas=sigmas))
+            return self._told(self.inner.plan(schedule, steps, sigmas=sigmas))
         steps = check_steps(steps, len(self.table.sigmas))
         if self.method.sampler in ("ddim", "pndm"):
             return self._strided(steps)
@@ -75,11 +80,11 @@ class ProgramSampler(Wrapped):
 
     def _told(self, plan: Any) -> Any:
         """``plan`` with the timesteps that the program tells the model, and its scale of the first noise."""
-        sigmas = plan.columns()["sigma"]
-        ways = {"fractional": self.table.fractional, "nearest": self.table.nearest}
-        way = ways.get(self.profile.told.value)
-        if way is None or self.method.sampler in ("ddim", "pndm"):
+        told = self.profile.told.value
+        if told not in ("fractional", "nearest") or self.method.sampler in ("ddim", "pndm"):
             return plan
+        way = self.table.fractional if told == "fractional" else self.table.nearest
+        sigmas = plan.columns()["sigma"]
         top = sigmas[0]
         unit = (top**2 + 1) ** 0.5
         largest = float(self.table.sigmas[-1])

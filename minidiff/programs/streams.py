@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,21 @@ class Streams(NamedTuple):
     seeds: list[int]
     shared: bool
 
+    def rewinding(self) -> Callable[[], None]:
+        """Return a function that sets both streams back to where they are now."""
+        places = [(source, source.mark()) for source in (self.first, self.later)]
+
+        def rewind() -> None:
+            for source, place in places:
+                source.rewind(place)
+
+        return rewind
+
     def note(self, k: int, count: int) -> dict[str, int]:
-        """Return the recipe entries that reproduce picture ``k`` of ``count``: seed, and place in a shared stream."""
+        """Return the recipe entries that reproduce picture ``k`` of ``count``: seed, and place in a shared stream; none
+        for the caller's generators."""
+        if not self.seeds:
+            return {}
         if not self.shared:
             return {"seed": self.seeds[k]}
         return {"seed": self.seeds[0], **({"place": k, "places": count} if count > 1 else {})}

@@ -1,4 +1,4 @@
-"""``minidiff train``: from the command line's options to a run. The grammar stands in arguments.py."""
+"""``minidiff train``: from the command line's options to a run. The grammar stands in cli/train.py."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from tests.parity.test_pipeline_inpaint import mask
 from weights_convert.module_names import module_names
 
 KINDS = ("refiner", "inpaint", "sdxl_inpaint")
-PICTURE = replace(REQUEST, image=pictures.picture(None, 32, 24))
+PICTURE = replace(REQUEST, image=pictures.picture(None, 32, 24), strength=0.8)
 MASKED = replace(PICTURE, mask=pictures.mask(None, 32, 24))
 
 

@@ -21,14 +21,14 @@ import weights_convert
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.parity.command import hold, pair
 from minidiff.parity.engine import find
-from minidiff.parity.ours import Ours, Request
+from minidiff.parity.ours import Asked, Ours, asked
 from minidiff.parity.report import Report, outcome, reasons
 from minidiff.parity.theirs import Theirs, renamed
-from minidiff.pipeline import StableDiffusion, conditions, guidance
+from minidiff.pipeline import StableDiffusion, guidance
 from scripts.make_parity_recording import reference, tiny_folder
 from weights_convert.module_names import module_names
 
-REQUEST = Request(prompt="a red fox", negative="blurry", steps=3, seed=5, width=32, height=24)
+REQUEST = asked("a red fox", negative_prompt="blurry", steps=3, seed=5, width=32, height=24)
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Pair:
     ours: StableDiffusion
     theirs: Any
     names: dict[str, dict[str, str]]
-    request: Request = REQUEST
+    request: Asked = REQUEST
 
     def copy(self) -> StableDiffusion:
         """A copy of ours to plant a slip in."""
         return copy.deepcopy(self.ours)
 
     def find(
-        self, planted: StableDiffusion, request: Request | None = None, tolerance: float = 0.0, *, judge: bool = True
+        self, planted: StableDiffusion, request: Asked | None = None, tolerance: float = 0.0, *, judge: bool = True
     ) -> Report:
         """The copy against diffusers; ``request`` is what the copy runs, if not the same."""
         a = Ours(planted, request or self.request, {part: {x: x for x in found} for part, found in self.names.items()})
@@ -153,15 +153,16 @@ def test_a_slip_in_the_model_is_named(sides: Pair, plant: Callable[[StableDiffus
 
 
 def test_swapped_guidance_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditions, "guide", lambda u, c, scale: guidance.guide(c, u, scale))
+    inner = guidance.guide
+    monkeypatch.setattr(guidance, "guide", lambda u, c, scale: inner(c, u, scale))
     first = sides.find(sides.copy()).first
     assert first is not None
     assert first.stage == "step.0/out"
 
 
 def test_a_swapped_guidance_batch_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = conditions.Conditions.after
-    monkeypatch.setattr(conditions.Conditions, "after", lambda self, first: inner(first, self))
+    inner = guidance.Conditions.after
+    monkeypatch.setattr(guidance.Conditions, "after", lambda self, first: inner(first, self))
     first = sides.find(sides.copy()).first
     assert first is not None
     assert first.stage == "step.0/context"

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from minidiff import config as c
-from minidiff.cli.info import size_table
+from minidiff.cli.description import size_table
 from minidiff.storage.files import Lazy
 from tests.parity import layouts
 from tests.parity.test_convert_keys import CASES, SD15, SD21, SDXL, VAE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
-from minidiff.pipeline.conditions import guidance_code
+from minidiff.pipeline.guidance import guidance_code
 from tests.parity import pairs, twins
 from tests.parity.pairs import Pair, picture
 from tests.tolerances import assert_close

@@ -31,7 +31,7 @@ PLANTS = {
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "guidance order": (
-        "from minidiff.pipeline.conditions import Conditions as C; inner = C.after\n"
+        "from minidiff.pipeline.guidance import Conditions as C; inner = C.after\n"
         "C.after = lambda self, first: inner(first, self)",
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),

@@ -111,7 +111,11 @@ SCALED_LINEAR: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta
 
 
 def redraw(model: nn.Module, seed: int) -> nn.Module:
-    """``model`` in eval mode with every parameter drawn anew, at a size that keeps activations near 1."""
+    """``model`` in eval mode with every parameter drawn anew, at a size that keeps activations near 1.
+
+    Its weights require gradients, as those of the reference's ``from_pretrained`` do: torch picks the kernel of a
+    linear layer by that, and processors differ in whether its bits show.
+    """
     g = torch.Generator().manual_seed(seed)
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
@@ -122,7 +126,7 @@ def redraw(model: nn.Module, seed: int) -> nn.Module:
                 p.data = 1 + 0.3 * noise
             else:
                 p.data = 0.3 * noise
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def unet_twin(kind: str, seed: int = 0, **options: Any) -> Any:

@@ -22,8 +22,9 @@ import minidiff
 from minidiff import cli
 from minidiff.models.clip import SharedEmbedding
 from minidiff.pipeline import BUNDLED_SCALE, StableDiffusion
-from minidiff.pipeline.denoise import Prediction, denoise
+from minidiff.pipeline.denoise import denoise
 from minidiff.pipeline.guidance import guide
+from minidiff.pipeline.job import Job, Prediction
 from minidiff.pipeline.picture import to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.training import shapes
@@ -134,7 +135,15 @@ def run_by_hand(sd: StableDiffusion, sampler: Any, prompt: str, predict: Callabl
     plan = sampler.plan(None, QUIET["steps"])
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 16, 16, generator=g) * plan.init_noise_sigma
-    trail = denoise(predict(both), sampler, plan, x, draw=lambda like: torch.randn(like.shape, generator=g))
+    trail = denoise(
+        Job(
+            predict=predict(both),
+            sampler=sampler,
+            plan=plan,
+            x=x,
+            draw=lambda like: torch.randn(like.shape, generator=g),
+        )
+    )
     return sd.decode([step.x for step in trail][-1])
 
 
@@ -184,7 +193,15 @@ def test_a_picture_goes_back_to_its_noise_and_comes_again(sd: StableDiffusion, b
     context = sd.encode_prompt([prompt])[0]
     sampler: Any = SAMPLERS[back]()
     plan = sampler.plan(sd.schedule, 100)
-    trail = denoise(lambda x, t: Prediction(sd.unet(x, t, context)), sampler, plan, latents, draw=torch.randn_like)
+    trail = denoise(
+        Job(
+            predict=lambda x, t: Prediction(sd.unet(x, t, context)),
+            sampler=sampler,
+            plan=plan,
+            x=latents,
+            draw=torch.randn_like,
+        )
+    )
     noise = [step.x for step in trail][-1]
     again = sd.generate(prompt, sampler=forth, latents=noise, output="latent", **plain)
     other = sd.generate(prompt, sampler=forth, seed=1, output="latent", **plain)

@@ -31,7 +31,7 @@ import weights_convert
 from minidiff import cli, console, fast
 from minidiff.adapters import lora
 from minidiff.adapters import words as embeddings
-from minidiff.cli import info
+from minidiff.cli import description
 from minidiff.cli import output as destination
 from minidiff.config import (
     CLIPTextConfig,
@@ -222,7 +222,9 @@ def test_plans_of_several_programs(run: Run) -> None:
     assert len(ended.out) == 2 + 1 + 5
     own = run("plan", "--sampler", "euler", "--steps", 5, "--like", "a1111", "--set", "spacing=leading")
     assert own.out[2].split()[1] == "800"
-    one_error(run("plan", "--like", "a1111,webui"), "no program is called 'webui'; known are diffusers, ldm, k-diffus")
+    one_error(
+        run("plan", "--like", "a1111,webui"), "no program is called 'webui'; known are minidiff, diffusers, ldm, k"
+    )
 
 
 def test_from_a_picture(run: Run, models: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_adapters_and_learned_words(run: Run, models: Path, tmp_path: Path) -> N
     ended = run("generate", "a <cat>", *made, "--embedding", "cat.pt", "--lora", "ink.safetensors=0.5", "--out", "a")
     assert "minidiff: ink.safetensors: 1 of 1 modules" in ended.err
     recipe = minidiff.read_recipe(tmp_path / "a.png")
-    assert (recipe["lora"], recipe["embedding"]) == ([["ink.safetensors", 0.5]], [["cat.pt", None]])
+    assert (recipe["lora"], recipe["embedding"]) == ([["ink.safetensors", 0.5]], [["cat.pt", "<cat>"]])
     embeddings.add(sd, weights_convert.read_embedding(tmp_path / "cat.pt", sd.config))
     lora.apply(sd.parts, [(weights_convert.read_lora(tmp_path / "ink.safetensors", sd.config), 0.5)])
     (want,) = sd.generate("a <cat>", steps=2, seed=1, progress=False)
@@ -286,11 +288,11 @@ def test_files_with_an_equals_sign_and_folders_of_adapters(run: Run, models: Pat
         torch.save({"<cat>": torch.ones(2, sd.config.text_encoder.width)}, tmp_path / file)
     made = ("generate", "a", "--model", "text", "--steps", 1, "--quiet", "--out", "a", "--force")
     for given, lora_, word in (
-        (("--lora", "ink=v2.safetensors", "--embedding", "w=d.pt"), ["ink=v2.safetensors", 1.0], ["w=d.pt", None]),
+        (("--lora", "ink=v2.safetensors", "--embedding", "w=d.pt"), ["ink=v2.safetensors", 1.0], ["w=d.pt", "<cat>"]),
         (("--lora", "ink=v2.safetensors=0.5", "--embedding", "w=d.pt=y"), ["ink=v2.safetensors", 0.5], ["w=d.pt", "y"]),
-        (("--lora", "ink=0.5=2", "--embedding", "w=d.pt=x"), ["ink=0.5", 2.0], ["w=d.pt=x", None]),
+        (("--lora", "ink=0.5=2", "--embedding", "w=d.pt=x"), ["ink=0.5", 2.0], ["w=d.pt=x", "<cat>"]),
         (("--lora", "ink=0.5", "--embedding", "w=d.pt=y=z"), ["ink=0.5", 1.0], ["w=d.pt", "y=z"]),
-        (("--lora", "a=1", "--embedding", "w=d.pt"), ["a=1", 1.0], ["w=d.pt", None]),
+        (("--lora", "a=1", "--embedding", "w=d.pt"), ["a=1", 1.0], ["w=d.pt", "<cat>"]),
     ):
         assert run(*made, *given).status == 0
         recipe = minidiff.read_recipe(tmp_path / "a.png")
@@ -408,7 +410,9 @@ def test_a_recipe_of_another_family_is_an_error(run: Run, tmp_path: Path) -> Non
     assert np.array_equal(pixels(tmp_path / "star.png"), pixels(tmp_path / "again.png"))
     altered(tmp_path / "star.png", tmp_path / "other.png", model_hash="0" * 32)
     (line,) = run("generate", "--recipe", "other.png", *quiet).err
-    assert line.startswith(f"minidiff: warning: the picture was made with model_hash {'0' * 32}, this run has ")
+    assert line.startswith(
+        f"minidiff: warning: the picture was made with another bundled model {'0' * 32}, this run has "
+    )
 
 
 def test_recipes_of_before_models_had_an_identity(run: Run, models: Path, tmp_path: Path) -> None:
@@ -507,7 +511,7 @@ def test_help(run: Run) -> None:
         assert ended.status == 0
         assert ended.err == []
         assert ended.out[0].startswith("usage: minidiff")
-    assert " ".join(SAMPLERS) in "\n".join(run("generate", "--help").out)
+    assert " ".join(SAMPLERS) in " ".join(" ".join(run("generate", "--help").out).split())
     assert run("--version") == Ended(0, [f"minidiff {minidiff.__version__}"], [])
 
 
@@ -549,7 +553,7 @@ def test_info_of_a_model_without_text(run: Run) -> None:
 
 def test_info_tells_dtypes_apart() -> None:
     tensors = {"unet.a": files.lazy(torch.zeros(3, 5)), "unet.b": files.lazy(torch.zeros(7).half())}
-    lines = info.size_table(tensors).splitlines()
+    lines = description.size_table(tensors).splitlines()
     assert lines[1].split() == ["unet", "2", "22", "74", "B", "float16,", "float32"]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.programs import Convention, read, starts
+from minidiff.programs import Convention, read
 from minidiff.programs.levels import noise_table
 from minidiff.programs.profiles import FIELDS, PROFILES, Fact
 from minidiff.programs.table import markdown, plans, side_by_side
@@ -91,10 +91,10 @@ def model(x: Tensor, t: Tensor) -> Tensor:
 
 def run(like: str, sampler: str, steps: int, x: Tensor) -> Tensor:
     chosen = read(like).sampler(SD, sampler)
-    plan, state = chosen.plan(None, steps), chosen.start()
+    plan, state = chosen.plan(None, steps), chosen.inner.start()
     for i in range(len(plan)):
-        out = model(chosen.scale_input(plan, i, x), plan.timesteps[i])
-        x, state = chosen.step(plan, i, x, out, state, torch.zeros_like)
+        out = model(chosen.inner.scale_input(plan, i, x), plan.timesteps[i])
+        x, state = chosen.inner.step(plan, i, x, out, state, torch.zeros_like)
     return x
 
 
@@ -307,12 +307,12 @@ def test_curved_and_zero_snr_schedules_keep_our_table() -> None:
 
 def test_trap_img2img_start() -> None:
     """Trap: img2img start. 50 steps, strength 0.75."""
-    at_75 = {like: read(like).start("ddim", 50, 0.75) for like in ("diffusers", "ldm", "a1111", "comfyui")}
+    at_75 = {like: read(like).entry("ddim", 50, 0.75) for like in ("diffusers", "ldm", "a1111", "comfyui")}
     assert at_75["diffusers"] == (50, 13, 37, 13, True)
     assert at_75["ldm"] == (50, 13, 37, 12, False)  # the same steps, from one row's more noise
     assert at_75["a1111"] == (50, 13, 36, 12, False)  # and without the last of them
     assert at_75["comfyui"] == (66, 16, 50, 16, False)  # as many steps as were asked for
-    assert read("a1111").start("euler", 50, 0.75) == (50, 12, 38, 12, False)
+    assert read("a1111").entry("euler", 50, 0.75) == (50, 12, 38, 12, False)
     times = planned("ldm", "ddim", 50).timesteps
     assert (times[at_75["ldm"].first], times[at_75["ldm"].noised]) == (721, 741)  # denoises from t, noises at t + 20
 
@@ -320,9 +320,9 @@ def test_trap_img2img_start() -> None:
 def begun(like: str, sampler: str, steps: int, strength: float) -> tuple[list[float], float]:
     """The sigmas that are run, and the one whose noise the picture gets."""
     convention = read(like)
-    chosen, start = convention.sampler(SD, sampler), convention.start(sampler, steps, strength)
+    chosen, start = convention.sampler(SD, sampler), convention.entry(sampler, steps, strength)
     plan = chosen.plan(None, start.steps)
-    rows, noised = starts.rows(start, plan, chosen.order)
+    rows, noised = start.rows(plan, getattr(chosen.inner, "order", 1))
     seen = plan.columns()["sigma"].tolist()
     return [seen[i] for i in rows], seen[noised]
 
@@ -361,40 +361,40 @@ def test_starts_stay_within_their_plan(like: str, strength: float, steps: int) -
     convention, rising = read(like), list(range(0, 1000, 1000 // steps))
     if like == "comfyui" and strength > 0 and steps / strength > 1000:
         with pytest.raises(ConfigError, match="comfyui plans"):
-            convention.start("euler", steps, strength)
+            convention.entry("euler", steps, strength)
         return
     if like == "ldm":
         runs = int(strength * steps)
         if runs == len(rising):
             with pytest.raises(ConfigError, match="as one row above the first"):
-                convention.start("ddim", steps, strength)
+                convention.entry("ddim", steps, strength)
             return
         want, falling = rising[:runs][::-1], rising[::-1]
-        start = convention.start("ddim", steps, strength)
+        start = convention.entry("ddim", steps, strength)
         assert falling[start.noised] == rising[runs]
     elif like == "a1111":
         falling = list(range(steps + 1))
         want = falling[steps - int(min(strength, 0.999) * steps) - 1 : -1]
-        start = convention.start("euler", steps, strength)
+        start = convention.entry("euler", steps, strength)
     elif like == "comfyui":
         new = steps if strength > 0.9999 else int(steps / strength) if strength else steps
         falling = list(range(new + 1))
         want = falling[-(steps + 1) : -1] if strength else []
-        start = convention.start("euler", steps, strength)
+        start = convention.entry("euler", steps, strength)
         assert start.steps == new
     else:
         falling = list(range(steps))
         want = falling[max(steps - min(int(steps * strength), steps), 0) :]
-        start = convention.start("euler", steps, strength)
+        start = convention.entry("euler", steps, strength)
     assert falling[start.first : start.first + start.runs] == want
 
 
 def test_starts_that_cannot_be() -> None:
     with pytest.raises(UnsupportedError, match="no image to image of its own"):
-        read("k-diffusion").start("euler", 20, 0.5)
+        read("k-diffusion").entry("euler", 20, 0.5)
     for steps, strength in ((0, 0.5), (20, 1.5), (20, -0.1), (1001, 0.5)):
         with pytest.raises(ConfigError):
-            read("diffusers").start("euler", steps, strength)
+            read("diffusers").entry("euler", steps, strength)
 
 
 def test_trap_guidance_scale_0() -> None:
@@ -410,7 +410,7 @@ def test_trap_guidance_scale_0() -> None:
 
 
 def test_every_fact_has_a_source_or_says_that_it_has_none() -> None:
-    assert list(PROFILES) == ["diffusers", "ldm", "k-diffusion", "a1111", "comfyui"]
+    assert list(PROFILES) == ["minidiff", "diffusers", "ldm", "k-diffusion", "a1111", "comfyui"]
     for profile in PROFILES.values():
         facts = {f.name for f in dataclasses.fields(profile) if isinstance(getattr(profile, f.name), Fact)}
         assert facts == set(FIELDS)
@@ -423,7 +423,7 @@ def test_every_fact_has_a_source_or_says_that_it_has_none() -> None:
             where, version = fact.source
             pinned = version.split()[0]
             assert where.endswith(".py")
-            assert version in ("diffusers 0.42.1", "k-diffusion 0.1.1.post1") or (
+            assert version in ("this package", "diffusers 0.42.1", "k-diffusion 0.1.1.post1") or (
                 len(pinned) == 40 and int(pinned, 16) >= 0
             )
     assert PROFILES["a1111"].table.source is None  # in float16 it rounds the table; how far was not read
@@ -476,7 +476,7 @@ def test_names_and_choices() -> None:
     assert str(read("comfyui:karras:gpu")) == "comfyui:karras:gpu"
     assert str(read("a1111:nv")) == "a1111:nv"
     assert read(read("ldm")) == Convention(PROFILES["ldm"])
-    with pytest.raises(ConfigError, match="no program is called 'invoke'; known are diffusers, ldm"):
+    with pytest.raises(ConfigError, match="no program is called 'invoke'; known are minidiff, diffusers, ldm"):
         read("invoke")
     with pytest.raises(ConfigError, match="a1111 has no 'normal'; known are uniform, karras, exponential, cpu"):
         read("a1111:normal")
@@ -492,9 +492,9 @@ def test_names_and_choices() -> None:
 
 def test_the_readmes_table_is_made_from_the_data() -> None:
     """When it fails: put ``python -c "from minidiff.programs.table import markdown; print(markdown())"`` there."""
-    page = Path(__file__).resolve().parents[2] / "minidiff" / "conventions" / "README.md"
+    page = Path(__file__).resolve().parents[2] / "minidiff" / "programs" / "README.md"
     text = page.read_text(encoding="utf-8")
-    start, end = "<!-- conventions: made by minidiff/programs/table.py -->\n", "\n\n<!-- conventions: end -->"
+    start, end = "<!-- programs: made by minidiff/programs/table.py -->\n", "\n\n<!-- programs: end -->"
     assert text.count(start) == text.count(end) == 1
     assert text.split(start)[1].split(end)[0] == markdown()
 

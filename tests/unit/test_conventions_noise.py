@@ -144,7 +144,7 @@ def test_the_noise_of_the_steps_is_the_programs(sd) -> None:
     step = next(run)
     x = cpu(3, 1, *SHAPE[1:]) * run.plan.init_noise_sigma
     sampler = read("comfyui").sampler(sd.config.schedule, "euler_ancestral")
-    want, _ = sampler.step(run.plan, 0, x, step.out, (), lambda like: CudaStream(3).randn(tuple(like.shape)))
+    want, _ = sampler.inner.step(run.plan, 0, x, step.out, (), lambda like: CudaStream(3).randn(tuple(like.shape)))
     assert_close(step.x, want)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from minidiff.config import ScheduleConfig
 from minidiff.models.unet import UNet
-from minidiff.pipeline import conditions
-from minidiff.pipeline.denoise import Prediction, denoise
+from minidiff.pipeline import guidance
+from minidiff.pipeline.denoise import denoise
+from minidiff.pipeline.job import Job, Prediction
 from minidiff.samplers import DDIM, EulerAncestral
 from minidiff.schedule import NoiseSchedule
 from tests.unit.cuda_guard import CudaGuard, GuardError, fake_card
@@ -89,7 +90,9 @@ def run_toy(sampler: Any, guarded: bool) -> None:
         plan = plan.to("cuda")
         with CudaGuard() if guarded else nullcontext():
             x = randn(1, 4, 4, 4, dtype=torch.float16)
-            for _ in denoise(lambda x, t: Prediction(0.5 * x), sampler, plan, x, draw=torch.randn_like):
+            for _ in denoise(
+                Job(predict=lambda x, t: Prediction(0.5 * x), sampler=sampler, plan=plan, x=x, draw=torch.randn_like)
+            ):
                 pass
 
 
@@ -142,7 +145,7 @@ def copying_guide(unconditional: Tensor, conditional: Tensor, scale: float) -> T
 def test_a_pipeline_with_a_planted_error_is_caught(guide: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     card = fake_card()
     sd = sd1(card, torch.float16)
-    monkeypatch.setattr(conditions, "guide", guide)
+    monkeypatch.setattr(guidance, "guide", guide)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, DDIM, guard)
         run = sd.steps("a cat", steps=2, sampler="ddim", seed=0)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
-from minidiff.pipeline.denoise import Prediction, Run, Step, denoise
+from minidiff.pipeline.denoise import Run, Step, denoise
+from minidiff.pipeline.job import Job, Prediction
+from minidiff.pipeline.recipe import Made, Recipe
+from minidiff.pipeline.request import Request
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.tolerances import assert_close
@@ -43,11 +46,19 @@ def draws(seed: int = 2) -> Any:
     return lambda like: torch.randn(like.shape, generator=g, dtype=like.dtype)
 
 
+def job(model: Any, sampler: Any, plan: Any, x: Tensor) -> Job:
+    return Job(plan=plan, sampler=sampler, x=x, predict=model, draw=draws())
+
+
 def start(model: Model, name: str = "ddim", steps: int = 5, first: int = 0) -> Run:
     sampler = sampler_from_config({"name": name})
     plan = sampler.plan(SCHEDULE, steps)
-    trail = denoise(model, sampler, plan, noise() * plan.init_noise_sigma, first=first, draw=draws())
-    return Run(trail, plan, [{"seed": 1}, {"seed": 2}])
+    rows, recipes = (
+        range(first, len(plan)),
+        [Recipe(request=Request(None, seed=s), made=Made(), text=False) for s in (1, 2)],
+    )
+    x = noise() * plan.init_noise_sigma
+    return Run(Job(plan=plan, sampler=sampler, rows=rows, x=x, predict=model, draw=draws(), recipes=tuple(recipes)))
 
 
 @pytest.fixture(params=sorted(SAMPLERS))
@@ -115,7 +126,7 @@ def test_an_error_in_the_model_leaves_gradients_on() -> None:
 
     sampler = sampler_from_config({"name": "ddim"})
     with pytest.raises(RuntimeError, match="no"):
-        list(denoise(broken, sampler, sampler.plan(SCHEDULE, 2), noise(), draw=draws()))
+        list(denoise(job(broken, sampler, sampler.plan(SCHEDULE, 2), noise())))
     assert torch.is_grad_enabled()
 
 
@@ -159,7 +170,7 @@ def test_x0_is_computed_when_it_is_read_and_from_this_step() -> None:
             return result
 
     counting = Counting()
-    steps = list(denoise(Model(), counting, counting.plan(SCHEDULE, 5), noise(), draw=draws()))
+    steps = list(denoise(job(Model(), counting, counting.plan(SCHEDULE, 5), noise())))
     assert calls == []
     late = [step.x0 for step in steps]  # long after, and in any order
     assert calls == [0, 1, 2, 3, 4]
@@ -186,7 +197,7 @@ def test_the_input_and_the_plan_stay_as_they_were(name: str) -> None:
     plan, x = sampler.plan(SCHEDULE, 5), noise()
     shown, before, version = str(plan), x.clone(), x._version
     held: list[tuple[Tensor, Tensor]] = []
-    for step in denoise(Model(), sampler, plan, x, draw=draws()):
+    for step in denoise(job(Model(), sampler, plan, x)):
         held.append((step.x, step.x.clone()))
     assert_close(x, before)
     assert x._version == version
@@ -210,7 +221,7 @@ def test_run_is_an_iterator_that_knows_its_length() -> None:
     assert iter(run) is run
     assert isinstance(run, Iterator)
     assert len(run) == len(run.plan) == 5
-    assert run.recipes == [{"seed": 1}, {"seed": 2}]
+    assert [recipe["seed"] for recipe in run.recipes] == [1, 2]
     assert isinstance(next(run), Step)
     assert len(run) == 5  # in all, not what is left
 

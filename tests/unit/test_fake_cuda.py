@@ -37,9 +37,10 @@ from minidiff.fast.switch import Switch, put_on
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
-from minidiff.pipeline import StableDiffusion, from_parts, images, request
+from minidiff.pipeline import StableDiffusion, from_parts, images
 from minidiff.pipeline import base as runner
-from minidiff.pipeline.denoise import Prediction, denoise
+from minidiff.pipeline.denoise import denoise
+from minidiff.pipeline.job import Job, Prediction
 from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.unit.cuda_guard import ON_A_CARD, CudaGuard, fake_card
@@ -241,7 +242,7 @@ def test_sampler(
     with on_card(card):
         x = randn(2, 4, 4, 3, dtype=dtype) * plan.init_noise_sigma
         steps = 0
-        for step in denoise(predict, sampler, plan, x, draw=torch.randn_like):
+        for step in denoise(Job(predict=predict, sampler=sampler, plan=plan, x=x, draw=torch.randn_like)):
             check_result(step.x, (2, 4, 4, 3), dtype)
             x0 = step.x0
             assert x0 is None or x0.device.type == "cuda"
@@ -374,7 +375,10 @@ def test_inpainting(card: AbstractContextManager[Any], name: str, monkeypatch: p
     """The known part of the picture is put back after every step by what is on the card already."""
     sd = sd1(card, torch.float16)
     monkeypatch.setattr(noise, "source", NoiseOfTheCard)
-    monkeypatch.setattr(request, "read", outside(images.read))  # pictures are looked at on the host, before the loop
+    monkeypatch.setattr(images, "open_pictures", outside(images.open_pictures))
+    monkeypatch.setattr(
+        images.Opened, "resized", outside(images.Opened.resized)
+    )  # pictures are looked at on the host, before the loop
     picture, mask = torch.rand(1, 3, 8, 8), torch.ones(1, 1, 8, 8)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, SAMPLERS[name], guard)

@@ -17,12 +17,13 @@ from torch import Tensor
 from minidiff import cli, fast
 from minidiff.errors import ConfigError
 from minidiff.pipeline import StableDiffusion
-from minidiff.pipeline.denoise import choose_rows, rows_outside
 from minidiff.pipeline.guidance import guide
 from minidiff.pipeline.picture import read_recipe
+from minidiff.pipeline.rows import rows_outside
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.unit import tiny
+from tests.unit.tiny import rows_of
 
 TOLD_BY_TIMESTEPS = sorted(name for name, kind in SAMPLERS.items() if not kind.own_levels)
 MODEL: dict[str, Any] = {"seed": 3, "output": "latent", "progress": False}
@@ -91,7 +92,7 @@ def test_it_is_told_as_a_part_of_the_way_is(name: str) -> None:
     for low, high in ((0.0, 0.6), (0.25, 1.0), (0.25, 0.6)):
         if low > 0 and sampler.order == 2:
             continue  # a run is entered at a whole step only
-        part = choose_rows(plan, 12, sampler, 1000, start=low or None, end=high if high < 1 else None)
+        part = rows_of(plan, 12, sampler, start=low or None, end=high if high < 1 else None)
         assert set(rows) - set(rows_outside(plan, rows, low, high, 1000)) == set(part), (low, high)
     assert rows_outside(plan, range(4, 6), 0.0, 0.01, 1000) == [4, 5]
     meets = SimpleNamespace(timesteps=torch.tensor([900, 500, 499, 100]))  # as choose_rows: the meeting row is before

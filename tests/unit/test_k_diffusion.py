@@ -80,6 +80,7 @@ def gap(name, sampler, change=lambda plan: plan, steps=None):
     singlestep = name_of(sampler) == "dpmpp_2s"
     given = {"sigmas": with_middles(sigmas) if singlestep else sigmas.tolist()}
     plan = change(sampler.plan(SCHEDULE, steps) if steps else sampler.plan(SCHEDULE, **given))
+    sampler = getattr(sampler, "inner", sampler)  # a program plans, and this takes the steps
     in_lambda = plan.space == "lambda"
 
     def draw(like):

@@ -16,9 +16,9 @@ import pytest
 from torch import Tensor
 
 from minidiff.pipeline import StableDiffusion, guidance
-from minidiff.pipeline.conditions import predictor
 from minidiff.pipeline.denoise import Step, denoise
-from minidiff.pipeline.latents import Keeping
+from minidiff.pipeline.guidance import predictor
+from minidiff.pipeline.latents import putting_back
 from minidiff.samplers import DDIM, SAMPLERS
 
 FETCHES = {"item", "tolist", "numpy", "cpu", "nonzero"}
@@ -74,7 +74,7 @@ def test_no_step_fetches_a_value(name: str, method: str) -> None:
     assert set(fetches(getattr(kind, method), kind)) <= ONCE
 
 
-@pytest.mark.parametrize("function", [denoise, Step.x0.fget, predictor, Keeping.step, guidance.guide, guidance.rescale])
+@pytest.mark.parametrize("function", [denoise, Step.x0.fget, predictor, putting_back, guidance.guide, guidance.rescale])
 def test_the_loop_fetches_no_value(function: Any) -> None:
     assert fetches(function, StableDiffusion) == []
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from minidiff import CheckpointError, ConfigError
 from minidiff.parity import recording
 from minidiff.parity.command import run_of
-from minidiff.parity.ours import Ours, Request
+from minidiff.parity.ours import Ours, asked
 from minidiff.parity.recording import RUN_KEY, STAGES_KEY, VERSION_KEY, Recording, compare, read, record, write
 from minidiff.parity.report import outcome, reasons, text
 from minidiff.samplers import SAMPLERS
@@ -28,7 +28,7 @@ from tests.tolerances import RECORDED
 from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "recording_sd1.safetensors"
-REQUEST = Request(prompt="a red fox", negative="blurry", steps=3, seed=5, width=24, height=16)
+REQUEST = asked("a red fox", negative_prompt="blurry", steps=3, seed=5, width=24, height=16)
 
 
 def ours(change: Callable[[Any], None] = lambda pipe: None, **options: Any) -> Recording:
@@ -89,7 +89,7 @@ def test_inputs_that_are_an_output_unchanged_are_left_out() -> None:
 
 def test_a_model_without_text_is_recorded() -> None:
     pipe = tiny_ddpm()
-    request = Request(steps=2, seed=1)
+    request = asked(None, steps=2, seed=1)
     found = record(Ours(pipe, request), run_of(pipe, request))
     assert list(found.tape)[:3] == ["plan/timesteps", "plan/init_noise_sigma", "start/x"]
     assert "step.0/noise" in found.tape, "DDPM draws, and another program can take the same"
@@ -190,7 +190,7 @@ def test_recordings_of_different_models_are_told_apart() -> None:
     assert recording.architecture(sd.config) == recording.architecture(tiny_sd(seed=1).config), "weights don't count"
     assert recording.architecture(sd.config) != recording.architecture(ddpm.config)
     a = Recording({"start/x": torch.zeros(2)}, run_of(sd, REQUEST))
-    b = Recording({"start/x": torch.zeros(2)}, run_of(ddpm, Request(steps=3, seed=5)))
+    b = Recording({"start/x": torch.zeros(2)}, run_of(ddpm, asked(None, steps=3, seed=5)))
     with pytest.raises(ConfigError, match="different runs: model is"):
         compare(a, b)
 
@@ -215,7 +215,7 @@ def test_a_run_from_a_picture_with_two_calls_a_step_is_watched_from_the_row_it_b
     """Which row that is depends on the sampler's order; the watched sampler has the one that it is."""
     pipe = tiny_sd()
     picture = Image.new("RGB", (64, 64), "red")
-    request = Request(steps=5, sampler=SAMPLERS["heun"](), image=picture, strength=0.6)
+    request = asked(steps=5, sampler=SAMPLERS["heun"](), image=picture, strength=0.6)
     shown: list[str] = []
 
     def tap(stage: str, value: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,13 +17,13 @@ from minidiff.config import ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.attention import Attention, attention
 from minidiff.pipeline import from_parts, load, random_model
-from minidiff.pipeline.denoise import choose_rows
-from minidiff.pipeline.images import read
+from minidiff.pipeline.images import open_pictures
 from minidiff.pipeline.picture import read_recipe
 from minidiff.pipeline.pixels import to_eight_bits
 from minidiff.pipeline.request import Request
+from minidiff.pipeline.rows import choose_rows
 from minidiff.precision import attention_in_float32
-from minidiff.programs.starts import Start
+from minidiff.programs.img2img import Entry
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.settings import TrainConfig
@@ -32,6 +31,7 @@ from minidiff.training.task import make_task
 from tests.tolerances import assert_close
 from tests.unit import tiny
 from tests.unit.test_pipeline import calls
+from tests.unit.tiny import rows_of
 
 QUIET: dict[str, Any] = {"progress": False, "steps": 3, "seed": 0}
 SIDE = 64
@@ -131,13 +131,13 @@ def test_what_cannot_work(sd: StableDiffusion, arguments: dict[str, Any], words:
 def test_second_prompts_that_cannot_work(xl: StableDiffusion, refiner: StableDiffusion) -> None:
     for model, given, words in (
         (xl, {"prompt": ["a", "b"], "prompt_2": ["c"] * 3}, "3 texts for the second encoder, and 2 for the first"),
-        (xl, {"prompt": "a", "prompt_2": 5}, "a prompt must be text"),
+        (xl, {"prompt": "a", "prompt_2": 5}, "prompt_2 must be text"),
         (xl, {"prompt": "a", "negative_prompt_2": "b"}, "negative_prompt_2 is given and negative_prompt is not"),
         (xl, {"prompt": None, "prompt_2": "a"}, "prompt is None"),
         (refiner, {"prompt": "a", "image": picture(), "prompt_2": "b"}, "this tiny refiner has one text encoder"),
     ):
         with calls(model) as seen, pytest.raises(ConfigError) as caught:
-            model.steps(steps=3, **given)  # type: ignore[arg-type]
+            model.steps(steps=3, **given)
         assert words in str(caught.value)
         assert seen == []
 
@@ -165,7 +165,7 @@ def test_sizes_that_make_no_sense(xl: StableDiffusion) -> None:
         ({"score": "high"}, "score='high' must be a number"),
     ):
         with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
-            Sizes(**arguments)  # type: ignore[arg-type]
+            Sizes(**arguments)
     with pytest.raises(ConfigError, match=r"score=6\.0 is given; only a refiner reads one"):
         xl.steps("a", sizes=Sizes(score=6.0))
     with pytest.raises(ConfigError, match="pooled_prompt_embeds"):
@@ -192,11 +192,11 @@ def test_training_does_not_know_what_else_a_unet_reads(xl: StableDiffusion) -> N
 
 def test_an_sdxl_keeps_its_ways_in_a_file(xl: StableDiffusion, refiner: StableDiffusion, tmp_path: Path) -> None:
     for model, more in ((xl, {}), (refiner, {"image": picture()})):
-        want = model.generate("a cat", output="latent", **QUIET, **more)  # type: ignore[arg-type]
+        want = model.generate("a cat", output="latent", **QUIET, **more)
         model.save(tmp_path / "a.safetensors")
         found = load(tmp_path / "a.safetensors", device="cpu")
         assert found.config == model.config
-        assert_close(found.generate("a cat", output="latent", **QUIET, **more), want)  # type: ignore[arg-type]
+        assert_close(found.generate("a cat", output="latent", **QUIET, **more), want)
 
 
 def test_a_second_prompt(xl: StableDiffusion) -> None:
@@ -245,7 +245,7 @@ def test_pictures_in_other_modes_are_made_rgb(sd: StableDiffusion) -> None:
 def test_a_mask_is_cut_at_one_half() -> None:
     grey = torch.full((1, 1, SIDE, SIDE), 0.5)
     grey[..., : SIDE // 2] = 0.4999
-    found = read(NOISE, grey, None, None, 8, 4).mask
+    found = open_pictures(NOISE, grey, None, None, 8, 4).resized().mask
     assert found is not None
     assert_close(found, torch.cat([torch.zeros(1, 1, SIDE, SIDE // 2), torch.ones(1, 1, SIDE, SIDE // 2)], dim=3))
 
@@ -273,18 +273,18 @@ def test_rows_of_a_plan() -> None:
     ):
         sampler: Any = sampler_from_config({"name": name})
         plan = sampler.plan(schedule, steps)
-        assert choose_rows(plan, steps, sampler, 1000, **options) == want, (name, steps, options)  # type: ignore[arg-type]
+        assert rows_of(plan, steps, sampler, **options) == want, (name, steps, options)
 
 
 def test_latents_keep_their_own_height_and_width() -> None:
-    found = read(torch.zeros(1, 4, 3, 5), None, None, None, 8, 4, 3)
+    found = open_pictures(torch.zeros(1, 4, 3, 5), None, None, None, 8, 4, 3).resized()
     assert found is not None
     assert found.encoded
     assert found.pixels.shape == (1, 4, 3, 5)
     with pytest.raises(ConfigError, match="width=24, but the image is latents of 40 pixels"):
-        read(torch.zeros(1, 4, 3, 5), None, 24, 24, 8, 4, 3)
+        open_pictures(torch.zeros(1, 4, 3, 5), None, 24, 24, 8, 4, 3).resized()
     with pytest.raises(ConfigError, match="height=40, but the image is latents of 24 pixels"):
-        read(torch.zeros(1, 4, 3, 5), None, 40, 40, 8, 4, 3)
+        open_pictures(torch.zeros(1, 4, 3, 5), None, 40, 40, 8, 4, 3).resized()
 
 
 def plan_of(*timesteps: int) -> Any:
@@ -295,8 +295,8 @@ def plan_of(*timesteps: int) -> Any:
 def test_two_models_share_a_way_without_a_gap_or_a_row_twice(place: float, left: int) -> None:
     """Also where a timestep is the very one at which they meet: it is the first model's."""
     plan, sampler = plan_of(900, 500, 499, 100), SimpleNamespace(order=1)
-    assert choose_rows(plan, 4, sampler, 1000, end=place) == range(left)  # type: ignore[arg-type]
-    assert choose_rows(plan, 4, sampler, 1000, start=place) == range(left, 4)  # type: ignore[arg-type]
+    assert rows_of(plan, 4, sampler, end=place) == range(left)
+    assert rows_of(plan, 4, sampler, start=place) == range(left, 4)
 
 
 @pytest.mark.parametrize(
@@ -311,17 +311,15 @@ def test_two_models_share_a_way_without_a_gap_or_a_row_twice(place: float, left:
 )
 def test_a_part_of_the_way_without_a_row_is_refused(options: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        choose_rows(plan_of(900, 500, 499, 100), 4, SimpleNamespace(order=1), 1000, **options)  # type: ignore[arg-type]
+        rows_of(plan_of(900, 500, 499, 100), 4, SimpleNamespace(order=1), **options)
 
 
 def test_a_program_whose_rule_leaves_no_row_is_refused() -> None:
     """And one that leaves the last row runs that, also with a sampler that says nothing of its order."""
-    plan, sampler = plan_of(900, 500, 499, 100), object()
-    request = Request(image=torch.zeros(1, 3, 8, 8), strength=0.3)
-    begin = partial(request.rows, plan, 4, sampler, tiny.SD, reads_mask=False)
-    assert begin(begun=Start(4, 3, 1, 3)) == range(3, 4)
-    with pytest.raises(ConfigError, match=r"strength=0\.3 of steps=4 leaves no step to do; take more of either"):
-        begin(begun=Start(4, 4, 0, 4))
+    plan, request = plan_of(900, 500, 499, 100), Request(None, steps=4, image=torch.zeros(1, 3, 8, 8), strength=0.3)
+    assert choose_rows(plan, 1, Entry(4, 3, 1, 3), request, 1000) == (range(3, 4), 3)
+    with pytest.raises(ConfigError, match=r"strength=0\.3 of steps=4 leaves no step to do; take more steps"):
+        choose_rows(plan, 1, Entry(4, 4, 0, 4), request, 1000)
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

@@ -194,7 +194,9 @@ def test_generation_masks_and_training_read_alike(tmp_path: Path) -> None:
     Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "plain.png")
     for name in ("deep.png", "deep.tif"):
         Image.fromarray(ramp).save(tmp_path / name)
-        deep, plain = (images.read(tmp_path / n, tmp_path / n, None, None, 8, 4) for n in (name, "plain.png"))
+        deep, plain = (
+            images.open_pictures(tmp_path / n, tmp_path / n, None, None, 8, 4).resized() for n in (name, "plain.png")
+        )
         assert deep.mask is not None
         assert plain.mask is not None
         assert deep.pixels.equal(plain.pixels)
@@ -311,7 +313,7 @@ def test_pictures_of_extreme_shapes(tmp_path: Path) -> None:
         assert read_for_training(tmp_path / "a.png", 8).unique().tolist() == [77]
     Image.new("L", (60_000, 2)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match="60000 x 2 pixels is too small"):
-        images.read(tmp_path / "a.png", None, None, None, 8, 4)
+        images.open_pictures(tmp_path / "a.png", None, None, None, 8, 4).resized()
 
 
 def test_pictures_in_memory_that_cannot_be_read(tmp_path: Path) -> None:
@@ -320,7 +322,7 @@ def test_pictures_in_memory_that_cannot_be_read(tmp_path: Path) -> None:
     buffer = io.BytesIO(buffer.getvalue()[:-40])
     for image in (Image.open(buffer), Image.new("RGB", (0, 5)), Image.fromarray(np.full((8, 8), np.nan, np.float32))):
         with pytest.raises(ConfigError, match="image cannot be read") as caught:
-            images.read(image, None, None, None, 8, 4)
+            images.open_pictures(image, None, None, None, 8, 4).resized()
         assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import cli, fast
+from minidiff.cli import opening
 from minidiff.fast import probe
 from tests.unit.tiny import tiny_sd
 
@@ -229,7 +230,7 @@ def test_the_command_line(
 
 def test_a_gpu_computes_as_the_file_is_stored(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "LARGE", 0)
-    assert cli._probed(__file__, torch.device("cuda")) is None
+    assert opening.probed(__file__, torch.device("cuda")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert cli._probed(__file__, None) is None
+    assert opening.probed(__file__, None) is None
     assert measured.asked == 0

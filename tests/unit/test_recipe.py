@@ -17,7 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import png
 from minidiff.pipeline.picture import KEY, read_recipe
-from minidiff.pipeline.recipe import FIELDS, Recipe, typed
+from minidiff.pipeline.recipe import Made, Recipe, parse
+from minidiff.pipeline.request import Request
 from tests.unit.tiny import tiny_sd
 
 
@@ -113,12 +114,14 @@ def test_a_file_of_endless_chunks_is_given_up(tmp_path: Path, monkeypatch: pytes
 def test_every_field_that_is_written_is_known() -> None:
     (image,) = tiny_sd().generate("a", steps=1, seed=0, progress=False, like="ldm", guidance_interval=(0.1, 0.9))
     found = read_recipe(image)
-    recipe, unknown = typed(found, "a.png")
+    recipe, unknown = parse(found, "a.png")
     assert unknown == []
-    assert (recipe.prompt, recipe.seed, recipe.guidance_interval, recipe.like) == ("a", 0, (0.1, 0.9), found["like"])
-    assert recipe.sampler == found["sampler"]
-    assert typed({**found, "later": [1], "\x1b[2J": 0}, "a.png")[1] == ["\x1b[2J", "later"]
-    assert typed({}, "a.png") == (Recipe(), [])
+    asked = recipe.request
+    assert (asked.prompt, asked.seed, asked.guidance_interval, asked.like) == ("a", 0, (0.1, 0.9), found["like"])
+    assert asked.sampler == found["sampler"]
+    assert recipe.to_json() == found
+    assert parse({**found, "later": [1], "\x1b[2J": 0}, "a.png")[1] == ["\x1b[2J", "later"]
+    assert parse({}, "a.png") == (Recipe(request=Request(None), made=Made(), text=False), [])
 
 
 NAN, HUGE = float("nan"), 10**400
@@ -150,7 +153,7 @@ WRONG_VALUES: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=lambda v: repr(v)[:20])
 def test_fields_of_wrong_types_are_named(name: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=f"a.png: its recipe is damaged .*{name}") as caught:
-        typed({"prompt": "a", name: value}, "a.png")
+        parse({"prompt": "a", name: value}, "a.png")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -160,9 +163,8 @@ def test_the_fields_of_recipes_of_before() -> None:
     old = {"prompt": None, "negative_prompt": "", "guidance_scale": 7, "width": 64, "height": 64, "seed": 3, "steps": 5}
     old |= {"sampler": {"name": "pndm"}, "model": "sd1", "model_hash": "", "dtype": "float32", "device": "cpu"}
     old |= {"minidiff": "0.1", "torch": "2.6", "sizes": {"original": [40.0, 48], "crop": [0, 0], "target": None}}
-    recipe, unknown = typed(old, "a.png")
-    assert (recipe.guidance_scale, recipe.model_hash, recipe.steps, unknown) == (7.0, "", 5, [])
-    assert {"lora", "embedding", "vae_tiles"} - FIELDS == {"vae_tiles"}
+    recipe, unknown = parse(old, "a.png")
+    assert (recipe.request.guidance_scale, recipe.made.model_hash, recipe.request.steps, unknown) == (7.0, "", 5, [])
 
 
 def test_texts_that_pillow_writes_are_read(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_a_picture_comes_back(case: dict[str, Any], tmp_path: Path) -> None:
         same_picture(path, FOLDER / name)
         now, then = read_recipe(path), read_recipe(FOLDER / name)
         shared = then.keys() - OF_THE_WRITER
+        for recipe in (now, then):  # a word that is called as its file says is named since
+            recipe["embedding"] = [name for name, _ in recipe.get("embedding", ())]
         assert {field: now.get(field) for field in shared} == {field: then[field] for field in shared}
 
 
@@ -105,7 +107,7 @@ def test_what_a_recipe_cannot_give_back_is_asked_for(
 def test_a_picture_of_another_bundled_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (made,) = repeat(tmp_path, "bundled-other.png", None, [])
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"model_hash {'0' * 32}" in line
+    assert f"another bundled model {'0' * 32}" in line
     assert "pixels may differ" in line
     same_picture(made, FOLDER / "bundled.png")
     assert read_recipe(made)["model_hash"] == read_recipe(FOLDER / "bundled.png")["model_hash"]

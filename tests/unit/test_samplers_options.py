@@ -352,7 +352,8 @@ def test_eta_too_large_for_the_variance():
 def test_rounding_below_0_counts_as_0_for_a_sampler_by_name():
     zero = NoiseSchedule.from_config(ScheduleConfig(zero_snr=True, prediction="v_prediction"))
     plan = DDIM(eta=1.0, spacing="trailing").plan(zero, 50)
-    assert plan.rows.direction[0] == 0
+    # the root of a difference of numbers near 1, each rounded to 2**-24: processors differ in the last bit of them
+    assert 0 <= plan.rows.direction[0] <= (2 * 2**-24) ** 0.5
     assert bool(plan.rows.direction.isfinite().all())
 
 

@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff.cli import main
-from minidiff.cli.options import parser
+from minidiff.cli import main, parser
 from minidiff.storage.files import TensorFile, write_tensors
 from minidiff.training import run, state
 from minidiff.training.command import settings, small_model

@@ -21,6 +21,7 @@ from minidiff.adapters import lora
 from minidiff.adapters import words as embeddings
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.adapters.words import Word
+from minidiff.cli import generate
 from minidiff.config import CLIPTextConfig, VAEConfig, text
 from minidiff.errors import ConfigError, MinidiffError
 from minidiff.pipeline import StableDiffusion, Unconditional, random_model
@@ -192,7 +193,7 @@ def test_the_command_takes_turns(
         return load(*args, low_memory=low_memory)
 
     monkeypatch.setattr(minidiff, "load", watched)
-    monkeypatch.setattr(cli, "_teach", lambda *_: None)
+    monkeypatch.setattr(generate, "_teach", lambda *_: None)
     options = ["--model", str(path), "--steps", "2", "--seed", "1", "--device", "cpu", "--quiet"]
     options += ["--lora", "ink.safetensors"] if with_adapter else []
     assert cli.main(["generate", "a horse", *options, "--out", str(tmp_path / "a.png")]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from minidiff import programs as conventions
 from minidiff.config import ScheduleConfig
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import random_model
-from minidiff.pipeline import stable_diffusion as pipeline
 from minidiff.samplers import SAMPLERS, Method, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.loop import Trainer
@@ -46,22 +44,6 @@ def test_each_class_opens_its_own_kind(models: Path) -> None:
             kind.load(wrong)
         assert str(e.value).startswith(f"{wrong}: a ")
         assert str(e.value).endswith(f"; open it by {type(minidiff.load(wrong)).__name__}.load")
-
-
-def test_overloads_have_every_argument_of_what_they_stand_for() -> None:
-    """A type checker sees the overloads alone: one that lacks an argument hides it."""
-    tree = ast.parse(Path(pipeline.__file__).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    for name in ("StableDiffusion", "Unconditional"):
-        found = [f for f in classes[name].body if isinstance(f, ast.FunctionDef) and f.name == "generate"]
-        assert len(found) == 3
-        every = [
-            {arg.arg: ast.unparse(arg.annotation or ast.Constant(None)) for arg in (*f.args.args, *f.args.kwonlyargs)}
-            for f in found
-        ]
-        kinds = [each.pop("output") for each in every]
-        assert kinds == ["Literal['pil']", "Literal['tensor', 'latent']", "Output"]
-        assert every[0] == every[1] == every[2]
 
 
 def parameters(pipe: StableDiffusion | Unconditional) -> Iterator[tuple[str, nn.Parameter]]:

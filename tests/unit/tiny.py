@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from minidiff.config import (
     text,
 )
 from minidiff.pipeline import StableDiffusion, Unconditional, random_model
+from minidiff.pipeline.request import Request
+from minidiff.pipeline.rows import choose_rows
+from minidiff.programs import img2img
 
 UNET = UNetConfig(
     levels=(text(16, 2), Level(channels=24)), mid=text(24, 3), context_dim=16, layers=1, groups=8, sample_size=8
@@ -98,3 +101,19 @@ def _drawn(config: ModelConfig, seed: int) -> StableDiffusion | Unconditional:
     for part in model.parts.values():
         redraw(part, seed)
     return model
+
+
+def rows_of(
+    plan: Any,
+    steps: int,
+    sampler: Any,
+    strength: float | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> range:
+    """The rows of a plan that a run executes: all, the last ones of img2img, or a part of the way."""
+    image = None if strength is None and start is None else torch.zeros(1, 3, 8, 8)
+    request = Request(None, steps=steps, image=image, strength=strength, denoising_start=start, denoising_end=end)
+    order = getattr(sampler, "order", 1)
+    entry = img2img.whole(steps) if strength is None else img2img.entry("diffusers", steps, strength)
+    return choose_rows(plan, order, entry, request, 1000)[0]

@@ -1,0 +1,153 @@
+"""``minidiff parity``, ``parity record`` and ``parity compare``."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from typing import Any
+
+from minidiff.cli.opening import device_of, open_model
+from minidiff.cli.options import DTYPES, about, add_options, sampler_list
+from minidiff.pipeline.request import Request, read_number, read_size
+
+COMMANDS = ("record", "compare")  # second words of the command
+
+PARITY_EXAMPLES = """\
+examples:
+  minidiff parity ./stable-diffusion-v1-5
+  minidiff parity ./stable-diffusion-v1-5 --sampler euler --steps 8 --size 512x512 --html report.html
+  minidiff parity ./stable-diffusion-inpainting --image room.png --mask wall.png
+  minidiff parity record sd15.safetensors ours.safetensors
+  minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+
+SDXL's refiner and models that inpaint need a picture (and a mask): where none is given, both sides get the same one,
+made for the run.
+
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides part, 2 for a mistake.
+`minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of
+record or compare is ./record, ./compare.)
+"""
+MADE = "(default: none, or one made for a model that needs it)"
+HELP = {  # of the request's options that both sides take
+    "negative_prompt": "the negative prompt (default: the empty one)",
+    "steps": "(default: 4)",
+    "guidance_scale": "guidance scale (default: 7.5)",
+    "sampler": "one of those listed below (default: the checkpoint's own)",
+    "seed": "seed of the first noise (default: 0)",
+    "image": f"begin from this picture, resized {MADE}",
+    "mask": f"repaint only where this picture is white, resized {MADE}",
+    "strength": "how much of the picture may change (default: 0.8, with a mask 1)",
+}
+RECORD_EXAMPLES = """\
+examples:
+  minidiff parity record sd15.safetensors ours.safetensors --steps 8
+  minidiff parity record sd15.safetensors judge.safetensors --steps 8 --dtype float64
+
+What a recording is, and how a program in any language writes one, stands at the top of minidiff/parity/recording.py.
+"""
+COMPARE_EXAMPLES = """\
+examples:
+  minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
+  minidiff parity compare ours.safetensors yours.safetensors --judge float64.safetensors --html report.html
+
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the recordings part, 2 for a mistake.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command with its options."""
+    p = about(
+        commands,
+        "parity",
+        "find where minidiff and the installed diffusers part, layer by layer and step by step",
+        PARITY_EXAMPLES,
+    )
+    p.late = sampler_list
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a diffusers folder, or what can be written as one")
+    _add_run(p, DTYPES)
+    g = p.add_argument_group("comparison")
+    _add_report(g)
+    g.add_argument(
+        "--no-judge",
+        dest="judge",
+        action="store_false",
+        help="where they part, don't run both in float64, which takes twice the memory, to tell rounding from a slip",
+    )
+    _add_record(commands)
+    _add_compare(commands)
+
+
+def _add_record(commands: Any) -> None:
+    p = about(
+        commands,
+        "parity record",
+        "write every stage of a run to a file, to hold other programs against",
+        RECORD_EXAMPLES,
+    )
+    p.late = sampler_list
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="any checkpoint that minidiff opens")
+    p.add_argument("out", metavar="OUT.safetensors", help="the file to write")
+    _add_run(p, (*DTYPES, "float64"))
+    g = p.add_argument_group("recording")
+    g.add_argument(
+        "--layers",
+        choices=("first", "all", "none"),
+        default="first",
+        help="the UNet's layers in the first step, in all, or no layers of any network (default: first)",
+    )
+    g.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def _add_compare(commands: Any) -> None:
+    p = about(commands, "parity compare", "find where two recordings part", COMPARE_EXAMPLES)
+    p.add_argument("a", metavar="A.safetensors", help="a recording")
+    p.add_argument("b", metavar="B.safetensors", help="another one, of the same run")
+    _add_report(p)
+    p.add_argument("--judge", metavar="C.safetensors", help="a recording in float64, which says who is nearer to it")
+    p.add_argument("--quiet", action="store_true", help="no hints")
+
+
+def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
+    """Add the options for the run, for the parity commands that run something."""
+    g = p.add_argument_group("run")
+    g.add_argument("--prompt", metavar="TEXT", help="(default: a photo of an astronaut riding a horse)")
+    add_options({"run": g}, Request, only=tuple(HELP), help=HELP)
+    g.add_argument("--size", type=read_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
+    g.add_argument("--dtype", choices=dtypes, default="float32", help="what to compute in (default: float32)")
+    g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
+    g.add_argument("--quiet", action="store_true", help="no hints, and nothing about what is being done")
+
+
+def _add_report(g: Any) -> None:
+    """Add the options for the comparison of two sides and its report."""
+    g.add_argument(
+        "--tolerance",
+        type=_fraction,
+        default=0.0,
+        metavar="X",
+        help="how far a stage may be apart, as a share of its largest value (default: 0, equal values)",
+    )
+    g.add_argument("--html", metavar="FILE", help="write the report as a page too, one file that needs no other")
+    g.add_argument("--all", action="store_true", help="print every stage, not only those around the place")
+    g.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
+def _fraction(text: str) -> float:
+    value = read_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} should be 0 or more")
+    return value
+
+
+def run(args: Namespace) -> int:
+    """Run the command."""
+    import weights_convert
+    from minidiff.parity.command import Converter, run
+    from weights_convert.module_names import module_names
+
+    converter = Converter(
+        lambda *what: open_model(*what)[0],
+        module_names,
+        lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
+    )
+    return run(args, converter, device_of(getattr(args, "device", "cpu")))

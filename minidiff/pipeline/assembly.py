@@ -1,0 +1,69 @@
+"""Building a pipeline from tensors and from files, for a class of pipeline that the caller chooses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from minidiff.config import ModelConfig
+from minidiff.storage import checkpoint
+from minidiff.storage.files import Lazy
+from minidiff.storage.identity import identify
+from minidiff.storage.low_memory import Turns
+
+if TYPE_CHECKING:
+    from minidiff.pipeline.base import Pipeline
+
+Own = TypeVar("Own", bound="Pipeline")
+Choose = Callable[[ModelConfig, str], type[Own]]  # the class for a config, and the name of its source for errors
+
+
+def build(
+    kind: type[Own],
+    config: ModelConfig,
+    tensors: Mapping[str, Lazy],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    source: str,
+    hash: str,
+    low_memory: bool,
+) -> Own:
+    """Build a pipeline of class ``kind``; the arguments are those of :func:`minidiff.pipeline.assemble`."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    parts = checkpoint.build(config)
+    if low_memory:
+        checkpoint.sketch(parts, tensors, dtype, source)
+    else:
+        checkpoint.fill(parts, tensors, device, dtype, source)
+    pipe = kind(config, parts, hash)  # decides which modules stay in float32
+    pipe.source = identify(config, tensors)
+    if low_memory:
+        pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
+        pipe.turns.begin()
+    return pipe
+
+
+def open_file(
+    path: str | os.PathLike[str],
+    choose: Choose[Own],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    low_memory: bool,
+    copy: bool,
+) -> Own:
+    """Open a minidiff file; the arguments are those of :func:`minidiff.load`. Raises :class:`CheckpointError`."""
+    found = checkpoint.read(path)
+    try:
+        kind = choose(found.config, str(path))
+        tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy
+        return build(kind, found.config, tensors, device, dtype, str(path), found.hash, low_memory)
+    finally:
+        if not low_memory:
+            found.file.close()  # converted tensors no longer need the map; the others hold it themselves
