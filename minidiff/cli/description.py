@@ -19,7 +19,8 @@ Rows = list[tuple[str, str]]
 
 
 def describe(path: str | os.PathLike[str]) -> str:
-    """A page about a minidiff file. Its header is read, and the tensors' names and shapes are held against its config.
+    """Return a page about a minidiff file. Its header is read, and the tensors' names and shapes are compared with its
+    config.
 
     Raises :class:`CheckpointError` for anything that is not a sound minidiff file.
     """
@@ -55,7 +56,7 @@ def describe_config(config: ModelConfig) -> Rows:
 
 
 def check_tensors(path: str | os.PathLike[str]) -> str:
-    """Read every byte of a minidiff file; one line that says what was checked.
+    """Read every byte of a minidiff file, and return a line that says what was checked.
 
     Raises :class:`CheckpointError` if the content hash is not the one in the header, or for the first tensor (in the
     order of their names) that holds a NaN or an infinity.

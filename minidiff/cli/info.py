@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "path", metavar="PATH", help="a minidiff file, a checkpoint of another layout, or a PNG of minidiff's"
     )
-    p.add_argument("--check", action="store_true", help="read all of it: is the content hash right, is any value NaN")
+    p.add_argument("--check", action="store_true", help="read every byte: verify the content hash and look for NaN")
 
 
 def run(args: Namespace) -> None:

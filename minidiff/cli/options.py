@@ -67,7 +67,9 @@ def given(args: Namespace, record: type, base: Any = None) -> dict[str, Any]:
 
 def add_parts(p: Any) -> None:
     """Add the options for weights, parts from other files, and facts that a file may not contain."""
-    p.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
+    p.add_argument(
+        "--variant", metavar="NAME", help="variant of the weights in a folder that holds several: fp16, non_ema, ..."
+    )
     for part in PARTS:
         name = part.replace("_", "-")
         what = {"text_encoder_2": "second text encoder (SDXL)"}.get(part, part.replace("_", " "))

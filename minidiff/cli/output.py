@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 class Destination:
     """A folder, and a file name if one was given; without it each picture is named by its prompt and seed.
 
-    ``out``: a file name (".png" may be left out), a folder, or None for the current one; a folder that does not exist
-    ends with a slash, and is made with the first picture. ``force``: a file that was there before is replaced; of a
-    link it is the link, and what is no regular file is left alone. Raises :class:`ConfigError` or
-    :class:`CheckpointError` for what is neither and OSError for a folder that cannot be written to: better now than
-    after all the work.
+    ``out``: a file name (".png" may be left out), a folder, or None for the current one. A folder that does not exist
+    must end with a slash; it is created with the first picture. ``force``: replace a file that existed before (of a
+    link, the link); devices and other special files are left alone. Raises :class:`ConfigError` or
+    :class:`CheckpointError` for a path that is neither, and OSError for a folder that is not writable, before any work
+    is done.
     """
 
     def __init__(self, out: str | None = None, force: bool = False) -> None:
@@ -49,7 +49,7 @@ class Destination:
             raise
 
     def save(self, image: Image.Image) -> Path:
-        """Write one picture with its recipe; gives the path, which has a number if its name was taken."""
+        """Write one picture with its recipe and return its path, which has a number if its name was taken."""
         if self.new:
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / (self.name or self._name(image))
@@ -80,7 +80,7 @@ class Destination:
 
 
 def slug(text: str) -> str:
-    """The first words of a text as a file name, in any script that the file system takes."""
+    """Return the first words of a text as a file name, in any script that the file system accepts."""
     name = "-".join(re.findall(r"\w+", text.lower()))[:40].strip("-_")
     try:
         os.fsencode(name)

@@ -23,7 +23,7 @@ examples:
 SDXL's refiner and models that inpaint need a picture (and a mask): where none is given, both sides get the same one,
 made for the run.
 
-exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides part, 2 for a mistake.
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides differ, 2 for a mistake.
 `minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of
 record or compare is ./record, ./compare.)
 """
@@ -50,7 +50,7 @@ examples:
   minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
   minidiff parity compare ours.safetensors yours.safetensors --judge float64.safetensors --html report.html
 
-exit status: 0 if all stages are equal (or within the tolerance), 1 if the recordings part, 2 for a mistake.
+exit status: 0 if all stages are equal (or within the tolerance), 1 if the recordings differ, 2 for a mistake.
 """
 
 
@@ -59,11 +59,13 @@ def add(commands: Any) -> None:
     p = about(
         commands,
         "parity",
-        "find where minidiff and the installed diffusers part, layer by layer and step by step",
+        "find where minidiff and the installed diffusers differ, layer by layer and step by step",
         PARITY_EXAMPLES,
     )
     p.late = sampler_list
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="a diffusers folder, or what can be written as one")
+    p.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a diffusers folder, or a checkpoint that can be written as one"
+    )
     _add_run(p, DTYPES)
     g = p.add_argument_group("comparison")
     _add_report(g)
@@ -71,7 +73,7 @@ def add(commands: Any) -> None:
         "--no-judge",
         dest="judge",
         action="store_false",
-        help="where they part, don't run both in float64, which takes twice the memory, to tell rounding from a slip",
+        help="do not run both in float64 where they differ (twice the memory), to tell rounding from a fault",
     )
     _add_record(commands)
     _add_compare(commands)
@@ -81,7 +83,7 @@ def _add_record(commands: Any) -> None:
     p = about(
         commands,
         "parity record",
-        "write every stage of a run to a file, to hold other programs against",
+        "write every stage of a run to a file, for comparison with other programs",
         RECORD_EXAMPLES,
     )
     p.late = sampler_list
@@ -93,17 +95,19 @@ def _add_record(commands: Any) -> None:
         "--layers",
         choices=("first", "all", "none"),
         default="first",
-        help="the UNet's layers in the first step, in all, or no layers of any network (default: first)",
+        help="record the UNet's layers in the first step, in all steps, or no layers at all (default: first)",
     )
     g.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def _add_compare(commands: Any) -> None:
-    p = about(commands, "parity compare", "find where two recordings part", COMPARE_EXAMPLES)
+    p = about(commands, "parity compare", "find where two recordings differ", COMPARE_EXAMPLES)
     p.add_argument("a", metavar="A.safetensors", help="a recording")
     p.add_argument("b", metavar="B.safetensors", help="another one, of the same run")
     _add_report(p)
-    p.add_argument("--judge", metavar="C.safetensors", help="a recording in float64, which says who is nearer to it")
+    p.add_argument(
+        "--judge", metavar="C.safetensors", help="a recording in float64, to see which of the two is nearer to it"
+    )
     p.add_argument("--quiet", action="store_true", help="no hints")
 
 
@@ -113,9 +117,9 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     g.add_argument("--prompt", metavar="TEXT", help="(default: a photo of an astronaut riding a horse)")
     add_options({"run": g}, Request, only=tuple(HELP), help=HELP)
     g.add_argument("--size", type=read_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
-    g.add_argument("--dtype", choices=dtypes, default="float32", help="what to compute in (default: float32)")
+    g.add_argument("--dtype", choices=dtypes, default="float32", help="precision of the computation (default: float32)")
     g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
-    g.add_argument("--quiet", action="store_true", help="no hints, and nothing about what is being done")
+    g.add_argument("--quiet", action="store_true", help="no hints and no progress")
 
 
 def _add_report(g: Any) -> None:
@@ -125,10 +129,10 @@ def _add_report(g: Any) -> None:
         type=_fraction,
         default=0.0,
         metavar="X",
-        help="how far a stage may be apart, as a share of its largest value (default: 0, equal values)",
+        help="largest difference allowed in a stage, relative to its largest value (default: 0: equal values)",
     )
-    g.add_argument("--html", metavar="FILE", help="write the report as a page too, one file that needs no other")
-    g.add_argument("--all", action="store_true", help="print every stage, not only those around the place")
+    g.add_argument("--html", metavar="FILE", help="also write the report as one self-contained HTML page")
+    g.add_argument("--all", action="store_true", help="print every stage, not only those around the first difference")
     g.add_argument("--force", action="store_true", help="replace FILE if it exists")
 
 

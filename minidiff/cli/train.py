@@ -32,7 +32,7 @@ examples:
   torchrun --nproc-per-node 4 -m minidiff train --data photos/ --out run
 
 A run's folder holds model.safetensors, which `minidiff generate --model` takes, state.safetensors for --resume,
-log.csv, and samples/. With --resume, what is not given is as it was.
+log.csv, and samples/. With --resume, options that are not given keep their values.
 """
 
 
@@ -50,51 +50,72 @@ def add(commands: Any) -> None:
         help="a folder of pictures (a model with text reads cat.txt beside cat.png, or metadata.jsonl), shapes (drawn "
         "on the fly), or torchvision:NAME",
     )
-    g.add_argument("--out", required=True, metavar="FOLDER", help="where the run is kept")
-    g.add_argument("--resume", action="store_true", help="go on with the run in FOLDER")
-    g.add_argument("--model", metavar="PATH", help="begin with this model (default: a new, small one without text)")
-    g.add_argument("--config", metavar="FILE.json", help="begin with a new model of this config")
+    g.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the run")
+    g.add_argument("--resume", action="store_true", help="continue the run in FOLDER")
+    g.add_argument("--model", metavar="PATH", help="start from this model (default: a new, small one without text)")
+    g.add_argument("--config", metavar="FILE.json", help="start from a new model of this config")
     g.add_argument(
         "--parts",
         choices=("unet", "unet+text_encoder", "vae"),
-        help="what learns (default: unet; vae: the autoencoder alone)",
+        help="what is trained (default: unet; vae: the autoencoder alone)",
     )
     g.add_argument("--size", type=read_whole, metavar="N", help="pixels (default: the model's; 64 for a new one)")
-    g.add_argument("--cache-latents", action="store_true", help="compute latents once, and keep them in FOLDER")
-    g.add_argument("--held-out", metavar="WHAT", help="data to measure the loss on whenever samples are made")
-    g.add_argument("--download", action="store_true", help="let torchvision fetch its data set, into ./data")
+    g.add_argument("--cache-latents", action="store_true", help="compute the latents once and keep them in FOLDER")
+    g.add_argument("--held-out", metavar="WHAT", help="data on which the loss is measured whenever samples are made")
+    g.add_argument("--download", action="store_true", help="let torchvision download its data set into ./data")
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
-    g.add_argument("--fsdp", action="store_true", help="under torchrun: spread the model over the processes")
+    g.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model over the processes")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=read_whole, metavar="N", help="optimiser steps of the whole run (default: 1000)")
-    g.add_argument("--batch", type=read_whole, metavar="N", help="pictures a step, on all machines (default: 16)")
-    g.add_argument("--accumulate", type=read_whole, metavar="N", help="parts of a batch: less memory (default: 1)")
-    g.add_argument("--rate", type=read_number, metavar="X", help="the highest learning rate (default: 1e-4)")
-    g.add_argument("--curve", metavar="NAME", help="how it falls: cosine, linear or constant (default: cosine)")
+    g.add_argument("--steps", type=read_whole, metavar="N", help="optimiser steps in all (default: 1000)")
+    g.add_argument("--batch", type=read_whole, metavar="N", help="pictures per step, over all processes (default: 16)")
     g.add_argument(
-        "--warmup", type=read_count, metavar="N", help="steps in which it rises (default: a tenth, at most 500)"
+        "--accumulate",
+        type=read_whole,
+        metavar="N",
+        help="micro-batches per batch; more of them need less memory (default: 1)",
+    )
+    g.add_argument("--rate", type=read_number, metavar="X", help="peak learning rate (default: 1e-4)")
+    g.add_argument(
+        "--curve", metavar="NAME", help="learning-rate schedule: cosine, linear or constant (default: cosine)"
+    )
+    g.add_argument(
+        "--warmup", type=read_count, metavar="N", help="warm-up steps (default: a tenth of all, at most 500)"
     )
     g.add_argument("--decay", type=read_number, metavar="X", help="weight decay (default: 0.01)")
-    g.add_argument("--clip", type=read_number, metavar="X", help="the longest gradient; 0: any (default: 1)")
+    g.add_argument("--clip", type=read_number, metavar="X", help="largest gradient norm; 0: no clipping (default: 1)")
     g.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
     g.add_argument(
-        "--ema", type=read_number, metavar="X", help="decay of the weights' average; 0: none (default: 0.9999)"
+        "--ema", type=read_number, metavar="X", help="decay of the averaged weights; 0: no average (default: 0.9999)"
     )
-    g.add_argument("--seed", type=read_seed, metavar="N", help="of the weights, the order and the noise (default: 0)")
+    g.add_argument(
+        "--seed",
+        type=read_seed,
+        metavar="N",
+        help="seed of new weights, the order of the data and the noise (default: 0)",
+    )
     g = p.add_argument_group("objective")
     g.add_argument(
-        "--min-snr", type=read_number, metavar="X", help="weigh timesteps by min-SNR; 5 is usual (default: no)"
+        "--min-snr", type=read_number, metavar="X", help="gamma of min-SNR loss weighting; 5 is usual (default: off)"
     )
-    g.add_argument("--noisy", type=read_number, metavar="X", help="above 1: practise much noise more (default: 1)")
-    g.add_argument("--offset-noise", type=read_number, metavar="X", help="0.1 is usual (default: 0)")
-    g.add_argument("--drop-prompt", type=read_number, metavar="X", help="share of empty prompts (default: 0.1)")
+    g.add_argument(
+        "--noisy", type=read_number, metavar="X", help="above 1: train more on high noise levels (default: 1)"
+    )
+    g.add_argument(
+        "--offset-noise", type=read_number, metavar="X", help="strength of offset noise; 0.1 is usual (default: 0)"
+    )
+    g.add_argument(
+        "--drop-prompt",
+        type=read_number,
+        metavar="X",
+        help="probability of replacing a prompt by the empty one (default: 0.1)",
+    )
     g.add_argument("--kl", type=read_number, metavar="X", help="vae: weight of the KL divergence (default: 1e-6)")
     g = p.add_argument_group("output")
+    g.add_argument("--save-every", type=read_whole, metavar="N", help="steps between checkpoints (default: 500)")
     g.add_argument(
-        "--save-every", type=read_whole, metavar="N", help="steps from checkpoint to checkpoint (default: 500)"
+        "--sample-every", type=read_count, metavar="N", help="steps between grids of samples; 0: none (default: 0)"
     )
-    g.add_argument("--sample-every", type=read_count, metavar="N", help="steps from grid to grid; 0: none (default: 0)")
-    g.add_argument("--samples", type=read_whole, metavar="N", help="pictures in a grid (default: 16)")
+    g.add_argument("--samples", type=read_whole, metavar="N", help="pictures per grid (default: 16)")
     g.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
