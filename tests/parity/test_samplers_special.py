@@ -58,16 +58,22 @@ from tests.tolerances import EXPANSION, WEIGHTS_SUM, Tolerance, assert_close
 
 
 def test_ddim_where_rounding_makes_the_reference_nan():
-    """eta 1 at zero terminal SNR: 1 - alpha_bar_prev - std**2 is 0 but for rounding."""
+    """eta 1 at zero terminal SNR: 1 - alpha_bar_prev - std**2 is 0 but for rounding, which processors do otherwise.
+    Where the reference gives NaN, and only there, the plan is refused."""
     c = config("DDIMScheduler", **ZERO_SNR, prediction_type="v_prediction", clip_sample=False, eta=1.0)
-    ref = reference(c)
-    ref.set_timesteps(50)
-    x = torch.zeros(SHAPE)
-    assert ref.step(x, ref.timesteps[0], x, eta=1.0).prev_sample.isnan().any()
+    ref, x = reference(c), torch.zeros(SHAPE)
     schedule = NoiseSchedule.from_config(schedule_from_diffusers(c))
-    with pytest.raises(ConfigError, match="rows \\[0\\]"):
-        sampler_from_diffusers(c).plan(schedule, 50)
-    compare(c, 20)
+    broken = []
+    for n in range(2, 100):
+        ref.set_timesteps(n)
+        if ref.step(x, ref.timesteps[0], x, eta=1.0).prev_sample.isnan().any():
+            broken.append(n)
+            with pytest.raises(ConfigError, match="rows \\[0\\]"):
+                sampler_from_diffusers(c).plan(schedule, n)
+        else:
+            sampler_from_diffusers(c).plan(schedule, n)
+    assert broken, "rounding breaks the reference for no number of steps: choose others"
+    compare(c, next(n for n in range(20, 100) if n not in broken))
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
