@@ -336,7 +336,7 @@ PAIRS: dict[str, Callable[[Work], None]] = {
     "two train": pair_of(
         *("train", "--data", "PHOTOS", "--out", "PLACE", "--config", "CONFIG", "--quiet", "--steps", "2"),
         *("--batch", "1", "--device", "cpu"),
-        words=("another run is at work", "holds a run already"),
+        words=("another run is using this folder", "already holds a run"),
     ),
 }
 

@@ -142,7 +142,7 @@ def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source:
     wanted = {f"{name}.{key}": tuple(p.shape) for name, part in parts.items() for key, p in part.state_dict().items()}
     for problem, names in (
         ("is missing", sorted(wanted.keys() - tensors.keys())),
-        ("has no place in this model", sorted(tensors.keys() - wanted.keys())),
+        ("does not belong to this model", sorted(tensors.keys() - wanted.keys())),
     ):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""

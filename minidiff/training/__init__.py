@@ -1,1 +1,1 @@
-"""Training: the objective, the data, the loop, and what is kept between two runs of it."""
+"""Training: the objective, the data, the loop, and the state that a resumed run needs."""

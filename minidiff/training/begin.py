@@ -1,8 +1,8 @@
 """Initialization for training: a network that does as little as possible.
 
-The last layer of every residual branch is set to 0, so that each block begins by passing its input on, and a deep
-network begins as a shallow one (Ho et al. 2020 start so, as did Goyal et al. 2017 for ResNets). Without it the branches
-of a new network drown what comes through in noise, and the first thousand steps go into quieting them.
+The last layer of every residual branch is set to 0, so that each block begins as the identity and a deep network begins
+as a shallow one (as in Ho et al. 2020, and Goyal et al. 2017 for ResNets). Otherwise the random branches of a new
+network drown the signal, and the first thousand steps are spent on suppressing them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minidiff.models.clip import Layer
 
 @torch.no_grad()
 def quiet(part: nn.Module) -> None:
-    """Set the last layer of each residual branch of a UNet, VAE or text encoder to 0, in place."""
+    """Set the last layer of each residual branch of a UNet, VAE or text encoder to zero, in place."""
     for module in part.modules():
         for last in last_layers(module):
             for p in last.parameters():

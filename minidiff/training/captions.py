@@ -1,10 +1,10 @@
-"""The small language of the shapes: what can be said about a picture, and the several ways to say it.
+"""Captions of the shapes: a small language in which each fact about a picture can be worded in several ways.
 
     a large red star on a blue background            blue background with a big red star
     small white ring above green cross on grey       a pink circle in the middle of a black background
 
-A caption is worded from :class:`Facts`, which hold one canonical word for each thing said ("large", "gray"); synonyms
-and the order of the phrases are chosen when it is worded. All of the language is lower case; a comma is its only mark.
+A caption is generated from :class:`Facts`, which hold one canonical word for each fact ("large", "gray"); synonyms and
+the order of the phrases are chosen at that point. Captions are in lower case, with the comma as the only punctuation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TWO = (
 
 @dataclass(frozen=True)
 class Named:
-    """One thing as a caption names it; ``size`` is None where the caption leaves it open."""
+    """One thing as a caption names it; ``size`` is None if the caption does not say it."""
 
     shape: str
     colour: str
@@ -66,7 +66,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a caption says: the background, one or two things, and, unless left open, where they are.
+    """Facts that a caption states: the background, one or two things, and optionally where they are.
 
     ``place``: of a single thing, one of ``PLACES``. ``relation``: of the first of two things to the second, one of
     ``RELATIONS``; None for two things joined by "and".
@@ -79,7 +79,7 @@ class Facts:
 
 
 def caption(facts: Facts, choice: int) -> str:
-    """``facts`` in words. ``choice``, any number from 0, picks the wording; its digits choose the synonyms."""
+    """Word ``facts`` as a caption. ``choice``, any number from 0, selects the wording; its digits the synonyms."""
 
     def pick(options: Sequence[str]) -> str:
         nonlocal choice
@@ -110,12 +110,12 @@ def article(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> frozenset[str]:
-    """Every word that a caption can contain, about fifty; without the comma, the one mark that captions use."""
+    """Return every word that a caption can contain, about fifty, without the comma."""
     canonical = (*SHAPES, *COLOURS, *BACKGROUNDS, "medium", "above", "and", "a", "an")
     phrases = (*canonical, *(phrase for options in SYNONYMS.values() for phrase in options), *ONE, *TWO)
     return frozenset(word for phrase in phrases for word in words(re.sub(r"\{\w+\}", " ", phrase)))
 
 
 def words(text: str) -> list[str]:
-    """The words of ``text`` in lower case, in order, without the marks around them ("Star!" -> "star")."""
+    """Return the words of ``text`` in lower case, in order, without surrounding punctuation ("Star!" -> "star")."""
     return re.findall(r"\w+(?:['’-]\w+)*", text.lower())

@@ -1,8 +1,8 @@
-"""Check that a resumed run is shown the pictures that it began with.
+"""Check that a resumed run sees the pictures that it began with.
 
-Which example a step reads follows from its number and from how many pictures there are, so with others a run doesn't
-end where it would have ended. That may be meant; it isn't to happen unseen. A set of the user's own pictures has a mark
-for each, a number that changes with its pixels and its caption (``ImageFolder.marks``), and the run's state keeps them.
+The examples of a step follow from its number and the number of pictures, so a run that is resumed with other pictures
+ends elsewhere. That may be intended, but must not happen unnoticed. A folder of pictures has a mark for each, a number
+that changes with its pixels and its caption (``ImageFolder.marks``), and the run's state keeps these marks.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-NAMED = 3  # how many pictures a message names
+NAMED = 3  # pictures that a message names
 
 
 def marks_of(data: Any) -> dict[str, int]:
-    """The marks of a stream's pictures by name; none of a stream that has no names."""
+    """Return the marks of a stream's pictures by name; empty for a stream without names."""
     return dict(getattr(data, "marks", {}))
 
 
 def said(then: Mapping[str, int], now: Mapping[str, int]) -> str | None:
-    """Describe, with counts, how the pictures of a run differ from those it began with; None if they do not."""
+    """Describe, with counts, how the pictures of a run differ from those it began with; None if they do not differ."""
     kinds = {
         "added": sorted(now.keys() - then.keys()),
         "gone": sorted(then.keys() - now.keys()),

@@ -1,4 +1,4 @@
-"""``minidiff train``: from the command line's options to a run. The grammar stands in cli/train.py."""
+"""``minidiff train``: from the command line's options to a run. The options are defined in cli/train.py."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from minidiff.training.settings import TrainConfig
 from minidiff.training.state import Keeper
 
 Pipe = StableDiffusion | Unconditional
-SIZE = 64  # pixels of a new model's pictures, unless --size says otherwise
+SIZE = 64  # side of a new model's pictures in pixels, unless --size is given
 SHAPES, TORCHVISION = "shapes", "torchvision:"
-SHAPES_CACHED = 20_000  # how many of the endless set are taken where a finite one is needed
+SHAPES_CACHED = 20_000  # pictures of the endless set that are used where a finite one is needed
 LATENTS = "latents.safetensors"
 
 
 def run(args: Namespace, open_model: Callable[[str], Pipe], device: torch.device) -> Path | None:
-    """Do what ``args`` ask for, with the model that ``open_model`` makes of a path; the path of what was trained.
+    """Run the training that ``args`` describe and return the path of the trained model.
 
-    One of several processes that is not the main one is silent, and has no path to tell.
+    ``open_model`` opens a model by its path. Processes other than the main one are silent and return None.
     """
     device = local_device(device)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata, of each of thousands of pictures
@@ -84,18 +84,18 @@ def _run(
 
 
 def stopping() -> None:
-    """Tell who asks a run to end what happens now."""
+    """Tell a user who asks a run to stop what happens now."""
     say("stopping when this step is done and saved; --resume goes on from it (Ctrl-C once more: at once, unsaved)")
 
 
 def begin(
     args: Namespace, folder: Path, before: dict[str, Any], config: TrainConfig, open_model: Callable[[str], Pipe]
 ) -> tuple[Pipe, dict[str, str] | None]:
-    """The model that a run begins or goes on with, and where it once came from: None if it was new.
+    """Return the model that a run starts or resumes with, and the model it was initialized from: None for a new one.
 
-    What learns will be read from the state of a run that goes on; what is frozen is in the model beside it. A run that
-    was killed before that was written takes it from where it began. Raises :class:`CheckpointError` if that is another
-    model by now, or not known.
+    For a resumed run, trained parts will be read from its state and frozen parts from the model beside it. If the run
+    was killed before that model was written, frozen parts come from the model it began with. Raises
+    :class:`CheckpointError` if that is unknown or is now a different model.
     """
     if args.model is not None:
         pipe = open_model(args.model)
@@ -108,7 +108,7 @@ def begin(
     if begun is not None:
         pipe = open_model(begun["path"])
         if pipe.hash != begun["hash"]:
-            raise CheckpointError(f"{begun['path']}: is another model than the one this run began with; get that again")
+            raise CheckpointError(f"{begun['path']}: is not the model that this run began with; restore that one")
         return pipe, begun
     frozen = sorted(checkpoint.build(made).keys() - set(config.parts))
     if frozen and "begun" not in before:
@@ -132,12 +132,12 @@ def machines(args: Namespace, device: torch.device) -> tuple[Alone, Keeper]:
 
 
 def settings(args: Namespace, before: dict[str, Any]) -> TrainConfig:
-    """The options that are fields of :class:`TrainConfig`; one that was not given is as ``before``, or the default."""
+    """Return the options that are fields of :class:`TrainConfig`, by default those of ``before`` or its defaults."""
     given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(TrainConfig)}
     given["parts"] = None if args.parts is None else args.parts.split("+")
     found = before | {name: value for name, value in given.items() if value is not None}
     for name in ("clip", "ema"):
-        if found.get(name) == 0:  # on a command line, 0 says none
+        if found.get(name) == 0:  # on the command line, 0 means none
             found[name] = None
     if "warmup" not in found:
         found["warmup"] = min(500, found.get("steps", TrainConfig.steps) // 10)
@@ -145,7 +145,7 @@ def settings(args: Namespace, before: dict[str, Any]) -> TrainConfig:
 
 
 def reopen(path: Path, config: ModelConfig) -> Pipe:
-    """The model of a run that goes on: what is frozen is there as it was, what learns will be read from the state."""
+    """Return the model of a resumed run with its frozen parts; trained parts will be read from the state."""
     found = checkpoint.read(path)
     try:
         return assemble(config, found.file.lazy, "cpu", torch.float32, str(path))
@@ -154,7 +154,7 @@ def reopen(path: Path, config: ModelConfig) -> Pipe:
 
 
 def new_model(args: Namespace, seed: int) -> Pipe:
-    """A model with random weights: that of ``--config``, or a small one that works on pixels and knows no text."""
+    """Return a model with random weights: that of ``--config``, or a small unconditional one that works on pixels."""
     if args.config is None:
         size = SIZE if args.size is None else args.size
         check(
@@ -167,7 +167,7 @@ def new_model(args: Namespace, seed: int) -> Pipe:
 
 
 def small_model(size: int) -> ModelConfig:
-    """A DDPM of about 5 M parameters (Ho et al. 2020, appendix B, at a quarter of the width) for ``size`` pixels."""
+    """Config of a DDPM of about 5 M parameters (Ho et al. 2020, appendix B, a quarter as wide) for ``size`` pixels."""
     widths = (48, 96, 144, 144)[: 2 if size < 16 else 3 if size < 32 else 4]
     levels = [Level(channels=c) for c in widths[:-1]]
     last = Level(channels=widths[-1], attention="self", heads=4)
@@ -177,7 +177,7 @@ def small_model(size: int) -> ModelConfig:
 
 
 def picture_size(args: Namespace, pipe: Pipe) -> int:
-    """The side of the pictures in pixels: what was asked for, or what the model was made for."""
+    """Return the side of the pictures in pixels: --size, or the model's own."""
     factor = pipe.vae.config.factor if isinstance(pipe, StableDiffusion) else 1
     height, width = pipe.unet.config.sides
     check(
@@ -190,7 +190,7 @@ def picture_size(args: Namespace, pipe: Pipe) -> int:
 
 
 def open_data(args: Namespace, source: str, pipe: Pipe, config: TrainConfig, size: int, cache: bool = True) -> Data:
-    """The stream that ``source`` names: "shapes", "torchvision:NAME", or a folder."""
+    """Open the stream that ``source`` names: "shapes", "torchvision:NAME", or a folder."""
     captions = isinstance(pipe, StableDiffusion) and config.parts != ("vae",)
     cache = cache and args.cache_latents
     check(captions or not cache, "--cache-latents: only a UNet on latents has any; this training works on pixels")

@@ -8,11 +8,11 @@ from minidiff.training.settings import TrainConfig
 
 
 def rate_at(config: TrainConfig, step: int) -> float:
-    """The learning rate of optimiser step ``step`` (the first is 0).
+    """Return the learning rate of optimiser step ``step`` (the first is 0).
 
-    It rises in a straight line from 0 through ``warmup`` steps, so that the first of these changes nothing; then it
-    stays ("constant"), falls in a straight line ("linear"), or along half a cosine (Loshchilov & Hutter 2017,
-    equation 5), to reach 0 after the last step.
+    It rises linearly from 0 over ``warmup`` steps, so that the first step changes nothing. Then it stays constant
+    ("constant"), or falls to 0 after the last step, linearly ("linear") or along half a cosine ("cosine"; Loshchilov &
+    Hutter 2017, equation 5).
     """
     if step < config.warmup:
         return config.rate * (step / config.warmup)

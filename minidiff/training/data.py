@@ -1,8 +1,8 @@
-"""Sets of pictures, and the endless shuffled streams that are made of them.
+"""Sets of pictures, and the endless shuffled streams made of them.
 
-A set is finite and hands out any of its pictures by index: a folder (folder.py), one of torchvision's, the beginning of
-a stream, or a set whose latents were computed beforehand (latents.py). ``Shuffled`` deals them out, every picture once
-an epoch, each epoch in an order of its own that follows from seed and epoch alone.
+A set is finite and returns any of its pictures by index: a folder (images.py), a torchvision data set, the beginning of
+a stream, or a set whose latents were computed beforehand (latents.py). ``Shuffled`` deals every picture once per epoch,
+in an order that depends on the seed and the epoch alone.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class PictureSet(Protocol):
 
 
 class Shuffled:
-    """An endless stream of a finite set. Example k is picture k % n of a shuffle of epoch k // n."""
+    """Endless stream over a finite set. Example k is picture k % n in the shuffled order of epoch k // n."""
 
     def __init__(self, pictures: PictureSet, seed: int = 0) -> None:
-        """Raises :class:`ConfigError` for a set of fewer than two pictures: there is nothing to generalise from."""
+        """Raise :class:`ConfigError` for a set of fewer than two pictures: there is nothing to generalise from."""
         n = len(pictures)
         check(n != 0, "there is no picture to train on")
         check(n != 1, "there is only one picture to train on; a model needs at least two, and rather thousands")
@@ -59,7 +59,7 @@ class Shuffled:
 
 
 class FirstOf:
-    """The first ``count`` examples of a stream, as a set."""
+    """Set of the first ``count`` examples of a stream."""
 
     def __init__(self, stream: Data, count: int) -> None:
         self.stream, self.count = stream, count
@@ -73,7 +73,7 @@ class FirstOf:
 
 
 class ShapesStream:
-    """The procedural set of shapes.py, 64 x 64 pixels with captions, as a stream."""
+    """Stream of the procedural data set of shapes.py, 64 x 64 pixels with captions."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -86,10 +86,10 @@ class ShapesStream:
 
 
 class TorchvisionSet:
-    """One of torchvision's data sets by name, such as "CIFAR10"; the names of its classes are the captions.
+    """Data set of torchvision by name, such as "CIFAR10"; the names of its classes are the captions.
 
-    It is looked for in ``root``, and fetched only if ``download`` says so. Raises :class:`ConfigError` for a name that
-    torchvision does not have, and for data that are not there.
+    It is read from ``root``, and downloaded only if ``download`` is true. Raises :class:`ConfigError` for a name that
+    torchvision does not know, and for missing data.
     """
 
     def __init__(self, name: str, size: int, root: str = "data", download: bool = False) -> None:
@@ -129,12 +129,12 @@ class TorchvisionSet:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1], as models see pictures."""
+    """Convert uint8 0..255 to float32 in [-1, 1], as models see pictures."""
     return pixels.float() / 127.5 - 1
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Batches as one."""
+    """Join batches into one."""
     captions = [text for b in batches for text in b.captions or ()]
     latents = [b.latents for b in batches if b.latents is not None]
     both = None

@@ -1,7 +1,7 @@
-"""The average of the weights over the last steps: what is sampled from, evaluated and shipped.
+"""Exponential moving average (EMA) of the weights, which is used for sampling, evaluation and the saved model.
 
-Training ends at a random place of a noisy path; the average over its end lies nearer to the middle of the valley
-(Polyak & Juditsky 1992; Ho et al. 2020 use 0.9999).
+Training ends at a random point of a noisy path; the average over its end lies nearer to the minimum (Polyak & Juditsky
+1992; Ho et al. 2020 use a decay of 0.9999).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from torch import Tensor
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * weights, after every step.
+    """Moving average: average = decay * average + (1 - decay) * weights, after every step.
 
-    The decay starts low, (1 + n) / (10 + n) after n steps, or the average would remember its random beginning.
+    The decay starts low, (1 + n) / (10 + n) after n steps, so that the average forgets its random beginning.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
-        """``weights`` by name; they are copied, in float32, and never changed here."""
+        """Start from a float32 copy of ``weights`` (by name), which are not changed here."""
         self.decay = decay
         self.average = {name: w.detach().float().clone() for name, w in weights.items()}
 
     def decay_at(self, steps: int) -> float:
-        """The decay of the update after ``steps`` steps; the first one (1) takes the weights as they are."""
+        """Return the decay of the update after ``steps`` steps; the first one (1) takes the weights as they are."""
         done = max(0, steps - 1)
         return 0.0 if done == 0 else min((1 + done) / (10 + done), self.decay)
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor], steps: int) -> None:
-        """Take in ``weights`` as they are after ``steps`` steps."""
+        """Update the average with ``weights`` after ``steps`` steps."""
         ours, theirs = list(self.average.values()), [weights[name].detach() for name in self.average]
-        gap = torch._foreach_sub(ours, theirs)  # one call for all: hundreds of small tensors cost more to launch
+        gap = torch._foreach_sub(ours, theirs)  # one call for all: launching one per small tensor costs more
         torch._foreach_mul_(gap, 1 - self.decay_at(steps))
         torch._foreach_sub_(ours, gap)
 

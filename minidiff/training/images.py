@@ -1,8 +1,9 @@
-"""A folder of the user's own pictures, of any size and format, with or without captions.
+"""Folder of the user's own pictures, of any size and format, with or without captions.
 
-Every picture is read once, at the beginning: so a broken one is found before the training and not in its third hour,
-and what is left has numbers that do not change. Scaled down, a set usually fits into memory, and is kept there.
-Nothing is left out without a word but hidden files and folders, and what programs leave behind for themselves.
+Every picture is read once at the beginning, so that a broken one is found before the training and not in its third
+hour, and the others have numbers that do not change. Scaled down, a set usually fits into memory and is kept there.
+Hidden files and folders, and those that programs create for themselves, are ignored; anything else that is left out is
+reported.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from minidiff.training.batch import Batch
 if TYPE_CHECKING:
     from PIL import Image
 
-MEMORY = 2**31  # bytes of pixels that are kept; a larger folder is read again, picture by picture
-NAMED = 5  # how many pictures a message names
+MEMORY = 2**31  # bytes of pixels kept in memory; a larger folder is read again, picture by picture
+NAMED = 5  # pictures that a message names
 CAPTIONS = "metadata.jsonl"
 LONGEST_LIST, LONGEST_CAPTION = 1 << 30, 1 << 20  # bytes
-# Folders that programs make for themselves, beside the hidden ones.
+# Folders that programs create for themselves, besides hidden ones.
 JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
-# Pictures of formats that are not read.
+# Picture formats that are not read.
 UNREAD = {
     *(".heic", ".heif", ".jxl", ".psd", ".svg", ".ico", ".eps", ".ai", ".exr", ".hdr", ".dds", ".xcf", ".kra", ".pcx"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".wmf", ".emf", ".djvu"),
 }
-# How files of pictures begin: for those whose names do not say it.
+# First bytes of picture files, for those whose names do not tell.
 BEGINNINGS = (
     b"\x89PNG\r\n\x1a\n",
     b"\xff\xd8\xff",
@@ -56,16 +57,16 @@ BEGINNINGS = (
 
 
 class ImageFolder:
-    """The pictures in ``path`` and in its folders, cut to squares of ``size`` pixels; ``take`` gives a batch of them.
+    """Set of the pictures in ``path`` and its subfolders, cropped to squares of ``size`` pixels.
 
-    A picture is what has a name like one (``cat.png``) or begins like one; of animations it is the first frame. Hidden
-    files and folders are left out. ``captions``: each picture has one, in a text file beside it (``cat.png``,
-    ``cat.txt``) or as a line of ``metadata.jsonl``: ``{"file_name": "cat.png", "text": "a cat"}``.
+    Pictures are recognized by their name (``cat.png``) or their first bytes; of animations the first frame is used.
+    Hidden files and folders are ignored. ``captions``: every picture must have one, in a text file beside it
+    (``cat.png``, ``cat.txt``) or as a line of ``metadata.jsonl``: ``{"file_name": "cat.png", "text": "a cat"}``.
 
-    Pictures that cannot be read are named in a warning, counted (``broken``), and left out; so are those of the list
-    that are not there (``absent``). ``marks``: by name in the folder, a number that changes with the picture's pixels
-    and with its caption. Raises :class:`ConfigError` for a folder that does not exist or has no picture that can be
-    read, and for captions that are missing.
+    Pictures that cannot be read are named in a warning, counted (``broken``) and left out; listed pictures that do not
+    exist are counted as ``absent``. ``marks``: by name in the folder, a number that changes with the picture's pixels
+    and its caption. Raises :class:`ConfigError` for a folder that does not exist or has no readable picture, and for
+    missing captions.
     """
 
     def __init__(
@@ -118,11 +119,11 @@ class ImageFolder:
         return sorted(found), sorted(unread)
 
     def _read_captions(self, files: Sequence[Path]) -> dict[Path, str]:
-        """The caption of each file; a warning tells which pictures of the list are not there."""
+        """Return the caption of each file; a warning names listed pictures that do not exist."""
         listed = read_list(self.path / CAPTIONS) if (self.path / CAPTIONS).is_file() else {}
         self.absent = sorted(listed.keys() - {_name(file, self.path) for file in files})
         if self.absent:
-            count = f"{len(self.absent)} of {len(listed)} names are of no picture that is there"
+            count = f"{len(self.absent)} of {len(listed)} names belong to no existing picture"
             warn(f"{self.path / CAPTIONS}: {count}: {_first(self.absent)}", stacklevel=3)
         return read_captions(self.path, files, listed)
 
@@ -153,7 +154,7 @@ class ImageFolder:
 
 
 def _refuse(e: OSError) -> NoReturn:
-    """A folder that cannot be opened ends the search, which would pass it over."""
+    """Raise the error of a folder that cannot be opened, which the search would skip."""
     raise e
 
 
@@ -163,7 +164,7 @@ def _name(file: Path, folder: Path) -> str:
 
 
 def _first(names: Iterable[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first names of a list, and how many more there are."""
     names = list(names)
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
@@ -175,7 +176,7 @@ def _and(unread: Sequence[Path], folder: Path) -> str:
 
 
 def _begins_like_one(file: Path) -> bool:
-    """Return True if a file begins like a picture, whatever it is called."""
+    """Return True if the first bytes of a file are those of a picture."""
     if not file.is_file():
         return False
     try:
@@ -188,14 +189,14 @@ def _begins_like_one(file: Path) -> bool:
 
 
 def read(path: Path, size: int) -> Tensor:
-    """One picture file as uint8 (3, size, size). Raises :class:`CheckpointError` if it is none, or damaged."""
+    """Read a picture file as uint8 (3, size, size). Raises :class:`CheckpointError` if it is none, or damaged."""
     return to_pixels(open_picture(path), size)
 
 
 def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:
-    """A picture of any mode and size -> uint8 (3, size, size): the short side is brought to ``size``, the middle cut.
+    """Resize a picture of any mode to a short side of ``size`` and crop its centre to uint8 (3, size, size).
 
-    What is transparent becomes white.
+    Transparent pixels become white.
     """
     from PIL import Image
 
@@ -211,8 +212,10 @@ def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:
 
 
 def read_captions(folder: Path, files: Sequence[Path], listed: Mapping[str, str]) -> dict[Path, str]:
-    """The caption of each file, from the list or beside it. Raises :class:`ConfigError` if any has none, saying how
-    many, or one is unreadable."""
+    """Return the caption of each file, from the list or the file beside it.
+
+    Raises :class:`ConfigError` if captions are missing, saying how many, or if one is unreadable.
+    """
     texts: dict[Path, str] = {}
     for file in files:
         beside = file.with_suffix(".txt")
@@ -223,9 +226,7 @@ def read_captions(folder: Path, files: Sequence[Path], listed: Mapping[str, str]
             try:
                 texts[file] = read_text(beside, LONGEST_CAPTION).strip()
             except CheckpointError:
-                raise ConfigError(
-                    f"{beside}: a caption should be text in UTF-8, a few words of it, and this is not"
-                ) from None
+                raise ConfigError(f"{beside}: a caption must be a short text in UTF-8, and this is not") from None
     missing = [f for f in files if f not in texts]
     if missing:
         where = f"a .txt file beside it or a line of {CAPTIONS}"
@@ -236,13 +237,13 @@ def read_captions(folder: Path, files: Sequence[Path], listed: Mapping[str, str]
 
 
 def read_list(path: Path) -> dict[str, str]:
-    """metadata.jsonl as a dict from file name to text; a warning tells of names that stand there twice.
+    """Read metadata.jsonl as a dict from file name to text; a warning names duplicates.
 
-    Raises :class:`ConfigError`, naming the line, if it is wrong, and :class:`CheckpointError` if it is no text.
+    Raises :class:`ConfigError`, naming the line, for an invalid line, and :class:`CheckpointError` if it is not text.
     """
     found: dict[str, str] = {}
     twice: dict[str, None] = {}
-    # A line ends at a line feed alone: JSON's strings may hold U+2028 and other ends of lines as they are.
+    # Only a line feed ends a line: JSON strings may contain U+2028 and other line ends unescaped.
     for number, line in enumerate(read_text(path, LONGEST_LIST).split("\n"), 1):
         if not line.strip():
             continue
@@ -259,5 +260,5 @@ def read_list(path: Path) -> dict[str, str]:
             twice[name] = None
         found[name] = text
     if twice:
-        warn(f"{path}: {len(twice)} names have two texts, the last one counts: {_first(twice)}", stacklevel=4)
+        warn(f"{path}: {len(twice)} names occur more than once, the last one counts: {_first(twice)}", stacklevel=4)
     return found

@@ -1,4 +1,4 @@
-"""Log of a training run: a line of a CSV file for every step, and the same curves for TensorBoard if installed."""
+"""Log of a training run: a line of a CSV file for every step, and the same curves for TensorBoard if available."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ COLUMNS = [field.name for field in dataclasses.fields(Report)]
 
 
 class Table:
-    """A CSV file whose first column is the step; a run that goes on from step ``done`` drops the lines behind it."""
+    """CSV file whose first column is the step; a run that resumes from step ``done`` drops the lines after it."""
 
     def __init__(self, path: Path, columns: list[str], done: int) -> None:
         rows: list[list[str]] = []
         if done and path.exists():
             with io.TextIOWrapper(open_regular(path), encoding="utf-8", errors="replace", newline="") as old:
-                # A kill may have cut the last line short; its step is made again, and so is its line.
+                # A kill may have truncated the last line; its step is repeated, and so is the line.
                 rows = [r for r in csv.reader(old) if len(r) == len(columns) and r[0].isdigit() and int(r[0]) <= done]
-        with atomic(path) as file:  # the old lines are there until the new ones are
+        with atomic(path) as file:  # the old lines stay until the new ones are written
             file.write(_lines(columns, *rows))
         self.file = append(path)
 
     def write(self, *rows: Any) -> None:
-        """Lines that are in the file at once, so that one can watch it grow."""
+        """Write a line that appears in the file at once."""
         self.file.write(_lines(*rows))
 
 
@@ -59,7 +59,7 @@ class Journal:
         self._draw(report.step, {name: getattr(report, name) for name in COLUMNS[1:]})
 
     def held_out(self, step: int, loss: float) -> None:
-        """The loss on held-out data after ``step``."""
+        """Write the loss on held-out data after ``step``."""
         if self.evaluations is None:
             self.evaluations = Table(self.folder / "held_out.csv", ["step", "loss"], self.done)
         self.evaluations.write((step, loss))
@@ -71,7 +71,7 @@ class Journal:
                 self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the files."""
         for table in (self.steps, self.evaluations):
             if table is not None:
                 table.file.close()

@@ -1,7 +1,7 @@
-"""Latents computed once instead of at every step: the autoencoder is frozen, so it would always say the same.
+"""Latents computed once instead of at every step: the autoencoder is frozen, so they do not change.
 
-What is kept is the Gaussian that the encoder gives, mean and log-variance, so that training still sees another sample
-of it at every visit.
+The Gaussian that the encoder returns is kept, mean and log-variance, so that training still sees a new sample of it
+every time.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from minidiff.training.changes import marks_of
 from minidiff.training.data import PictureSet
 
 KEY = "minidiff.latents"
-PART = 16  # pictures that are encoded, or read for the fingerprint, at a time
+PART = 16  # pictures encoded, or read for the fingerprint, at a time
 
 
 class CachedLatents:
-    """``pictures`` with their latents under ``vae``; its pixels have no width, for nobody needs them any more.
+    """Set of ``pictures`` with their latents under ``vae``; its pixels are empty, since they are no longer needed.
 
-    ``path``: a file that keeps the latents for the next run; made anew if it belongs to other pictures or weights.
+    ``path``: file that keeps the latents for the next run; rewritten if it belongs to other pictures or weights.
     """
 
     def __init__(self, pictures: PictureSet, vae: VAE, path: str | os.PathLike[str] | None = None) -> None:
@@ -53,14 +53,14 @@ class CachedLatents:
 
 
 def parts(pictures: PictureSet) -> Iterator[Batch]:
-    """All pictures, a few at a time."""
+    """Yield all pictures, a few at a time."""
     for k in range(0, len(pictures), PART):
         yield pictures.take(range(k, min(k + PART, len(pictures))))
 
 
 @torch.no_grad()
 def encode(pictures: PictureSet, vae: VAE) -> DiagonalGaussian:
-    """The latents of a whole set, float32 on the CPU."""
+    """Compute the latents of a whole set, float32 on the CPU."""
     like = next(vae.parameters())
     found = [vae.encode(batch.pixels.to(like)) for batch in parts(pictures)]
     mean, logvar = torch.cat([g.mean for g in found]), torch.cat([g.logvar for g in found])
@@ -68,7 +68,7 @@ def encode(pictures: PictureSet, vae: VAE) -> DiagonalGaussian:
 
 
 def load(path: Path, mark: str) -> DiagonalGaussian | None:
-    """The latents in ``path``, or None if it does not exist or belongs to something else."""
+    """Read the latents in ``path``; None if it does not exist or belongs to other pictures or weights."""
     if not path.is_file():
         return None
     file = TensorFile(path)
@@ -81,7 +81,7 @@ def load(path: Path, mark: str) -> DiagonalGaussian | None:
 
 
 def fingerprint(pictures: PictureSet, vae: VAE) -> str:
-    """Return a hash of everything that latents depend on, as 64 hex digits: every pixel, every weight, the config."""
+    """Return a hash of everything that the latents depend on, as 64 hex digits: all pixels, all weights, the config."""
     digest = hashlib.sha256(to_json(vae.config).encode())
     for tensor in (*vae.state_dict().values(), *(batch.pixels for batch in parts(pictures))):
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

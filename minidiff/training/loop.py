@@ -1,4 +1,4 @@
-"""The training loop: forward, backward, clip, step, average; over and over.
+"""Training loop: forward, backward, clip, step, average.
 
 One call of :meth:`Trainer.step` is one optimiser step: read it from top to bottom, a comment says what each line is
 for. Nothing here writes a file or prints; whoever iterates over :meth:`Trainer.steps` does (run.py).
@@ -31,7 +31,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 @dataclass(frozen=True)
 class Report:
-    """Result of one optimiser step. ``norm``: the norm of the gradient before clipping."""
+    """Result of one optimiser step. ``norm``: norm of the gradient before clipping."""
 
     step: int  # the first one is 1
     loss: float
@@ -40,14 +40,14 @@ class Report:
 
 
 class Trainer:
-    """A model, its data, its optimiser, and how many steps are ``done``; state.py saves and restores all of that."""
+    """Model, data, optimiser and the number of steps ``done``; state.py saves and restores all of that."""
 
     def __init__(
         self, pipe: StableDiffusion | Unconditional, data: Data, config: TrainConfig, ranks: Alone | None = None
     ) -> None:
-        """``pipe`` is trained in place, where it is. Raises :class:`ConfigError` if it lacks what should learn."""
+        """Prepare to train ``pipe`` in place. Raises :class:`ConfigError` if it lacks a part that is to be trained."""
         self.pipe, self.data, self.config = pipe, data, config
-        pipe.hash, pipe.source = "", ""  # its weights are not for long those of the file they came from
+        pipe.hash, pipe.source = "", ""  # its weights will no longer be those of its file
         self.ranks = Alone() if ranks is None else ranks
         share = config.accumulate * self.ranks.count
         fits = config.batch % share == 0
@@ -60,18 +60,18 @@ class Trainer:
             list(self.weights.values()), lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.decay
         )
         self.ema = None if config.ema is None else EMA(self.weights, config.ema)
-        # float16 has no room below 6e-8, where most gradients are: the loss is scaled up, the gradients down again.
+        # Most gradients are below 6e-8, float16's smallest number: the loss is scaled up, the gradients down again.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.done = 0
-        self.begun: dict[str, str] | None = None  # "path" and "hash" of the model that it began with, unless it was new
+        self.begun: dict[str, str] | None = None  # "path" and "hash" of the model it began with; None for a new one
 
     def steps(self) -> Iterator[Report]:
-        """Train to the end of the run; one :class:`Report` after every step."""
+        """Train to the end of the run; yield a :class:`Report` after every step."""
         while self.done < self.config.steps:
             yield self.step()
 
     def step(self) -> Report:
-        """One optimiser step on the next ``batch`` examples.
+        """Take one optimiser step on the next ``batch`` examples.
 
         Raises :class:`ConfigError`, before any weight is changed, if the loss or the gradient is not finite.
         """
@@ -106,12 +106,12 @@ class Trainer:
         return report
 
     def share(self, part: int) -> tuple[int, int]:
-        """(first, count): the examples of the stream that are this machine's in part ``part`` of the coming step."""
+        """Return (first, count): this machine's examples of the stream in part ``part`` of the next step."""
         count = self.config.batch // (self.config.accumulate * self.ranks.count)
         return self.done * self.config.batch + (part * self.ranks.count + self.ranks.rank) * count, count
 
     def loss(self, model: nn.Module, data: Data, first: int, count: int, seed: int) -> Tensor:
-        """The loss of examples ``first`` .. ``first + count - 1`` of ``data``, in the precision of the run."""
+        """Return the loss of examples ``first`` .. ``first + count - 1`` of ``data``, in the precision of the run."""
         batch = Batch(*data.batch(first, count)).to(self.device)
         dtype = PRECISIONS[self.config.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -119,10 +119,10 @@ class Trainer:
         return loss
 
     def report(self, total: Tensor, norm: Tensor) -> Report:
-        """The numbers of a step, fetched from the device in one go, and checked."""
+        """Return the numbers of a step, fetched from the device at once, after checking them."""
         loss, length = torch.stack([self.ranks.mean(total), self.ranks.whole(norm).to(total)]).tolist()
         step = self.done + 1
-        # An overflow in float16 is the scaler's business; everywhere else it would spoil every weight for good.
+        # The scaler handles overflow in float16; in other precisions it would destroy the weights.
         for name, value in (("loss", loss), ("gradient", 0.0 if self.scaler.is_enabled() else length)):
             if not math.isfinite(value):
                 advice = "try a lower rate, a longer warm-up or another precision"
@@ -133,9 +133,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, data: Data, count: int) -> float:
-        """The mean loss of the averaged weights on the first ``count`` examples of ``data``.
+        """Return the mean loss of the averaged weights on the first ``count`` examples of ``data``.
 
-        Timesteps and noise are the same at every call and differ from those of the training.
+        Timesteps and noise are the same in every call and differ from those of the training.
         """
         size = max(1, self.config.batch // self.config.accumulate)
         with self.averaged():
@@ -144,5 +144,5 @@ class Trainer:
         return float(torch.stack(losses).sum() / count)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """A context in which the model has its averaged weights, if an average is kept: for whatever is looked at."""
+        """Return a context in which the model has its averaged weights, if an average is kept."""
         return nullcontext() if self.ema is None else self.ema.applied(self.weights)

@@ -1,8 +1,8 @@
 """Training objective of a diffusion model (Ho et al. 2020, algorithm 1).
 
-Take a picture x0, a timestep t and noise; mix them to x_t; ask the network which noise it was. The squared error of its
-answer is the loss, and there is nothing else to it. The rest of this file is what has proved to help: other questions
-than the noise (x0, v), weights that let no timestep drown the others (Hang et al. 2023), noise whose mean varies.
+Take a picture x0, a timestep t and noise; mix them to x_t; ask the network which noise it was. The loss is the squared
+error of its answer. The rest of this file are refinements that have proved useful: other targets than the noise (x0,
+v), weights that keep any timestep from dominating (Hang et al. 2023), noise whose mean varies.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from minidiff.training.draws import Draws
 
 
 def draw_timesteps(draws: Draws, count: int, noisy: float = 1.0) -> Tensor:
-    """int64 (B,) of 0 .. ``count`` - 1: timestep t is as likely as t ** (``noisy`` - 1); all are alike at 1.
+    """Draw timesteps, int64 (B,) in 0 .. ``count`` - 1, with density proportional to t ** (``noisy`` - 1).
 
-    What the prompt decides is decided under much noise, and learned there; fine edges are learned under little.
+    1 is uniform. Composition is decided, and learned, at high noise levels; fine edges at low ones.
     """
     if noisy == 1:
         return draws.integers(count)
@@ -27,11 +27,11 @@ def draw_timesteps(draws: Draws, count: int, noisy: float = 1.0) -> Tensor:
 
 
 def draw_noise(draws: Draws, shape: tuple[int, ...], offset: float = 0.0) -> Tensor:
-    """Noise (B, \\*shape) for samples of ``shape`` (C, H, W).
+    """Draw noise (B, \\*shape) for samples of ``shape`` (C, H, W).
 
-    ``offset`` adds a constant to each channel, normal with that standard deviation: with plain noise the mean of a
-    picture is all but visible at every timestep, and a model never learns to make a very dark or very bright one
-    (Guttenberg 2023, "Diffusion with offset noise").
+    ``offset`` adds a normal constant with that standard deviation to each channel. Plain noise leaves the mean of a
+    picture visible at every timestep, so a model never learns to change it to very dark or very bright (Guttenberg
+    2023, "Diffusion with offset noise").
     """
     noise = draws.normal(shape)
     if offset:
@@ -40,34 +40,34 @@ def draw_noise(draws: Draws, shape: tuple[int, ...], offset: float = 0.0) -> Ten
 
 
 def target(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The right answer to the question that the model is asked: epsilon, v or x0, of the shape of ``x0`` (B, ...)."""
+    """Return the target of the prediction: epsilon, v or x0, of the shape of ``x0`` (B, ...)."""
     if schedule.prediction == "epsilon":
         return noise
     return x0 if schedule.prediction == "sample" else schedule.velocity(x0, noise, t)
 
 
 def snr(schedule: NoiseSchedule, t: Tensor) -> Tensor:
-    """(B,): the signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps ``t`` (B,); 0 where all is noise."""
+    """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar) at timesteps ``t`` (B,); 0 for pure noise."""
     alpha_bar = schedule.alphas_cumprod[t]
     return alpha_bar / (1 - alpha_bar)
 
 
 def min_snr_weights(prediction: Prediction, ratio: Tensor, gamma: float) -> Tensor:
-    """The weight of each example whose signal-to-noise ratio is ``ratio`` (B,) (Hang et al. 2023, section 3.4).
+    """Return the min-SNR weight of each example by its signal-to-noise ratio ``ratio`` (B,).
 
-    An error of x0 counts min(snr, gamma) times. The same error, told as an error of epsilon, is snr times larger, and
-    as one of v snr + 1 times: hence min(snr, gamma) / snr and min(snr, gamma) / (snr + 1). Written so that all three
-    are finite at snr 0, where they are 1, 0 and 0, and at infinity.
+    Hang et al. 2023, section 3.4: a squared error of x0 is weighted by min(snr, gamma). As an error of epsilon it is
+    snr times as large, as one of v snr + 1 times, which gives min(snr, gamma) / snr and min(snr, gamma) / (snr + 1).
+    All three are finite at snr 0 (1 for epsilon, 0 for x0 and v) and at infinity.
     """
     if prediction == "epsilon":
-        return (gamma / ratio).clamp(max=1)  # gamma / 0 is infinite, and the smaller of the two is 1
+        return (gamma / ratio).clamp(max=1)  # gamma / 0 is infinite, which is clamped to 1
     if prediction == "sample":
         return ratio.clamp(max=gamma)
     return torch.minimum(gamma / (ratio + 1), ratio / (ratio + 1)).nan_to_num(0)  # inf / inf, where gamma / inf is 0
 
 
 def weighted_mse(out: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean squared error of (B, ...) as one number, in float32; ``weights`` (B,) multiply each example's own."""
+    """Return the mean squared error of (B, ...), a float32 scalar; ``weights`` (B,) multiply each example's own."""
     if weights is None:
         return F.mse_loss(out.float(), wanted.float())
     each = F.mse_loss(out.float(), wanted.float(), reduction="none").flatten(1).mean(dim=1)
@@ -75,14 +75,14 @@ def weighted_mse(out: Tensor, wanted: Tensor, weights: Tensor | None = None) -> 
 
 
 def drop_prompts(ids: Tensor, empty: Tensor, coins: Tensor, share: float) -> Tensor:
-    """Prompts ``ids`` (B, L) with those whose coin (B,), in [0, 1), lies below ``share`` replaced by ``empty`` (1, L).
+    """Replace the prompts ``ids`` (B, L) whose ``coins`` (B,), in [0, 1), are below ``share`` by ``empty`` (1, L).
 
-    Guidance needs to know what the model paints without a prompt, and so it must have been trained on that, too
-    (Ho & Salimans 2022, algorithm 1).
+    Classifier-free guidance needs predictions without a prompt, so the model must be trained on them as well (Ho &
+    Salimans 2022, algorithm 1).
     """
     return torch.where((coins < share)[:, None], empty, ids)
 
 
 def kl_to_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """(B,): how far, in nats, N(mean, exp(logvar)) of shape (B, ...) is from N(0, 1) (Kingma & Welling 2014, B)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of (B, ...) in nats, (B,) (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1)

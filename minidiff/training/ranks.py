@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Alone:
-    """One process does everything."""
+    """Single process that does everything."""
 
     rank = 0
     count = 1
@@ -19,27 +19,27 @@ class Alone:
         return self.rank == 0
 
     def wrap(self, task: nn.Module) -> nn.Module:
-        """Return the module to call in place of ``task``, so that gradients are equal in all processes."""
+        """Return the module to call in place of ``task`` so that gradients are equal in all processes."""
         return task
 
     def quiet(self, task: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """A context for one part of a batch: gradients need to be exchanged after the ``last`` one only."""
+        """Return a context for one part of a batch: gradients need to be exchanged only after the ``last`` one."""
         return nullcontext()
 
     def mean(self, value: Tensor) -> Tensor:
-        """A scalar, averaged over the processes."""
+        """Average a scalar over the processes."""
         return value
 
     def any(self, value: bool) -> bool:
-        """Return True if it is so in any process: what all of them must do together, all must know."""
+        """Return True if ``value`` is true in any process, so that all take the same decision."""
         return value
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of which each process has a slice, put together in all of them."""
+        """Assemble a tensor of which each process has a slice, in all of them."""
         return tensor
 
     def wait(self) -> None:
-        """Return when every process has come this far."""
+        """Wait until every process has called this."""
 
     def leave(self) -> None:
-        """Part from the others, at the end."""
+        """Leave the process group at the end."""

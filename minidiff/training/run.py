@@ -1,7 +1,7 @@
-"""A whole run in a folder: the loop, with a bar on the screen, a journal, samples and checkpoints beside it.
+"""Training run in a folder: the loop with a progress bar, a log, samples and checkpoints.
 
-folder/state.safetensors    where the run is: what `--resume` reads
-folder/model.safetensors    the model with its averaged weights: what `minidiff generate --model` reads
+folder/state.safetensors    state of the run, which `--resume` reads
+folder/model.safetensors    the model with its averaged weights, which `minidiff generate --model` reads
 folder/log.csv              loss, rate and gradient of every step
 folder/samples/             a grid of pictures every so many steps
 """
@@ -48,15 +48,16 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     alone: bool = False,
 ) -> Report | None:
-    """Train to the end of the run, writing to ``folder``; the last step's report, None if there was none to do.
+    """Train to the end of the run, writing to ``folder``; return the report of the last step, None if there was none.
 
-    ``resume``: go on from the state in ``folder``. ``held_out``: data to measure the loss on whenever samples are made.
-    ``progress``: None for a bar on a terminal or in a notebook, True for a line now and then elsewhere, too, False for
-    nothing, or a function that is given each report. ``stop`` is asked after every step; if it says so, the step is
-    saved and the run ends there. ``alone``: the caller holds the folder (:func:`claimed`), or else it is done here.
-    Whatever else stops a run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint stands.
+    ``resume``: continue from the state in ``folder``. ``held_out``: data on which the loss is measured whenever samples
+    are made. ``progress``: None for a bar on a terminal or in a notebook, True for occasional lines elsewhere as well,
+    False for nothing, or a function that is called with each report. ``stop`` is called after every step; if it returns
+    True, the run is saved and ends. ``alone``: the caller holds the folder (:func:`claimed`); otherwise it is claimed
+    here. If anything else ends the run (Ctrl-C, a kill, a loss that is not finite), the last checkpoint remains.
 
-    Raises :class:`ConfigError` if the folder holds a run that is not to be resumed, none that is, or one at work.
+    Raises :class:`ConfigError` if the folder holds a run and ``resume`` is false, holds none and ``resume`` is true, or
+    is in use by another run.
     """
     check_progress(progress)
     keeper = Keeper() if keeper is None else keeper
@@ -81,7 +82,7 @@ def _train(
     c, main = trainer.config, trainer.ranks.main
     if resume:
         keeper.resume(trainer, folder)
-        if trainer.done >= c.steps:  # perhaps it was killed between the last state and the model of it
+        if trainer.done >= c.steps:  # it may have been killed after writing the last state and before its model
             export(trainer, folder / MODEL)
     report = None
     journal = Journal(folder, trainer.done) if main else None
@@ -98,7 +99,7 @@ def _train(
             if last or report.step % c.save_every == 0 or trainer.ranks.any(stop()):
                 keeper.save(trainer, folder)
                 export(trainer, folder / MODEL)
-                if not last and trainer.ranks.any(stop()):  # or it was said while that was written
+                if not last and trainer.ranks.any(stop()):  # or the request came while that was written
                     break
             if c.sample_every and (last or report.step % c.sample_every == 0):
                 look(trainer, folder, held_out, journal)
@@ -111,36 +112,35 @@ def _train(
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and hold it for one run. Raises :class:`ConfigError` if another run is at work in it.
+    """Create ``folder`` and lock it for one run. Raises :class:`ConfigError` if another run is using it.
 
-    Folders that are empty in the end, because something went wrong early, are removed again.
+    New folders that are still empty at the end, because of an early error, are removed again.
     """
     new = [f for f in (folder, *folder.parents) if not f.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        taken = f"{folder}: another run is at work in this folder; wait for its end, or name another one"
+        taken = f"{folder}: another run is using this folder; wait for its end, or name another folder"
         with locked(folder / "run", taken):
             yield
     finally:
-        with suppress(OSError):  # one is not empty, and then none around it is
+        with suppress(OSError):  # one is not empty, and so none of its parents is
             for f in new:
                 f.rmdir()
 
 
 def check_folder(folder: Path, resume: bool, keeper: Keeper) -> None:
-    """Raise :class:`ConfigError` if ``folder`` holds a run that is not to be resumed, or none and one should be."""
+    """Raise :class:`ConfigError` if ``folder`` holds a run and ``resume`` is false, or none and it is true."""
     there = keeper.exists(folder)
     if resume and not there:
-        raise ConfigError(f"{folder}: holds no {keeper.name} to resume; leave --resume out to begin a run")
+        raise ConfigError(f"{folder}: holds no {keeper.name} to resume; leave out --resume to start a run")
     if there and not resume:
-        raise ConfigError(f"{folder}: holds a run already; go on with --resume, or name another folder")
+        raise ConfigError(f"{folder}: already holds a run; continue it with --resume, or name another folder")
 
 
 def export(trainer: Trainer, path: Path) -> None:
-    """Write the model with its averaged weights as a minidiff file. Every process takes part, the main one writes.
+    """Write the model with its averaged weights as a minidiff file. Called in every process; the main one writes.
 
-    A VAE gets its ``scaling_factor`` measured on the first pictures: the UNet that will be trained on its latents
-    expects unit variance.
+    The ``scaling_factor`` of a VAE is measured on the first pictures: a UNet expects latents of unit variance.
     """
     pipe, config = trainer.pipe, trainer.pipe.config
     with trainer.averaged():
@@ -159,8 +159,10 @@ def export(trainer: Trainer, path: Path) -> None:
 
 
 def look(trainer: Trainer, folder: Path, held_out: Data | None, journal: Journal | None) -> None:
-    """A grid of samples, and the loss on held-out data: both with the averaged weights. Only the main process has a
-    ``journal``, and writes."""
+    """Write a grid of samples and the loss on held-out data, both with the averaged weights.
+
+    Only the main process has a ``journal``, and writes.
+    """
     with trainer.averaged():
         pictures = samples(trainer)
     loss = None if held_out is None else trainer.evaluate(held_out, trainer.config.samples)
@@ -174,7 +176,7 @@ def look(trainer: Trainer, folder: Path, held_out: Data | None, journal: Journal
 
 @torch.no_grad()
 def samples(trainer: Trainer) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1]: drawn by the model, the same noise every time; of a VAE, pictures repeated."""
+    """Sample pictures (N, 3, H, W) in [0, 1] from the same noise every time; of a VAE, return reconstructions."""
     c, pipe = trainer.config, trainer.pipe
     if not isinstance(pipe, StableDiffusion):
         drawn: Tensor = pipe.generate(c.samples, SAMPLE_STEPS, "ddim", seed=c.seed, output="tensor", progress=False)
@@ -190,7 +192,7 @@ def samples(trainer: Trainer) -> Tensor:
 
 
 def grid(pictures: Tensor) -> Tensor:
-    """(N, C, H, W) -> one picture (C, rows * H, columns * W), nearly square, the last row filled up with black."""
+    """Arrange (N, C, H, W) as one nearly square picture (C, rows * H, columns * W); empty places are black."""
     columns = round(len(pictures) ** 0.5)
     missing = -len(pictures) % columns
     pictures = torch.cat([pictures, pictures.new_zeros(missing, *pictures.shape[1:])])

@@ -1,10 +1,10 @@
-"""Scenes to pixels: flat shapes with smooth edges, drawn as signed distance functions.
+"""Scenes to pixels: flat shapes with smooth edges, drawn with signed distance functions.
 
-A signed distance function says how far a point lies outside a shape (negative: inside), in pixels here. Half a pixel
-either way of the outline the shape's share of a pixel falls from 1 to 0, which is all the smoothing there is. Polygons
-are folded along their mirror lines first until one edge is left (after Quilez, "2D distance functions"), so that a
-star costs little more than a circle. Nothing but sums, products, roots and comparisons of float32 is used, which are
-rounded in the same way everywhere: a picture has the same bits on any machine and in any batch.
+A signed distance function gives the distance of a point from a shape's outline, here in pixels, negative inside.
+Coverage falls from 1 to 0 within half a pixel on either side of the outline; there is no other smoothing. Polygons are
+first folded along their mirror lines until one edge is left (after Quilez, "2D distance functions"), so a star costs
+little more than a circle. Only sums, products, roots and comparisons of float32 are used, whose rounding is the same
+everywhere: a picture has the same bits on any machine and in any batch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SIDE = 64  # pixels of a picture's side
+SIDE = 64  # side of a picture in pixels
 
-# Far apart, so that a picture that a small model has drawn can still be read: the nearest two differ by 99 of 255.
+# Far apart, so that pictures of a small model can still be judged: the nearest two differ by 99 of 255.
 PALETTE: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 40),
     "orange": (255, 140, 0),
@@ -35,7 +35,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. ``x``, ``y``: its middle in pixels from the top left corner; ``radius``: half its width in pixels."""
+    """One shape. ``x``, ``y``: centre in pixels from the top left corner; ``radius``: half its width in pixels."""
 
     shape: str
     colour: str
@@ -47,19 +47,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Contents of a picture: the background's colour and its things, none covering another."""
+    """Contents of a picture: the colour of the background, and things that do not overlap."""
 
     background: str
     things: tuple[Thing, ...]
 
 
 def circle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Signed distance of (``x``, ``y``), in pixels right of and below the middle, to the shape; like all below."""
+    """Signed distance of (``x``, ``y``), in pixels right of and below the centre, from the shape; as all below."""
     return (x * x + y * y).sqrt() - r
 
 
 def ring(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """A band from 0.55 of the radius outwards."""
+    """Ring from 0.55 of the radius outwards."""
     return ((x * x + y * y).sqrt() - 0.775 * r).abs() - 0.225 * r
 
 
@@ -74,33 +74,33 @@ def square(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def cross(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """A plus sign, its bars 0.66 of the radius wide."""
+    """Plus sign with bars 0.66 of the radius wide."""
     return torch.minimum(box(x, y, r, 0.33 * r), box(x, y, 0.33 * r, r))
 
 
 def triangle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Equilateral, tip up, 2 ``r`` wide."""
+    """Equilateral triangle, tip up, 2 ``r`` wide."""
     tip = r * (2 / math.sqrt(3))
-    # The middle of its height lies a quarter of the tip's distance above the middle of the circle around it.
+    # Half its height lies a quarter of the tip's distance above the centre of its circumcircle.
     return pointed(x, y - 0.25 * tip, tip, 0.5 * tip, mirrors=(30,))
 
 
 def star(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Five tips, one up, 2 ``r`` wide, its dents at 0.45 of the tips' distance."""
+    """Star with five tips, one up, 2 ``r`` wide, its dents at 0.45 of the tips' distance."""
     tip = r / math.sin(math.radians(72))
     shift = (1 - math.cos(math.radians(36))) / 2
     return pointed(x, y - shift * tip, tip, 0.45 * tip, mirrors=(18, 54))
 
 
 def pointed(x: Tensor, y: Tensor, tip: Tensor, dent: Tensor, mirrors: Sequence[int]) -> Tensor:
-    """A shape of tips and dents at two distances from the origin, the first tip straight up.
+    """Shape with tips and dents at two distances from the origin, the first tip straight up.
 
-    ``mirrors``: the lines, in degrees, along which to fold the right half; the last one goes through a dent.
+    ``mirrors``: lines, in degrees, along which the right half is folded; the last one goes through a dent.
     """
     x, y = x.abs(), -y
     for degrees in mirrors:
         nx, ny = -math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
-        below = (x * nx + y * ny).clamp(max=0)  # how far under the line
+        below = (x * nx + y * ny).clamp(max=0)  # distance below the line
         x, y = (x - 2 * below * nx).abs(), y - 2 * below * ny
     angle = math.radians(mirrors[-1])
     ex, ey = dent * math.cos(angle), dent * math.sin(angle) - tip  # the edge, from the tip to the dent
@@ -122,7 +122,7 @@ DISTANCE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def draw(scenes: Sequence[Scene]) -> Tensor:
-    """Pixels of ``scenes``: float32 (B, 3, 64, 64) in [-1, 1]."""
+    """Draw ``scenes``: float32 (B, 3, 64, 64) in [-1, 1]."""
     pixels = torch.stack([_colour(scene.background) for scene in scenes])[:, :, None, None]
     pixels = pixels.repeat(1, 1, SIDE, SIDE)
     centres = torch.arange(SIDE, dtype=torch.float32) + 0.5

@@ -1,4 +1,4 @@
-"""Every knob of a training run on one screen: what is trained, how long, at which rate, and what is written when."""
+"""Settings of a training run: what is trained, how long, at which rate, and what is written when."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ TRAINABLE = (("unet",), ("unet", "text_encoder"), ("vae",))
 class TrainConfig:
     """Settings of a training run. Two runs with equal settings, model and data give equal weights.
 
-    ``batch`` counts the pictures of one optimiser step. ``accumulate`` cuts it into that many parts that go through
-    the network one after the other: less memory, the same gradient. ``parts`` says what learns: the UNet, the UNet
-    with the text encoder, or the autoencoder alone. The last group of fields changes what is written, not what is
-    learnt.
+    ``batch``: pictures per optimiser step. ``accumulate``: number of parts into which a batch is split to save memory,
+    with the same gradient. ``parts``: what is trained, the UNet, the UNet with the text encoder, or the autoencoder
+    alone. The last group of fields changes what is written, not what is learned.
     """
 
     parts: tuple[str, ...] = ("unet",)
@@ -31,21 +30,21 @@ class TrainConfig:
     accumulate: int = 1
     seed: int = 0
 
-    rate: float = 1e-4  # the highest learning rate
-    curve: Curve = "cosine"  # how it falls after the warm-up
-    warmup: int = 0  # steps in which it rises from 0
+    rate: float = 1e-4  # highest learning rate
+    curve: Curve = "cosine"  # shape of its decrease after the warm-up
+    warmup: int = 0  # steps during which it rises from 0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    decay: float = 1e-2  # of the weights (Loshchilov & Hutter 2019), times the rate, at every step
-    clip: float | None = 1.0  # the longest gradient; None: any
+    decay: float = 1e-2  # weight decay (Loshchilov & Hutter 2019), multiplied by the rate at every step
+    clip: float | None = 1.0  # largest norm of the gradient; None: no limit
     precision: Precision = "float32"
-    ema: float | None = 0.9999  # how much of the average stays at a step; None: no average is kept
+    ema: float | None = 0.9999  # decay of the weights' moving average; None: no average
 
-    min_snr: float | None = None  # gamma of Hang et al. 2023; 5 is usual; None: every timestep counts alike
-    noisy: float = 1.0  # above 1, much noise is practised more: the density of timestep t is as t ** (noisy - 1)
-    offset_noise: float = 0.0  # 0.1 is usual: lets the model change the brightness of a whole picture
-    drop_prompt: float = 0.1  # the share of prompts that are replaced by the empty one
-    kl: float = 1e-6  # VAE: how much the latents' distance from N(0, 1) counts beside the reconstruction
+    min_snr: float | None = None  # gamma of Hang et al. 2023; 5 is usual; None: all timesteps have the same weight
+    noisy: float = 1.0  # density of timestep t is t ** (noisy - 1): above 1, more high noise levels
+    offset_noise: float = 0.0  # 0.1 is usual; lets the model change the brightness of a whole picture
+    drop_prompt: float = 0.1  # share of prompts replaced by the empty one
+    kl: float = 1e-6  # VAE: weight of the latents' KL divergence from N(0, 1) relative to the reconstruction
 
     save_every: int = 500
     sample_every: int = 0  # 0: never

@@ -1,11 +1,11 @@
-"""The procedural data set: pictures of coloured shapes with captions, as many as one likes, the same everywhere.
+"""Procedural data set: any number of pictures of coloured shapes with captions, the same on every machine.
 
-Item k of seed s is a function of (s, k) alone, through a hash instead of a running generator (the output function of
-SplitMix64: Steele, Lea, Flood 2014): a run can stop and go on at any item, and workers need no state. Half of the
-scenes have one thing, half have two.
+Item k of seed s is a function of (s, k) alone, computed by a hash instead of a stateful generator (the output function
+of SplitMix64: Steele, Lea, Flood 2014), so a run can stop and resume at any item, and workers need no state. Half of
+the scenes have one thing, half have two.
 
-One in ten (shape, colour, background) triples is held out: no training scene contains it and so no caption names it,
-though each of its words, and each pair of them, occurs in training. A model that draws these has learnt to compose.
+One in ten (shape, colour, background) triples is held out: no training scene contains it and no caption names it,
+although each of its words, and each pair of them, occurs in training. A model that draws these has learned to compose.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Triple = tuple[str, str, str]  # shape, colour, background
 
 RADIUS = {"small": 7.0, "medium": 9.6, "large": 13.0}  # pixels
 MIDDLE = SIDE / 2
-OFF = 16.0  # how far from the middle "left", "top" and the two of a pair lie
+OFF = 16.0  # distance from the centre of "left", "top" and the things of a pair
 CENTRES = {"left": (-OFF, 0.0), "right": (OFF, 0.0), "top": (0.0, -OFF), "bottom": (0.0, OFF), "centre": (0.0, 0.0)}
 PAIR = {"left of": (CENTRES["left"], CENTRES["right"]), "above": (CENTRES["top"], CENTRES["bottom"])}
-SCATTER = {1: 2.0, 2: 1.0}  # pixels either way by number of things: two large ones keep a gap of 3.5 or more
-SWELL = 0.02  # how much a radius varies either way
+SCATTER = {1: 2.0, 2: 1.0}  # random shift in pixels by number of things: two large ones keep a gap of at least 3.5
+SWELL = 0.02  # relative variation of a radius
 
 TWO_THINGS = 0.5  # shares of the scenes, or of their captions
 SIZE_NAMED = 0.6
 PLACE_NAMED = 0.6
 JOINED_BY_AND = 0.2
-DRAWS = 16  # random numbers per item
+DRAWS = 16  # number of random numbers per item
 
 
 def held_out(shape: str, colour: str, background: str) -> bool:
-    """Return True if the triple is kept from training: 26 of the 264 whose colour and background differ.
+    """Return True if the triple is held out from training: 26 of the 264 whose colour and background differ.
 
-    The steps 1, 3, 1 share no factor with 10, so of the triples with a given pair of words at most one is held out.
+    The factors 1, 3, 1 are coprime to 10, so at most one of the triples with a given pair of words is held out.
     """
     return (SHAPES.index(shape) + 3 * COLOURS.index(colour) + BACKGROUNDS.index(background)) % 10 == 9
 
@@ -58,7 +58,7 @@ PLACE_IN = {t: i for ground in BACKGROUNDS for i, t in enumerate(ON_GROUND[groun
 
 @dataclass(frozen=True)
 class Item:
-    """One sample: the scene as drawn, what its caption says of it, and the caption."""
+    """One sample: the scene, the facts that its caption states, and the caption."""
 
     scene: Scene
     facts: Facts
@@ -66,10 +66,10 @@ class Item:
 
 
 def items(seed: int, start: int, count: int, kind: Kind = "train") -> list[Item]:
-    """Items ``start`` to ``start + count - 1`` of ``seed``, scenes undrawn.
+    """Return items ``start`` to ``start + count - 1`` of ``seed``, without drawing their scenes.
 
     ``kind``: "train"; or for evaluation "single" (one thing, a trained triple), "held_out" (one thing, a held-out
-    triple), "two" (two things whose relation the caption says). Each kind is a stream of its own.
+    triple), "two" (two things whose relation the caption states). Each kind is a separate stream.
     Raises :class:`ConfigError` for a seed or a start below 0 or a count below 1.
     """
     check(0 <= seed < 2**63, f"seed={seed} must lie in 0..2**63 - 1")
@@ -79,19 +79,19 @@ def items(seed: int, start: int, count: int, kind: Kind = "train") -> list[Item]
 
 
 def batch(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
-    """Training items ``start`` to ``start + count - 1``: pixels float32 (count, 3, 64, 64) in [-1, 1], captions."""
+    """Return training items ``start`` to ``start + count - 1``: float32 (count, 3, 64, 64) in [-1, 1] and captions."""
     return drawn(items(seed, start, count))
 
 
 def drawn(chosen: Sequence[Item]) -> tuple[Tensor, list[str]]:
-    """Pixels (B, 3, 64, 64) and captions of ``chosen`` items."""
+    """Return the pixels (B, 3, 64, 64) and captions of ``chosen`` items."""
     return draw([item.scene for item in chosen]), [item.caption for item in chosen]
 
 
 class Shapes(Dataset[tuple[Tensor, str]]):
-    """The first ``length`` training items of ``seed`` as torch's data loaders take them: (pixels (3, 64, 64), caption).
+    """Data set for torch's loaders: the first ``length`` training items of ``seed``, (pixels (3, 64, 64), caption).
 
-    A loader that asks for a list of items at once gets them drawn at once.
+    Items that are requested as a list are drawn together.
     """
 
     def __init__(self, seed: int = 0, length: int = 1_000_000) -> None:
@@ -113,17 +113,17 @@ class Shapes(Dataset[tuple[Tensor, str]]):
 
 
 def single_object_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
-    """``n`` captions of one thing, of triples that are trained on, each with what a right picture shows."""
+    """Return ``n`` captions of one thing, from trained triples, each with the facts of a correct picture."""
     return [(item.caption, item.facts) for item in items(seed, 0, n, "single")]
 
 
 def held_out_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
-    """``n`` captions of one thing, of held-out triples, each with what a right picture shows."""
+    """Return ``n`` captions of one thing, from held-out triples, each with the facts of a correct picture."""
     return [(item.caption, item.facts) for item in items(seed, 0, n, "held_out")]
 
 
 def two_object_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
-    """``n`` captions of two things and their relation, each with what a right picture shows."""
+    """Return ``n`` captions of two things and their relation, each with the facts of a correct picture."""
     return [(item.caption, item.facts) for item in items(seed, 0, n, "two")]
 
 
@@ -131,7 +131,7 @@ _SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3}
 
 
 def _uniforms(seed: int, start: int, count: int, kind: str) -> np.ndarray:
-    """float64 (count, DRAWS) in [0, 1): a hash of seed, kind, item and column."""
+    """Return float64 (count, DRAWS) in [0, 1), a hash of seed, kind, item and column."""
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(_SALT[kind]))
     rows = _mix(key + np.arange(start, start + count, dtype=np.uint64))
     bits = _mix(rows[:, None] + _GOLDEN * np.arange(1, DRAWS + 1, dtype=np.uint64))
@@ -142,7 +142,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of a uint64 depends on all of the input's, and no two inputs meet."""
+    """SplitMix64's finaliser, a bijection of uint64 in which every output bit depends on all input bits."""
     z = z + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -150,7 +150,7 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def _item(u: list[float], kind: Kind) -> Item:
-    """The item that ``DRAWS`` numbers in [0, 1) stand for; each has one use."""
+    """Make an item from ``DRAWS`` numbers in [0, 1), each of which is used once."""
     triples = HELD_OUT if kind == "held_out" else TRAINED
     shape, colour, ground = triples[int(u[0] * len(triples))]
     size = SIZES[int(u[1] * 3)]
@@ -176,7 +176,7 @@ def _item(u: list[float], kind: Kind) -> Item:
 
 
 def _another(first: Triple, u: float) -> Triple:
-    """A trained triple on the same background that is not ``first``: of another shape, another colour or both."""
+    """Return a trained triple on the same background as ``first`` with another shape, another colour or both."""
     candidates = ON_GROUND[first[2]]
     return candidates[(PLACE_IN[first] + 1 + int(u * (len(candidates) - 1))) % len(candidates)]
 
@@ -184,7 +184,7 @@ def _another(first: Triple, u: float) -> Triple:
 def _thing(
     shape: str, colour: str, size: str, off: tuple[float, float], scatter: float, u: float, v: float, w: float
 ) -> Thing:
-    """A thing about ``off`` the middle; ``u``, ``v``, ``w`` in [0, 1) say where exactly and how large."""
+    """Place a thing near ``off`` from the centre; ``u``, ``v``, ``w`` in [0, 1) vary its position and size."""
     x = MIDDLE + off[0] + scatter * (2 * u - 1)
     y = MIDDLE + off[1] + scatter * (2 * v - 1)
     return Thing(shape, colour, size, x, y, RADIUS[size] * (1 + SWELL * (2 * w - 1)))

@@ -1,8 +1,8 @@
-"""A model that is spread over the processes (FSDP: Zhao et al. 2023; torch's second edition of it, ``fully_shard``).
+"""Sharded training (FSDP: Zhao et al. 2023, by torch's ``fully_shard``): the model is spread over the processes.
 
-Each process keeps a slice of every weight, of its average and of its moments. A block's weights are gathered just
-before it runs and let go after; its gradients are averaged and sliced on the way back. Checkpoints are written in
-slices too (torch.distributed.checkpoint), and read by any number of processes.
+Each process keeps a slice of every weight, of its average and of its moments. The weights of a block are gathered just
+before it runs and released afterwards; its gradients are averaged and sliced during the backward pass. Checkpoints are
+written in slices as well (torch.distributed.checkpoint), and can be read by any number of processes.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ FACTS = "run.json"
 
 
 class Shards(Replicas):
-    """A slice of the model in every process."""
+    """Processes with a slice of the model each."""
 
     def wrap(self, task: nn.Module) -> nn.Module:
-        """``task``, its parts sliced: block by block, so that only one is whole at a time."""
+        """Slice the parts of ``task`` block by block, so that only one block is whole at a time."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         assert isinstance(task, Task)
         old = not hasattr(torch.cpu.Stream, "record_event")
         if old and task.device.type == "cpu":
             raise UnsupportedError(
-                f"torch {torch.__version__} can slice a model on GPUs only; update it, or leave --fsdp out"
+                f"torch {torch.__version__} can slice a model on GPUs only; update it, or leave out --fsdp"
             )
         for part in task.children():
             for block in part.modules():
@@ -56,7 +56,7 @@ class Shards(Replicas):
 
     @contextmanager
     def quiet(self, task: nn.Module, last: bool) -> Iterator[None]:
-        """All parts of a batch but the last are added up at home, whole: one exchange a step, and more memory."""
+        """Add up whole gradients locally for all parts of a batch but the last: one exchange per step, more memory."""
         from torch.distributed.fsdp import FSDPModule
 
         for part in task.children():
@@ -65,22 +65,22 @@ class Shards(Replicas):
         yield
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """A sliced tensor put together, in every process."""
+        """Assemble a sliced tensor, in every process."""
         from torch.distributed.tensor import DTensor
 
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardKeeper(Keeper):
-    """A run as a folder of slices: each process writes its own, and any number of processes reads them again.
+    """State of a run as a folder of slices: each process writes its own, and any number of processes can read them.
 
-    The folder is written beside and renamed, as a whole; what a kill leaves half-way is put right by ``exists``.
+    The folder is written under another name and renamed as a whole; ``exists`` repairs what a kill left half done.
     """
 
     name = "state"
 
     def exists(self, folder: Path) -> bool:
-        """Return True if ``folder`` holds a run; one that was being put in place is, first."""
+        """Return True if ``folder`` holds a run, after finishing a renaming that was interrupted."""
         place, new, old = (folder / name for name in (self.name, ".state.new", ".state.old"))
         if not place.exists():  # killed between the two renames of save
             for candidate in (new, old):
@@ -90,7 +90,7 @@ class ShardKeeper(Keeper):
         return (place / ".metadata").is_file()
 
     def facts(self, folder: Path) -> dict[str, Any]:
-        """Return the description of the run in ``folder``."""
+        """Return the facts of the run in ``folder``, see :func:`minidiff.training.state.facts`."""
         path = folder / self.name / FACTS
         try:
             return parse_facts(read_text(path), path)
@@ -98,7 +98,7 @@ class ShardKeeper(Keeper):
             raise CheckpointError(f"{path}: cannot be read ({e.strerror})") from None
 
     def save(self, trainer: Trainer, folder: Path) -> None:
-        """Write the run; every process calls it, and returns when it is written."""
+        """Write the run; called by every process, and returns when it is written."""
         from torch.distributed.checkpoint.state_dict_saver import save
 
         place, new, old = (folder / name for name in (self.name, ".state.new", ".state.old"))
@@ -118,7 +118,7 @@ class ShardKeeper(Keeper):
         trainer.ranks.wait()
 
     def resume(self, trainer: Trainer, folder: Path) -> None:
-        """Set the trainer of this process to where the run in ``folder`` was, however many processes wrote it."""
+        """Restore the trainer of this process from ``folder``, whatever the number of processes that wrote it."""
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -129,14 +129,14 @@ class ShardKeeper(Keeper):
         for (
             name,
             w,
-        ) in trainer.weights.items():  # room for the moments, which the optimiser would make at its first step
+        ) in trainer.weights.items():  # memory for the moments, which the optimiser would create in its first step
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{name}.{key}" in there]
             if keys:
                 trainer.optimizer.state[w] = {k: torch.zeros(()) if k == "step" else torch.zeros_like(w) for k in keys}
         tensors = contents(trainer)
         wrong = sorted(there ^ tensors.keys())
         if wrong:
-            raise CheckpointError(f"{path}: tensor {quote(wrong[0])} is missing, or has no place in this model")
+            raise CheckpointError(f"{path}: tensor {quote(wrong[0])} is missing or does not belong to this model")
         load(tensors, checkpoint_id=str(path))
         trainer.scaler.load_state_dict(found["scaler"])
         trainer.done = found["done"]

@@ -1,8 +1,8 @@
-"""A training run on disk: everything that the next step depends on, in one file that is there whole or not at all.
+"""State of a training run on disk: everything that the next step depends on, in one atomically written file.
 
-Weights, their average and the optimiser's moments are tensors of a safetensors file; how many steps are done and with
-which settings stands as JSON in its header. Random numbers and the order of the data need no line: both follow from the
-number of the step. So a run that goes on from the file makes the same weights as one that never stopped.
+Weights, their average and the optimiser's moments are tensors of a safetensors file; its header holds the number of
+steps and the settings as JSON. Random numbers and the order of the data follow from the number of the step, so they
+need not be stored. A run that is resumed from the file ends with the same weights as one that never stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
 
 KEY = "minidiff.training"
-FREE = {"steps", "accumulate", "save_every", "sample_every", "samples"}  # what a run may change when it goes on
+FREE = {"steps", "accumulate", "save_every", "sample_every", "samples"}  # settings that a resumed run may change
 
 
 class Keeper:
@@ -46,20 +46,20 @@ class Keeper:
             file.close()
 
     def save(self, trainer: Trainer, folder: Path) -> None:
-        """Write the run; every process calls it, and returns when it is written."""
+        """Write the run; called by every process, and returns when it is written."""
         if trainer.ranks.main:
             save(trainer, folder / self.name)
         trainer.ranks.wait()
 
     def resume(self, trainer: Trainer, folder: Path) -> None:
-        """Set the trainer of this process to where the run in ``folder`` was."""
+        """Restore the trainer of this process from the run in ``folder``."""
         resume(trainer, folder / self.name)
 
 
 def save(trainer: Trainer, path: str | os.PathLike[str]) -> None:
     """Write the run to ``path``, atomically.
 
-    Raises OSError, with the old file intact, if the disk is full; :class:`CheckpointError` if there is no such folder.
+    Raises OSError, with the old file intact, if the disk is full, and :class:`CheckpointError` for a missing folder.
     """
     tensors = {name: lazy(t) for name, t in contents(trainer).items()}
     try:
@@ -69,13 +69,13 @@ def save(trainer: Trainer, path: str | os.PathLike[str]) -> None:
 
 
 def unsaved(e: OSError, step: int, path: str | os.PathLike[str]) -> OSError:
-    """``e`` in words that say which step was lost, and that the one before it was not."""
-    old = "; the checkpoint before it stands" if os.path.exists(path) else ""
+    """Describe ``e``, the step that could not be saved, and the checkpoint that remains."""
+    old = "; the checkpoint before it remains" if os.path.exists(path) else ""
     return OSError(e.errno, f"step {step} could not be saved ({e.strerror}){old}", str(path))
 
 
 def contents(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor of the run by name: "weights.unet.conv_in.weight", "ema. ...", "optimizer. ... .exp_avg"."""
+    """Return the tensors of the run by name: "weights.unet.conv_in.weight", "ema. ...", "optimizer. ... .exp_avg"."""
     tensors = {f"weights.{name}": w for name, w in trainer.weights.items()}
     if trainer.ema is not None:
         tensors |= {f"ema.{name}": w for name, w in trainer.ema.average.items()}
@@ -97,10 +97,10 @@ def facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def resume(trainer: Trainer, path: str | os.PathLike[str]) -> None:
-    """Set ``trainer`` to where the run in ``path`` was.
+    """Restore ``trainer`` from the run in ``path``.
 
-    Raises :class:`CheckpointError` for a file that is no training state, is damaged, or belongs to another model or to
-    other settings (all but the length of the run, ``accumulate``, and what is written when, must be equal).
+    Raises :class:`CheckpointError` for a file that is no training state, is damaged, or belongs to another model or
+    other settings (only the length of the run, ``accumulate``, and what is written when may change).
     """
     file = TensorFile(path)
     try:
@@ -121,14 +121,14 @@ def read_facts(file: TensorFile) -> dict[str, Any]:
 
 
 def parse_facts(text: str, path: Path) -> dict[str, Any]:
-    """The JSON of :func:`facts`. Raises :class:`CheckpointError`, naming ``path``, if something in it is wrong."""
+    """Parse the JSON of :func:`facts`. Raises :class:`CheckpointError`, naming ``path``, for an invalid value."""
     try:
         found: dict[str, Any] = json.loads(text)
         from_json(TrainConfig, found["settings"])
         from_json(ModelConfig, found["model"])
         begun = found.get("begun")
         known = isinstance(found["done"], int) and isinstance(found["scaler"], dict)
-        known = known and isinstance(found.get("pictures", {}), dict)  # states of before this was kept have none
+        known = known and isinstance(found.get("pictures", {}), dict)  # missing from states of older versions
         known = known and (begun is None or all(isinstance(begun[key], str) for key in ("path", "hash")))
     except (ValueError, KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: its record of the run cannot be used ({e})") from None
@@ -151,7 +151,7 @@ def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str
                 )
     other = changes.said(found["pictures"], changes.marks_of(trainer.data)) if "pictures" in found else None
     if other is not None:
-        warnings.warn(f"{path}: goes on with other pictures or captions than before: {other}", stacklevel=2)
+        warnings.warn(f"{path}: continues with other pictures or captions than before: {other}", stacklevel=2)
 
 
 def _first_difference(name: str, then: Any, now: Any) -> tuple[str, str]:
@@ -165,7 +165,7 @@ def _first_difference(name: str, then: Any, now: Any) -> tuple[str, str]:
 
 @torch.no_grad()
 def restore(trainer: Trainer, tensors: dict[str, Lazy], path: str | os.PathLike[str]) -> None:
-    """Copy every tensor to its place. Raises :class:`CheckpointError` if one is missing, superfluous or misshapen."""
+    """Restore every tensor. Raises :class:`CheckpointError` for a missing one, an extra one or a wrong shape."""
     moments: dict[str, dict[str, Tensor]] = {name: {} for name in trainer.weights}
     places = {f"weights.{name}": w for name, w in trainer.weights.items()}
     if trainer.ema is not None:
@@ -181,14 +181,14 @@ def restore(trainer: Trainer, tensors: dict[str, Lazy], path: str | os.PathLike[
                 shapes = f"{entry.shape}, the model's has {tuple(places[name].shape)}"
                 raise CheckpointError(f"{path}: tensor {quote(name)} has shape {shapes}")
         elif kind != "optimizer" or owner not in moments:
-            raise CheckpointError(f"{path}: tensor {quote(name)} has no place in this model")
+            raise CheckpointError(f"{path}: tensor {quote(name)} does not belong to this model")
         else:
             moments[owner][key] = entry.load()
     for name, place in places.items():
         place.copy_(tensors[name].load())
     state = trainer.optimizer.state_dict()
     names = list(trainer.weights)
-    # Cloned: what is read lies in the mapped file, and the file may be replaced while this run goes on.
+    # Cloned: the tensors are mapped from the file, which may be replaced during this run.
     state["state"] = {
         i: {key: m.clone() for key, m in moments[name].items()} for i, name in enumerate(names) if moments[name]
     }

@@ -1,8 +1,7 @@
-"""From a batch to a loss: the forward pass of the three trainings, unconditional, text-conditional and autoencoder.
+"""From a batch to a loss: the forward passes of unconditional, text-conditional and autoencoder training.
 
-A task is a module that holds the parts that learn, under their names in a checkpoint, and whose ``forward`` is the
-loss: so it is also what a second machine is given a replica of. Parts that only help (a frozen text encoder or
-autoencoder) stay outside, in the pipeline.
+A task is a module that holds the trained parts, under their names in a checkpoint, and whose ``forward`` is the loss;
+it is replicated when several machines train. Frozen parts (a text encoder, an autoencoder) stay in the pipeline.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from minidiff.training.settings import TrainConfig
 
 
 class Task(nn.Module):
-    """``pipe``'s parts named by ``config.parts``, ready to learn; all its other parts are frozen."""
+    """Base class of the tasks: trains the parts of ``pipe`` named by ``config.parts`` and freezes all others."""
 
     def __init__(self, pipe: StableDiffusion | Unconditional, config: TrainConfig) -> None:
         super().__init__()
@@ -42,7 +41,7 @@ class Task(nn.Module):
             part.requires_grad_(name in config.parts)
             if name in config.parts:
                 self.add_module(name, part)
-        # Weights of a file are mapped from it: what is going to change gets memory of its own, in full precision.
+        # Loaded weights are mapped from their file: the trained ones get memory of their own, in full precision.
         for p in self.parameters():
             p.data = p.data.to(torch.float32, copy=True)
 
@@ -53,14 +52,14 @@ class Task(nn.Module):
 
 
 class Denoising(Task):
-    """The UNet learns to tell noise from picture; with a text encoder at hand, given the caption."""
+    """Training of the UNet to predict the noise in a picture or its latents, given the caption if it reads text."""
 
     def __init__(self, pipe: StableDiffusion | Unconditional, config: TrainConfig) -> None:
         super().__init__(pipe, config)
         self.schedule = pipe.schedule.to(self.device)
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
-        """The loss of one batch, a scalar (Ho et al. 2020, algorithm 1)."""
+        """Return the loss of one batch, a scalar (Ho et al. 2020, algorithm 1)."""
         c = self.settings
         t = draw_timesteps(draws, len(self.schedule), c.noisy)
         x0, context = self.clean(batch, draws), self.context(batch, draws)
@@ -75,7 +74,7 @@ class Denoising(Task):
 
     @torch.no_grad()
     def clean(self, batch: Batch, draws: Draws) -> Tensor:
-        """x0: the pixels, or a sample of their latents, scaled to unit variance as the UNet knows them."""
+        """Return x0: the pixels, or a sample of their latents, scaled to unit variance."""
         if not isinstance(self.pipe, StableDiffusion):
             return batch.pixels
         vae = self.pipe.vae
@@ -83,7 +82,7 @@ class Denoising(Task):
         return latents.sample(noise=draws.normal(latents.mean.shape[1:])) * vae.config.scaling_factor
 
     def context(self, batch: Batch, draws: Draws) -> Tensor | None:
-        """The captions encoded, (B, L, context_dim), some of them dropped; None for a model that knows no text."""
+        """Encode the captions, some of them dropped, (B, L, context_dim); None for an unconditional model."""
         pipe = self.pipe
         if not isinstance(pipe, StableDiffusion):
             return None
@@ -97,15 +96,15 @@ class Denoising(Task):
 
 
 class Autoencoding(Task):
-    """The VAE learns to repeat a picture through its narrow middle, whose values are asked to stay near N(0, 1).
+    """Training of the VAE to reconstruct a picture from latents that stay near N(0, 1).
 
-    Squared error and KL divergence, both summed over a picture (Kingma & Welling 2014, equation 7), then divided by its
-    size. The weight of the latter is tiny, as in Rombach et al. 2022: it keeps the latents from drifting away, and
-    leaves them nearly all they know. No discriminator and no perceptual loss: edges come out a little soft.
+    The loss is squared error and KL divergence, both summed over a picture (Kingma & Welling 2014, equation 7), divided
+    by its size. The weight of the KL divergence is tiny, as in Rombach et al. 2022: it keeps the latents from drifting
+    away at almost no loss of information. There is no discriminator and no perceptual loss, so edges are a little soft.
     """
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
-        """The loss of one batch, a scalar."""
+        """Return the loss of one batch, a scalar."""
         assert isinstance(self.pipe, StableDiffusion)
         vae = self.pipe.vae
         latents = vae.encode(batch.pixels)
@@ -115,20 +114,20 @@ class Autoencoding(Task):
 
 
 def make_task(pipe: StableDiffusion | Unconditional, config: TrainConfig) -> Task:
-    """The task that ``config.parts`` asks for.
+    """Create the task for ``config.parts``.
 
-    Raises :class:`ConfigError` if ``pipe`` does not have them, and :class:`UnsupportedError` for a UNet that reads more
-    than a prompt: SDXL's sizes, LCM's scale, a mask.
+    Raises :class:`ConfigError` if ``pipe`` does not have these parts, and :class:`UnsupportedError` for a UNet that
+    reads more than a prompt: SDXL's sizes, LCM's scale, a mask.
     """
     unet = pipe.unet.config
     more = isinstance(pipe, StableDiffusion) and (unet.added_dim or unet.guidance_dim or pipe.reads_mask)
     if more and config.parts != ("vae",):
-        raise UnsupportedError(f"a {pipe.config.family} UNet reads more than a prompt, which training does not give it")
+        raise UnsupportedError(f"a {pipe.config.family} UNet reads more than a prompt, which training does not support")
     return (Autoencoding if config.parts == ("vae",) else Denoising)(pipe, config)
 
 
 @torch.no_grad()
 def latent_scale(pipe: StableDiffusion, batch: Batch) -> float:
-    """The ``scaling_factor`` that brings the latents of ``batch`` to unit variance, 1 / their standard deviation."""
+    """Return the ``scaling_factor`` that gives the latents of ``batch`` unit variance, 1 / their standard deviation."""
     mean = pipe.vae.encode(batch.pixels.to(pipe.device)).mean
     return float(1 / mean.float().std())

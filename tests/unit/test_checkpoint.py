@@ -203,8 +203,8 @@ def _whole(t: dict[str, Tensor]) -> None:
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "missing": (_without, f"tensor '{NAME}' is missing; the file"),
     "three missing": (_without_three, "tensor 'unet.conv_in.weight' is missing (and 2 more)"),
-    "extra": (_extra, "tensor 'unet.surprise' has no place in this model"),
-    "a long name": (_long, "has no place in this model"),
+    "extra": (_extra, "tensor 'unet.surprise' does not belong to this model"),
+    "a long name": (_long, "does not belong to this model"),
     "a part that the config lacks": (_part, "tensor 'vae.decoder.conv_in.weight' has no place"),
     "misshapen": (_shape, f"tensor '{NAME}' has shape (16, 16, 3, 1), the config says (16, 16, 3, 3)"),
     "flat": (_rank, f"tensor '{NAME}' has shape (2304,), the config says (16, 16, 3, 3)"),

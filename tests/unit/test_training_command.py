@@ -201,7 +201,7 @@ def test_a_folder_has_one_run_at_a_time(photos: Path, tmp_path: Path, tiny: str,
     out = tmp_path / "new" / "run"
     begin = ["--data", str(photos), "--config", tiny, "--out", str(out), *TINY]
     with claimed(out):
-        assert "another run is at work in this folder" in complaint(capfd, *begin)
+        assert "another run is using this folder" in complaint(capfd, *begin)
         assert [p.name for p in out.iterdir()] == [".run.minidiff.lock"]
     assert not (tmp_path / "new").exists()  # nothing came of it
     out.mkdir(parents=True)
@@ -253,7 +253,7 @@ def test_killed_between_the_first_state_and_the_first_model(
         tiny_sd(seed=1).save(tmp_path / "sd.safetensors")
         capfd.readouterr()
         said = complaint(capfd, *data[1:], *size, "--out", broken, "--resume", "--steps", "5")
-        assert "sd.safetensors: is another model than the one this run began with" in said
+        assert "sd.safetensors: is not the model that this run began with" in said
 
 
 def test_killed_between_the_last_state_and_its_model(

@@ -301,7 +301,7 @@ def test_a_list_that_names_absent_pictures(folder: Path) -> None:
     rows = [(name, name) for name in [*NAMES, "gone.png", "other/b.jpeg", ".hidden/c.png"]]
     write_list(folder, rows)
     with pytest.warns(
-        UserWarning, match=r"metadata\.jsonl: 3 of 8 names are of no picture that is there: \.hidden/c\.png, gon"
+        UserWarning, match=r"metadata\.jsonl: 3 of 8 names belong to no existing picture: \.hidden/c\.png, gon"
     ):
         found = ImageFolder(folder, 8, captions=True)
     assert found.absent == [".hidden/c.png", "gone.png", "other/b.jpeg"]
@@ -323,7 +323,7 @@ def test_names_in_the_list_are_paths(folder: Path) -> None:
         warnings.simplefilter("error")
         assert ImageFolder(folder, 8, captions=True).texts == ["1", "2", "3", "4", "5"]
     write_list(folder, [*rows, ("lime.jpg", "3"), ("blue.webp", "6")])
-    with pytest.warns(UserWarning, match=r"1 names have two texts, the last one counts: blue\.webp"):
+    with pytest.warns(UserWarning, match=r"1 names occur more than once, the last one counts: blue\.webp"):
         assert ImageFolder(folder, 8, captions=True).texts == ["6", "2", "3", "4", "5"]
 
 

@@ -353,7 +353,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: py
         return view(*args)
 
     monkeypatch.setattr(files, "_bytes", full)
-    with pytest.raises(OSError, match=r"step 3 could not be saved .*; the checkpoint before it stands") as caught:
+    with pytest.raises(OSError, match=r"step 3 could not be saved .*; the checkpoint before it remains") as caught:
         state.save(trainer, tmp_path / STATE)
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / STATE).read_bytes() == before
@@ -455,7 +455,7 @@ def test_damaged_states_are_refused(tmp_path: Path, spoil: Any, words: str) -> N
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path: Path) -> None:
     train(pixel_trainer(steps=1, warmup=0), tmp_path, progress=False)
-    with pytest.raises(ConfigError, match="holds a run already; go on with --resume"):
+    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
         train(pixel_trainer(steps=1, warmup=0), tmp_path, progress=False)
     with pytest.raises(ConfigError, match=r"holds no state\.safetensors to resume"):
         train(pixel_trainer(), tmp_path / "other", resume=True, progress=False)
