@@ -331,7 +331,7 @@ def pair_of(*more: str, words: tuple[str, ...]) -> Callable[[Work], None]:
 
 PAIRS: dict[str, Callable[[Work], None]] = {
     "two generate": pair_generate,
-    "two convert": pair_of("convert", "MODEL", "PLACE.safetensors", words=("exists already",)),
+    "two convert": pair_of("convert", "MODEL", "PLACE.safetensors", words=("already exists",)),
     "two convert to diffusers": pair_of("convert", "MODEL", "PLACE", "--to", "diffusers", words=("is not replaced",)),
     "two train": pair_of(
         *("train", "--data", "PHOTOS", "--out", "PLACE", "--config", "CONFIG", "--quiet", "--steps", "2"),

@@ -1,1 +1,1 @@
-"""Files on disk: tensors, checkpoints, and the doors through which everything is read and written."""
+"""Files on disk: tensors, checkpoints, and the functions through which everything is read and written."""

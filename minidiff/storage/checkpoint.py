@@ -39,7 +39,7 @@ from minidiff.storage.writing import Existing
 VERSION = "1"
 VERSION_KEY = "minidiff.version"
 CONFIG_KEY = "minidiff.config"
-ELSEWHERE = "`minidiff convert` makes one of it, and weights_convert.load opens it as it is"
+ELSEWHERE = "`minidiff convert` converts it, and weights_convert.load opens it unconverted"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 MODELS: dict[type, type[nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, TAESDConfig: TAESD, CLIPTextConfig: CLIPText}
 
@@ -90,13 +90,13 @@ def fill(
 ) -> None:
     """Assign a tensor, named "part.parameter", to every parameter of ``parts``, converted if requested.
 
-    Raises :class:`CheckpointError`, naming ``source``, for a tensor that is missing, superfluous or of another shape.
+    Raises :class:`CheckpointError`, naming ``source``, for a missing tensor, an extra one, or another shape.
     """
     account(parts, tensors, source)
     for name, part in parts.items():
         state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
-        part.to(device=device)  # moves the buffers, which follow from the config; the weights are there already
+        part.to(device=device)  # moves the buffers, which follow from the config; the weights are already there
 
 
 def copied(tensors: Mapping[str, Lazy], low_memory: bool) -> dict[str, Lazy]:
@@ -153,13 +153,15 @@ def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source:
         if tensors[name].shape != shape:
             raise CheckpointError(f"{source}: tensor {name!r} has shape {tensors[name].shape}, the config says {shape}")
         if not tensors[name].dtype.is_floating_point:
-            raise CheckpointError(f"{source}: tensor {name!r} has dtype {tensors[name].dtype}, and no weight is whole")
+            raise CheckpointError(
+                f"{source}: tensor {name!r} has dtype {tensors[name].dtype}; weights must be floating point"
+            )
 
 
 def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.to(device=device, dtype=dtype)
-    # A matrix-vector product on the CPU sums in another order where its matrix does not begin on a cache line, and a
-    # mapped tensor begins wherever its file has it. Files of minidiff's own are laid out so that few need the copy.
+    # A matrix-vector product on the CPU sums in another order if its matrix is not aligned to a cache line, and the
+    # alignment of a mapped tensor is that of its file. In minidiff's own files few tensors need the copy.
     misplaced = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT != 0
     return tensor.clone() if misplaced else tensor
 
@@ -169,7 +171,7 @@ def write(
 ) -> str:
     """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
 
-    The order of ``tensors`` does not matter: one model gives one file, byte for byte, wherever it came from.
+    The order of ``tensors`` does not matter: a model always gives the same file, byte for byte.
     ``existing``: treatment of an existing file, see :func:`~minidiff.storage.writing.atomic`.
     Raises :class:`CheckpointError` if the tensors are not exactly those that ``config`` describes.
     """

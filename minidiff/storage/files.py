@@ -82,9 +82,9 @@ def lazy(tensor: Tensor) -> Lazy:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return True if no entry is NaN or infinite; what is not floating point never is.
+    """Return True if no entry is NaN or infinite; tensors that are not floating point are always finite.
 
-    It tests the bits, which is many times faster than ``torch.isfinite``, the bottleneck of a conversion otherwise.
+    The bits are tested, which is many times faster than ``torch.isfinite``, otherwise the bottleneck of a conversion.
     """
     if tensor.dtype not in EXPONENTS:
         return True
@@ -94,17 +94,17 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def refuse_scaled(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Raise :class:`UnsupportedError` if one of a file's keys says that its weights are quantized with scales."""
+    """Raise :class:`UnsupportedError` if a key of a file shows that its weights are quantized with scales."""
     scale = next((name for name in names if SCALED.fullmatch(name)), None)
     if scale is not None:
         raise UnsupportedError(
-            f"{path}: has {quote(scale)}, so its weights are scaled ones of 8 bits, which minidiff does not multiply "
-            "out; get the model in float16"
+            f"{path}: has {quote(scale)}, so its weights are 8-bit numbers with scales, which minidiff does not read; "
+            "get the model in float16"
         )
 
 
 class TensorFile:
-    """A safetensors file, mapped into memory: a tensor costs nothing until its bytes are used.
+    """Safetensors file that is mapped into memory: a tensor costs nothing until its bytes are used.
 
     float8 tensors are read as float16, which holds all their values. Raises :class:`CheckpointError` for a file that is
     missing, truncated, of another format by its first bytes, or whose header does not fit its content, and
@@ -115,10 +115,10 @@ class TensorFile:
         self.path = Path(path)
         what = mistaken(path) or ("a pickle, as torch.save writes them" if content(path) in PICKLES else None)
         if what is not None:
-            raise CheckpointError(f"{self.path}: no readable safetensors file; it is {what}")
+            raise CheckpointError(f"{self.path}: not a readable safetensors file; it is {what}")
         try:
             self._identity = _identity(self.path)
-            opened: Any = safe_open(str(self.path), framework="np")  # for torch it would map the file once more
+            opened: Any = safe_open(str(self.path), framework="np")  # torch's reader would map the file once more
             self.metadata: dict[str, str] = dict(opened.metadata() or {})
             names = list(opened.keys())
             refuse_scaled(self.path, names)
@@ -126,10 +126,10 @@ class TensorFile:
             self._map()
             self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in names}
         except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as e:
-            raise CheckpointError(f"{self.path}: no readable safetensors file ({_line(e)})") from None
+            raise CheckpointError(f"{self.path}: not a readable safetensors file ({_line(e)})") from None
 
     def _map(self) -> Any:
-        """Map the file anew, for this and the following tensors. What is written to them does not reach the file."""
+        """Map the file anew, for this and the following tensors. Writing to them does not change the file."""
         # Python's mmap would keep a file descriptor for every map, and its buffers could only be freed under the GIL.
         mapped: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._identity[1])
         if _identity(self.path) != self._identity:
@@ -139,8 +139,8 @@ class TensorFile:
 
     def _describe(self, name: str) -> Lazy:
         kind, shape = self._table[name]["dtype"], tuple(self._table[name]["shape"])
-        if any(n >= 2**63 for n in shape):  # beside a 0, they pass as no bytes at all
-            raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is absurd")
+        if any(n >= 2**63 for n in shape):  # together with a 0 they would pass as no bytes at all
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is too large")
         if kind in FLOAT8:
             return Lazy(shape, WIDENED[FLOAT8[kind]], lambda: self._load(name).to(WIDENED[FLOAT8[kind]]))
         if kind not in DTYPES:
@@ -150,7 +150,7 @@ class TensorFile:
     def _load(self, name: str) -> Tensor:
         mapped, told = self._mapped, self._table[name]
         if mapped is None:
-            raise CheckpointError(f"{self.path}: tensor {quote(name)} was asked for after the file was closed")
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} was requested after the file was closed")
         start, end = told["data_offsets"]
         try:
             # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
@@ -166,19 +166,19 @@ class TensorFile:
         return torch.empty(0, dtype=dtype, device="cpu").set_(part).view(told["shape"])
 
     def close(self) -> None:
-        """Let go of the file. Tensors that were read stay valid."""
+        """Release the file. Tensors that were read stay valid."""
         self._mapped = None
 
 
 def _table(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the place of the first tensor's bytes, and what the header, checked before, says of each tensor."""
+    """Return the offset of the first tensor's bytes, and the header's entry (checked before) for each tensor."""
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """Return numbers that tell a file from another that took its name."""
+    """Return numbers that distinguish a file from another one that took its name."""
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
 
@@ -192,7 +192,7 @@ def write_tensors(
     """Write a safetensors file, one tensor at a time, atomically; return the content hash it carries.
 
     The hash is SHA-256 over the metadata, the table of tensors and their bytes, as 64 hex digits, under ``HASH_KEY``.
-    ``existing``: what becomes of a file that is there, see :func:`~minidiff.storage.writing.atomic`.
+    ``existing``: treatment of an existing file, see :func:`~minidiff.storage.writing.atomic`.
     Raises :class:`CheckpointError` for a dtype that the format (or minidiff) does not have.
     """
     for name, t in tensors.items():
@@ -229,7 +229,7 @@ def write_tensors(
 
 
 def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`CheckpointError` if the header of a file that :func:`write_tensors` wrote was changed since.
+    """Raise :class:`CheckpointError` if the header of a file by :func:`write_tensors` was changed after writing.
 
     A changed digit in a config would silently give another model. Older files without this hash are accepted.
     """
@@ -253,7 +253,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
         raise CheckpointError(f"{path}: no such file")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, path.stat().st_size))  # no file's header is longer than the file
+        header = file.read(min(length, path.stat().st_size))  # a header cannot be longer than its file
         if _value(header, HASH_KEY) is None:
             raise CheckpointError(f"{path}: carries no content hash; it was not written by minidiff")
         digest = hashlib.sha256(_put(header, HASH_KEY, BLANK))

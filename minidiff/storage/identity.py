@@ -1,8 +1,8 @@
-"""A name for a model, made of itself: 32 hex digits from its config, its tensors' table and some values of each.
+"""Identity of a model: 32 hex digits from its config, the table of its tensors and some values of each.
 
-It tells one model from another without reading either whole: what a picture notes of where it came from. It identifies
-and does not verify, which takes every byte (``minidiff info --check``). Samples are taken of the tensors as they are
-stored, before anything is converted, so one file has one name whatever it is computed in.
+The recipe of a picture holds it, since it distinguishes models without reading them completely. It identifies but does
+not verify, which takes every byte (``minidiff info --check``). The values are taken from the tensors as they are
+stored, before any conversion, so the identity of a file does not depend on the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DIGITS = 32
 
 
 def identify(config: ModelConfig, tensors: Mapping[str, Lazy]) -> str:
-    """The name of the model that these tensors are, by their names, in 32 hex digits."""
+    """Return the identity of the model with these tensors, by name, as 32 hex digits."""
     table = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}
     told = _told(config)
-    told.pop("sampler", None)  # which one is the default does not make the model
+    told.pop("sampler", None)  # the default sampler is no part of the model
     digest = hashlib.sha256(json.dumps([told, table], sort_keys=True).encode(errors="surrogatepass"))
     for name in table:
         digest.update(sample(tensors[name].load()))
@@ -35,7 +35,7 @@ def identify(config: ModelConfig, tensors: Mapping[str, Lazy]) -> str:
 
 
 def taught(identity: str, words: Mapping[str, Tensor]) -> str:
-    """The name of a model that has learned ``words``, vectors by what they are called."""
+    """Return the identity of a model that has learned ``words``, vectors by name."""
     digest = hashlib.sha256(identity.encode())
     for name, vectors in words.items():
         digest.update(name.encode(errors="surrogatepass") + sample(vectors))
@@ -43,10 +43,10 @@ def taught(identity: str, words: Mapping[str, Tensor]) -> str:
 
 
 def sample(tensor: Tensor) -> bytes:
-    """Some of a tensor's values, as bytes. Of a sliced model (FSDP) all processes take part."""
+    """Return some of a tensor's values as bytes. If the model is sharded (FSDP), all processes call this."""
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     if type(whole) not in (Tensor, nn.Parameter):
-        return b""  # a tensor without values to read, as a FakeTensor is
+        return b""  # a tensor without readable values, such as a FakeTensor
     flat = whole.detach().reshape(-1)
     if flat.numel() > SAMPLES:
         flat = torch.cat([flat[:: -(-flat.numel() // SAMPLES)], flat[-1:]])
@@ -54,7 +54,7 @@ def sample(tensor: Tensor) -> bytes:
 
 
 def _told(config: Any) -> Any:
-    """A config without the fields that are as they are by default: those that a later minidiff adds change no name."""
+    """Return a config without the fields that have their defaults, so that new fields change no identity."""
     if dataclasses.is_dataclass(config):
         values = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
         return {name: _told(value) for name, (value, default) in values.items() if value != default}

@@ -24,7 +24,7 @@ Weights = Mapping[str, Callable[[], Tensor]]
 
 
 class Slot:
-    """Place of one weight in its layer, and a function to get it."""
+    """Place of one weight in its layer, and a function that loads it."""
 
     def __init__(self, layer: nn.Module, name: str, fetch: Callable[[], Tensor], device: torch.device) -> None:
         self.layer, self.name, self.fetch = layer, name, fetch
@@ -36,12 +36,12 @@ class Slot:
     def put(self, value: Tensor) -> None:
         self.here = True
         self.weight.data = value
-        setattr(self.layer, self.name, self.weight)  # a switch may have put another one there (packed)
+        setattr(self.layer, self.name, self.weight)  # a switch may have put another one in its place (packed)
         self.here = value is not self.rest
 
 
 class Turn(Around):
-    """A method of a part (``forward``, ``state_dict``): the part's weights come before it, and stay until its end."""
+    """Method of a part (``forward``, ``state_dict``) that loads the part's weights and keeps them until it returns."""
 
     outermost = True
 
@@ -56,11 +56,11 @@ class Turn(Around):
 
 
 class Turns:
-    """The parts of a model, taking turns on ``device``: a part's weights come with its first call, the others' go.
+    """Parts of a model that take turns on ``device``: calling a part loads its weights and frees those of the others.
 
-    ``weights`` gives each by its name, "part.parameter", ready on ``device``, as often as it is asked for; shapes and
-    dtypes are those that the parameters of ``parts`` have now. The text encoders of SDXL share a turn. Of several
-    threads one works at a time: there is memory for one part.
+    ``weights`` loads each by its name, "part.parameter", on ``device``, and may be called repeatedly; shapes and dtypes
+    are those of the current parameters of ``parts``. The text encoders of SDXL share a turn. Only one thread works at a
+    time, since there is memory for one part.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], weights: Weights, device: torch.device) -> None:
@@ -81,14 +81,14 @@ class Turns:
                 )
                 for path, _ in part.named_parameters()
             )
-            for layer in part.modules():  # a table or two that follow from the config: they stay
+            for layer in part.modules():  # one or two tables that follow from the config: they stay
                 self.buffers += [(layer, key, buffer) for key, buffer in layer.named_buffers(recurse=False)]
             # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
             self.methods += [(entrance, "forward", turn) for entrance in (part, *part.children())]
             self.methods.append((part, "state_dict", turn))
 
     def begin(self) -> None:
-        """Put every part to rest. Raises whatever comes between, and then :meth:`end` takes it back."""
+        """Free the weights of every part. If an error is raised, :meth:`end` undoes it."""
         for layer, key, buffer in self.buffers:
             setattr(layer, key, buffer.to(self.device))
         for layer, method, turn in self.methods:
@@ -97,7 +97,7 @@ class Turns:
             slot.put(slot.rest)
 
     def enter(self, turn: str) -> None:
-        """Bring the parts of ``turn`` in, and let those of another go."""
+        """Load the parts of ``turn``, and free those of another turn."""
         if turn == self.now:
             return
         self.leave()
@@ -111,7 +111,7 @@ class Turns:
         for slot in self._all():
             if slot.here:
                 slot.put(slot.rest)
-                # What stands in for a layer's forward (minidiff.fast) may have made something of its weight.
+                # A replacement of a layer's forward (minidiff.fast) may have derived something from its weight.
                 forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
                 if forget is not None:
                     forget()
@@ -130,7 +130,7 @@ class Turns:
 
 
 def check_present(weight: Tensor, what: str) -> None:
-    """Raise :class:`ConfigError` if ``weight`` is that of a part at rest, which ``what`` cannot work with."""
+    """Raise :class:`ConfigError` if ``weight`` belongs to a part that is not in memory, as ``what`` requires."""
     if weight.layout == torch.strided and weight.numel() > 1 and not any(weight.stride()):
         raise ConfigError(
             f"{what} needs the whole model in memory, and its parts take turns there; load it without low_memory, or "

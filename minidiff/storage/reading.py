@@ -1,8 +1,8 @@
-"""The one door for files that come from outside.
+"""Reading of files that come from outside.
 
-Only regular files are opened: reading a FIFO waits for ever and a device may never end. Texts are read up to a bound
-on the bytes that are read, since the size that a file system reports need not be true. What a file holds is told by
-its first bytes and never by its name: people rename files, and clones without Git LFS leave texts in their place.
+Only regular files are opened: reading a FIFO may wait forever, and a device may never end. Texts are read up to a
+maximum number of bytes, since the size that a file system reports need not be true. The kind of a file is determined by
+its first bytes, never by its name: people rename files, and clones without Git LFS contain text files instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from minidiff.errors import CheckpointError
 
 Content = Literal["safetensors", "torch zip", "pickle", "lfs pointer", "web page", "gguf", "png", "text", "empty", "?"]
 
-LONGEST_TEXT = 64 << 20  # bytes; the largest JSON that is read in practice, a tokenizer.json, has a few million
+LONGEST_TEXT = 64 << 20  # bytes; the largest JSON file in practice, a tokenizer.json, has a few million
 HEAD = 512  # bytes that tell what a file holds
 PICKLES: tuple[Content, ...] = ("torch zip", "pickle")
 KINDS = {
@@ -28,10 +28,10 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-# What is no model at all, and what the user does about it.
+# Files that are not models, and what to do about it.
 MISTAKEN: dict[Content, str] = {
     "lfs pointer": "a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned",
-    "web page": "a web page, not a model; the download went wrong (a login that was missing, perhaps)",
+    "web page": "a web page, not a model; the download failed (perhaps it needs a login)",
     "gguf": "a GGUF file, which minidiff does not read; get the .safetensors of the same model",
     "png": "a picture",
     "text": "a text",
@@ -57,8 +57,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`CheckpointError` unless ``path`` is a regular file, or a link to one: for libraries that open files
-    by themselves."""
+    """Raise :class:`CheckpointError` unless ``path`` is a regular file or a link to one.
+
+    For libraries that open files themselves.
+    """
     try:
         mode = os.stat(path).st_mode
     except OSError as e:
@@ -71,7 +73,7 @@ def require_regular(path: str | os.PathLike[str]) -> None:
 
 
 def missing(path: str | os.PathLike[str], what: str = "file") -> str:
-    """One line for a path that leads nowhere; an address and a name on a model hub are called that."""
+    """Return one line about a path that does not exist, with advice for an address or a name on a model hub."""
     name = os.fspath(path)
     hint = ""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
@@ -84,7 +86,7 @@ def missing(path: str | os.PathLike[str], what: str = "file") -> str:
 def _require_mode(path: str | os.PathLike[str], mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = KINDS.get(stat.S_IFMT(mode), "not a regular file")
-        raise CheckpointError(f"{os.fspath(path)}: is {what}, and a file is needed; name a regular file")
+        raise CheckpointError(f"{os.fspath(path)}: is {what}; name a regular file")
 
 
 def read_bytes(path: str | os.PathLike[str], most: int = LONGEST_TEXT) -> bytes:
@@ -92,7 +94,7 @@ def read_bytes(path: str | os.PathLike[str], most: int = LONGEST_TEXT) -> bytes:
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise CheckpointError(f"{os.fspath(path)}: is longer than {most:,} bytes, the most that is read of its kind")
+        raise CheckpointError(f"{os.fspath(path)}: is longer than {most:,} bytes, the limit for such a file")
     return data
 
 
@@ -105,12 +107,12 @@ def read_text(path: str | os.PathLike[str], most: int = LONGEST_TEXT) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise CheckpointError(f"{os.fspath(path)}: should be text in UTF-8, and is not") from None
+        raise CheckpointError(f"{os.fspath(path)}: must be text in UTF-8, and is not") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: str | os.PathLike[str], most: int = LONGEST_TEXT) -> Any:
-    """Read a JSON file. Raises :class:`CheckpointError` for anything else, naming what is wrong with it."""
+    """Read a JSON file. Raises :class:`CheckpointError`, with the reason, for anything else."""
     text = read_text(path, most)
     try:
         return json.loads(text)
@@ -122,18 +124,18 @@ def read_object(path: str | os.PathLike[str], most: int = LONGEST_TEXT) -> dict[
     """Read a JSON file that holds an object. Raises :class:`CheckpointError` for anything else."""
     found = read_json(path, most)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{os.fspath(path)}: holds a {type(found).__name__}, and a JSON object is needed")
+        raise CheckpointError(f"{os.fspath(path)}: holds a {type(found).__name__}; it must hold a JSON object")
     return found
 
 
 def content(path: str | os.PathLike[str]) -> Content:
-    """Tell what a file holds by its first bytes: "?" where none of the known kinds begins so."""
+    """Return the kind of a file by its first bytes; "?" if it is unknown."""
     with open_regular(path) as file:
         return content_of(file.read(HEAD))
 
 
 def content_of(head: bytes) -> Content:
-    """Tell what begins with ``head``, the first 512 bytes of a file."""
+    """Return the kind of the file that begins with ``head``, its first 512 bytes."""
     start = head.lstrip().lower()
     if not head:
         return "empty"
@@ -159,12 +161,12 @@ def _is_utf8(head: bytes) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as e:
-        return e.reason == "unexpected end of data"  # a letter cut in two by the end of the head
+        return e.reason == "unexpected end of data"  # a character that is cut off by the end of the head
     return True
 
 
 def mistaken(path: str | os.PathLike[str]) -> str | None:
-    """Say what a file is that cannot be a model, in words that go on "PATH: is ..."; None for what may be one."""
+    """Describe a file that cannot be a model, to follow "PATH: is ..."; None if it may be one."""
     with open_regular(path) as file:
         head = file.read(HEAD)
         size = os.fstat(file.fileno()).st_size

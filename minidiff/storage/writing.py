@@ -120,7 +120,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield part
         for folder in (part, *(p for p in part.rglob("*") if p.is_dir())):
             _sync_folder(folder)
-        if WINDOWS:  # which renames over nothing, not even over an empty folder
+        if WINDOWS:  # which cannot rename to an existing name, not even over an empty folder
             with suppress(OSError):
                 path.rmdir()
         try:
@@ -148,13 +148,13 @@ def check_place(path: str | os.PathLike[str], existing: Existing = "replace") ->
     except FileNotFoundError:
         return
     except ValueError as e:  # characters that names cannot have
-        raise CheckpointError(f"{os.fspath(path)!r}: is no name for a file ({e})") from None
+        raise CheckpointError(f"{os.fspath(path)!r}: is not a valid file name ({e})") from None
     if existing == "next":
         return
     with suppress(FileNotFoundError):  # a link that leads nowhere is a link
         found = os.stat(path).st_mode
     if stat.S_ISDIR(found):
-        raise CheckpointError(f"{path}: is a folder, and a file should be written there; name a file")
+        raise CheckpointError(f"{path}: is a folder; name a file")
     if not stat.S_ISREG(found) and not stat.S_ISLNK(found):
         what = KINDS.get(stat.S_IFMT(found), "not a regular file")
         raise CheckpointError(f"{path}: is {what}, and only regular files are replaced; name another one")
@@ -190,7 +190,7 @@ def locked(path: str | os.PathLike[str], taken: str, *, wait: bool = False) -> I
             had = _lock(opened, wait=wait)
             if had is False:
                 raise ConfigError(taken)
-            if not _leads_to(lock, opened):  # who had it before has removed it
+            if not _leads_to(lock, opened):  # its previous holder has removed it
                 continue
             try:
                 yield had is True
@@ -227,14 +227,11 @@ def numbered(path: Path, n: int) -> Path:
     return path if n == 1 else path.with_name(_cut(path.stem, _longest(path.parent), ending) + ending)
 
 
-# --- the steps -------------------------------------------------------------------------------------------------------
-
-
 def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
     """Create the empty file or folder that will become ``path``; return its name, and it opened, which holds its lock.
 
-    Nothing is written before it is locked. Someone who sweeps may see it before that, lock it first and remove it:
-    then the name does not lead to it any more, and another one is made.
+    Nothing is written before it is locked. A concurrent :func:`sweep` may see it earlier, lock it and remove it; then
+    the name no longer leads to it, and another one is created.
     """
     for _ in range(TRIES):
         part = path.with_name(_hidden(path, f".minidiff-{secrets.token_hex(8)}.part"))
@@ -253,7 +250,7 @@ def _create(path: Path, folder: bool = False) -> tuple[Path, int]:
             continue
         except BaseException as e:
             if folder and isinstance(e, FileNotFoundError) and path.parent.is_dir():
-                continue  # removed between its making and its opening
+                continue  # removed between its creation and its opening
             with suppress(OSError):
                 part.rmdir() if folder else part.unlink()
             _name_the_file(e, part, path)
@@ -304,7 +301,7 @@ def _remove_if_dead(part: Path) -> None:
     if not (folder or stat.S_ISREG(found.st_mode)):
         return
     old = time.time() - found.st_mtime > LONG_AGO
-    if WINDOWS:  # between its closing and its renaming, a file that is alive looks dead
+    if WINDOWS:  # between closing and renaming, a file in use looks dead
         if old and not folder:
             part.unlink()  # which fails while it is open
         return
@@ -330,7 +327,7 @@ def _lock(opened: int, wait: bool = False) -> bool | None:
 
 
 def _leads_to(path: Path, opened: int) -> bool:
-    """Return True if the name still is that of the file or folder which is open, and of no link to it."""
+    """Return True if the name still belongs to the open file or folder itself, not to a link to it."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(opened))
     except FileNotFoundError:
@@ -340,7 +337,7 @@ def _leads_to(path: Path, opened: int) -> bool:
 def _sync(opened: int) -> None:
     """Flush a file's bytes to the disk. Raises OSError if that fails."""
     if sys.platform == "darwin":
-        with suppress(OSError):  # a file system that does not know it
+        with suppress(OSError):  # not supported by this file system
             fcntl.fcntl(opened, fcntl.F_FULLFSYNC)
             return
     os.fsync(opened)
@@ -363,13 +360,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _taken(path: Path) -> str:
-    return f"{path}: exists already; name another one, or replace it with --force"
+    return f"{path}: already exists; name another one, or replace it with --force"
 
 
 def _no_new_folder(path: Path) -> str:
     what = "a folder with files in it" if path.is_dir() else "a file"
     what = "a link" if path.is_symlink() else what
-    what = "no name of a folder" if path.name in ("", "..") else what
+    what = "not a folder name" if path.name in ("", "..") else what
     return f"{path}: is {what}, which is not replaced; name a folder that is new or empty"
 
 

@@ -783,7 +783,7 @@ def test_what_appears_during_a_conversion_is_not_replaced(
 
     monkeypatch.setattr(files, "_bytes", meanwhile)
     for to in ("minidiff", "original"):
-        one_error(run("convert", "text", "b.safetensors", "--to", to), "b.safetensors: exists already", "--force")
+        one_error(run("convert", "text", "b.safetensors", "--to", to), "b.safetensors: already exists", "--force")
         assert (tmp_path / "b.safetensors").read_text() == "precious"
         (tmp_path / "b.safetensors").unlink()
     assert list(tmp_path.iterdir()) == []
@@ -796,7 +796,7 @@ def test_convert_to_another_dtype(run: Run, tmp_path: Path) -> None:
     hash = checkpoint.read(tmp_path / "half.safetensors").hash
     assert any(hash in line for line in ended.out)
     assert "float16" in run("info", "half.safetensors", "--check").out[-3]
-    one_error(run("convert", "text", "half.safetensors"), "half.safetensors: exists already", "--force")
+    one_error(run("convert", "text", "half.safetensors"), "half.safetensors: already exists", "--force")
     assert run("convert", "text", "half.safetensors", "--force").status == 0
     assert "float32" in run("info", "half.safetensors", "--check").out[-3]
     one_error(run("convert", "text", "nowhere/x.safetensors"), "nowhere", "create it first")

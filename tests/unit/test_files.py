@@ -290,7 +290,7 @@ def test_after_close(tmp_path: Path) -> None:
     kept = file.lazy["a"].load()
     file.close()
     file.close()
-    with pytest.raises(CheckpointError, match="tensor 'b' was asked for after the file was closed"):
+    with pytest.raises(CheckpointError, match="tensor 'b' was requested after the file was closed"):
         file.lazy["b"].load()
     assert torch.equal(kept, torch.arange(4.0))
 

@@ -134,5 +134,5 @@ def test_what_is_no_regular_file(folder: Path, tmp_path: Path, name: str, kind: 
         file.symlink_to("/dev/zero")
     else:
         file.mkdir()
-    with pytest.raises(CheckpointError, match=f"{file.name}: is a .*, and a file is needed"):
+    with pytest.raises(CheckpointError, match=f"{file.name}: is a .*; name a regular file"):
         weights_convert.open_source(tmp_path / "copy")

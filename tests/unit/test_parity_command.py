@@ -216,9 +216,9 @@ def test_mistakes_are_one_line(run: Any, models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     one_error(run("parity", "record", "empty", "a.safetensors"), "empty: a folder with nothing", "not a model")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
-    one_error(run("parity", "record", text, "there.safetensors"), "exists already", "--force")
+    one_error(run("parity", "record", text, "there.safetensors"), "already exists", "--force")
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"
     run("parity", "record", plain, "a.safetensors", "--steps", 1, "--quiet")
     run("parity", "record", plain, "b.safetensors", "--steps", 2, "--quiet")
     one_error(run("parity", "compare", "a.safetensors", "b.safetensors"), "different runs: steps is 1 and 2")
-    one_error(run("parity", "compare", "a.safetensors", "a.safetensors", "--html", "b.safetensors"), "exists already")
+    one_error(run("parity", "compare", "a.safetensors", "a.safetensors", "--html", "b.safetensors"), "already exists")

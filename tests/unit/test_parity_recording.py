@@ -167,11 +167,11 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         read(tmp_path / "r.safetensors")
     (tmp_path / "r.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         read(tmp_path / "r.safetensors")
     whole = FIXTURE.read_bytes()
     (tmp_path / "r.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         read(tmp_path / "r.safetensors")
 
 

@@ -319,7 +319,7 @@ def test_scaled_float8_is_refused_by_name(tmp_path: Path, key: str) -> None:
     save_file(tensors, tmp_path / "one.safetensors")
     torch.save(tensors, tmp_path / "one.ckpt")
     for name in ("one.safetensors", "one.ckpt"):
-        with pytest.raises(UnsupportedError, match=f"has '{key}', so its weights are scaled ones of 8 bits"):
+        with pytest.raises(UnsupportedError, match=f"has '{key}', so its weights are 8-bit numbers with scales"):
             weights_convert.open_source(tmp_path / name, config=OVERRIDE)
 
 

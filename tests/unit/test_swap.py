@@ -213,7 +213,7 @@ def test_no_such_part(model: Path, tmp_path: Path) -> None:
     refused(model, "vea", tmp_path / "unet.safetensors", ConfigError, "no such part to replace; it has unet, vae, text")
     refused(model, "vae", tmp_path / "none.safetensors", CheckpointError, "no such file or folder")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
-    refused(model, "vae", tmp_path / "broken.safetensors", CheckpointError, "no readable safetensors file")
+    refused(model, "vae", tmp_path / "broken.safetensors", CheckpointError, "not a readable safetensors file")
     (tmp_path / "empty").mkdir()
     refused(model, "vae", tmp_path / "empty", CheckpointError, "no such file")
     tiny_ddpm().save(tmp_path / "ddpm.safetensors")

@@ -265,7 +265,7 @@ DAMAGED = {
     "merges.txt": {
         "merge 1 is no pair": "a b</w>\na b c",
         "need the token 'ba</w>'": "b a</w>",
-        "should be text in UTF-8": b"\xff",
+        "must be text in UTF-8": b"\xff",
     },
     "tokenizer_config.json": {"model_max_length=1 is no": '{"model_max_length": 1}', "not valid JSON": "nope"},
     "special_tokens_map.json": {

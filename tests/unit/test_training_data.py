@@ -83,7 +83,7 @@ def test_a_damaged_list_of_captions(folder: Path, line: str) -> None:
 def test_captions_that_are_no_text(folder: Path) -> None:
     write_captions(folder)
     (folder / "red.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"red\.txt: a caption should be text in UTF-8"):
+    with pytest.raises(ConfigError, match=r"red\.txt: a caption must be a short text in UTF-8"):
         ImageFolder(folder, 8, captions=True)
 
 

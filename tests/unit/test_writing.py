@@ -274,7 +274,7 @@ def test_a_link_under_the_final_name_is_never_followed(tmp_path: Path, existing:
     (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "a").symlink_to(to)
     if existing == "refuse":
-        with pytest.raises(ConfigError, match="exists already"):
+        with pytest.raises(ConfigError, match="already exists"):
             put(tmp_path / "a", b"new", existing)
     else:
         assert put(tmp_path / "a", b"new", existing) == tmp_path / ("a" if existing == "replace" else "a-2")
@@ -303,7 +303,7 @@ def test_what_got_the_name_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.M
         file.write(b"second")
         (tmp_path / "a.png").write_bytes(b"first")
     assert file.path == tmp_path / "a-2.png"
-    taken = re.escape(f"{tmp_path / 'b'}: exists already; name another")
+    taken = re.escape(f"{tmp_path / 'b'}: already exists; name another")
     with pytest.raises(ConfigError, match=taken), atomic(tmp_path / "b", "refuse"):
         (tmp_path / "b").write_bytes(b"first")
     full = "a folder with files in it, which is not replaced"
@@ -476,8 +476,8 @@ def test_a_folder_needs_a_new_or_empty_place(tmp_path: Path, monkeypatch: pytest
         (tmp_path / "full", "a folder with files in it"),
         (tmp_path / "file", "a file"),
         (tmp_path / "link", "a link"),
-        (Path("."), "no name of a folder"),
-        (tmp_path / "full" / "..", "no name of a folder"),
+        (Path("."), "not a folder name"),
+        (tmp_path / "full" / "..", "not a folder name"),
         (tmp_path / "no" / "such", "does not exist"),
     ):
         with pytest.raises(CheckpointError, match=what), atomic_folder(path):
