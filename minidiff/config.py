@@ -1,8 +1,8 @@
-"""Every knob of every model on one screen: frozen dataclasses, presets by difference, and their JSON form.
+"""Configs of all models: frozen dataclasses, presets by difference, and their JSON form.
 
-A config says what a network *is* (widths, depths, which attention where) and nothing about how it is run.
-Each is checked when it is made, so a model that can be built can also be run. The upper bounds lie far beyond any real
-model: a config is also read from files of unknown origin, and must not make a program build for hours.
+A config describes a network (widths, depths, which attention where), not how it is run. It is validated when it is
+created, so a model that can be built can also be run. The upper bounds lie far beyond any real model: configs are also
+read from files of unknown origin, which must not keep a program building for hours.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def check(ok: bool, message: str) -> None:
 
 
 def quote(value: Any) -> str:
-    """``value`` as a message shows it, cut to 60 characters: it may come from a file of unknown origin."""
+    """Return ``value`` for a message, cut to 60 characters, since it may come from a file of unknown origin."""
     huge = isinstance(value, int) and abs(value) >= 10**60  # Python refuses to write out the largest
     shown = f"{'-' if value < 0 else ''}10**60 or more" if huge else repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def within(low: float, high: float, **values: float | None) -> None:
-    """Raise :class:`ConfigError` for a named value outside ``low``..``high``; NaN lies nowhere, None is let pass."""
+    """Raise :class:`ConfigError` for a named value outside ``low``..``high`` or NaN; None is allowed."""
     for name, value in values.items():
         check(value is None or low <= value <= high, f"{name}={quote(value)} must lie in {low}..{high}")
 
 
 def one_of(known: Collection[Any], **values: Any) -> None:
-    """Raise :class:`ConfigError` for a named value that is none of ``known``, with the one it may have meant."""
+    """Raise :class:`ConfigError` for a named value that is none of ``known``, with the nearest one as a suggestion."""
     for name, value in values.items():
         names = ", ".join(map(str, known))
         check(value in known, f"{name}={quote(value)} is none of {names}{near(value, known)}")
@@ -62,11 +62,11 @@ def one_of(known: Collection[Any], **values: Any) -> None:
 class Level:
     """One resolution of the UNet.
 
-    ``attention`` says what follows every ResBlock: nothing, a "text" transformer (self-attention, cross-attention
-    to the prompt, feed-forward; ``depth`` of them) or plain spatial "self"-attention, as the first DDPM had it.
-    ``heads`` is a count. (The field that diffusers calls ``attention_head_dim`` is a count too, for SD1 and SD2.)
-    Models from which blocks were cut (SSD-1B) have another depth behind every ResBlock: ``down_depths`` and
-    ``up_depths`` list them in the order of the way, None where all are ``depth``.
+    ``attention``: what follows every ResBlock: "none", a "text" transformer (self-attention, cross-attention to the
+    prompt, feed-forward; ``depth`` of them) or plain spatial "self"-attention, as in the first DDPM. ``heads`` is a
+    count. (The field that diffusers calls ``attention_head_dim`` is a count too, for SD1 and SD2.) Models from which
+    blocks were removed (SSD-1B) have different depths after each ResBlock: ``down_depths`` and ``up_depths`` list them
+    in order; None if all are ``depth``.
     """
 
     channels: int
@@ -85,20 +85,20 @@ class Level:
 
 
 def text(channels: int, heads: int, depth: int = 1) -> Level:
-    """A level whose ResBlocks are followed by transformers that read the prompt."""
+    """Create a level whose ResBlocks are followed by transformers that read the prompt."""
     return Level(channels=channels, attention="text", heads=heads, depth=depth)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The noise predictor of every family: SD1, SD2, SDXL, inpainting (9 input channels) and unconditional DDPM.
+    """Config of the UNet of every family: SD1, SD2, SDXL, inpainting (9 input channels) and unconditional DDPM.
 
-    ``levels`` run from the finest to the coarsest resolution; the way up mirrors the way down. What sets the
-    families apart, beside widths: ``attention`` of the levels, ``linear_proj`` (the projections around a transformer
-    are linear layers instead of 1x1 convolutions), ``added_dim`` (SDXL: width of the vector of pooled text and six
-    sinusoids of ``added_sinusoid``, five in its refiner), the sinusoid (``sin_first``, ``freq_shift``) and
-    ``asymmetric_down``. ``mid_layers`` counts the ResBlocks of the middle: two with the attention of ``mid`` between
-    them, or less, and no attention, in models that were made smaller (SSD-1B has one, Tiny-SD none).
+    ``levels`` run from the finest to the coarsest resolution; the way up mirrors the way down. Besides widths, the
+    families differ in the ``attention`` of the levels, ``linear_proj`` (the projections around a transformer are linear
+    layers instead of 1x1 convolutions), ``added_dim`` (SDXL: width of the vector of pooled text and six sinusoids of
+    ``added_sinusoid``, five in its refiner), the sinusoid (``sin_first``, ``freq_shift``) and ``asymmetric_down``.
+    ``mid_layers``: ResBlocks of the middle, two with the attention of ``mid`` between them, or fewer without attention
+    in reduced models (SSD-1B has one, Tiny-SD none).
     """
 
     levels: tuple[Level, ...]
@@ -119,7 +119,7 @@ class UNetConfig:
     groups: int = 32
     eps: float = 1e-5
     sample_size: int = 64  # side of the latents (or pixels) that it was trained on
-    sample_width: int | None = None  # where the pictures were not square: sample_size is their height
+    sample_width: int | None = None  # width if the pictures were not square; sample_size is then the height
 
     def __post_init__(self) -> None:
         check(0 < len(self.levels) <= MOST_LEVELS, f"{len(self.levels)} levels: a UNet has 1 to {MOST_LEVELS}")
@@ -130,22 +130,23 @@ class UNetConfig:
         within(0, 1, eps=self.eps)
         within(0, 2, mid_layers=self.mid_layers)
         bare = self.mid_layers == 2 or self.mid.attention == "none"
-        check(bare, f"mid_layers={self.mid_layers} has no place for attention in the middle; that needs 2")
+        check(bare, f"mid_layers={self.mid_layers} leaves no place for attention in the middle, which needs 2")
         for level in self.levels:
             for name, count in (("down_depths", self.layers), ("up_depths", self.layers + 1)):
                 depths = getattr(level, name)
                 fits = depths is None or (len(depths) == count and level.attention == "text")
-                check(fits, f"{name}={quote(depths)} of a level should be {count} depths of text transformers")
+                check(fits, f"{name}={quote(depths)} of a level must be {count} depths of text transformers")
         blocks = self.mid.depth + sum(
             1 + d for level in self.levels for d in (*self.down_depths(level), *self.up_depths(level))
         )
         check(
-            blocks <= MOST_BLOCKS, f"layers={self.layers} and the levels' depths make {blocks} blocks; that is absurd"
+            blocks <= MOST_BLOCKS,
+            f"layers={self.layers} and the levels' depths make {blocks} blocks; the limit is {MOST_BLOCKS}",
         )
         first, coarsest = self.levels[0].channels, self.levels[-1].channels
         check(first % 2 == 0, f"the first level's channels={first} must be even: half sines, half cosines")
         within(0, first // 2 - 1, freq_shift=self.freq_shift)
-        if self.added_dim is not None:  # five or six sinusoids, and the pooled text takes what they leave
+        if self.added_dim is not None:  # five or six sinusoids, and the pooled text takes the rest
             fits = 0 < 5 * self.added_sinusoid < self.added_dim and self.added_sinusoid % 2 == 0
             check(
                 fits, f"added_dim={self.added_dim} has no room for five sinusoids of {self.added_sinusoid} and the text"
@@ -169,11 +170,11 @@ class UNetConfig:
         return self.sample_size, self.sample_width or self.sample_size
 
     def down_depths(self, level: Level) -> tuple[int, ...]:
-        """The depth of the transformer behind each of a level's ResBlocks on the way down."""
+        """Return the depth of the transformer after each of a level's ResBlocks on the way down."""
         return level.down_depths or (level.depth,) * self.layers
 
     def up_depths(self, level: Level) -> tuple[int, ...]:
-        """The depth of the transformer behind each of a level's ResBlocks on the way up."""
+        """Return the depth of the transformer after each of a level's ResBlocks on the way up."""
         return level.up_depths or (level.depth,) * (self.layers + 1)
 
 
@@ -217,10 +218,10 @@ DDPM_CAT256 = UNetConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """The autoencoder between pixels and latents (Rombach et al. 2022, section 3.1, the KL-regularised one).
+    """Config of the autoencoder between pixels and latents (Rombach et al. 2022, section 3.1, KL-regularized).
 
-    ``scaling_factor`` brings the latents to unit variance: 0.18215 is one over the standard deviation that was
-    measured on the first batch when Stable Diffusion 1 was trained, and it is part of the checkpoint ever since.
+    ``scaling_factor`` gives the latents unit variance: 0.18215 is one over the standard deviation measured on the first
+    batch when Stable Diffusion 1 was trained.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # finest first; every step but the last halves the side
@@ -256,10 +257,10 @@ VAE_SDXL = replace(VAE_SD, scaling_factor=0.13025, sample_size=1024, upcast=True
 
 @dataclass(frozen=True, kw_only=True)
 class TAESDConfig:
-    """The tiny autoencoder (TAESD) that stands in for the large one; its latents are scaled already."""
+    """Config of the tiny autoencoder (TAESD), a substitute for the large one whose latents are already scaled."""
 
     width: int = 64
-    blocks: tuple[int, ...] = (1, 3, 3, 3)  # finest first, as the encoder has them; the decoder has them the other way
+    blocks: tuple[int, ...] = (1, 3, 3, 3)  # finest first, as in the encoder; the decoder has them in reverse order
     image_channels: int = 3
     latent_channels: int = 4
     scaling_factor: float = 1.0
@@ -279,7 +280,7 @@ class TAESDConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """The text encoder: a causal transformer over token ids (Radford et al. 2021)."""
+    """Config of the text encoder, a causal transformer over token ids (Radford et al. 2021)."""
 
     width: int = 768
     layers: int = 12
@@ -290,7 +291,7 @@ class CLIPTextConfig:
     vocab: int = 49408
     kept: tuple[int, ...] | None = None  # ids, ascending, with a vector of their own; the others share one. None: all
     positions: int = 77
-    # The pooled output is read where this id stands first; None: where the largest one does, as CLIP's own code has it.
+    # The pooled output is that of the first token with this id; None: with the largest id, as in CLIP's own code.
     end_token: int | None = 49407
     eps: float = 1e-5
 
@@ -316,12 +317,12 @@ OPENCLIP_BIGG = CLIPTextConfig(width=1280, layers=32, heads=20, mlp=5120, activa
 class TokenizerConfig:
     """Tokenizer settings: the byte-pair table that turns text into ids, and the padding of short prompts.
 
-    ``merges`` is None for the public CLIP table, which ships with minidiff; a checkpoint with a table of its own
-    carries its vocabulary (tokens in the order of their ids) and merges here. ``added`` are words that were learned
-    later (embeddings.py), each with the number of its vectors; their ids follow those of the vocabulary.
+    ``vocab`` and ``merges`` are None for the public CLIP table, which ships with minidiff; otherwise they hold the
+    checkpoint's own vocabulary (tokens in the order of their ids) and merges. ``added``: learned words
+    (adapters/words.py), each with the number of its vectors; their ids follow those of the vocabulary.
     """
 
-    pad: int = 49407  # SD1 fills with the end token, SD2 and SDXL's second encoder with 0
+    pad: int = 49407  # SD1 pads with the end token, SD2 and SDXL's second encoder with 0
     length: int = 77
     vocab: tuple[str, ...] | None = None
     merges: tuple[tuple[str, str], ...] | None = None
@@ -331,9 +332,9 @@ class TokenizerConfig:
         for name, count in self.added:
             check(name != "" and not any(c.isspace() for c in name), f"added: {quote(name)} must be one word")
             within(1, WIDEST, added=count)
-        within(2, WIDEST, length=self.length)  # start and end token alone need 2
+        within(2, WIDEST, length=self.length)  # the start and end tokens alone need 2
         within(0, MOST_TOKENS, pad=self.pad)
-        check((self.vocab is None) == (self.merges is None), "vocab and merges come together, or neither does")
+        check((self.vocab is None) == (self.merges is None), "vocab and merges must be given together")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,12 +364,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole checkpoint: its parts (None where the family has none) and how it wants to be sampled.
+    """Config of a whole checkpoint: its parts (None if the family has none) and its default sampler.
 
-    ``sampler`` is the name of a sampler with its options, as ``samplers.sampler_from_config`` reads it.
-    ``text_layer`` says which layer of the text encoders the UNet reads, ``zero_empty`` that it was trained to see
-    zeros where there is no prompt (SDXL base), not the encoded empty text. ``guidance_scale``: the scale where a
-    request gives none; None: 7.5, and 2 for the family "shapes" (training/README.md), whose first files do not say it.
+    ``sampler``: name and options of a sampler, as ``samplers.sampler_from_config`` reads them. ``text_layer``: layer of
+    the text encoders that the UNet reads. ``zero_empty``: trained with zeros instead of the encoded empty text where
+    there is no prompt (SDXL base). ``guidance_scale``: default scale of a request; None: 7.5, and 2 for the family
+    "shapes" (training/README.md), whose first files do not contain it.
     """
 
     family: str
@@ -387,9 +388,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         pairs = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
         for encoder, tokenizer in pairs:
-            check(
-                (encoder is None) == (tokenizer is None), "a text encoder and its tokenizer come together, or neither"
-            )
+            check((encoder is None) == (tokenizer is None), "a text encoder and its tokenizer must be given together")
             if encoder is None or tokenizer is None:
                 continue
             check(self.vae is not None, "a model with a text encoder needs a VAE, and vae is None")
@@ -414,7 +413,7 @@ class ModelConfig:
 
     @property
     def reads_score(self) -> bool:
-        """True if the UNet is told five numbers, the last of them a score, instead of six sizes: SDXL's refiner."""
+        """True if the UNet reads five numbers, the last of them a score, instead of six sizes: SDXL's refiner."""
         c, text = self.unet, self.text_encoder_2
         if c.added_dim is None or text is None:
             return False
@@ -422,7 +421,7 @@ class ModelConfig:
 
 
 def to_json(config: Any) -> str:
-    """Any config as one line of JSON; :func:`from_json` reads it back equal."""
+    """Return any config as one line of JSON; :func:`from_json` restores it."""
     return json.dumps(dataclasses.asdict(config), separators=(",", ":"))
 
 
@@ -441,13 +440,13 @@ def from_json(cls: type[T], data: str | Mapping[str, Any]) -> T:
 
 
 def _has_fields(kind: Any, value: Any) -> bool:
-    """Return True if ``value`` (parsed JSON) can be meant as dataclass ``kind``: it has no other fields."""
+    """Return True if ``value`` (parsed JSON) may be a dataclass ``kind``: it has no other fields."""
     known = {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     return isinstance(value, Mapping) and known.issuperset(value)
 
 
 def read_value(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` (parsed JSON) as an object of type ``kind``; ``where`` names the place in messages.
+    """Convert ``value`` (parsed JSON) to type ``kind``; ``where`` names the place in messages.
 
     Raises :class:`ConfigError` for a value of another type.
     """

@@ -39,10 +39,10 @@ KINDS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of an u
 class Update:
     """Update of one layer by an adapter: ``up @ down``, times its strength, times ``alpha`` / ``divisor``.
 
-    ``alpha``: None stands for the divisor, which is the rank, or its root (``rank_stabilised``; Kalajdzievski 2023).
-    For a linear layer ``down`` is (rank, in) and ``up`` (out, rank); for a convolution (rank, in, k, k) and
-    (out, rank, 1, 1): first the layer's own kernel to few channels, then a 1x1 convolution to all. Kernels of one
-    pixel may be left out or added, here and in the layer.
+    The divisor is the rank, or its square root (``rank_stabilised``; Kalajdzievski 2023); ``alpha`` None means the
+    divisor. For a linear layer ``down`` is (rank, in) and ``up`` (out, rank); for a convolution (rank, in, k, k) and
+    (out, rank, 1, 1): first the layer's own kernel to few channels, then a 1x1 convolution to all. Dimensions of 1x1
+    kernels may be missing or present, here and in the layer.
     """
 
     down: Tensor
@@ -55,10 +55,10 @@ class Update:
         down, up = self.down, self.up
         shapes = f"up {list(up.shape)} {up.dtype}, down {list(down.shape)} {down.dtype}"
         if up.ndim == 4 and up.shape[2:] != (1, 1):
-            return f"its second half is a kernel of {up.shape[2]}x{up.shape[3]}, not of 1x1 ({shapes})"
+            return f"its up matrix has a kernel of {up.shape[2]}x{up.shape[3]}, not of 1x1 ({shapes})"
         halves = (down.ndim in (2, 4), up.ndim in (2, 4), down.numel() > 0, up.numel() > 0)
         if not all(halves) or up.shape[1] != len(down) or not {down.dtype, up.dtype}.issubset(KINDS):
-            return f"it is no product of two matrices ({shapes})"
+            return f"it is not a product of two matrices ({shapes})"
         if self.alpha is not None and not abs(self.alpha) <= LARGEST:
             return f"its alpha is {quote(self.alpha)}, and must be a finite number"
         return None
@@ -95,8 +95,8 @@ class Update:
             if isinstance(layer, nn.Conv2d):
                 few = F.conv2d(x, down.reshape(len(down), -1, *layer.kernel_size), None, layer.stride, layer.padding)
                 return out + F.conv2d(few, up[:, :, None, None]) * factor
-            # One product of all rows, as torch itself does where the second matrix is trained, and so in the
-            # reference. Where neither is, it may do one product a picture, if the rows lie apart: other bits.
+            # One product of all rows, as torch itself does if the second matrix is trained, which it is in the
+            # reference. Otherwise torch may compute one product per picture if the rows are not contiguous: other bits.
             few = F.linear(x.reshape(-1, x.shape[-1]), down.flatten(1))
             return out + F.linear(few, up).reshape(out.shape) * factor
 
@@ -183,7 +183,7 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
         with torch.no_grad():
             if live:
                 for adapter_name, name, layer, update, strength in each:
-                    # What can't be fused would not fill the layer's output with better numbers.
+                    # An update that is too large to be fused would overflow the layer's output as well.
                     require_finite(update.delta(layer.get_parameter("weight"), strength), f"{adapter_name}: {name}")
                     forward_hook(layer, update.live(layer, strength), applied.hooks)
                 applied._note(parts, adapters)
@@ -209,7 +209,7 @@ def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update
     """Raise :class:`CheckpointError` unless layer ``name`` is linear or a convolution that ``update`` fits."""
     layer = find(parts, name)
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-        raise CheckpointError(f"{adapter}: {name} is no layer that an adapter can bend ({type(layer).__name__})")
+        raise CheckpointError(f"{adapter}: {name} is not a layer that an adapter can change ({type(layer).__name__})")
     check_present(layer.weight, adapter)
     problem = update.problem()
     if problem is not None:
@@ -226,7 +226,7 @@ def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update
 
 def require_finite(tensor: Tensor, what: str) -> None:
     """Raise :class:`CheckpointError` if an adapter makes ``tensor`` exceed the range of its dtype."""
-    # One entry that is not finite makes the sum so, which is far faster to look at; a sum may also overflow by itself.
+    # If an entry is not finite, neither is the sum, which is much faster to test; but a sum may overflow by itself.
     if not (tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all()):
         raise CheckpointError(
             f"{what}: is not finite in {tensor.dtype}; the adapter's values, its alpha or its strength are too large"

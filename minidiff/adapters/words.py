@@ -47,7 +47,7 @@ def add(sd: StableDiffusion, word: Word) -> None:
     """Add a word to ``sd`` in place. It can then be used in prompts, in upper or lower case.
 
     If an error is raised, the model is unchanged. Raises :class:`ConfigError` for a name that is not a single word or
-    exists already, :class:`CheckpointError` for vectors of the wrong width or an encoder without vectors, and
+    already exists, :class:`CheckpointError` for vectors of the wrong width or an encoder without vectors, and
     :class:`UnsupportedError` for a model that has vectors for some words only.
     """
     words = (word, *word.others)
@@ -56,7 +56,7 @@ def add(sd: StableDiffusion, word: Word) -> None:
         config = _taught(sd, config, each)
     named = {f"{each.name} {part}": vectors for each in words for part, vectors in sorted(each.vectors.items())}
     source = taught(sd.source, named) if sd.source else ""
-    # It is not that file any more.
+    # The model is no longer that of its file.
     changes: list[tuple[object, str, Any]] = [(sd, "config", config), (sd, "hash", ""), (sd, "source", source)]
     note = (os.path.basename(word.file or word.name), word.name, taught("", named)[:16])
     changes.append((sd, "words", (*sd.words, note)))
@@ -93,7 +93,7 @@ def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig
         if vectors.ndim != 2 or len(vectors) == 0 or vectors.shape[1] != text.width:
             shape = tuple(vectors.shape)
             raise CheckpointError(
-                f"{shown}: vectors of shape {shape}; the {part} of this model has {text.width} wide ones"
+                f"{shown}: vectors of shape {shape}; the {part} of this model has vectors of width {text.width}"
             )
         if not vectors.to(table).isfinite().all():
             raise CheckpointError(f"{shown}: its vectors hold NaN or infinite values")
@@ -101,12 +101,12 @@ def _taught(sd: StableDiffusion, config: ModelConfig, word: Word) -> ModelConfig
         check(one, f"{quote(name)} must be one word; give it another name, as in --embedding FILE=WORD")
         before = getattr(config, tokenizer)
         check(
-            normalize(name) not in Tokenizer(before).added, f"{shown}: this word is known already; give it another name"
+            normalize(name) not in Tokenizer(before).added, f"{shown}: this word already exists; give it another name"
         )
         after = replace(before, added=(*before.added, (name, len(vectors))))
         spoken = Tokenizer(after)
         ids = list(range(spoken.size - len(vectors), spoken.size))
-        check(spoken.encode(name) == ids, f"{quote(name)}: no prompt can mean this word; give it another name")
+        check(spoken.encode(name) == ids, f"{quote(name)}: no prompt can contain this word; give it another name")
         config = replace(config, **{part: replace(text, vocab=max(text.vocab, spoken.size)), tokenizer: after})
     return config
 

@@ -1,8 +1,8 @@
 """Console output and exit of a command: a failure is one line on stderr and an exit status, never a traceback.
 
-0 is success. 2 is a mistake that the user can put right: a wrong value, a file that is missing or damaged. 1 is
-everything else: a full disk, no memory, a fault of ours. 130 is Ctrl-C, 143 SIGTERM. A reader that closes the pipe
-(``| head``) has seen enough, which is no failure. ``--debug`` shows the traceback as well.
+Exit status 0 is success. 2 is a mistake that the user can correct: a wrong value, a missing or damaged file. 1 is
+everything else: a full disk, no memory, an error in minidiff. 130 is Ctrl-C, 143 SIGTERM. A reader that closes the pipe
+(``| head``) is no failure. ``--debug`` shows the traceback as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minidiff.console.signals import Terminated, terminable
 from minidiff.console.spelling import near
 from minidiff.errors import ConfigError, MinidiffError
 
-# What the system says about names and permissions: the user's to mend. The rest (disk full, I/O error) is not.
+# Errors of the system about names and permissions, which the user can correct, unlike a full disk or an I/O error.
 MISTAKES = {
     getattr(errno, name)
     for name in ("ENOENT", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "EEXIST", "ENAMETOOLONG", "EINVAL", "ELOOP")
@@ -34,10 +34,10 @@ LONGEST_LINE = 2000  # characters of one line
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line like all others, and that shows examples as they are written.
+    """Argument parser whose errors are one line, and whose help shows examples as they are written.
 
-    ``late`` gives the end of its help: what is too expensive to know before someone asks. ``elsewhere``: options of
-    other programs, and what is typed here instead.
+    ``late`` returns the end of the help, which is too expensive to compute before it is needed. ``elsewhere``: options
+    of other programs and their equivalents here.
     """
 
     late: Callable[[], str] | None = None
@@ -48,15 +48,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def format_help(self) -> str:
-        """The text of ``--help``."""
+        """Return the text of ``--help``."""
         return super().format_help() + (self.late() if self.late is not None else "")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does, but an unknown option is named before a missing argument is."""
+        """Parse as argparse does, but report an unknown option before a missing argument."""
         for word in args or ():
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                break  # what follows is no option, or the command's own
-            option = re.sub("^[–—]+", "--", word.partition("=")[0])  # as word processors write two hyphens
+                break  # what follows is not an option, or belongs to the command
+            option = re.sub("^[–—]+", "--", word.partition("=")[0])  # two hyphens as word processors write them
             number = re.fullmatch(r"-\d*\.?\d+", option)
             known = option in self._option_string_actions and word[0] == "-"
             if len(option) < 2 or option[0] != "-" or " " in word or number or known:
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         show(message, end="")
 
     def error(self, message: str) -> NoReturn:
-        """Raise :class:`ConfigError` with argparse's message and where to look further."""
+        """Raise :class:`ConfigError` with argparse's message and a hint to ``--help``."""
         raise ConfigError(f"{message}{'' if message.endswith('?') else ';'} `{self.prog} --help` says what there is")
 
 
@@ -91,23 +91,25 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def open_standard_streams() -> None:
-    """Lead those of the process's first three files that are closed nowhere: else the next file to be opened takes the
-    place of stdout or stderr, and what libraries print goes into it."""
+    """Open the null device in place of closed standard streams.
+
+    Otherwise the next file to be opened would become stdout or stderr, and receive what libraries print.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
 
 
 def guard(work: Callable[[], object], *, debug: bool = False) -> int:
-    """Run ``work`` and turn every way in which it can end into an exit status and, on failure, one line on stderr.
+    """Run ``work`` and return an exit status; a failure is one line on stderr.
 
-    A whole number that ``work`` gives back is the status of a success, like that of diff(1). Warnings raised meanwhile
-    are one line each too. ``debug`` prints the traceback of a failure before its line.
+    An integer that ``work`` returns is the status of a success, like that of diff(1). Warnings are one line each as
+    well. ``debug`` prints the traceback of a failure before its line.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its number instead
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is shown as its number
             with suppress(ValueError):  # closed
                 stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
@@ -129,30 +131,30 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
                     traceback.print_exc()
             try:
                 return _end(Terminated() if seen else e)
-            except KeyboardInterrupt:  # once more, while the first one was being told
+            except KeyboardInterrupt:  # again, while the first one was being reported
                 return 130
     return status if isinstance(status, int) else 0
 
 
 def say(message: object, kind: str = "") -> None:
     """Print one line on stderr, "minidiff: message"; ``kind`` may be "error" or "warning"."""
-    if sys.stderr is None:  # print would take stdout instead
+    if sys.stderr is None:  # print would use stdout instead
         return
     with suppress(OSError, ValueError):  # a closed stderr must not hide the exit status
         print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
 
 
 def warn(message: str, stacklevel: int = 1) -> None:
-    """``warnings.warn``, which fails where stderr is closed: a warning that nobody can read ends no run."""
+    """Call ``warnings.warn``, ignoring its failure if stderr is closed."""
     with suppress(OSError, ValueError):
         warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def show(result: object, end: str = "\n", longest: int | None = None) -> None:
-    """Print a result on stdout, line by line as it is laid out; what steers a terminal is written out as escapes.
+    """Print a result on stdout, keeping its lines; control characters are written as escapes.
 
-    ``longest``: characters of a line, the rest is left out. Without a stdout nobody wants it; OSError if it cannot be
-    written to any longer.
+    ``longest``: maximum number of characters of a line. Does nothing without stdout; raises OSError if it can no longer
+    be written to.
     """
     if sys.stdout is None or getattr(sys.stdout, "closed", False):
         return
@@ -163,21 +165,21 @@ def show(result: object, end: str = "\n", longest: int | None = None) -> None:
 
 
 def show_json(found: object) -> None:
-    """Print a result on stdout as JSON; what steers a terminal is written in JSON's own escapes."""
+    """Print a result on stdout as JSON; control characters are written as JSON escapes."""
     text = json.dumps(found, indent=2, ensure_ascii=False)
     show("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def escaped(text: str) -> str:
-    """``text`` with all that is not printable written out: control characters, directions, lone surrogates."""
+    """Return ``text`` with escapes for everything unprintable: control characters, directions, lone surrogates."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(message: object, longest: int = LONGEST_LINE) -> str:
-    """``message`` on one line: everything that is printed and may quote a file that nobody has checked passes here.
+    """Return ``message`` as one line. Every message that may quote an untrusted file passes through here.
 
-    Characters that steer a terminal or turn the direction of writing are written out as escapes; beyond ``longest``
-    characters the middle is left out.
+    Control characters and marks of writing direction are written as escapes; beyond ``longest`` characters the middle
+    is left out.
     """
     text = " ".join(str(message)[: 8 * longest].split())
     if len(str(message)) > 8 * longest or len(text) > longest:
@@ -186,7 +188,7 @@ def one_line(message: object, longest: int = LONGEST_LINE) -> str:
 
 
 def _end(e: BaseException) -> int:
-    """The exit status for what ended a run, after saying so."""
+    """Report the exception that ended a run, and return the exit status."""
     if isinstance(e, Terminated):
         say("terminated")
         return 143
@@ -210,7 +212,7 @@ def _end(e: BaseException) -> int:
 
 
 def _is_out_of_memory(e: BaseException) -> bool:
-    """Torch's out-of-memory errors, told by name and words: on the CPU it is a bare RuntimeError."""
+    """Return True for torch's out-of-memory errors, by name and message: on the CPU it is a plain RuntimeError."""
     said = str(e).lower()
     named = type(e).__name__ == "OutOfMemoryError"
     return isinstance(e, RuntimeError) and (
@@ -219,7 +221,7 @@ def _is_out_of_memory(e: BaseException) -> bool:
 
 
 def _flush() -> None:
-    """Write out what stdout still holds. If that fails, the interpreter must not try again at its end."""
+    """Flush stdout. If that fails, keep the interpreter from trying again at exit."""
     if sys.stdout is None or getattr(sys.stdout, "closed", False):
         return
     try:
@@ -227,7 +229,7 @@ def _flush() -> None:
     except OSError as e:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if os.name == "nt" and e.errno == errno.EINVAL:  # what Windows says of a closed pipe
+        if os.name == "nt" and e.errno == errno.EINVAL:  # error of Windows for a closed pipe
             raise BrokenPipeError from None
         raise
 

@@ -1,7 +1,7 @@
-"""Progress display: a bar where it can be redrawn, a line now and then where it cannot, or nothing.
+"""Progress display: a bar where it can be redrawn, occasional lines where it cannot, or nothing.
 
-A bar belongs on a terminal or in a notebook. In a log each redraw would be a line of its own, and a program without a
-window has no stderr at all. Everything goes to stderr; nothing here ever fails because of where that leads.
+A bar is for a terminal or a notebook. In a log each redraw would be a separate line, and a program without a console
+has no stderr at all. Everything goes to stderr, and nothing here fails if that cannot be written.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from minidiff.console import say
 T = TypeVar("T")
 
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_inv_fmt}{postfix}]"
-SOONEST, LATEST = 5.0, 60.0  # seconds from one line to the next: a quarter of the time so far, within these
+SOONEST, LATEST = 5.0, 60.0  # limits of the seconds between lines, a quarter of the elapsed time
 
 
 def redraws() -> bool:
-    """Return True if stderr is a terminal, or a notebook's cell."""
+    """Return True if stderr is a terminal or the output of a notebook cell."""
     stream = sys.stderr
     try:
         return stream is not None and (stream.isatty() or type(stream).__module__.startswith("ipykernel"))
@@ -30,14 +30,16 @@ def redraws() -> bool:
 
 
 def check_progress(progress: Any) -> None:
-    """Raise :class:`ConfigError` for what is neither True, False, None nor callable."""
+    """Raise :class:`ConfigError` unless ``progress`` is True, False, None or callable."""
     fits = progress is None or isinstance(progress, bool) or callable(progress)
     check(fits, f"progress={progress!r} must be True, False, None (a bar on a terminal only) or a function")
 
 
 class Counter:
-    """A count up to ``total`` ``unit``s, as a context; ``show``: None for a bar where it can be redrawn and nothing
-    elsewhere, True for lines there."""
+    """Context that counts up to ``total`` ``unit``s.
+
+    ``show``: None for a bar where it can be redrawn and nothing elsewhere, True for lines there.
+    """
 
     def __init__(self, total: int, unit: str, *, show: bool | None, done: int = 0, what: str = "") -> None:
         self.total, self.unit, self.done, self.what = total, unit, done, what
@@ -58,7 +60,7 @@ class Counter:
             self.bar.close()
 
     def count(self, note: str = "") -> None:
-        """One more is done; ``note``: what else there is to say of it."""
+        """Count one more; ``note``: text that is shown beside the count."""
         self.done += 1
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
@@ -79,7 +81,7 @@ class Counter:
 
 
 def counted(items: Sequence[T], unit: str, *, show: bool | None, what: str = "") -> Iterator[T]:
-    """Each of ``items``, counted once whoever asked for it is through with it."""
+    """Yield ``items``, counting each when the next one is requested."""
     with Counter(len(items), unit, show=show, what=what) as counter:
         for item in items:
             yield item

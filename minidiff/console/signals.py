@@ -1,7 +1,7 @@
-"""Being asked to end: Ctrl-C (SIGINT), and SIGTERM, which clusters and containers send some seconds before they kill.
+"""Signals that ask a program to end: Ctrl-C (SIGINT), and SIGTERM, which clusters and containers send before they kill.
 
-Only the command line takes signals over, in the main thread, and gives them back. Elsewhere in the package they are
-what Python makes of them.
+Only the command line handles signals itself, in the main thread, and restores Python's handlers afterwards. Elsewhere
+in the package they have Python's meaning.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised as Ctrl-C is: whatever cleans up after one does so after the other."""
+    """SIGTERM as an exception, like KeyboardInterrupt, so that the same clean-up applies to both."""
 
 
 @contextmanager
 def terminable(seen: list[int]) -> Iterator[None]:
-    """Raise :class:`Terminated` at the first SIGTERM; a later one changes nothing, as the cleaning up is under way.
+    """Raise :class:`Terminated` at the first SIGTERM; later ones are ignored, since the clean-up is under way.
 
-    The signal is put into ``seen`` as well: what is raised in the middle of an import may come out as another error.
+    The signal is also added to ``seen``: an exception during an import may turn into another one.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -38,10 +38,10 @@ def terminable(seen: list[int]) -> Iterator[None]:
 
 
 class Stop:
-    """Signals kept until a good moment: inside ``with``, calling this says whether the program has been asked to end.
+    """Context that defers signals: inside ``with``, calling it returns True if the program has been asked to end.
 
-    A second Ctrl-C does not wait, and is raised at once; a second SIGTERM does, since who sends it kills when it is
-    time. Started by torchrun, a process gets one signal from the terminal and one from torchrun, and waits.
+    A second Ctrl-C is raised at once; a second SIGTERM is deferred as well, since its sender kills when time is up.
+    Under torchrun a process gets one signal from the terminal and one from torchrun, so it defers both.
     """
 
     def __init__(self, tell: Callable[[], object] = lambda: None) -> None:
@@ -76,7 +76,7 @@ class Stop:
 
 @contextmanager
 def _handled(handlers: dict[signal.Signals, Handler]) -> Iterator[None]:
-    """These handlers instead of Python's, where signals reach Python at all; one that is ignored stays so."""
+    """Install these handlers instead of Python's, if possible; ignored signals stay ignored."""
     before: dict[signal.Signals, Any] = {}
     try:
         if threading.current_thread() is threading.main_thread():

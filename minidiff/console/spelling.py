@@ -1,7 +1,7 @@
 """Suggestions for misspelt names.
 
-Every refusal of an unknown name (an option, a sampler, a field of a config) ends in :func:`near`, so that all of them
-guess alike. A guess is only said, never taken.
+Every error about an unknown name (an option, a sampler, a field of a config) ends with :func:`near`, so that all
+suggestions work alike. A suggestion is shown, never applied.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-LONGEST = 100  # characters of a name that is looked at: comparing takes time by the square
+LONGEST = 100  # characters of a name that are compared, which takes quadratic time
 
 
 def near(name: object, known: Iterable[object]) -> str:
-    """``"; did you mean X?"`` with the one of ``known`` that is nearest to ``name``, or "" if none is near.
+    """Return ``"; did you mean X?"`` with the name in ``known`` nearest to ``name``, or "" if none is near.
 
-    Capitals, hyphens, underscores, dots and spaces do not count.
+    Capitals, hyphens, underscores, dots and spaces are ignored.
     """
     if not isinstance(name, str):
         return ""

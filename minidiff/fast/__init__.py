@@ -76,7 +76,7 @@ OPTIONAL: Mapping[str, Switch] = {
     "vae_slices": VaeSlices(),
 }
 ALL = {**SWITCHES, **OPTIONAL}
-ALONE = ("compile", "graphs")  # they read the plain forwards
+ALONE = ("compile", "graphs")  # the compiler reads the plain forwards
 TF32 = (
     "'tf32' is a setting of the whole process, which minidiff leaves alone; "
     'torch.set_float32_matmul_precision("high") at the start of a program turns it on'
@@ -93,13 +93,13 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
     """
     for name in switches:
         check(name != "tf32", TF32)
-        check(name in ALL, f"{name!r} is no switch of fast.optimize; there are {', '.join(ALL)}{near(name, ALL)}")
+        check(name in ALL, f"{name!r} is not a switch of fast.optimize; those are {', '.join(ALL)}{near(name, ALL)}")
     on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
     if not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)
         for name in sorted(wanted & set(ALONE)):
             others = ", ".join(other for other in ALL if other in wanted and other != name)
-            check(not others, f"{name!r} goes alone, not with {others}; fast.restore takes switches off")
+            check(not others, f"{name!r} cannot be combined with {others}; fast.restore takes them off")
         _take_off(pipe)
         parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
         try:
@@ -116,8 +116,10 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
 
 
 def restore(pipe: Pipeline) -> None:
-    """Take off all switches and approximations, and undo offloading and tiling, so that ``pipe`` is the plain model
-    again. Without any of them, nothing happens. An interruption is raised after everything is done."""
+    """Take off all switches and approximations, and undo offloading and tiling: ``pipe`` is the plain model again.
+
+    Without any of them, nothing happens. An interruption is raised after everything is done.
+    """
     surely(lambda: _restore(pipe))
 
 

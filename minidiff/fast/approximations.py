@@ -2,9 +2,9 @@
 
     fast.approximate(sd, deep=3)       # deep features at every third step (:mod:`deep`)
     fast.approximate(sd, merge=0.5)    # half of the tokens in the largest self-attention (:mod:`merge`)
-    fast.restore(sd)                   # all of it off again
+    fast.restore(sd)                   # back to the exact model
 
-``scripts/approximations.py`` measures what each saves and how far the picture moves.
+``scripts/approximations.py`` measures the time that each saves and how much the picture changes.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""Attention in blocks of queries, each two matrix products with a softmax between, where that is the faster way.
+"""Attention in blocks of queries: two matrix products with a softmax in between, used where that is faster.
 
-torch's own kernel never holds more than a small tile of scores, and multiplies tiles by a loop of its own. The library
-behind ``torch.bmm`` multiplies large matrices faster than that on some processors, and slower on others. Here the
-scores of a block of queries are as many as the cache holds. Which way is taken is found out by trying both, when a
-shape comes for the first time in a process; so the same picture may come out with other last bits on another day, and
-the switch is on only if asked for.
+torch's own kernel never holds more than a small tile of scores, and multiplies tiles in its own loop. The library
+behind ``torch.bmm`` multiplies large matrices faster than that on some processors, and slower on others. Here a block
+has as many queries as the cache can hold scores for. Both ways are tried when a shape first occurs in a process, and
+the faster is used; so the same picture may have other last bits on another day, and the switch is on only on request.
 
-Scores are float32 whatever the dtype is, as in torch's kernel: a product rounds what it gives back to the dtype of its
-factors, and scores of eight bits would put the result two to six times as far from the truth. So queries and keys in
-bfloat16 are written as float32 before they are multiplied, and lose nothing; only the second product, of the softmax
-and the values, is one of bfloat16. (torch can be told to multiply float32 as bfloat16. That is a setting of the whole
-process, other threads fall under it, and without AMX the kernel that runs is the same one of float32.)
+Scores are float32 for every dtype, as in torch's kernel: a product is rounded to the dtype of its factors, and scores
+of eight bits would make the error two to six times as large. So bfloat16 queries and keys are converted to float32,
+without loss, before they are multiplied; only the product of the softmax and the values is computed in bfloat16. (torch
+can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other threads, and without
+AMX it runs the same float32 kernel.)
 
-Where a processor has AVX512, blocks of many keys win so often that nothing is tried (:mod:`minidiff.fast.onednn`):
-:class:`ManyKeys` goes by the number of keys alone, and is on by itself.
+On processors with AVX512, blocks of many keys win so often that nothing is tried (:mod:`minidiff.fast.onednn`):
+:class:`ManyKeys` depends on the number of keys alone, and is on by default.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from minidiff.fast.probe import speedup
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import Attention, Kernel, attention
 
-ROWS = 512  # queries of a block
-SCORES = 2**21  # of a block, in float32 8 MB: what a core's share of the last cache holds
-WORTH = 1.1  # times as fast; below it, what torch ships stays
-MANY = 64  # keys; with fewer, a block has too little to do
-SMALL = 2**22  # multiplications of a head's block: fewer are over before a library has been asked head by head
+ROWS = 512  # queries per block
+SCORES = 2**21  # scores per block, 8 MB in float32: a core's share of the last cache
+WORTH = 1.1  # times as fast; with less, torch's kernel stays
+MANY = 64  # keys; with fewer, a block has too little work
+SMALL = 2**22  # multiplications per head and block: with fewer, calling a library per head costs more
 
 Shape = tuple[torch.dtype, tuple[int, ...], int, int]  # of queries; keys, threads
 chosen: dict[Shape, Kernel] = {}
@@ -42,7 +41,7 @@ choosing = threading.Lock()
 
 
 class BlockAttention(Switch):
-    """Attention by whichever kernel is faster for its shape. CPU only: on CUDA torch's own is the fast one."""
+    """Attention by the faster kernel for each shape. CPU only: on CUDA torch's own kernel is fast."""
 
     def kernel(self) -> Kernel:
         """Return the kernel that is set on the layers."""
@@ -67,7 +66,7 @@ class BlockAttention(Switch):
 
 
 class ManyKeys(BlockAttention):
-    """Attention to many keys in blocks, where the processor is known to be faster at that."""
+    """Attention to many keys in blocks, on processors that are known to be faster that way."""
 
     def kernel(self) -> Kernel:
         return by_keys
@@ -80,39 +79,39 @@ class ManyKeys(BlockAttention):
 
 
 def by_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """:func:`~minidiff.models.attention.attention`, in blocks if the keys are many."""
+    """Compute :func:`~minidiff.models.attention.attention`, in blocks if there are many keys."""
     plain = causal or torch.is_grad_enabled() or k.shape[2] < MANY
     return attention(q, k, v, causal) if plain else blockwise(q, k, v, causal)
 
 
 def fastest(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """:func:`~minidiff.models.attention.attention` by the kernel that is chosen for this shape."""
-    if causal or torch.is_grad_enabled():  # blocks are written over: no gradient finds its way back
+    """Compute :func:`~minidiff.models.attention.attention` by the kernel chosen for this shape."""
+    if causal or torch.is_grad_enabled():  # blocks are overwritten, so gradients are not supported
         return attention(q, k, v, causal)
     shape = (q.dtype, tuple(q.shape), k.shape[2], torch.get_num_threads())
     if shape not in chosen:
-        with choosing:  # all threads take the same
+        with choosing:  # all threads use the same
             if shape not in chosen:
                 chosen[shape] = choose(q, k, v)
     return chosen[shape](q, k, v, causal)
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """The faster kernel for these, tried on one block."""
+    """Return the faster kernel for these tensors, tried on one block."""
     some, rows = block_of(q, k)
     given = (q[:1, :some, :rows], k[:1, :some], v[:1, :some], False)
     return blockwise if speedup(lambda: attention(*given), lambda: blockwise(*given)) >= WORTH else attention
 
 
 def block_of(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Return the number of heads, and of queries of each, that are computed at a time."""
+    """Return the number of heads, and of queries of each, that are computed at once."""
     heads, length = q.shape[1:3]
     rows = min(ROWS, length)
     return min(heads, max(1, SCORES // (rows * k.shape[2]))), rows
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, length, d), block by block."""
+    """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d), block by block."""
     assert not causal
     pictures, heads, length, d = q.shape
     seen = k.shape[2]
@@ -134,7 +133,7 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def by_bmm(memory: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The attention of a block of queries (heads, rows, d), its scores in ``memory`` (float32, long enough)."""
+    """Compute a block of queries (heads, rows, d), with its scores in ``memory`` (float32, large enough)."""
     scores = memory[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], k.shape[1])
     scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
     torch.softmax(scores, dim=-1, out=scores)
@@ -142,7 +141,7 @@ def by_bmm(memory: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, head by head, in memory that the products bring along."""
+    """Compute the same, head by head, in memory that the products allocate."""
     out = torch.empty_like(q)
     for asked, keys, values, made in zip(q * q.shape[-1] ** -0.5, k, v, out, strict=True):
         scores = onednn.product(asked, keys)
@@ -151,7 +150,7 @@ def by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_onednn_narrow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for values of fewer digits, by which the softmax is multiplied as such, all heads at once."""
+    """Compute the same for values of lower precision, in which the softmax is multiplied, all heads at once."""
     weights = torch.empty(*q.shape[:2], k.shape[1], dtype=v.dtype, device=v.device)
     for asked, keys, made in zip(q * q.shape[-1] ** -0.5, k, weights, strict=True):
         scores = onednn.product(asked, keys)

@@ -1,9 +1,8 @@
 """Convolution weights with their channels innermost in memory, as the tensor cores of a CUDA card read them.
 
-In that layout (NHWC) cuDNN needs no transposing before and after a convolution in half precision. A convolution whose
-weight lies so answers in the same layout, and what follows passes it on; where a norm or an attention lays out its own
-answer anew, the next convolution brings the channels in again. The numbers are the same ones, and cuDNN may sum them in
-another order.
+In that layout (NHWC) cuDNN needs no transposition before and after a convolution in half precision. A convolution with
+such a weight returns its output in the same layout, and most operations keep it; if a norm or an attention does not,
+the next convolution restores it. The values are the same, but cuDNN may sum in another order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from minidiff.models.around import PREPARING, Around
 
 
 class Innermost(Around):
-    """The ``forward`` of one convolution. At the call, not before: a part that takes turns has no weight to lay out."""
+    """Replacement for the ``forward`` of one convolution. The layout changes at the first call, not before, since in
+    low-memory mode the weight is not there earlier."""
 
     def __call__(self, x: Tensor) -> Any:
         if not self.laid_out():
@@ -33,13 +33,13 @@ class Innermost(Around):
 
 
 class ChannelsLast(Wrapping):
-    """Every convolution gets its weight laid out so, at its first call. CUDA only."""
+    """Switch that changes the layout of every convolution's weight at its first call. CUDA only."""
 
     around = Innermost
     device = "cuda"
 
     def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)  # of these both layouts are one
+        return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)  # for these, both layouts are the same
 
     def take_off(self, layer: nn.Module) -> None:
         super().take_off(layer)

@@ -1,14 +1,14 @@
-"""The UNet as one compiled graph, its weights frozen into it.
+"""The UNet as one compiled graph with frozen weights.
 
-``torch.compile`` with its own compiler (inductor) fuses what lies between convolutions and matrix products, and frozen
-weights are laid out once as the kernels read them, like :mod:`packed` does. The compiler keeps its copy of the weights,
-so they are in memory twice.
+``torch.compile`` with its own compiler (inductor) fuses the operations between convolutions and matrix products, and
+frozen weights are converted once to the layout that the kernels read, as :mod:`packed` does. The compiler keeps its own
+copy of the weights, so they are in memory twice.
 
-The first call takes minutes, half of them in the C++ compiler. What that made stays in torch's own cache on disk
-(TORCHINDUCTOR_CACHE_DIR), and the next process finds it there. The graph around it is put together again in every
-process: packed weights are the one thing that torch's cache of whole graphs cannot hold.
+The first call takes minutes, half of them in the C++ compiler. Its output stays in torch's cache on disk
+(TORCHINDUCTOR_CACHE_DIR), where the next process finds it. The graph around it is built again in every process: torch's
+cache of whole graphs cannot hold packed weights.
 
-Sums run in another order, so results differ by rounding. Every size of batch and picture is compiled for itself.
+Sums run in another order, so results differ by rounding. Every size of batch and picture is compiled separately.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minidiff.models.unet import UNet
 
 
 class CompiledUNet(Switch):
-    """The whole UNet, compiled. Goes alone: it does by itself what the other switches do."""
+    """Switch that compiles the whole UNet. Cannot be combined: the compiler does what the other switches do."""
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, UNet)
@@ -46,20 +46,20 @@ class Compiled(Around):
         super().__init__(unet)
 
     def __call__(self, x: Tensor, t: Tensor | float, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.is_grad_enabled():  # frozen weights don't learn
+        if torch.is_grad_enabled():  # frozen weights cannot be trained
             return self.inner(x, t, *args, **kwargs)  # type: ignore[no-any-return]
         import torch._inductor.config as inductor
 
-        t = torch.as_tensor(t, device=x.device)  # a number would be a constant of the graph, and each have its own
-        # Given as an option of torch.compile, freezing comes too late: weights would be inputs of the graph by then.
-        # The setting is the calling thread's own.
+        t = torch.as_tensor(t, device=x.device)  # a Python number would be a constant, with a graph for each
+        # As an option of torch.compile, freezing would come too late: weights would already be inputs of the graph.
+        # The setting applies to the calling thread only.
         with inductor.patch(freezing=True):
             out: Tensor = self.compiled(x, t, *args, **kwargs)
         return out
 
 
 def check_compiler() -> None:
-    """Raise :class:`ConfigError` where torch finds no C++ compiler to work with."""
+    """Raise :class:`ConfigError` if torch finds no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -67,5 +67,5 @@ def check_compiler() -> None:
     except Exception as e:
         why = type(e).__name__
         raise ConfigError(
-            f"compiling needs a C++ compiler, and none is found ({why}); install g++, or name one in CXX"
+            f"compiling needs a C++ compiler, and none is found ({why}); install g++, or set CXX"
         ) from None

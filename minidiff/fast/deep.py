@@ -28,7 +28,7 @@ from minidiff.pipeline.denoise import work
 
 
 class DeepCache(Switch):
-    """UNets that run whole at one call in ``every``; 1 is all of them, and the plain model's bits."""
+    """Switch of UNets that run whole at one call in ``every``; 1 is every call, with the plain model's bits."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -53,8 +53,11 @@ class Kept:
 
 
 class Reusing(Around):
-    """Replacement for the ``forward`` of one UNet. With gradients on, or a ControlNet's residuals, it is the plain
-    one: a graph ends with its step, and residuals reach every depth anew."""
+    """Replacement for the ``forward`` of one UNet.
+
+    With gradients enabled, or with a ControlNet's residuals, it is the plain one: a graph ends with its step, and
+    residuals reach every depth in every step.
+    """
 
     def __init__(self, unet: UNet, every: int) -> None:
         self.unet = unet
@@ -62,7 +65,7 @@ class Reusing(Around):
         level = unet.up[-1]
         assert isinstance(level, UpLevel)
         self.level = level  # the highest resolution on the way up
-        self.here = threading.local()  # of this thread: what it keeps outside of a run, and what a call has seen
+        self.here = threading.local()  # state of this thread: its cache outside of a run, and what a call has seen
         self.handles: list[RemovableHandle] = []
         super().__init__(unet)
         forward_pre_hook(level.res[-1], self.look, self.handles)
@@ -83,7 +86,7 @@ class Reusing(Around):
         call = Call((x.shape, x.dtype, x.device), (context, guidance, *(added or ())), t)
         goes_on = kept.last is not None and call.follows(kept.last)
         kept.age = (kept.age + 1) % self.every if goes_on else 0
-        kept.last = None  # should this call fail, there is nothing to go on from
+        kept.last = None  # if this call fails, there is nothing to reuse
         if kept.age == 0:
             out, kept.deep = self.whole(x, t, context, added, guidance)
         else:
@@ -99,7 +102,7 @@ class Reusing(Around):
         return found
 
     def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note what comes into the last ResBlock, where :meth:`whole` asks for it."""
+        """Record the input of the last ResBlock if :meth:`whole` asks for it."""
         seen: list[Tensor] | None = getattr(self.here, "seen", None)
         if seen is not None:
             seen.append(args[0])
@@ -109,7 +112,7 @@ class Reusing(Around):
             handle.remove()
 
     def whole(self, *given: Any) -> tuple[Tensor, Tensor]:
-        """The plain UNet, and what comes from below into its last ResBlock."""
+        """Run the plain UNet; return its output and the input of its last ResBlock from the level below."""
         seen: list[Tensor] = []
         self.here.seen = seen
         try:
@@ -128,7 +131,7 @@ class Reusing(Around):
         added: tuple[Tensor, Tensor] | None,
         guidance: Tensor | None,
     ) -> Tensor:
-        """The first convolution and the last layer of the way up, with the kept features ``deep`` between."""
+        """Run the first convolution and the last layer of the way up, with the cached features ``deep`` in between."""
         unet = self.unet
         temb = unet.embed_time(x, t, added, guidance)
         h = self.level.res[-1](torch.cat([deep, unet.conv_in(x)], dim=1), temb)
@@ -139,7 +142,7 @@ class Reusing(Around):
 
 
 class Call(NamedTuple):
-    """One call of a UNet: the kind of its sample, what it was told, and when."""
+    """One call of a UNet: the kind of its sample, its conditions, and its time."""
 
     kind: tuple[torch.Size, torch.dtype, torch.device]
     told: tuple[Tensor | None, ...]
@@ -152,10 +155,10 @@ class Call(NamedTuple):
 
 
 def later(t: Tensor | float, last: Tensor | float) -> bool:
-    """Return True if a run that was at timestep ``last`` may have come to ``t``.
+    """Return True if a run that was at timestep ``last`` may have arrived at ``t``.
 
-    Rows of a plan are told by their place in it: a method may ask twice at one timestep, and values on a GPU would have
-    to be waited for. Rows of two plans belong to two runs. Timesteps of any other origin must fall.
+    Rows of a plan are compared by their position in it: a method may call twice at one timestep, and comparing values
+    on a GPU would wait for it. Rows of two plans belong to two runs. Other timesteps must decrease.
     """
     if isinstance(t, Tensor) and isinstance(last, Tensor) and t._base is not None and last._base is not None:
         return t._base is last._base and bool(t.storage_offset() > last.storage_offset())

@@ -1,9 +1,8 @@
-"""The feed-forward of a transformer some rows at a time, so that its wide middle stays in the cache.
+"""Feed-forward of a transformer in blocks of rows, so that its wide middle stays in the cache.
 
 Inside, GEGLU is eight times as wide as its input: 84 MB for the 8,192 tokens of Stable Diffusion's largest level.
 Tensors of that size come from the operating system as untouched pages, whose first touch costs as much as the
-arithmetic. A thousand tokens at a time fit into memory that was used a moment ago, and each is computed by itself
-anyway.
+arithmetic. A thousand tokens at a time fit into recently used memory, and each token is computed separately anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ROWS = 1024  # tokens at a time
 
 def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
     """:meth:`FeedForward.forward`."""
-    out = x.new_empty(x.shape)  # in rows, however x lies in memory
+    out = x.new_empty(x.shape)  # in rows, whatever the layout of x
     for tokens, made in zip(torch.split(x.flatten(0, 1), ROWS), torch.split(out.flatten(0, 1), ROWS), strict=True):
         value, gate = self.gate(tokens).chunk(2, dim=-1)
         made.copy_(self.out(F.gelu(gate).mul_(value)))
@@ -28,7 +27,7 @@ def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
 
 
 class FeedForwardInBlocks(Instead):
-    """Every feed-forward, wherever it has more tokens than fit. CPU only: a card would wait for Python."""
+    """Switch of every feed-forward, used if there are more tokens than fit. CPU only: a card would wait for Python."""
 
     device = "cpu"
     forward = staticmethod(in_blocks)

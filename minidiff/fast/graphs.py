@@ -1,8 +1,8 @@
-"""The UNet compiled, and its kernels recorded as CUDA graphs: a step is then one launch, and costs Python nothing.
+"""The UNet compiled and recorded as CUDA graphs, so that a step is a single launch without work for Python.
 
-A small batch on a fast card waits for the host, which launches some thousand kernels a step. A recorded graph is
-launched whole, on the memory that it was recorded with. Every size of batch and picture is compiled for itself, the
-first call of each takes minutes, and a part that takes turns would be recorded anew at each: not for offloaded models.
+A small batch on a fast card waits for the host, which launches some thousand kernels per step. A recorded graph is
+launched as a whole, on the memory that it was recorded with. Every size of batch and picture is compiled separately,
+and the first call of each takes minutes. Not for offloaded models, whose graphs would be recorded anew in every turn.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Recorded(Around):
         super().__init__(layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self.launching:  # all launches of a graph read and write the same memory
+        with self.launching:  # all launches of a graph use the same memory
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             out: Tensor = self.compiled(*args, **kwargs)  # type: ignore[no-untyped-call]
-            # The next launch writes its answer to the same place, and multistep samplers keep this one.
+            # The next launch overwrites its output, which multistep samplers keep.
             return out.clone()
 
 
 class CudaGraphs(Wrapping):
-    """The whole UNet. CUDA only. Goes alone: what the compiler cannot read (what remembers) is in its way."""
+    """Switch of the whole UNet. CUDA only. Cannot be combined: the compiler cannot trace the caches of others."""
 
     around = Recorded
     device = "cuda"

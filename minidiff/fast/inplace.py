@@ -1,9 +1,9 @@
 """ResBlocks that overwrite tensors which are no longer needed.
 
-The plain block makes a new tensor with every operation, as training needs. A tensor of many megabytes comes from the
-operating system as untouched pages, and touching them for the first time costs about as much as the operation: in the
-VAE, at 512 x 512, a twentieth of the block. This forward computes the same bits, term for term, in the memory that the
-step before has just left in the cache. Gradients can't flow through it.
+The plain block allocates a new tensor in every operation, as training requires. A tensor of many megabytes comes from
+the operating system as untouched pages, and touching them for the first time costs about as much as the operation: in
+the VAE, at 512 x 512, a twentieth of the block. This forward computes the same bits, term by term, in memory that the
+previous operation has just left in the cache. It does not support gradients.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def res_block(self: ResBlock, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = h.add_(self.time(F.silu(temb))[:, :, None, None])
     h = self.conv2(F.silu(self.norm2(h), inplace=True))
     carried: Tensor = self.skip(x)
-    # A sum lies in memory as its first operand does, and by that the next convolution picks its kernel, and its bits.
+    # A sum has the layout of its first operand, which decides the kernel of the next convolution, and so its bits.
     out: Tensor = h.add_(carried) if h.stride() == carried.stride() else carried + h
     return out
 
 
 class InPlaceBlocks(Instead):
-    """ResBlocks that reuse memory. The same bits."""
+    """Switch of ResBlocks that reuse memory. The same bits."""
 
     forward = staticmethod(res_block)
 

@@ -1,6 +1,6 @@
-"""Linear layers by oneDNN instead of MKL, where that is the faster library (see :mod:`minidiff.fast.onednn`).
+"""Linear layers by oneDNN instead of MKL, where oneDNN is faster (see :mod:`minidiff.fast.onednn`).
 
-The weight stays where and as it is. In bfloat16 torch asks oneDNN already.
+The weight is unchanged. In bfloat16 torch uses oneDNN already.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from minidiff.models.around import Around
 from minidiff.models.attention import Linear
 
 SMALLEST = 2**14  # weights
-ROWS = 32  # of the input: with fewer, the weight is read for so little work that memory decides
+ROWS = 32  # rows of the input: with fewer, the time is that of reading the weight
 
 
 class Product(Around):
-    """The ``forward`` of one linear layer; few rows go to the one within."""
+    """Replacement for the ``forward`` of one linear layer; few rows go to the original."""
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() < ROWS * x.shape[-1] or torch.is_grad_enabled():
@@ -30,7 +30,7 @@ class Product(Around):
 
 
 class LinearByOneDNN(Wrapping):
-    """Every large linear layer. CPU and float32 only, and only with AVX512."""
+    """Switch of every large linear layer. CPU and float32 only, and only with AVX512."""
 
     around = Product
     device = "cpu"

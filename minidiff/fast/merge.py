@@ -24,11 +24,11 @@ from minidiff.models.attention import SpatialTransformer, TransformerBlock
 from minidiff.models.undo import forward_hook, forward_pre_hook
 from minidiff.models.unet import UNet
 
-MOST = 0.75  # a quarter of the tokens is what the others are merged into
+MOST = 0.75  # a quarter of the tokens are targets
 
 
 class TokenMerging(Switch):
-    """Self-attention of a UNet's highest resolution on fewer tokens: ``ratio`` (0 to 0.75) of them are merged away."""
+    """Switch of self-attention at a UNet's highest resolution: ``ratio`` (0 to 0.75) of its tokens are merged away."""
 
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
@@ -55,7 +55,7 @@ class TokenMerging(Switch):
 
 
 def finest(unet: UNet) -> list[SpatialTransformer]:
-    """The transformers of the highest resolution that has any."""
+    """Return the transformers of the highest resolution that has any."""
     for down, up in zip(unet.down, reversed(unet.up), strict=True):
         found = [m for m in (*down.attn, *up.attn) if isinstance(m, SpatialTransformer)]  # type: ignore[misc]
         if found:
@@ -64,7 +64,7 @@ def finest(unet: UNet) -> list[SpatialTransformer]:
 
 
 class Merging(threading.local):
-    """Hooks around the self-attention of one transformer; their notes during a call are local to the thread."""
+    """Hooks around the self-attention of one transformer; their state during a call is local to the thread."""
 
     size = (0, 0)
     group: Tensor | None = None
@@ -73,34 +73,34 @@ class Merging(threading.local):
         self.ratio = ratio
 
     def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note the size of the picture, which its tokens don't tell."""
+        """Record the size of the picture, which cannot be told from its tokens."""
         self.size = args[0].shape[-2:]
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise ConfigError(CHANGED)
 
     def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
-        """Merge; with nothing to merge the tokens go in as they are."""
+        """Merge the tokens, if there is anything to merge."""
         (tokens,) = args
         count = min(int(self.ratio * tokens.shape[1]), tokens.shape[1] - len(targets(*self.size, tokens.device)))
         self.group = groups(tokens, *self.size, count) if count else None
         return None if self.group is None else (merged(tokens, self.group, tokens.shape[1] - count),)
 
     def after(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        """Give every token the answer of its group."""
+        """Give every token the output of its group."""
         group, self.group = self.group, None
         return out if group is None else unmerged(out, group)
 
 
 def targets(height: int, width: int, device: torch.device) -> Tensor:
-    """The places of the tokens that are merged into: the upper left of every 2 x 2, also of those cut by an edge."""
+    """Return the positions of the targets: the upper left token of every 2 x 2, including those cut by an edge."""
     return _every_other(height, width, 0, 0, device)
 
 
 def groups(tokens: Tensor, height: int, width: int, count: int) -> Tensor:
     """Return the group of each of ``tokens`` (B, height * width, C) when ``count`` are merged away: (B, L).
 
-    First come the tokens that stay alone, each a group, then the targets with what is merged into them.
+    First come the unmerged tokens, each a group, then the targets with the tokens merged into them.
     """
     batch, length, _ = tokens.shape
     device = tokens.device
@@ -120,7 +120,7 @@ def groups(tokens: Tensor, height: int, width: int, count: int) -> Tensor:
 
 
 def merged(tokens: Tensor, group: Tensor, count: int) -> Tensor:
-    """The mean of each of ``count`` groups: (B, L, C) -> (B, count, C)."""
+    """Return the mean of each of ``count`` groups: (B, L, C) -> (B, count, C)."""
     batch, _, channels = tokens.shape
     index = _rows(group, count)[:, None].expand(-1, channels)
     means = tokens.new_zeros(batch * count, channels)
@@ -129,17 +129,17 @@ def merged(tokens: Tensor, group: Tensor, count: int) -> Tensor:
 
 
 def unmerged(answers: Tensor, group: Tensor) -> Tensor:
-    """To every token what its group was answered: (B, count, C) -> (B, L, C)."""
+    """Return the output of its group for every token: (B, count, C) -> (B, L, C)."""
     rows = answers.flatten(0, 1).index_select(0, _rows(group, answers.shape[1]))
     return rows.view(*group.shape, -1)
 
 
 def _rows(group: Tensor, count: int) -> Tensor:
-    """Groups as rows of all pictures' groups, one under another: (B, L) -> (B * L,)."""
+    """Number the groups of all pictures consecutively: (B, L) -> (B * L,)."""
     return (group + count * torch.arange(len(group), device=group.device)[:, None]).flatten()
 
 
 def _every_other(height: int, width: int, y: int, x: int, device: torch.device) -> Tensor:
-    """The places, row by row, of every other token of every other row, from row ``y`` and column ``x`` on."""
+    """Return the positions of every other token in every other row, starting at row ``y`` and column ``x``."""
     rows = torch.arange(y, height, 2, device=device)[:, None] * width
     return (rows + torch.arange(x, width, 2, device=device)).flatten()

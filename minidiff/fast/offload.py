@@ -4,9 +4,9 @@
     fast.offload(sd, "cuda")
     sd.generate(...)
 
-Weights wait in pinned memory, from where a card copies them by itself while the host goes on. Nothing is copied back:
-the host has the weights all the time, and a part that has worked is dropped. The steps of a run copy nothing, since the
-UNet comes before the first and stays to the last. The same bits as a model that is on the card whole.
+Weights wait in pinned memory, from which a card copies them while the host continues. Nothing is copied back: the host
+keeps the weights, and the card's copy of a part is dropped after use. The steps of a run copy nothing, since the UNet
+is copied before the first and stays until the last. The bits are those of a model that is on the card completely.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from minidiff.storage.low_memory import Turns
 
 
 class Offloaded(Turns):
-    """Parts that came from the host, and go back to it in the end."""
+    """Parts that came from the host, and return to it at the end."""
 
 
 def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
     """Let the parts of ``pipe`` take turns on ``device`` until ``fast.restore``. Calling it twice is harmless.
 
-    Switches are put on after it. Raises :class:`ConfigError` if some are on already, or if the parts take turns in
+    Put switches on afterwards. Raises :class:`ConfigError` if any are already on, or if the parts already take turns in
     another way.
     """
     device = torch.device(device)
@@ -53,7 +53,7 @@ def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
 
 
 def waiting(weight: Tensor) -> Tensor:
-    """``weight`` in memory that a card can copy from by itself, where there is a card."""
+    """Return ``weight`` in pinned memory if there is a card."""
     return weight.pin_memory() if torch.cuda.is_available() else weight
 
 
@@ -63,7 +63,7 @@ def coming(weight: nn.Parameter, device: torch.device) -> Callable[[], Tensor]:
 
 
 def bring_back(pipe: Pipeline) -> None:
-    """All parts on the host, with the parameters that they had."""
+    """Return all parts to the host, with their previous parameters."""
     if isinstance(pipe.turns, Offloaded):
         pipe.turns.end()
         pipe.turns = None

@@ -1,9 +1,9 @@
-"""Use of oneDNN, torch's library for convolutions, where it is faster, and its matrix products in float32.
+"""Matrix products by oneDNN, torch's library for convolutions, on processors where it is the faster one.
 
-For products of float32 matrices torch calls MKL, which comes from the maker of one kind of processor: on another that
-has AVX512, MKL was measured at 165 to 220 GFLOP/s, the rate of AVX2, where oneDNN reached 250 to 490. With AVX2 alone
-neither is ahead. So the rule is AVX512: which library is asked follows from the processor, and the same processor
-always gives the same bits. That processor was AMD's; on Intel's, where MKL may be as fast, it was not measured.
+For float32 matrix products torch calls MKL. On an AMD processor with AVX512, MKL reached 165 to 220 GFLOP/s, the rate
+of AVX2, and oneDNN 250 to 490. With AVX2 alone neither is ahead. Therefore oneDNN is used if there is AVX512: the
+choice depends on the processor alone, so the same processor always gives the same bits. On Intel processors, where MKL
+may be as fast, this was not measured.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from torch import Tensor
 
 
 def pays(dtype: torch.dtype = torch.float32) -> bool:
-    """Return True if oneDNN is the faster library on this processor: for float32 with AVX512, for bfloat16 with
-    instructions for it (AVX512_BF16, AMX), without which all computation in bfloat16 is slow."""
+    """Return True if oneDNN is the faster library on this processor.
+
+    That is the case for float32 with AVX512, and for bfloat16 with instructions for it (AVX512_BF16, AMX), without
+    which all computation in bfloat16 is slow.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
@@ -29,9 +32,9 @@ def has_amx() -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,): (..., out), as a linear layer.
+    """Compute ``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,): (..., out).
 
-    float32, on the CPU; no gradient finds its way back.
+    float32 on the CPU only, without gradients.
     """
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made

@@ -1,9 +1,9 @@
-"""Convolutions whose weight lies in memory as the processor's kernels read it.
+"""Convolutions whose weights are stored in the layout that the processor's kernels read.
 
-oneDNN, which computes the convolutions of a CPU, reads weights in blocks of its own layout. Torch keeps them in rows
-and has them rearranged at every call, and where the picture is small and the weight large, that takes longer than the
-convolution. Here it is done once, when the first picture comes and its size is known. The rearranged weight takes the
-place of the plain one, so no memory is lost, and going back gives the same bits: nothing is computed.
+oneDNN, which computes convolutions on a CPU, reads weights in its own blocked layout. torch keeps them in rows and has
+them rearranged in every call, which takes longer than the convolution if the picture is small and the weight large.
+Here it is done once, at the first call, when the size of the picture is known. The rearranged weight replaces the plain
+one, so no memory is lost, and converting it back restores the same bits, since nothing is computed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from minidiff.fast.switch import Switch
 from minidiff.models.around import PREPARING, Around
 
-SMALLEST = 2**16  # weights: below it a rearrangement costs nothing worth saving
+SMALLEST = 2**16  # weights: with fewer, the rearrangement costs too little to matter
 
 
 class PackedConvolutions(Switch):
-    """Every large convolution of a model gets its weight packed. CPU only; float32, and bfloat16 where torch can."""
+    """Switch that packs the weight of every large convolution. CPU only; float32, and bfloat16 if torch supports it."""
 
     device = "cpu"
 
@@ -28,7 +28,7 @@ class PackedConvolutions(Switch):
         return (
             torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
             and isinstance(layer, nn.Conv2d)
-            and layer.kernel_size != (1, 1)  # a matrix product, whose plain kernel is as fast and sums more exactly
+            and layer.kernel_size != (1, 1)  # a matrix product, whose plain kernel is as fast and more exact
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype in (torch.float32, torch.bfloat16)
@@ -48,14 +48,14 @@ class Packed(Around):
     def __init__(self, layer: nn.Module) -> None:
         self.trained = layer.get_parameter("weight").requires_grad
         super().__init__(layer)
-        # As a state dict (saving, copying) the layer has its plain weight.
+        # The layer's state dict (for saving, copying) has the plain weight.
         layer.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
         assert isinstance(layer, nn.Conv2d)
         weight = layer.weight
-        if not weight.is_mkldnn:  # at the first call, and after someone gave the layer another weight
+        if not weight.is_mkldnn:  # at the first call, and after the layer was given another weight
             weight = self.pack(layer, x)
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
             x, weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
@@ -63,7 +63,7 @@ class Packed(Around):
         return out
 
     def pack(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        """Put a packed weight in the place of the layer's, unless another thread just has; which it is."""
+        """Replace the layer's weight by a packed one, unless another thread just has; return the packed weight."""
         with PREPARING:
             plain = layer.weight
             if plain.is_mkldnn:
@@ -72,7 +72,7 @@ class Packed(Around):
                 plain.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
             )
             layer.weight = nn.Parameter(packed, requires_grad=False)
-            plain.data = plain.data.new_empty(0)  # where parts take turns, the place of the weight still holds it
+            plain.data = plain.data.new_empty(0)  # in low-memory mode, the weight's slot still holds it
             return layer.weight
 
     def undo(self) -> None:

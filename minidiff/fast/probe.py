@@ -1,11 +1,11 @@
 """Choice of bfloat16 or float32 by the speed of this processor, measured once and cached.
 
-Some processors compute bfloat16 at twice the speed of float32, others at a tenth, and no name or number tells which. So
-a convolution and a matrix product of the sizes of a UNet's are tried in both. What came out lies in the user's cache
-folder, by processor, threads and version of torch; where that cannot be read or written, it is measured again.
+Some processors compute bfloat16 at twice the speed of float32, others at a tenth, and no identifier tells which.
+Therefore a convolution and a matrix product of the size of a UNet's are timed in both. The result is kept in the user's
+cache folder, by processor, threads and version of torch; if that cannot be read or written, it is measured again.
 
-bfloat16 keeps 8 bits of 24, so it is taken only where it wins clearly, and only for models that one waits for: a small
-one is done in seconds, and spends them on calling many operations, which is no faster in bfloat16.
+bfloat16 keeps 8 of 24 bits, so it is chosen only if it is clearly faster, and only for large models: a small one is
+done in seconds, most of which is the overhead of many operations, which is no faster in bfloat16.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from minidiff.errors import MinidiffError
 from minidiff.storage.reading import read_object
 from minidiff.storage.writing import atomic
 
-WORTH = 1.3  # times as fast; below it, 16 bits of precision are too much to give
-# Bytes on disk. Every Stable Diffusion has more, in float16 too. Unconditional models have less: they go hundreds of
-# steps, each smaller than what bfloat16 can tell apart.
+WORTH = 1.3  # times as fast; with less, it is not worth 16 bits of precision
+# Bytes on disk. Every Stable Diffusion has more, even in float16. Unconditional models have fewer; they take hundreds
+# of steps, each smaller than the resolution of bfloat16.
 LARGE = 10**9
-CHANNELS, SIDE = 320, 8  # the first level of Stable Diffusion's UNet, and a corner of its picture
+CHANNELS, SIDE = 320, 8  # those of the first level of Stable Diffusion's UNet, and a part of its picture
 ROUNDS = 6  # the first is to warm up
-HOPELESS = 3  # times as slow after two rounds: then the rest is spared
+HOPELESS = 3  # times as slow after two rounds: the rest is skipped
 
 
 def choice(bytes_on_disk: int) -> torch.dtype:
@@ -45,7 +45,7 @@ def choice(bytes_on_disk: int) -> torch.dtype:
 
 
 def size_on_disk(path: str | os.PathLike[str]) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Return the size of a file, or of all files in a folder, in bytes."""
     path = Path(path)
     return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
 
@@ -55,7 +55,7 @@ def gain() -> float:
     key, known = machine(), remembered()
     if key not in known:
         known[key] = measured()
-        with suppress(OSError, RuntimeError, MinidiffError):  # a home that is nowhere, a disk that is full
+        with suppress(OSError, RuntimeError, MinidiffError):  # no home folder, a full disk
             path = cache_file()
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as file:
@@ -92,11 +92,8 @@ def machine() -> str:
     return f"{name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-
 def measured() -> float:
-    """The smaller gain of the two, since both must win. It takes about a tenth of a second."""
+    """Return the smaller gain of the two, since both must be faster. It takes about a tenth of a second."""
     found = math.inf
     for make in (convolution, product):
         found = min(found, speedup(make(torch.float32), make(torch.bfloat16)))
@@ -106,13 +103,13 @@ def measured() -> float:
 
 
 def convolution(dtype: torch.dtype) -> Callable[[], Any]:
-    """One of a ResBlock's, a small picture for each thread."""
+    """Set up a convolution of a ResBlock, with a small picture for each thread."""
     x, weight = _ones(torch.get_num_threads(), CHANNELS, SIDE, SIDE), _ones(CHANNELS, CHANNELS, 3, 3)
     return partial(F.conv2d, x.to(dtype), weight.to(dtype), padding=1)
 
 
 def product(dtype: torch.dtype) -> Callable[[], Any]:
-    """The one into a feed-forward network."""
+    """Set up the matrix product into a feed-forward network."""
     x, weight = _ones(torch.get_num_threads() * SIDE * SIDE, CHANNELS), _ones(8 * CHANNELS, CHANNELS)
     return partial(F.linear, x.to(dtype), weight.to(dtype))
 
@@ -123,8 +120,10 @@ def _ones(*shape: int) -> Tensor:
 
 @torch.no_grad()
 def speedup(plain: Callable[[], Any], other: Callable[[], Any]) -> float:
-    """Return the speed of ``other`` relative to ``plain``. They run in turn and the best of each counts, as whatever
-    else the machine does can only make a run longer."""
+    """Return the speed of ``other`` relative to ``plain``.
+
+    They run in turn and the shortest time of each counts, since other load can only make a run longer.
+    """
     best = [math.inf, math.inf]
     for n in range(ROUNDS):
         for i, work in enumerate((plain, other)):

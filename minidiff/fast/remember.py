@@ -20,7 +20,7 @@ from minidiff.models.attention import TransformerBlock
 
 
 class PromptMemory(Switch):
-    """The key and value layers of every cross-attention remember their answers. The same bits."""
+    """Switch of the key and value layers of every cross-attention, which cache their outputs. The same bits."""
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, TransformerBlock)
@@ -37,7 +37,7 @@ class PromptMemory(Switch):
 
 
 class Known(NamedTuple):
-    """An answer, and to what: the input, the weight, and how often each had been written to."""
+    """Cached output with its input, its weight, and the version counters of both."""
 
     x: weakref.ref[Tensor]
     weight: Tensor
@@ -52,7 +52,7 @@ class Remembering(Around):
     """Replacement for the ``forward`` of one linear layer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.known: dict[int, Known] = {}  # by the id of the input, as long as that lives
+        self.known: dict[int, Known] = {}  # by the id of the input, as long as it exists
         super().__init__(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Remembering(Around):
         return known.answer
 
     def compute(self, x: Tensor) -> Tensor:
-        """The plain answer, or that of the switch below."""
+        """Compute the output of the plain layer, or of the switch below."""
         out: Tensor = nn.Linear.forward(self.layer, x) if self.before is None else self.before(x)  # type: ignore[arg-type]
         return out
 

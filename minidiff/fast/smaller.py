@@ -1,8 +1,8 @@
 """The same work in smaller batches, which trades time for memory.
 
-Activations grow with the batch. Guidance runs the UNet on two predictions a picture, and the VAE's last levels take a
-gigabyte a picture of 512 x 512 in float32. Nothing is shared between the pictures of a batch, so it can be cut; the
-bits of a picture are then those that the smaller batch gives.
+Activations grow with the batch. Guidance runs the UNet on two predictions per picture, and the VAE's last levels take a
+gigabyte per picture of 512 x 512 in float32. The pictures of a batch are independent, so it can be split; the bits of a
+picture are then those of the smaller batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class OneByOne(Around):
 
 
 class VaeSlices(Wrapping):
-    """The VAE decodes one picture at a time: the bits of each are those that it has alone."""
+    """Switch of a VAE that decodes one picture at a time, each with the bits that it has alone."""
 
     around = OneByOne
     method = "decode"
@@ -42,7 +42,7 @@ class VaeSlices(Wrapping):
 
 
 class Halves(Around):
-    """The ``forward`` of a UNet: half of an even batch, then the other. On a card, only once the whole did not fit."""
+    """Replacement for the ``forward`` of a UNet: an even batch in two halves. On a card, only after it did not fit."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.whole_fits = True
@@ -62,7 +62,7 @@ class Halves(Around):
 
 
 class GuidanceHalves(Wrapping):
-    """The UNet predicts without the prompt first, and then with it, instead of both in one batch."""
+    """Switch of a UNet that predicts first without the prompt and then with it, instead of both in one batch."""
 
     around = Halves
 
@@ -71,7 +71,7 @@ class GuidanceHalves(Wrapping):
 
 
 def cut(value: Any, rows: slice, batch: int) -> Any:
-    """``rows`` of every tensor in ``value`` that has a row for each of ``batch`` pictures; the rest as it is."""
+    """Take ``rows`` of every tensor in ``value`` with a row for each of ``batch`` pictures; keep everything else."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim > 0 and len(value) == batch else value
     if isinstance(value, dict):

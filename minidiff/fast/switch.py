@@ -11,9 +11,9 @@ from minidiff.models.around import Around
 
 
 class Switch(Protocol):
-    """One speed-up. It keeps what it replaces, so that ``take_off`` gives a layer back as it was."""
+    """Base class of the speed-ups. A switch keeps what it replaces, so that ``take_off`` can restore a layer."""
 
-    device: ClassVar[str | None] = None  # the kind that it is for; None: every one
+    device: ClassVar[str | None] = None  # type of device that it is for; None: all
 
     def applies(self, layer: nn.Module) -> bool:
         """Return True if ``layer``, not optimized yet, is one that this switch is for."""
@@ -26,8 +26,10 @@ class Switch(Protocol):
 
 
 def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] | None = None) -> list[nn.Module]:
-    """Put ``switch`` on every layer of ``parts`` that it applies to; which they were. In ``layers`` they stand before
-    anything is changed."""
+    """Put ``switch`` on every layer of ``parts`` that it applies to, and return these layers.
+
+    They are added to ``layers`` before anything is changed.
+    """
     layers = [] if layers is None else layers
     layers += [layer for part in parts for layer in part.modules() if switch.applies(layer)]
     for layer in layers:
@@ -36,7 +38,7 @@ def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] |
 
 
 class Replaced(Around):
-    """Another function of the layer in place of its ``forward``."""
+    """Replacement of a layer's ``forward`` by another function of the layer."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
         self.forward = forward
@@ -47,7 +49,7 @@ class Replaced(Around):
 
 
 class Instead(Switch):
-    """A switch that gives each layer another ``forward``, which calls nothing of its own one."""
+    """Base class of switches that give each layer another ``forward``, which does not call the original."""
 
     forward: ClassVar[Callable[..., Tensor]]  # a staticmethod: it is bound to the layer, not to the switch
 
@@ -59,7 +61,7 @@ class Instead(Switch):
 
 
 class Wrapping(Switch):
-    """A switch that puts one ``around`` each layer's ``method``, and takes it away again."""
+    """Base class of switches that put an ``around`` on each layer's ``method``."""
 
     around: ClassVar[type[Around]]
     method: ClassVar[str] = "forward"

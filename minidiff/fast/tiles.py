@@ -1,9 +1,8 @@
-"""Decoding in overlapping tiles, blended where they meet. APPROXIMATE: for pictures that do not fit otherwise.
+"""Decoding in overlapping tiles that are blended. APPROXIMATE: for pictures that do not fit in memory otherwise.
 
-The memory of a decoding grows with the picture; in tiles it is that of one tile, whatever the picture's size. But every
-group norm of the decoder takes mean and spread over the whole picture, and the attention in its middle looks at all of
-it. A tile sees itself alone, so colours and contrast shift a little from tile to tile. The blending hides the seams,
-not the shift.
+The memory for decoding grows with the picture; with tiles it is that of one tile for any size. But every group norm of
+the decoder uses mean and variance of the whole picture, and the attention in its middle block sees all of it. A tile
+sees only itself, so colours and contrast shift a little from tile to tile. Blending hides the seams, not the shift.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ NAME = "vae_tiles"  # in the recipe
 
 
 def tiled(pipe: Pipeline, side: int = 64) -> None:
-    """Let ``pipe`` decode in tiles of ``side`` x ``side`` latents (64 are 512 pixels), of which neighbours share a
-    quarter; a picture of one tile or less is decoded whole, and exactly.
+    """Let ``pipe`` decode in tiles of ``side`` x ``side`` latents (64 are 512 pixels) that overlap by a quarter.
 
-    Approximate, which the recipes of its pictures say. Another call changes the tiles, ``fast.restore`` ends it.
-    Raises :class:`ConfigError` for a model without a VAE, and for a ``side`` that has no quarter.
+    A picture that fits in one tile is decoded whole, and exactly. Otherwise this is approximate, and noted in the
+    recipes of the pictures. Another call changes the size of the tiles; ``fast.restore`` turns them off. Raises
+    :class:`ConfigError` for a model without a VAE, and for a ``side`` below 4.
     """
     check("vae" in pipe.parts, f"a {pipe.config.family} model has no VAE that could decode in tiles")
     check(isinstance(side, int) and side >= 4, f"side={side!r} of a tile must be a whole number of latents, at least 4")
@@ -53,7 +52,7 @@ class Tiles(Around):
         super().__init__(vae, "decode")
 
     def __call__(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W): the mean of all tiles that reach a pixel, each counting less near its edges."""
+        """Decode (B, C, h, w) to (B, 3, H, W): the mean of the tiles at each pixel, weighted less near their edges."""
         height, width = z.shape[-2:]
         if height <= self.side and width <= self.side:
             return self.inner(z)  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Transformers that work on pictures in channels-last layout, without copies.
 
-A picture lies in memory channel by channel, and a transformer reads it pixel by pixel: the plain one copies it on the
-way in and on the way out. Here the picture is laid out pixel by pixel once, with its channels innermost, which a
-transformer's tokens are just another name for. Norms and convolutions pass that layout on, and the library behind the
-convolutions prefers it: it need not rearrange a picture before and after each.
+A picture is stored channel by channel, but a transformer reads it pixel by pixel, so the plain one copies it at its
+input and output. Here the picture is converted once to the channels-last layout, which is also that of a transformer's
+tokens. Norms and convolutions preserve that layout, and the library behind the convolutions prefers it: it need not
+rearrange a picture before and after each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minidiff.models.attention import SpatialTransformer, to_tokens
 
 
 def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
-    """:meth:`SpatialTransformer.forward`; what it gives back has its channels innermost."""
+    """Compute :meth:`SpatialTransformer.forward`, with the output in channels-last layout."""
     x = x.contiguous(memory_format=torch.channels_last)
     h = self.norm(x)
     h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
@@ -28,12 +28,12 @@ def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
 
 
 def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, H*W, C) -> (B, C, H, W), the same memory, where ``to_picture`` copies."""
+    """View (B, H*W, C) as (B, C, H, W), without the copy of ``to_picture``."""
     return tokens.transpose(1, 2).reshape(like.shape)
 
 
 class TokensInPlace(Instead):
-    """Every transformer in a picture, where the processor gains by it. CPU only."""
+    """Switch of every transformer over pictures, on processors that gain by it. CPU only."""
 
     device = "cpu"
     forward = staticmethod(in_place)

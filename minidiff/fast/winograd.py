@@ -1,19 +1,19 @@
 """3 x 3 convolutions with four ninths of the multiplications (Winograd 1980; Lavin & Gray 2016, F(2 x 2, 3 x 3)).
 
-Two neighbouring outputs of a filter of three taps, (d0 g0 + d1 g1 + d2 g2, d1 g0 + d2 g1 + d3 g2), take six products
-when written down, and four when the inputs are combined first:
+Two neighbouring outputs of a filter with three taps, (d0 g0 + d1 g1 + d2 g2, d1 g0 + d2 g1 + d3 g2), take six products
+as written, and four if the inputs are combined first:
 
     m0 = (d0 - d2) g0                    m1 = (d1 + d2) (g0 + g1 + g2) / 2
     m3 = (d1 - d3) g2                    m2 = (d2 - d1) (g0 - g1 + g2) / 2
 
     outputs: m0 + m1 + m2,  m1 - m2 - m3
 
-The same along rows and columns: tiles of 4 x 4 inputs, overlapping by two, become 16 numbers, and 2 x 2 outputs come of
-16 products instead of 36. The filters' side is computed once. Over many channels the products are 16 matrix products,
-which run at the processor's limit, and each sum has a ninth of the terms: the result lies nearer to the exact one
-than that of a plain convolution. The price is memory, 16 numbers for every nine weights, so only layers with a large
-picture do it, and only without AVX512: with it packed convolutions come so near to the processor's limit that a UNet
-would gain 4 % by this, and a VAE would lose 8.
+In two dimensions, tiles of 4 x 4 inputs, overlapping by two, become 16 numbers, and 2 x 2 outputs take 16 products
+instead of 36. The transform of the filters is computed once. Over many channels the products are 16 matrix products,
+which run at the processor's limit, and each sum has a ninth of the terms, so the result is closer to the exact one than
+that of a plain convolution. The price is memory, 16 numbers for every nine weights, so this is used only for layers
+with a large picture, and only without AVX512: with it, packed convolutions come so near to the processor's limit that a
+UNet would gain 4 %, and a VAE would lose 8 %.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from minidiff.fast import onednn
 from minidiff.fast.switch import Wrapping
 from minidiff.models.around import PREPARING, Around
 
-NARROWEST = 128  # channels: below, what is saved is less than what the combining costs
+NARROWEST = 128  # channels: with fewer, the transforms cost more than is saved
 SMALLEST = 256 * 128  # pairs of channels
-POSITIONS = 32 * 32  # of the picture: below, a packed convolution needs less memory and is nearly as fast
+POSITIONS = 32 * 32  # pixels of the picture: with fewer, a packed convolution needs less memory and is nearly as fast
 TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the cache
 
 
 class Winograd(Around):
-    """The ``forward`` of one convolution; small pictures go to the one within."""
+    """Replacement for the ``forward`` of one convolution; small pictures go to the original."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.filters: Tensor | None = None
@@ -43,7 +43,7 @@ class Winograd(Around):
         super().forget()
 
     def prepared(self) -> Tensor:
-        """The filters, made at the first call."""
+        """Return the transformed filters, computed at the first call."""
         with PREPARING:
             if self.filters is None:
                 weight = self.layer.get_parameter("weight").detach()
@@ -69,7 +69,7 @@ class Winograd(Around):
 
 
 class WinogradConvolutions(Wrapping):
-    """Every 3 x 3 convolution of many channels, where it is shown a large picture. CPU and float32, without AVX512."""
+    """Switch of 3 x 3 convolutions with many channels, used on large pictures. CPU and float32, without AVX512."""
 
     around = Winograd
     device = "cpu"
@@ -90,16 +90,16 @@ class WinogradConvolutions(Wrapping):
 
 
 def filters(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) -> (16, out, in): each filter on the four points of a row, times the four of a column."""
+    """Transform filters, (out, in, 3, 3) -> (16, out, in): four points along the rows, times four along the columns."""
     points = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]).double()
     return torch.einsum("ik,ockl,jl->ijoc", points, weight.double(), points).float().flatten(0, 1).contiguous()
 
 
 def band(u: Tensor, bias: Tensor | None, x: Tensor, out: Tensor, top: int, count: int) -> None:
-    """Rows ``top`` .. of ``count`` rows of tiles: from ``x`` (in, H, W) into ``out`` (out, H, W), made even."""
+    """Compute ``count`` rows of tiles from ``top`` on: ``x`` (in, H, W) into ``out`` (out, H, W), padded to even."""
     channels, height, width = x.shape
     columns = out.shape[2] // 2
-    # The rows that these tiles see, with their border of zeros, split into even columns (0) and odd ones (1).
+    # The rows that these tiles read, with a border of zeros, split into even columns (0) and odd ones (1).
     seen = x.new_zeros(2, channels, 2 * count + 2, columns + 1)
     first, last = max(2 * top - 1, 0), min(2 * (top + count) + 1, height)
     inner = seen[:, :, first - 2 * top + 1 : last - 2 * top + 1]
@@ -131,5 +131,5 @@ def combine(d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor, into: tuple[Tensor, 
 
 
 def outputs(m0: Tensor, m1: Tensor, m2: Tensor, m3: Tensor) -> tuple[Tensor, Tensor]:
-    """The two outputs that come of four products."""
+    """Return the two outputs from four products."""
     return (m1 + m2).add_(m0), (m1 - m2).sub_(m3)

@@ -1,1 +1,1 @@
-"""The networks: one class of each kind for all model families, which differ only in their configs."""
+"""Networks: one class of each kind for all model families, which differ only in their configs."""

@@ -1,7 +1,8 @@
 """Replacements for a method of a layer, set from outside and removed again.
 
-Several threads may use one model. So what is kept between two calls is made by one of them while the others wait
-(``PREPARING``), and handed over whole; nothing of one call is kept where another one could find it.
+Several threads may use one model. Therefore anything kept between calls is computed by one thread while the others wait
+(``PREPARING``), and published when complete; nothing that belongs to a single call is stored where another could see
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from minidiff.errors import ConfigError
 
-PREPARING = threading.RLock()  # held while something is made of a weight, which is done once
+PREPARING = threading.RLock()  # held while something is derived from a weight, which is done once
 CHANGED = (
     "this model is changed for speed or memory (fast.optimize, approximate, tiled, offload, or low_memory=True), and "
     "can't be copied or pickled so; fast.restore it, or load it whole, or copy its state_dict"
@@ -22,10 +23,12 @@ CHANGED = (
 
 
 class Around(ABC):
-    """Replacement for a method of a layer, ``forward`` or another, that calls it: ``inner``, which may already be
-    another of this kind."""
+    """Replacement for a method of a layer, ``forward`` or another, that can call the original as ``inner``.
 
-    outermost: ClassVar[bool] = False  # whatever is put around the method later stands within this one
+    ``inner`` may itself be a replacement.
+    """
+
+    outermost: ClassVar[bool] = False  # later replacements go inside this one
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.layer = layer
@@ -44,18 +47,17 @@ class Around(ABC):
         """Compute in place of the method."""
 
     def forget(self) -> None:
-        """Let go of what was made of the weight, which is about to change."""
+        """Discard anything derived from the weight, which is about to change."""
         forget = getattr(self.before, "forget", None)
         if forget is not None:
             forget()
 
-    def undo(self) -> None:  # noqa: B027  (nothing, unless a class has something to take back)
+    def undo(self) -> None:  # noqa: B027  (does nothing unless a class has something to undo)
         """Undo all other changes to the layer. Calling it twice is harmless."""
 
     @classmethod
     def take_off(cls, layer: nn.Module, name: str = "forward") -> None:
-        """Leave ``layer`` as it was without the one of this class, whatever was put around that since; without one it
-        stays as it is."""
+        """Remove the replacement of this class from ``layer``, keeping those that were added later, if there is one."""
         above, this = None, layer.__dict__.get(name)
         while this is not None and not isinstance(this, cls):
             above, this = this, getattr(this, "before", None)
@@ -64,7 +66,7 @@ class Around(ABC):
         this.undo()
         if above is not None:
             above.inner = this.inner
-            above.before = this.before  # last: by this it is found, should it be taken off once more
+            above.before = this.before  # last, so that a repeated removal still finds it
         elif this.before is not None:
             layer.__dict__[name] = this.before
         else:

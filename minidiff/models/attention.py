@@ -34,11 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that multiplies all rows of (B, L, C) in one product, however they lie in memory.
+    """Linear layer that multiplies all rows of (B, L, C) in one product, whatever their layout in memory.
 
-    torch does that by itself where the weight requires a gradient, as in the reference. Where it doesn't, rows that lie
-    apart (a picture seen as tokens) are multiplied in one product for each entry of the batch, which rounds otherwise.
-    The reference's weights require none while adapters are applied: ``frozen`` has an entry for each of them.
+    torch does so only if the weight requires a gradient, as in the reference. Otherwise it multiplies rows that are not
+    contiguous (a picture seen as tokens) in one product per entry of the batch, which rounds differently. The
+    reference's weights require no gradient while adapters are applied: ``frozen`` has an entry for each adapter.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated two-layer network, GEGLU (Shazeer 2020): value * gelu(gate), four times as wide inside."""
+    """Gated two-layer network, GEGLU (Shazeer 2020): value * gelu(gate), four times as wide inside."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

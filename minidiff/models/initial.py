@@ -1,4 +1,4 @@
-"""First weights of a model that is to be trained, drawn from a generator."""
+"""Initial weights of a model before training, drawn from a generator."""
 
 from __future__ import annotations
 

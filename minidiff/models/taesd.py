@@ -54,7 +54,7 @@ class TAESD(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Pixels to latents: blocks, then half the side, three times over."""
+    """Pixels to latents: blocks, then half the side, three times."""
 
     def __init__(self, config: TAESDConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class TinyEncoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents to pixels: blocks, then twice the side, three times over."""
+    """Latents to pixels: blocks, then twice the side, three times."""
 
     def __init__(self, config: TAESDConfig) -> None:
         super().__init__()

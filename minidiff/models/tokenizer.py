@@ -1,10 +1,10 @@
 """CLIP's tokenizer: a prompt becomes the ids that the text encoder reads.
 
-Byte-pair encoding (Sennrich et al. 2016) as CLIP uses it (Radford et al. 2021): the text is normalised and cut into
-words (``unicode_tables.py``), each word is written as the bytes of its UTF-8, the last one marked ``</w>``, and then
-the pair of neighbours that stands first in the table of merges is joined, again and again, until none is left. The
-public table is part of minidiff; its vocabulary is 256 bytes, the same 256 with ``</w>``, one token for every merge,
-and the start and the end token.
+Byte-pair encoding (Sennrich et al. 2016) as CLIP uses it (Radford et al. 2021): the text is normalised and split into
+words (``unicode_tables.py``), and each word into its UTF-8 bytes, the last one marked ``</w>``. Then the adjacent pair
+that comes first in the table of merges is joined, repeatedly, until no pair is left. The public table is part of
+minidiff; its vocabulary is 256 bytes, the same 256 with ``</w>``, one token for every merge, and the start and the end
+token.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Tokenizer:
             if name not in self.ids:
                 raise ConfigError(f"the vocabulary of {len(self.vocab)} tokens has no {name}")
         if not 0 <= config.pad < len(self.vocab):
-            raise ConfigError(f"pad={config.pad} is no id of a vocabulary of {len(self.vocab)} tokens")
+            raise ConfigError(f"pad={config.pad} is not an id of the vocabulary of {len(self.vocab)} tokens")
         self.start, self.end, self.pad, self.length = self.ids[START], self.ids[END], config.pad, config.length
         specials = sorted({START, END, self.vocab[self.pad]}, key=len, reverse=True)  # the longest match wins
         self._special = re.compile(f"({'|'.join(map(re.escape, specials))})")

@@ -1,9 +1,9 @@
-"""Other people's tokenizer files as a :class:`TokenizerConfig`.
+"""Conversion of other projects' tokenizer files to a :class:`TokenizerConfig`.
 
-A tokenizer folder comes in two layouts: ``vocab.json`` and ``merges.txt`` (transformers before 5), or one
-``tokenizer.json`` (transformers 5; it wins where both lie, as in the reference). What pads and how long a prompt may
-be stand in ``tokenizer_config.json`` and, in older folders, in ``special_tokens_map.json``. Tokens that were added
-behind the table are learned words. Anything else that would give other ids than CLIP's own rules is refused by name
+There are two layouts of a tokenizer folder: ``vocab.json`` and ``merges.txt`` (transformers before 5), or a single
+``tokenizer.json`` (transformers 5; it takes precedence if both exist, as in the reference). The padding token and the
+maximum length are in ``tokenizer_config.json`` and, in older folders, in ``special_tokens_map.json``. Tokens added
+after the table are learned words. Anything else that would give other ids than CLIP's own rules is refused by name
 rather than ignored.
 """
 
@@ -19,9 +19,9 @@ from minidiff.models.tokenizer import END, END_OF_WORD, START, Merges, clip_tabl
 from minidiff.models.unicode_tables import normalize
 from minidiff.storage.reading import read_object, read_text
 
-LONGEST_PROMPT = 2**16  # beyond is no limit at all: transformers writes 1e30 for none
+LONGEST_PROMPT = 2**16  # larger values mean no limit: transformers writes 1e30
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
-# Settings with the values that are honoured; the first is what their absence means.
+# Settings with their supported values, the default first.
 ONLY: dict[str, tuple[Any, ...]] = {
     "padding_side": ("right",),
     "truncation_side": ("right",),
@@ -38,9 +38,9 @@ Table = tuple[tuple[str, ...], Merges]
 
 
 def read_vocab_and_merges(vocab_json: Path, merges_txt: Path) -> Table:
-    """Tokens in the order of their ids, and merges by rank, from the two files of the older layout.
+    """Read the tokens in the order of their ids, and the merges by rank, from the two files of the older layout.
 
-    Raises CheckpointError, naming the file, for one that is missing, damaged or does not fit the other.
+    Raises CheckpointError, naming the file, if one is missing or damaged, or if the two do not match.
     """
     vocab = _tokens(read_object(vocab_json), vocab_json)
     lines = read_text(merges_txt).split("\n")
@@ -49,14 +49,14 @@ def read_vocab_and_merges(vocab_json: Path, merges_txt: Path) -> Table:
 
 
 def read_tokenizer_json(path: Path) -> Table:
-    """The same from a ``tokenizer.json``.
+    """Read the same from a ``tokenizer.json``.
 
-    Raises CheckpointError for a damaged file, UnsupportedError for one whose text is not prepared as CLIP's is.
+    Raises CheckpointError for a damaged file, and UnsupportedError if it prepares text differently from CLIP.
     """
     data = read_object(path)
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"{path}: no byte-pair model with a vocabulary inside")
+        raise CheckpointError(f"{path}: contains no byte-pair model with a vocabulary")
     _require_clip(data, model, path)
     merges = model.get("merges")
     if not isinstance(merges, list):
@@ -66,15 +66,15 @@ def read_tokenizer_json(path: Path) -> Table:
 
 
 def tokenizer_config(folder: Path, *, pad: int | None = None, length: int | None = None) -> TokenizerConfig:
-    """The config of a tokenizer folder in either layout; ``vocab`` and ``merges`` are None for the public table.
+    """Return the config of a tokenizer folder in either layout; ``vocab`` and ``merges`` are None for the public table.
 
-    ``pad`` (an id) and ``length`` replace what the folder says; where neither says anything, the end token pads and
-    a row is 77 long. Tokens behind the table are learned words: "<cat>", "<cat>_1", "<cat>_2" are one of three
-    vectors, as textual inversion adds them. Raises CheckpointError for a folder without a table or with a damaged file,
-    UnsupportedError for a tokenizer that is not CLIP's, or that has other tokens added to it.
+    ``pad`` (an id) and ``length`` override the folder's values; the defaults are the end token and 77. Tokens after the
+    table are learned words: "<cat>", "<cat>_1", "<cat>_2" are one word of three vectors, as textual inversion adds
+    them. Raises CheckpointError for a folder without a table or with a damaged file, and UnsupportedError for a
+    tokenizer that is not CLIP's, or that has other tokens added to it.
 
-    One thing is not carried over: published folders mark the two ends ``normalized``, with which the reference finds
-    them in a prompt in capitals too (``<|StartOfText|>``); minidiff knows their exact names only.
+    One setting is not carried over: published folders mark the start and end tokens as ``normalized``, so that the
+    reference also recognizes them in a prompt in capitals (``<|StartOfText|>``); minidiff knows only the exact names.
     """
     folder = Path(folder)
     whole, vocab_json, merges_txt = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
@@ -107,7 +107,7 @@ def tokenizer_config(folder: Path, *, pad: int | None = None, length: int | None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, with the special tokens of the older file where the reference would read it too."""
+    """Read ``tokenizer_config.json``, with the special tokens of the older file if the reference would read it too."""
     config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = read_object(config) if config.exists() else {}
     if "added_tokens_decoder" not in settings and special.exists():
@@ -130,27 +130,27 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _special_names(folder: Path, settings: dict[str, Any]) -> set[str]:
-    """Every token that the settings take out of the text as it stands, before it is cut into words."""
+    """Return the tokens that the settings extract from the text before it is split into words."""
     switches = ("add_bos_token", "add_eos_token")
     names = {_name(v, folder) for key, v in settings.items() if key.endswith("_token") and key not in switches}
     for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
         tokens = settings.get(key) or []
         if not isinstance(tokens, (list, dict)):
-            raise CheckpointError(f"{folder}: {key} is no list of tokens")
+            raise CheckpointError(f"{folder}: {key} is not a list of tokens")
         names |= {_name(token, folder) for token in (tokens.values() if isinstance(tokens, dict) else tokens)}
     return {name for name in names if name is not None}
 
 
-Added = dict[int, tuple[str, bool]]  # id -> a token, and whether it is found in the text as a learned word is
+Added = dict[int, tuple[str, bool]]  # id -> a token, and whether it is matched in the text like a learned word
 
 
 def _all_added(folder: Path, settings: dict[str, Any]) -> Added:
-    """The tokens that the folder adds to its table: as the settings list them, or else the files of older versions."""
+    """Return the tokens that the folder adds to its table, from the settings or else the files of older versions."""
     whole, older, config = (folder / n for n in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"))
     if "added_tokens_decoder" in settings:
         listed = settings["added_tokens_decoder"] or {}
         if not isinstance(listed, dict):
-            raise CheckpointError(f"{folder}: added_tokens_decoder is no list of tokens")
+            raise CheckpointError(f"{folder}: added_tokens_decoder is not a list of tokens")
         rows = [{**token, "id": key} if isinstance(token, dict) else token for key, token in listed.items()]
         return _added({"added_tokens": rows}, config)
     names = read_object(older) if older.exists() else {}
@@ -159,14 +159,14 @@ def _all_added(folder: Path, settings: dict[str, Any]) -> Added:
 
 
 def _words(added: Added, known: set[str], first: int, folder: Path) -> tuple[tuple[str, int], ...]:
-    """The learned words among the added tokens, each with the number of its vectors; their ids go on from ``first``."""
+    """Return the learned words among the added tokens with their numbers of vectors; ids continue from ``first``."""
     words: list[tuple[str, int]] = []
     fresh = [(i, *added[i]) for i in sorted(added) if added[i][0] not in known]
     for n, (i, name, plain) in enumerate(fresh):
         if not plain or i != first + n:
-            why = f"its id is {i}, not {first + n}" if plain else "it is found by other rules than a learned word"
+            why = f"its id is {i}, not {first + n}" if plain else "it is matched by other rules than a learned word"
             raise UnsupportedError(f"{folder}: the tokenizer has the added token {quote(name)}, and {why}; remove it")
-        # The reference stretches a word to all of its vectors only where the tokenizer gives its name back unchanged.
+        # The reference expands a word to all of its vectors only if the tokenizer returns its name unchanged.
         if words and name == f"{words[-1][0]}_{words[-1][1]}" and name == normalize(name):
             words[-1] = (words[-1][0], words[-1][1] + 1)
         else:
@@ -175,7 +175,7 @@ def _words(added: Added, known: set[str], first: int, folder: Path) -> tuple[tup
 
 
 def _name(token: Any, where: Path) -> str | None:
-    """A special token, written as a string or as an object with its ``content``."""
+    """Return a special token, given as a string or as an object with its ``content``."""
     name = token.get("content") if isinstance(token, dict) else token
     if name is not None and not isinstance(name, str):
         raise CheckpointError(f"{where}: {quote(name)} is no name of a token")
@@ -191,7 +191,7 @@ def _length(settings: dict[str, Any], folder: Path) -> int:
 
 
 def _require_clip(data: dict[str, Any], model: dict[str, Any], path: Path) -> None:
-    """Refuse a file whose steps before byte-pair encoding, or whose way of doing it, differ from CLIP's."""
+    """Raise UnsupportedError if a file's byte-pair encoding, or the steps before it, differ from CLIP's."""
     normal = [(s.get("type"), s.get("pattern"), s.get("content")) for s in _steps(data.get("normalizer"))]
     wanted = [("NFC", None, None), ("Replace", {"Regex": r"\s+"}, " "), ("Lowercase", None, None)]
     if normal != wanted:
@@ -215,7 +215,7 @@ def _steps(sequence: Any) -> list[dict[str, Any]]:
 
 
 def _added(data: dict[str, Any], path: Path) -> Added:
-    """The ``added_tokens`` of a tokenizer.json, by their ids."""
+    """Return the ``added_tokens`` of a tokenizer.json by id."""
     added: Added = {}
     try:
         for token in data.get("added_tokens") or ():
@@ -223,12 +223,15 @@ def _added(data: dict[str, Any], path: Path) -> Added:
             plain = token.get("normalized", not special) and not special and not token.get("single_word", False)
             added[int(str(token["id"]))] = (_name(token["content"], path) or "", bool(plain))
     except (TypeError, KeyError, ValueError, AttributeError):
-        raise CheckpointError(f"{path}: added_tokens is no list of tokens with their ids") from None
+        raise CheckpointError(f"{path}: added_tokens is not a list of tokens with their ids") from None
     return added
 
 
 def _tokens(ids: dict[str, Any], path: Path) -> tuple[str, ...]:
-    """A vocabulary as its tokens in the order of their ids: 0, 1, 2, ... without a gap, both ends among them."""
+    """Return the tokens of a vocabulary in the order of their ids 0, 1, 2, ... without gaps.
+
+    Raises CheckpointError for other ids, and for a missing start or end token.
+    """
     if any(type(i) is not int for i in ids.values()) or sorted(ids.values()) != list(range(len(ids))):
         raise CheckpointError(f"{path}: the ids of its {len(ids)} tokens are not 0 to {len(ids) - 1}, each once")
     missing = {START, END}.difference(ids)
@@ -238,7 +241,7 @@ def _tokens(ids: dict[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _pairs(rows: Iterable[Any], path: Path) -> Merges:
-    """Merges, each a pair or one string with a space between the two."""
+    """Return the merges as pairs; each is given as a pair, or as one string with a space in between."""
     merges = []
     for rank, row in enumerate(rows):
         pair = row.split(" ") if isinstance(row, str) else row
@@ -249,7 +252,7 @@ def _pairs(rows: Iterable[Any], path: Path) -> Merges:
 
 
 def _fitting(vocab: tuple[str, ...], merges: Merges, path: Path) -> Table:
-    """The two together, if the vocabulary has whatever the merges take and make."""
+    """Return both, after checking that the vocabulary has the parts and the result of every merge."""
     try:
         rank_merges({token: i for i, token in enumerate(vocab)}, merges)
     except ConfigError as e:

@@ -1,8 +1,7 @@
-"""Changes to a model that are made completely or not at all, whatever interrupts them.
+"""Changes to a model that are made completely or not at all, even if they are interrupted.
 
 Ctrl-C may raise at any point of a program. Each change is therefore recorded before it is made, and any exception
-undoes all of them before it propagates. Undoing a change twice is harmless, so that an interruption of the undoing is
-harmless too.
+undoes all of them before it propagates. Undoing a change twice is harmless, and so is interrupting it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def set_all(changes: Iterable[tuple[object, str, Any]]) -> None:
-    """Set every (object, attribute, value), or leave all as they are and raise."""
+    """Set every (object, attribute, value). If an error is raised, nothing is changed."""
     changes = list(changes)
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
@@ -31,7 +30,7 @@ def _set(changes: Iterable[tuple[object, str, Any]]) -> None:
 
 
 def surely(back: Callable[[], object]) -> None:
-    """Call ``back`` until it has come to its end; an interruption is raised after that."""
+    """Call ``back`` until it has completed; an interruption is raised after that."""
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
@@ -44,12 +43,12 @@ def surely(back: Callable[[], object]) -> None:
 
 
 def forward_hook(layer: nn.Module, hook: Callable[..., Any], handles: list[RemovableHandle]) -> None:
-    """``layer.register_forward_hook(hook)``, its handle among ``handles`` before the hook is there."""
+    """Register a forward hook of ``layer``; its handle is added to ``handles`` before the hook is active."""
     _register(layer._forward_hooks, hook, handles)
 
 
 def forward_pre_hook(layer: nn.Module, hook: Callable[..., Any], handles: list[RemovableHandle]) -> None:
-    """``layer.register_forward_pre_hook(hook)``, likewise."""
+    """Register a forward pre-hook of ``layer`` in the same way."""
     _register(layer._forward_pre_hooks, hook, handles)
 
 

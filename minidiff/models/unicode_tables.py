@@ -1,9 +1,9 @@
-"""CLIP's notion of letters, numbers, white space and capitals: splits text into words for byte-pair encoding.
+"""Unicode tables of CLIP's tokenizer, which normalise text and split it into words for byte-pair encoding.
 
-CLIP's rule is one line of regular expression (Radford et al. 2021) behind canonical composition and lower case, but
-it leans on Unicode, and every program brings its own: the reference's three steps follow three versions, and Python's
-tables change with Python. So the facts are read from ``assets/unicode.txt``, generated from the reference, and the
-result is the same under every Python.
+CLIP's rule is a single regular expression (Radford et al. 2021) after canonical composition and lower case, but it
+depends on the version of Unicode: the reference's three steps use three versions, and Python's tables change with
+Python. Therefore the tables are read from ``assets/unicode.txt``, which was generated from the reference, and the
+result is the same under every version of Python.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-# Kept in one piece by the first pass over the text, which decides what its neighbours join; then split after all.
+# Kept whole by the first pass over the text, which decides how its neighbours are joined, and split afterwards.
 MARKERS = {f"<|{name}|>": ("<|", name, "|>") for name in ("startoftext", "endoftext")}
 
 
 @dataclass(frozen=True)
 class UnicodeTables:
-    """``word`` finds one word of normalised text, ``composing`` a run that NFC may change; ``lower`` maps capitals."""
+    """Tables: ``word`` matches a word of normalised text, ``composing`` a run that NFC may change; ``lower`` maps
+    capitals."""
 
     word: re.Pattern[str]
     composing: re.Pattern[str]
@@ -30,7 +31,7 @@ class UnicodeTables:
 
 @cache
 def unicode_tables() -> UnicodeTables:
-    """The generated table, read once, when the first text comes."""
+    """Return the generated tables, which are read once, on first use."""
     lines = files("minidiff").joinpath("assets/unicode.txt").read_text(encoding="ascii").splitlines()
     facts = {name: rest.split() for name, rest in (line.split(" ", 1) for line in lines if not line.startswith("#"))}
     letters, numbers, spaces = (_members(facts[name]) for name in ("letters", "numbers", "spaces"))
@@ -44,12 +45,12 @@ def unicode_tables() -> UnicodeTables:
 
 
 def _members(ranges: list[str]) -> str:
-    """``41-5a aa`` as the inside of a character class."""
+    """Convert ``41-5a aa`` to the inside of a character class."""
     return "".join("-".join(f"\\U{int(c, 16):08x}" for c in r.split("-")) for r in ranges)
 
 
 def _lower(run: str) -> Iterator[tuple[int, str]]:
-    """``41-5a/1:61`` (every capital of a run, step 1) and ``130:69.307`` (one capital, two letters) as pairs."""
+    """Convert ``41-5a/1:61`` (a run of capitals, step 1) and ``130:69.307`` (one capital, two letters) to pairs."""
     capitals, target = run.split(":")
     first, *more = (int(c, 16) for c in re.split("[-/]", capitals))
     if not more:
@@ -61,10 +62,10 @@ def _lower(run: str) -> Iterator[tuple[int, str]]:
 
 
 def normalize(text: str) -> str:
-    """Canonical composition (NFC) of the reference's version of Unicode, then lower case, character by character.
+    """Apply canonical composition (NFC) in the reference's version of Unicode, then lower case by character.
 
-    Everything that this version does not know stands for itself and keeps its neighbours apart, so NFC runs on the
-    pieces between; what it does know, Unicode promised to never compose in another way. There is no special sigma at
+    Characters unknown to that version stay as they are and separate their neighbours, so NFC is applied to the pieces
+    in between; for known characters, Unicode guarantees that composition never changes. There is no special sigma at
     the end of a word.
     """
     if text.isascii():
@@ -75,7 +76,7 @@ def normalize(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Normalised text as words: contractions, runs of letters, single numbers, runs of anything else but space."""
+    """Split normalised text into words: contractions, runs of letters, single numbers, other runs without spaces."""
     found = unicode_tables().word.findall(text)
     if MARKERS.keys().isdisjoint(found):
         return found
@@ -83,7 +84,7 @@ def words(text: str) -> list[str]:
 
 
 def mend(text: str) -> str:
-    """A surrogate pair becomes the character it stands for, a lone surrogate U+FFFD: UTF-8 can write neither."""
+    """Replace surrogate pairs by their character and lone surrogates by U+FFFD, since UTF-8 can encode neither."""
     try:
         text.encode()
     except UnicodeEncodeError:

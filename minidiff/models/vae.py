@@ -1,4 +1,4 @@
-"""The autoencoder: converts pixels to latents, with an eighth of the side length and four channels, and back.
+"""Autoencoder: converts pixels to latents, with an eighth of the side length and four channels, and back.
 
 Diffusion runs on latents because they are 48 times smaller and keep the perceptually relevant content (Rombach et al.
 2022, section 3.1). ``encode`` returns a Gaussian, weakly regularized towards N(0, 1) in training (Kingma & Welling

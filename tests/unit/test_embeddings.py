@@ -93,7 +93,7 @@ def test_rows_that_a_table_has_to_spare_are_used(sd: StableDiffusion) -> None:
 @pytest.mark.parametrize(
     ("word", "error", "words"),
     [
-        (Word("<cat>", {"text_encoder": CAT[:, :8]}), CheckpointError, "16 wide"),
+        (Word("<cat>", {"text_encoder": CAT[:, :8]}), CheckpointError, "width 16"),
         (Word("<cat>", {"text_encoder": CAT[:0]}), CheckpointError, "shape"),
         (Word("<cat>", {}), CheckpointError, "no vectors for the text_encoder"),
         (
@@ -101,12 +101,12 @@ def test_rows_that_a_table_has_to_spare_are_used(sd: StableDiffusion) -> None:
             CheckpointError,
             "vectors for a text_encoder_2, which this tiny sd model does not have",
         ),
-        (Word("<|endoftext|>", {"text_encoder": CAT}), ConfigError, "no prompt can mean this word"),
+        (Word("<|endoftext|>", {"text_encoder": CAT}), ConfigError, "no prompt can contain this word"),
         (Word("<cat>", {"text_encoder": CAT.double() * 1e300}), CheckpointError, "infinite"),
         (
             Word("<cat>", {"text_encoder": CAT}, (Word("<CAT>", {"text_encoder": CAT}),)),
             ConfigError,
-            "<CAT>: this word is known already",
+            "<CAT>: this word already exists",
         ),
         (Word("<cat>", {"text_encoder": CAT * torch.inf}), CheckpointError, "infinite"),
         (Word("a cat", {"text_encoder": CAT}), ConfigError, "one word"),
@@ -212,7 +212,7 @@ def test_several_words_of_a_file_are_taught_together(sd: StableDiffusion, tmp_pa
         read_embedding(path, tiny.SD, "fox")
     before = sd.text_encoder.token.weight
     clash = Word("<new>", {"text_encoder": CAT}, (Word("<s1>", {"text_encoder": CAT}),))
-    with pytest.raises(ConfigError, match="<s1>: this word is known already"):
+    with pytest.raises(ConfigError, match="<s1>: this word already exists"):
         embeddings.add(sd, clash)
     assert sd.text_encoder.token.weight is before
 

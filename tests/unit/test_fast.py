@@ -268,7 +268,7 @@ def test_a_restored_model_learns_again(sd: StableDiffusion) -> None:
 
 
 def test_a_name_that_is_no_switch(sd: StableDiffusion) -> None:
-    with pytest.raises(ConfigError, match=r"'turbo' is no switch of fast\.optimize; there are packed, winograd"):
+    with pytest.raises(ConfigError, match=r"'turbo' is not a switch of fast\.optimize; those are packed, winograd"):
         fast.optimize(sd, ("turbo",))
 
 

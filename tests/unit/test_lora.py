@@ -326,9 +326,9 @@ def test_kernels_of_either_half(sd: StableDiffusion, tmp_path: Path) -> None:
     down, up = drawn(sd, CONV)
     spelling = "unet.down_blocks.0.resnets.0.conv1.lora_{AB}.weight"
     path = write(tmp_path / "a.safetensors", keys(spelling, down, up.expand(-1, -1, 3, 3)))
-    with pytest.raises(CheckpointError, match=r"unet.down.0.res.0.conv1 .*its second half is a kernel of 3x3"):
+    with pytest.raises(CheckpointError, match=r"unet.down.0.res.0.conv1 .*its up matrix has a kernel of 3x3"):
         read_lora(path, sd.config)
-    with pytest.raises(CheckpointError, match="its second half is a kernel of 3x3"):
+    with pytest.raises(CheckpointError, match="its up matrix has a kernel of 3x3"):
         lora.apply(sd.parts, [(Adapter("a", {CONV: Update(down, up.expand(-1, -1, 3, 3))}), 1.0)])
     for layer in (Q, PROJ, CONV):
         module: Any = lora.find(sd.parts, layer)
@@ -416,7 +416,7 @@ def bad_files(sd: StableDiffusion) -> dict[str, tuple[dict[str, Tensor], type[Mi
     dora = keys(PEFT, down, up) | {f"{name}.dora_scale": torch.ones(2)}
     return {
         "half": ({PEFT.replace("{AB}", "A"): down}, CheckpointError, "no 'up' half"),
-        "ranks": (keys(PEFT, down[:1], up), CheckpointError, "no product of two matrices"),
+        "ranks": (keys(PEFT, down[:1], up), CheckpointError, "not a product of two matrices"),
         "nan": (keys(PEFT, down * torch.nan, up), CheckpointError, "NaN"),
         "whole numbers": (keys(PEFT, down.int(), up.int()), CheckpointError, "int32; it must be floating point"),
         "lokr": (lokr, UnsupportedError, "LoKr"),
@@ -458,7 +458,7 @@ def test_nothing_is_changed_by_an_adapter_that_does_not_fit(sd: StableDiffusion)
         with pytest.raises(ConfigError, match="finite"):
             lora.apply(sd.parts, [(Adapter("a", {Q: good}), strength)])
     norm = {"unet.norm_out": Update(torch.ones(1, 16), torch.ones(16, 1))}
-    with pytest.raises(CheckpointError, match="no layer that an adapter can bend"):
+    with pytest.raises(CheckpointError, match="not a layer that an adapter can change"):
         lora.apply(sd.parts, [(Adapter("a", norm), 1.0)])
     assert all(torch.equal(t, before[name]) for name, t in weights(sd).items())
 

@@ -173,7 +173,7 @@ def test_import_reads_no_table() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (TokenizerConfig(pad=49408), "pad=49408 is no id of a vocabulary of 49408 tokens"),
+        (TokenizerConfig(pad=49408), "pad=49408 is not an id of the vocabulary of 49408 tokens"),
         (TokenizerConfig(pad=0, vocab=("a", START), merges=()), "of 2 tokens has no <|endoftext|>"),
         (TokenizerConfig(pad=0, vocab=("a", "b", START, END), merges=(("a", "b"),)), "need the token 'ab'"),
     ],
@@ -312,9 +312,15 @@ def test_missing_files(tmp_path: Path) -> None:
         ({"model": tokenizer_json()["model"] | {"end_of_word_suffix": None}}, "byte-pair encoding"),
         ({"model": tokenizer_json()["model"] | {"type": "WordPiece"}}, "byte-pair encoding"),
         ({"added_tokens": [{"content": "<cat-toy>", "id": 9}]}, "added token '<cat-toy>', and its id is 9, not 8"),
-        ({"added_tokens": [{"content": "<a>", "id": 8, "special": True}]}, "'<a>', and it is found by other rules"),
-        ({"added_tokens": [{"content": "<a>", "id": 8, "normalized": False}]}, "'<a>', and it is found by other rules"),
-        ({"added_tokens": [{"content": "<a>", "id": 8, "single_word": True}]}, "'<a>', and it is found by other rules"),
+        ({"added_tokens": [{"content": "<a>", "id": 8, "special": True}]}, "'<a>', and it is matched by other rules"),
+        (
+            {"added_tokens": [{"content": "<a>", "id": 8, "normalized": False}]},
+            "'<a>', and it is matched by other rules",
+        ),
+        (
+            {"added_tokens": [{"content": "<a>", "id": 8, "single_word": True}]},
+            "'<a>', and it is matched by other rules",
+        ),
         ({"added_tokens": [{"content": "two words", "id": 8}]}, "'two words' must be one word"),
         ({"padding": {"direction": "Left"}}, "padding_side='left' is not supported"),
         ({"truncation": {"direction": "Left"}}, "truncation_side='left' is not supported"),
