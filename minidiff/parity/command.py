@@ -1,6 +1,6 @@
 """``minidiff parity``, ``minidiff parity record`` and ``minidiff parity compare``: from options to a report.
 
-The grammar stands in cli/parity.py, which also hands in what only the command line may import: the converter.
+The options are defined in cli/parity.py, which also passes in the converter, since only the command line may import it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
-LARGEST = 256  # pixels by default: at full size a step's layers alone take gigabytes
+LARGEST = 256  # default size in pixels: at full size the layers of one step take gigabytes
 LAYERS: dict[str, Deep] = {"first": first_step_only, "all": lambda scope: True, "none": lambda scope: False}
 TAKEN = ("negative_prompt", "steps", "guidance_scale", "seed")  # options that go into the request as they are
 EQUAL, PARTED = 0, 1  # exit statuses
 
 
 class Converter(NamedTuple):
-    """Interface to weights_convert for the finder: a checkpoint as a pipeline; the pairs of module names, part by part;
-    and a checkpoint of any layout written as a folder of diffusers'."""
+    """Interface to weights_convert: open a checkpoint as a pipeline, list the pairs of module names of each part, and
+    write a checkpoint of any layout as a diffusers folder."""
 
     open_model: Callable[[str, torch.device | None, torch.dtype | None], Pipe]
     module_names: Callable[[ModelConfig], dict[str, dict[str, str]]]
@@ -55,7 +55,7 @@ class Converter(NamedTuple):
 
 
 def run(args: Namespace, converter: Converter, device: torch.device | None) -> int:
-    """Whichever of the three was asked for; the exit status."""
+    """Run the requested one of the three commands; return the exit status."""
     if args.command == "parity compare":
         return compare(args)
     assert device is not None
@@ -63,11 +63,11 @@ def run(args: Namespace, converter: Converter, device: torch.device | None) -> i
 
 
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
-    """A checkpoint in minidiff and in the installed diffusers; prints the report, gives the exit status."""
+    """Compare minidiff and the installed diffusers on a checkpoint; print the report, return the exit status."""
     destination = _writable(args.html, args)
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint}: no such file or folder")
-    theirs.import_diffusers()  # before a large model is opened in vain
+    theirs.import_diffusers()  # before opening a large model
     tell = _teller(args.quiet)
     with tempfile.TemporaryDirectory() as beside:
         pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
@@ -92,7 +92,7 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
 def hold(
     pipe: Pipe, reference: Any, request: Asked, pairs: Names, args: Namespace, tell: Callable[[str], None]
 ) -> Report:
-    """Both sides run. If they part in the UNet of a later step, again with that step's layers."""
+    """Run both sides. If the first difference is in the UNet of a later step, run again with that step's layers."""
 
     def run(deep: Deep) -> Report:
         a = Ours(pipe, request, {part: {x: x for x in found} for part, found in pairs.items()}, deep)
@@ -105,7 +105,7 @@ def hold(
     report = run(first_step_only)
     late = report.first and re.fullmatch(r"(step\.[1-9]\d*)/prediction", report.first.stage)
     if late:
-        tell(f"they part in the UNet of {late[1]}; once more, with its layers")
+        tell(f"first difference in the UNet of {late[1]}; running again with its layers")
         report = run(lambda scope: scope == late[1])
     return report
 
@@ -116,7 +116,7 @@ def _spread(found: tuple[Any, list[str], list[str]], tolerance: float) -> tuple[
 
 
 def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]:
-    """Modules and blocks that both have: {part: {minidiff's name: the reference's}}."""
+    """Return the modules and blocks that both have: {part: {minidiff's name: the reference's}}."""
     found = {}
     for part, theirs_part in theirs.parts_of(reference).items():
         ours_part, table = pipe.parts[part], dict(tables[part])
@@ -129,7 +129,7 @@ def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]
 
 
 def record(args: Namespace, converter: Converter, device: torch.device) -> int:
-    """A run of minidiff as a recording; prints its path."""
+    """Record a run of minidiff; print the path of the recording."""
     out = _writable(args.out, args)
     assert out is not None
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
@@ -142,13 +142,13 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     recording.write(out, found, _existing(args))
     if not args.quiet:
         size = out.stat().st_size / 1e6
-        say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` holds another recording against it")
+        say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")
     console.show(out)
     return EQUAL
 
 
 def compare(args: Namespace) -> int:
-    """Two recordings; prints the report, gives the exit status."""
+    """Compare two recordings; print the report, return the exit status."""
     destination = _writable(args.html, args)
     a, b = recording.read(args.a), recording.read(args.b)
     judge = None if args.judge is None else recording.read(args.judge)
@@ -158,7 +158,7 @@ def compare(args: Namespace) -> int:
 
 
 def show(report: Report, args: Namespace, destination: Path | None) -> int:
-    """Print the report, and write it as a page if asked; the exit status."""
+    """Print the report, write it as a page if requested, and return the exit status."""
     console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
     if destination is not None:
         with atomic(destination, _existing(args)) as file:
@@ -194,7 +194,7 @@ def run_of(pipe: Pipe, request: Asked) -> dict[str, Any]:
 
 
 def _request(args: Namespace, pipe: Pipe) -> Asked:
-    """The run that was asked for. Raises :class:`ConfigError` for what a model without text cannot take."""
+    """Return the requested run. Raises :class:`ConfigError` for options that an unconditional model does not take."""
     found = {name: getattr(args, name) for name in TAKEN if getattr(args, name) is not None}
     found["eta"] = getattr(pipe.sampler(None), "eta", 0.0)
     if isinstance(pipe, Unconditional):
@@ -211,7 +211,7 @@ def _request(args: Namespace, pipe: Pipe) -> Asked:
 
 
 def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
-    """The run in a few words, for the report."""
+    """Describe the run in a few words, for the report."""
     sampler = sampler_to_config(pipe.sampler(r.sampler))["name"]
     run = f"{r.steps} steps of {sampler}, seed {r.seed}"
     if isinstance(pipe, StableDiffusion):
@@ -226,7 +226,7 @@ def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
 
 
 def _folder(checkpoint: str, beside: Path, converter: Converter, tell: Callable[[str], None]) -> str:
-    """The checkpoint as a folder that diffusers opens: itself, or written to ``beside`` for the time being."""
+    """Return the checkpoint as a folder that diffusers opens: itself, or a temporary one written to ``beside``."""
     if os.path.isdir(checkpoint):
         return checkpoint
     tell(f"writing {checkpoint} as a folder for diffusers")
@@ -245,7 +245,7 @@ def _existing(args: Namespace) -> Existing:
 
 
 def _writable(path: str | None, args: Namespace) -> Path | None:
-    """``path``, checked before the work begins. Raises for a file that is there, or a folder that is not."""
+    """Return ``path`` after checking it before the work begins. Raises for an existing file or a missing folder."""
     if path is not None:
         check_place(path, _existing(args))
     return None if path is None else Path(path)

@@ -1,8 +1,8 @@
 """Difference of two tensors: the largest one, absolute and relative, and in units in the last place (ULPs).
 
-The bits of a positive float, read as an integer, grow with the number, by one from each float to the next; so the
-distance in ULPs is a difference of integers (negative floats mirrored, so that -0 and +0 are one number). One ULP is
-what a last rounding may do, a few hundred a sum in another order, millions another function.
+The bits of a positive float, read as an integer, grow with the number, by one from each float to the next, so the
+distance in ULPs is a difference of integers (negative floats are mirrored, so that -0 and +0 are one number). A last
+rounding may cause one ULP, a sum in another order a few hundred, another function millions.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class Difference:
     """Difference of two tensors by value: equal numbers of different dtypes are equal.
 
     ``max_abs`` is the largest |a - b|, ``max_rel`` that divided by the largest |a|, ``ulps`` the largest distance in
-    ULPs of the coarser dtype (None for integers, and where either is not finite). ``differing`` of ``total`` entries
-    differ. ``bad_a`` and ``bad_b`` count NaN: an entry that is NaN equals nothing. Where the shapes differ there is
-    nothing to subtract, and all figures are infinite.
+    ULPs of the coarser dtype (None for integers, and if either is not finite). ``differing`` of ``total`` entries
+    differ. ``bad_a`` and ``bad_b`` count NaN, which equals nothing. If the shapes differ, all figures are infinite.
     """
 
     shape_a: tuple[int, ...]
@@ -47,7 +46,7 @@ class Difference:
 
     @property
     def same_shape(self) -> bool:
-        """True if there was anything to subtract."""
+        """True if the shapes are the same."""
         return self.shape_a == self.shape_b
 
     @property
@@ -66,7 +65,7 @@ class Difference:
 
 
 def difference(a: Tensor, b: Tensor) -> Difference:
-    """Hold ``b`` against ``a``; any shapes, any real dtypes, on the host."""
+    """Compare ``b`` with ``a``; any shapes, any real dtypes, on the host."""
     kinds = (tuple(a.shape), tuple(b.shape), a.dtype, b.dtype)
     bad = [int(t.isnan().sum()) if t.is_floating_point() else 0 for t in (a, b)]
     if a.shape != b.shape:
@@ -75,7 +74,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
     if differing == 0:
         return Difference(*kinds, 0.0, 0.0, 0 if a.is_floating_point() else None, 0, a.numel())
     gap = (a.double() - b.double()).abs()
-    gap = torch.where(a == b, 0.0, gap)  # equal infinities are no distance apart
+    gap = torch.where(a == b, 0.0, gap)  # the distance of equal infinities is 0
     max_abs = math.nan if bad[0] or bad[1] else float(gap.max())
     largest = float(a.double().abs().nan_to_num(0.0).max())
     max_rel = max_abs / largest if 0 < largest < math.inf else max_abs if largest == math.inf else math.inf
@@ -86,7 +85,7 @@ def difference(a: Tensor, b: Tensor) -> Difference:
 
 
 def ulps(a: Tensor, b: Tensor) -> int:
-    """The largest distance of two finite float tensors of one shape, in ULPs of the coarser of their dtypes."""
+    """Return the largest distance of two finite float tensors of one shape, in ULPs of the coarser dtype."""
     coarser = a.dtype if torch.finfo(a.dtype).eps >= torch.finfo(b.dtype).eps else b.dtype
     x, y = _ordered(a.to(coarser)), _ordered(b.to(coarser))
     across = x.abs() + y.abs()  # on either side of 0; in float64 the sum may not fit
@@ -95,7 +94,7 @@ def ulps(a: Tensor, b: Tensor) -> int:
 
 
 def _ordered(x: Tensor) -> Tensor:
-    """int64 in the order of the floats, 0 for both zeros."""
+    """Map floats to int64 in the same order, 0 for both zeros."""
     kind, magnitude = BITS[x.dtype]
     bits = x.contiguous().view(kind).to(torch.int64)
     return torch.where(bits < 0, -(bits & magnitude), bits)

@@ -1,14 +1,14 @@
-"""Search for the first stage at which two runs differ, and for its cause: three questions, asked stage by stage.
+"""Search for the first stage at which two runs differ, and for its cause, by three comparisons at every stage.
 
-* **Chained**: each side goes on with its own numbers. Says whether the results are equal, and at which stage they first
-  are not; beyond that stage every difference may be inherited.
-* **Local**: the other side runs again, and at each stage is handed the first side's value to go on with. What differs
-  now arose at that very stage, however far down the network; several slips are found in one go.
-* **Judge**: both sides run once more in float64, handed the same values. If they agree there, they are one function
-  and the difference is rounding: float64 is the truth, and says which side is nearer. If they do not, one of them
-  computes something else: another weight, epsilon, activation, order.
+* **Chained**: each side continues with its own numbers. This shows whether the results are equal, and at which stage
+  they first differ; after that stage, differences may be inherited.
+* **Local**: the other side runs again and continues at each stage with the first side's value. A difference now arose
+  at that very stage, however deep in the network, so several mistakes are found in one run.
+* **Judge**: both sides run once more in float64, with the same values at each stage. If they agree there, they are the
+  same function and the difference is rounding: float64 is the truth and shows which side is nearer to it. Otherwise one
+  of them computes something else: another weight, epsilon, activation, order.
 
-The last two are asked only where the first found something, so equal implementations cost one run each.
+The last two are done only if the first found a difference, so equal implementations cost one run each.
 """
 
 from __future__ import annotations
@@ -26,32 +26,34 @@ from minidiff.errors import MinidiffError
 from minidiff.parity.difference import Difference, difference
 from minidiff.parity.taps import Tap
 
-# Rounding shrinks by 2**29 from float32 to float64, another function not at all; a tenth lies far from both.
+# From float32 to float64, rounding shrinks by 2**29 and the effect of another function not at all; a tenth is between.
 STILL_THERE = 0.1
-# float64 has no word on these: samplers go to float32 for their steps, whatever they are given, and noise that is drawn
-# in float64 is other noise.
+# Not judged in float64: samplers compute their steps in float32 for any input, and noise that is drawn in float64 is
+# other noise.
 UNJUDGED = ("/x", "/noise", "/added", "/latents", "/masked")
 
 
 class Runner(Protocol):
-    """A side that can be run again, and in float64. Not every stage's value can be handed on: what a program keeps to
-    itself (its plan, its history) stays its own."""
+    """A side that can be run repeatedly, and in float64.
+
+    Not every value can be replaced: the internal state of a program (its plan, its history) stays its own.
+    """
 
     title: str
 
     def run(self, tap: Tap) -> None:
-        """Everything from the start."""
+        """Run everything from the start."""
 
     def wide(self) -> AbstractContextManager[None]:
-        """While this is entered, runs are in float64."""
+        """Return a context in which runs are in float64."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """float64's word on a stage: how far each side is from it, and how far the sides still are from one another there.
+    """Comparison of a stage with float64: the distance of each side from it, and the distance of the sides in float64.
 
-    All are root mean squares of differences: of the largest alone, chance would decide. ``gap`` is None where one side
-    cannot run in float64, and the other's word is taken.
+    All are root mean square differences, since the largest difference is a matter of chance. ``gap`` is None if one
+    side cannot run in float64; then the other's result is used.
     """
 
     error_a: float
@@ -60,12 +62,12 @@ class Judgement:
 
     @property
     def same_function(self) -> bool:
-        """True if it is rounding that sets the sides apart."""
+        """True if the sides differ by rounding only."""
         return self.gap is None or self.gap < STILL_THERE * max(self.error_a, self.error_b)
 
     @property
     def nearer(self) -> str:
-        """ "A", "B" or "both" (equally near); "" where there is no common truth."""
+        """ "A", "B" or "both" (equally near); "" if there is no common truth."""
         if not self.same_function:
             return ""
         return "both" if self.error_a == self.error_b else "A" if self.error_a < self.error_b else "B"
@@ -73,7 +75,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: how far the sides are apart, each on its own and (None: not asked) on equal inputs."""
+    """One stage: the difference of the sides, each on its own and (None: not computed) on equal inputs."""
 
     stage: str
     chained: Difference
@@ -82,7 +84,7 @@ class Row:
 
 
 def record(side: Runner) -> dict[str, Tensor]:
-    """Every stage's value, on the host, in the order in which they came."""
+    """Return the value of every stage, on the host, in the order of computation."""
     tape: dict[str, Tensor] = {}
 
     def keep(stage: str, value: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def record(side: Runner) -> dict[str, Tensor]:
 
 
 def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Difference], list[str]]:
-    """A run of ``side`` by itself, held against ``tape`` as it goes, and the names of all of its stages."""
+    """Run ``side`` by itself and compare it with ``tape``; return the differences and the names of all stages."""
     found: dict[str, Difference] = {}
     stages: list[str] = []
 
@@ -111,9 +113,9 @@ def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Differe
 def locally(
     tape: Mapping[str, Tensor], side: Runner, wanted: Iterable[str], own: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Run ``side`` on the tape's values: return, at each of the stages ``wanted``, its value before it was replaced.
+    """Run ``side`` on the tape's values: return, for each of the stages ``wanted``, its value before it was replaced.
 
-    ``own`` is filled as the run goes, so that a run that breaks off leaves what it had.
+    ``own`` is filled during the run, so that a run that is aborted leaves what it had.
     """
     wanted, own = set(wanted), {} if own is None else own
 
@@ -129,9 +131,9 @@ def locally(
 def find(
     a: Runner, b: Runner, tolerance: float = 0.0, *, judge: bool = True, tell: Callable[[str], None] = lambda text: None
 ) -> tuple[list[Row], list[str], list[str]]:
-    """Run both: one row a common stage in a's order, and the stages that only a and only b have. ``tell`` is called
-    with what happens next.
+    """Run both: return one row per common stage in a's order, and the stages that only a and only b have.
 
+    ``tell`` is called with a message about what happens next.
     Raises :class:`ConfigError` if they have no stage in common.
     """
     tell(f"running {a.title}")
@@ -141,7 +143,7 @@ def find(
     rows, only_a, only_b = line_up(tape, stages, apart, a.title, b.title)
     if all(row.chained.within(tolerance) for row in rows):
         return rows, only_a, only_b
-    tell(f"they part; running {b.title} again, from {a.title}'s values at every stage")
+    tell(f"they differ; running {b.title} again, from {a.title}'s values at every stage")
     tape = {row.stage: tape[row.stage] for row in rows}
     mine = locally(tape, b, tape)
     local = {stage: difference(tape[stage], mine[stage]) for stage in tape if stage in mine}
@@ -156,7 +158,7 @@ def find(
 def line_up(
     stages_a: Iterable[str], stages_b: Iterable[str], apart: Mapping[str, Difference], a: str, b: str
 ) -> tuple[list[Row], list[str], list[str]]:
-    """Rows for the stages that both have, in a's order, and what only a and only b have.
+    """Return rows for the stages that both have, in a's order, and the stages that only a and only b have.
 
     Raises :class:`ConfigError` if there is nothing in common.
     """
@@ -182,7 +184,7 @@ def _judge(
 
 
 def _truth(tape: Mapping[str, Tensor], side: Runner, stages: Iterable[str]) -> dict[str, Tensor]:
-    """Run ``side`` on the tape's values in float64; as far as it gets, if a dtype is hard-coded."""
+    """Run ``side`` on the tape's values in float64, as far as possible if a dtype is hard-coded."""
     own: dict[str, Tensor] = {}
     with side.wide(), suppress(RuntimeError, MinidiffError):
         locally(tape, side, stages, own)
@@ -198,7 +200,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def _in_place_of(value: Tensor, other: Tensor) -> Tensor:
-    """The numbers of ``other`` in the dtype, device and layout of ``value``: strides decide which kernel comes next."""
+    """Return ``other`` in the dtype, device and layout of ``value``: strides decide the next kernel."""
     same = value.dtype == other.dtype and torch.equal(value.detach().cpu(), other)
     if same or value.shape != other.shape:
         return value

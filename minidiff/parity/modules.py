@@ -1,4 +1,4 @@
-"""Any two modules, held against each other through a mapping of names."""
+"""Comparison of any two modules through a mapping of names."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def compare(
     tolerance: float = 0.0,
     judge: bool = True,
 ) -> Report:
-    """Run both modules on the same ``inputs`` and find the first place where they part.
+    """Run both modules on the same ``inputs`` and find the first difference.
 
     ``inputs``: one tensor, a sequence of positional arguments, or a mapping of keyword arguments; ``inputs_b`` the
     same for ``module_b``, if it is called in another way. ``names``: module's name in ``module_a`` -> its name in
-    ``module_b``; leaves are enough, blocks around them are paired by what they hold. None: the names that both have.
-    ``tolerance``: the largest |a - b| may be this times the largest |a| of a stage; 0 asks for equal values.
-    ``judge``: where they differ, run both again in float64, to tell rounding from another function.
+    ``module_b``; leaves are enough, blocks are paired by the leaves they contain. None: the names that both have.
+    ``tolerance``: largest allowed |a - b| of a stage relative to its largest |a|; 0 requires equal values. ``judge``:
+    if they differ, run both again in float64, to distinguish rounding from another function.
 
-    Both run in the mode in which they are (eval or train), without gradients, from the same state of the global
-    generator, and are left as they were. Raises :class:`ConfigError` for a name that is in neither.
+    Both run in their current mode (eval or train), without gradients, from the same state of the global generator, and
+    are unchanged afterwards. Raises :class:`ConfigError` for a name that is in neither.
     """
     pairs = with_blocks(module_a, module_b, checked(module_a, module_b, names))
     a = Alone(module_a, inputs, {x: x for x in pairs}, type(module_a).__name__)
@@ -59,7 +59,7 @@ class Alone:
 
     @torch.no_grad()
     def run(self, tap: Tap) -> None:
-        """One call."""
+        """Call the module once."""
         probe = Probe(tap)
         args, kwargs = _arguments(_copied(self.inputs, _widest(self.module)))
         with torch.random.fork_rng(), probe.watch(self.module, self.names):
@@ -67,12 +67,12 @@ class Alone:
         swap_first(out, lambda x: probe.show(OUTPUT, x))
 
     def wide(self) -> AbstractContextManager[None]:
-        """In float64, inputs too."""
+        """Return a context in which the module and its inputs are in float64."""
         return in_float64([self.module])
 
 
 def _widest(module: nn.Module) -> bool:
-    """Return True if a module is in float64 at the moment."""
+    """Return True if a module is currently in float64."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     return weight is not None and weight.dtype == torch.float64
 
@@ -84,7 +84,7 @@ def _arguments(inputs: ModuleInputs) -> tuple[Sequence[Any], Mapping[str, Any]]:
 
 
 def _copied(value: Any, wide: bool) -> Any:
-    """``value`` with every tensor in it copied (a module may write into what it is given), to float64 if ``wide``."""
+    """Return ``value`` with all tensors copied (a module may write to its inputs), as float64 if ``wide``."""
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64 if wide and value.is_floating_point() else value.dtype, copy=True)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """Correspondence of the modules of two networks: from pairs of leaves to pairs of the blocks around them.
 
-A converter's key map pairs the modules that hold weights. Two blocks are the same part of the network if exactly the
-same pairs lie under them; so the rest follows, and nobody has to write a second table.
+A converter's key map pairs the modules that hold weights. Two blocks are the same part of the network if they contain
+exactly the same pairs, so the rest follows without a second table.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # have no forward of their own
 
 
 def module_names(module: nn.Module) -> list[str]:
-    """Every module inside that computes something, by name, in the order of construction; not the root."""
+    """Return the names of all submodules that compute something, in the order of construction."""
     silent = (*CONTAINERS, nn.Identity)
     return [name for name, part in module.named_modules() if name and not isinstance(part, silent)]
 
 
 def present(a: nn.Module, b: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """Return those of ``names`` (a's name -> b's) that both have: key maps also list modules that a model may lack."""
+    """Return those ``names`` (a's name -> b's) that both have: key maps also list modules that a model may lack."""
     in_a, in_b = set(module_names(a)), set(module_names(b))
     return {x: y for x, y in names.items() if x in in_a and y in in_b}
 
 
 def checked(a: nn.Module, b: nn.Module, names: Mapping[str, str] | None) -> dict[str, str]:
-    """``names`` as a caller gave them; None is every name that both have.
+    """Return the ``names`` of a caller after checking them; None means every name that both have.
 
-    Raises :class:`ConfigError` for one that is not there, with the nearest that is.
+    Raises :class:`ConfigError` for a missing one, with the nearest existing name as a suggestion.
     """
     in_a, in_b = module_names(a), module_names(b)
     if names is None:
@@ -47,19 +47,19 @@ def checked(a: nn.Module, b: nn.Module, names: Mapping[str, str] | None) -> dict
 
 
 def with_blocks(a: nn.Module, b: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """``names`` (a's name -> b's, all present) and the blocks that hold the same of them; not the root."""
+    """Add the blocks that contain the same ``names`` (a's name -> b's, all present), without the root."""
     blocks_a = _blocks(a, {x: k for k, x in enumerate(names)})
     blocks_b = _blocks(b, {y: k for k, y in enumerate(names.values())})
     found = dict(names)
     for held, outer in blocks_a.items():
-        # Where one block only wraps another, the outermost of either side belong together.
+        # If one block only wraps another, the outermost of either side are paired.
         if held in blocks_b and outer not in found:
             found[outer] = blocks_b[held]
     return found
 
 
 def _blocks(module: nn.Module, leaves: Mapping[str, int]) -> dict[frozenset[int], str]:
-    """The leaves that a block holds, as their numbers -> the outermost block that holds just these."""
+    """Map each set of leaves, by their numbers, to the outermost block that contains exactly these."""
     held: dict[str, set[int]] = {}
     for leaf, number in leaves.items():
         parts = leaf.split(".")
@@ -68,5 +68,5 @@ def _blocks(module: nn.Module, leaves: Mapping[str, int]) -> dict[frozenset[int]
     found: dict[frozenset[int], str] = {}
     for name in module_names(module):
         if name in held and name not in leaves:
-            found.setdefault(frozenset(held[name]), name)  # the order of construction has outer ones first
+            found.setdefault(frozenset(held[name]), name)  # outer blocks come first in the order of construction
     return found

@@ -1,4 +1,4 @@
-"""minidiff's run, stage by stage: from prompt (and picture) to pixels. The stages stand in ``stages.py``."""
+"""minidiff's run, stage by stage: from prompt (and picture) to pixels. The stages are listed in ``stages.py``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PROMPT = "a photo of an astronaut riding a horse"
 
 @dataclass(frozen=True)
 class Asked(Request):
-    """Request for a picture that both sides make. ``image`` and ``mask`` have the size of the run already."""
+    """Request for a picture that both sides generate. ``image`` and ``mask`` already have the size of the run."""
 
     _: KW_ONLY
-    eta: float = 0.0  # of DDIM and TCD: diffusers' pipelines are told it at every step
+    eta: float = 0.0  # of DDIM and TCD: diffusers' pipelines pass it in every step
     draw_like_diffusers: bool = False  # noise in the sample's dtype; minidiff's own seeds draw float32 and round it
 
 
 def asked(prompt: str | None = PROMPT, **given: Any) -> Asked:
     """Return a request with the defaults of a comparison: few steps, and nothing left to chance or to the model.
 
-    ``prompt``: None for a model without text.
+    ``prompt``: None for an unconditional model.
     """
     texts = {} if prompt is None else {"negative_prompt": "", "guidance_scale": 7.5}
     return Asked(prompt, **{**texts, "steps": 4, "seed": 0, **given})
@@ -39,7 +39,7 @@ def asked(prompt: str | None = PROMPT, **given: Any) -> Asked:
 
 @dataclass
 class Ours:
-    """minidiff as a side: ``pipe`` runs ``request``. ``names`` None shows every module under its own name."""
+    """minidiff as a side: ``pipe`` runs ``request``. With ``names`` None, modules are shown under their own names."""
 
     pipe: StableDiffusion | Unconditional
     request: Asked
@@ -48,7 +48,7 @@ class Ours:
     title: str = "minidiff"
 
     def run(self, tap: Tap) -> None:
-        """From prompt to pixels."""
+        """Run from prompt to pixels."""
         probe, pipe, r = Probe(tap, self.deep), self.pipe, self.request
         shown = replace(r, sampler=Shown(pipe.sampler(r.sampler), probe))
         if r.draw_like_diffusers:
@@ -61,17 +61,17 @@ class Ours:
             probe.show("pixels", pipe.decode(x))
 
     def wide(self) -> AbstractContextManager[None]:
-        """Every part in float64."""
+        """Return a context in which every part is in float64."""
         return in_float64(self.pipe.parts.values())
 
 
 def own_names(module: Any) -> dict[str, str]:
-    """Every module under its own name."""
+    """Map every module to its own name."""
     return {name: name for name in module_names(module)}
 
 
 class Shown:
-    """A sampler that shows its plan, the first sample, and what goes into and comes out of every step."""
+    """Wrapper of a sampler that shows its plan, the first sample, and the inputs and outputs of every step."""
 
     def __init__(self, inner: Sampler[Any, Any], probe: Probe) -> None:
         self.inner, self.probe = inner, probe
@@ -84,17 +84,17 @@ class Shown:
         return int(getattr(self.inner, "order", 1))
 
     def start(self) -> Any:
-        """Return the inner one's state before the first step."""
+        """Return the wrapped sampler's state before the first step."""
         return self.inner.start()
 
     def plan(self, schedule: Any = None, steps: int | None = None, *, timesteps: Any = None, sigmas: Any = None) -> Any:
-        """The inner one's, shown."""
+        """Return the plan of the wrapped sampler, and show it."""
         plan = self.inner.plan(schedule, steps, timesteps=timesteps, sigmas=sigmas)
         show_plan(self.probe, plan)
         return ShownPlan(plan, self.probe)
 
     def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
-        """The inner one's, of the sample that was shown."""
+        """Scale the sample that was shown, by the wrapped sampler."""
         if not self.begun:
             self.begun = True
             x = self.first = self.probe.show("x", x, "start")
@@ -105,7 +105,7 @@ class Shown:
         return self.inner.denoised(plan.inner, i, x, out, state)
 
     def step(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any, draw: Draw) -> tuple[Tensor, Any]:
-        """The inner one's, from what was shown to what is shown."""
+        """Take the step of the wrapped sampler on the values shown, and show the result."""
         x, self.first = x if self.first is None else self.first, None
         out = self.probe.show("out", out)
         x, state = self.inner.step(plan.inner, i, x, out, state, lambda like: self.probe.show("noise", draw(like)))
@@ -113,7 +113,7 @@ class Shown:
 
 
 class ShownPlan:
-    """A plan that shows what noise it adds to a picture."""
+    """Wrapper of a plan that shows the noise it adds to a picture."""
 
     def __init__(self, inner: Any, probe: Probe) -> None:
         self.inner, self.probe = inner, probe
@@ -122,7 +122,7 @@ class ShownPlan:
         return getattr(self.inner, name)
 
     def to(self, device: torch.device) -> ShownPlan:
-        """The inner one's, still shown."""
+        """Return the wrapped plan on another device, wrapped again."""
         return ShownPlan(self.inner.to(device), self.probe)
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The report as one page of HTML: no script, nothing fetched, a few kilobytes beside its tables.
+"""The report as one page of HTML: no script, nothing fetched, a few kilobytes besides its tables.
 
-On top the outcome, then a picture of the run: every stage a point from left to right, in the order of the network, as
-high as its relative difference (logarithmic). Filled points are the sides by themselves, hollow ones on equal inputs:
-where a hollow one stands high, something happens. The tables below it hold every figure.
+The outcome comes first, then a chart of the run: every stage is a point, from left to right in the order of the
+network, at the height of its relative difference (logarithmic). Filled points are the sides by themselves, hollow ones
+on equal inputs: a high hollow point is where a difference arises. The tables below hold every figure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from minidiff.parity.engine import Row
 from minidiff.parity.report import COLUMNS, Report
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1000, 240, 56, 24, 12
-LETTER = 7  # the width of one, roughly
+LETTER = 7  # approximate width of one
 FLOOR, CEILING = -9.0, 1.0  # powers of ten
 MOST_POINTS = 4000  # of a long run the points that are drawn; the tables have all
 
@@ -41,7 +41,7 @@ th{text-align:right;font-weight:600;font-size:12px;color:var(--dim);background:v
 th,td{padding:4px 12px;border-bottom:1px solid var(--line);white-space:nowrap}
 td{text-align:right}th:first-child,td:first-child{text-align:left}tr:last-child td{border-bottom:0}
 tr.apart td:nth-child(2){color:var(--bad)}tr.cause td{background:var(--badback)}tr.first td{font-weight:700}
-tr.first td:first-child::after{content:"  they part here";color:var(--bad)}
+tr.first td:first-child::after{content:"  first difference";color:var(--bad)}
 details{margin:8px 0}summary{cursor:pointer;padding:6px 0}summary .n{color:var(--dim)}summary .bad{color:var(--bad)}
 svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--dim)}
 .grid{stroke:var(--line)}.own{fill:var(--a)}.local{fill:none;stroke:var(--b);stroke-width:1.4}.mark{stroke:var(--bad)}
@@ -84,7 +84,7 @@ def page(report: Report) -> str:
 
 KEY = (
     "Every stage in the order of the run, by its relative difference. <b class='dot'>●</b> A and B each by itself "
-    "<b class='ring'>○</b> B on A's values: what differs there arose there <b class='bar'>|</b> where they part"
+    "<b class='ring'>○</b> B on A's values: what differs there arose there <b class='bar'>|</b> first difference"
 )
 LEGEND = (
     "max abs: the largest |A - B| of a stage. relative: that divided by the largest |A|. ULPs: the largest distance in "
@@ -112,7 +112,7 @@ def _list(facts: dict[str, str]) -> str:
 
 
 def _bars(report: Report) -> list[str]:
-    """The class of each section's row."""
+    """Return the CSS class of each section's row."""
     return ["" if all(r.chained.within(report.tolerance) for r in rows) else "apart" for _, rows in _grouped(report)]
 
 
@@ -166,7 +166,7 @@ def _only(report: Report) -> str:
 
 
 def _picture(report: Report) -> str:
-    """The differences of all stages as an SVG."""
+    """Draw the differences of all stages as an SVG."""
     rows = list(report.rows)
     step = max(1, math.ceil(len(rows) / MOST_POINTS))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="relative difference by stage">']

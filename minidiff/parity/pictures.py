@@ -1,9 +1,8 @@
-"""The picture and the mask that a run begins from: the ones given, or some that show much.
+"""Picture and mask that a run starts from: the given ones, or synthetic ones.
 
-What both sides are handed has the run's size already, so how a program resizes pictures is no part of the comparison.
-The picture that is made, in whole numbers and so alike everywhere, has slopes, edges and a grain in it; the mask is a
-disc with a soft rim, off the latents' grid: where it is cut to black and white, and how it is brought to their size,
-make a difference.
+Both sides get pictures of the run's size, so resizing is no part of the comparison. The synthetic picture is computed
+in integers, so that it is the same everywhere, and has gradients, edges and grain. The mask is a disc with a soft rim
+that is not aligned to the latents' grid, so that its threshold and the way it is resized make a difference.
 """
 
 from __future__ import annotations
@@ -22,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def starting_from(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> dict[str, Any]:
-    """``image``, ``mask`` and ``strength`` of a run by the options of these names: what is given, or made where the
-    model cannot do without; nothing for a run from noise alone."""
+    """Return ``image``, ``mask`` and ``strength`` of a run from the options of these names.
+
+    Missing ones are synthesized if the model needs them; a run from noise alone has none.
+    """
     masked = args.mask is not None or pipe.reads_mask
     if not (masked or args.image is not None or pipe.config.reads_score):
         check(args.strength is None, "--strength says how much of a picture may change: give an --image too")
@@ -33,8 +34,10 @@ def starting_from(args: Namespace, pipe: StableDiffusion, width: int, height: in
 
 
 def picture(path: str | None, width: int, height: int) -> Image.Image:
-    """The file as an RGB picture of that size, or the one that is made. Raises :class:`CheckpointError` for a file that
-    is missing or no picture."""
+    """Return the file as an RGB picture of that size, or the synthetic one without a file.
+
+    Raises :class:`CheckpointError` for a file that is missing or no picture.
+    """
     from PIL import Image
 
     if path is not None:
@@ -47,8 +50,10 @@ def picture(path: str | None, width: int, height: int) -> Image.Image:
 
 
 def mask(path: str | None, width: int, height: int) -> Image.Image:
-    """The file as a grey picture of that size, white where the model paints, or the one that is made. Raises
-    :class:`CheckpointError` for a file that is missing or no picture."""
+    """Return the file as a grey picture of that size, white where the model paints, or the synthetic one.
+
+    Raises :class:`CheckpointError` for a file that is missing or no picture.
+    """
     from PIL import Image
 
     if path is not None:

@@ -1,26 +1,26 @@
-"""A run on disk: the named values of every stage, so that programs without a common language can be compared.
+"""Recordings: the values of all stages of a run, by name, in a file, to compare programs in different languages.
 
-A recording is one safetensors file. Any program in any language can write one; this is all there is to it:
+A recording is one safetensors file, which any program can write. Its format:
 
-* **Tensors**: one a stage, named as in the table at the top of ``stages.py``: ``prompt/ids``, ``plan/timesteps``,
+* **Tensors**: one per stage, named as in the table at the top of ``stages.py``: ``prompt/ids``, ``plan/timesteps``,
   ``start/x``, ``step.0/input``, ``step.0/unet/down.0.res.0.conv1``, ``step.0/prediction``, ``step.0/out``,
   ``step.0/x``, ``decode/pixels``, ... Floats as they were computed, ids int64; pictures and latents (B, C, H, W),
   tokens (B, L, C). With guidance the UNet's batch is [negative, prompt].
-* **Header** (the safetensors ``__metadata__``, strings all):
+* **Header** (the safetensors ``__metadata__``, whose values are strings):
   ``recording.version``: "1".
-  ``recording.stages``: a JSON list of all tensors' names, each once, in the order in which they were computed. The
-  file's own order means nothing.
-  ``recording.run``: a JSON object that says what was run. All of its keys may be left out. "program" is the title in
-  reports; if both recordings have "model" (what identifies the architecture), "prompt", "negative", "steps",
-  "sampler", "scale", "seed", "width", "height" or "strength", they must be the same, or comparing makes no sense.
+  ``recording.stages``: a JSON list of all tensors' names, each once, in the order of computation. The order in the
+  file has no meaning.
+  ``recording.run``: a JSON object that describes the run. All of its keys are optional. "program" is the title in
+  reports; if both recordings have "model" (an identifier of the architecture), "prompt", "negative", "steps",
+  "sampler", "scale", "seed", "width", "height" or "strength", the values must be equal.
 
-Only stages that both recordings have are compared, so a program writes as many as it likes: ``start/x`` and every
-``step.N/x`` are a fine beginning, and then the layers of the step where they part. ``NAME:in`` may be left out where
-it is the output of a stage before, unchanged; minidiff leaves it out. To follow a recording of minidiff's exactly, a
-program begins with its ``prompt/ids`` and ``start/x``, and takes a sampler's noise from ``step.N/noise`` (a model that
-inpaints, its further channels from ``step.0/mask`` and ``step.0/masked``): no random generator has to be rebuilt.
+Only stages that both recordings have are compared, so a program may write as few as it likes: start with ``start/x``
+and every ``step.N/x``, then add the layers of the step with the first difference. ``NAME:in`` may be left out if it is
+the unchanged output of an earlier stage; minidiff leaves it out. To follow a recording of minidiff exactly, a program
+starts from its ``prompt/ids`` and ``start/x``, and takes a sampler's noise from ``step.N/noise`` (for inpainting, the
+additional channels from ``step.0/mask`` and ``step.0/masked``), so no random generator has to be reimplemented.
 
-A recording in float64 is a judge: ``minidiff parity compare A B --judge C`` says, stage by stage, which is nearer.
+A recording in float64 can be a judge: ``minidiff parity compare A B --judge C`` shows which is nearer to it, by stage.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from minidiff.storage.writing import Existing
 VERSION = "1"
 VERSION_KEY, STAGES_KEY, RUN_KEY = "recording.version", "recording.stages", "recording.run"
 SAME = ("model", "prompt", "negative", "steps", "sampler", "scale", "seed", "width", "height", "strength")
-RECENT = 8  # values of late among which an input is looked for
+RECENT = 8  # recent values among which an input is searched
 
 
 @dataclass
 class Recording:
-    """Values by stage, in the order in which they were computed, and what was run."""
+    """Values by stage, in the order of computation, and the description of the run."""
 
     tape: Mapping[str, Tensor]
     run: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """The program that made it."""
+        """Name of the program that made the recording."""
         return str(self.run.get("program", "a program that does not say its name"))
 
 
 def record(side: Runner, run: Mapping[str, Any]) -> Recording:
-    """Run ``side`` and keep what it shows, without the inputs that are an earlier stage's output unchanged."""
+    """Run ``side`` and record its values, without inputs that are the unchanged output of an earlier stage."""
     tape: dict[str, Tensor] = {}
     recent: deque[Tensor] = deque(maxlen=RECENT)
 
@@ -80,9 +80,9 @@ def record(side: Runner, run: Mapping[str, Any]) -> Recording:
 
 
 def write(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
-    """Write a recording, whole or not at all. Raises :class:`CheckpointError` for a folder that is not there.
+    """Write a recording, atomically. Raises :class:`CheckpointError` for a folder that does not exist.
 
-    ``existing``: what becomes of a file that is there, see :func:`~minidiff.storage.writing.atomic`.
+    ``existing``: treatment of an existing file, see :func:`~minidiff.storage.writing.atomic`.
     """
     header = {
         "format": "pt",
@@ -97,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
     """Open a recording.
 
     Raises :class:`CheckpointError` for a file that is missing, damaged or no recording, and for one whose list of
-    stages does not say what it holds.
+    stages does not match its contents.
     """
     file = TensorFile(path)
     try:
@@ -112,8 +112,8 @@ def read(path: str | os.PathLike[str]) -> Recording:
             raise CheckpointError(f"{path}: {STAGES_KEY} must list the names of stages, and lists {quote(stages)}")
         listed, held = set(stages), set(file.lazy)
         for problem, names in (
-            ("is listed as a stage, and not there", listed - held),
-            ("is there, and not listed as a stage", held - listed),
+            ("is listed as a stage, but missing", listed - held),
+            ("is in the file, but not listed as a stage", held - listed),
             (
                 "is listed more than once",
                 {s for s in listed if stages.count(s) > 1} if len(listed) < len(stages) else (),
@@ -138,7 +138,7 @@ def _json(path: Any, file: TensorFile, key: str, kind: type, what: str) -> Any:
 
 
 def compare(a: Recording, b: Recording, tolerance: float = 0.0, judge: Recording | None = None) -> Report:
-    """Hold two recordings against each other, each as its program went on with its own numbers.
+    """Compare two recordings, each of a program that continued with its own numbers.
 
     Raises :class:`ConfigError` if they are of different models or runs, or have no stage in common.
     """
@@ -164,6 +164,6 @@ def _judged(row: Row, a: Tensor, b: Tensor, truth: Tensor | None) -> Row:
 
 
 def architecture(config: ModelConfig) -> str:
-    """A few hex digits that two checkpoints share if their networks have the same shape, whatever their weights."""
+    """Return hex digits that identify the shape of a checkpoint's networks, whatever their weights."""
     parts = [to_json(c) for c in (config.unet, config.vae, config.text_encoder, config.text_encoder_2) if c is not None]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

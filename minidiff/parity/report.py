@@ -1,4 +1,4 @@
-"""Findings of the finder: as data (rows, the first place, the other places), and as a table for a terminal."""
+"""Report of a comparison: as data (rows, the first difference, the others), and as a table for a terminal."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from minidiff.parity.difference import Difference
 from minidiff.parity.engine import Row
 from minidiff.parity.taps import INPUT
 
-OUTPUT = "output"  # what a module that is compared alone gives back
-AROUND = (4, 8)  # rows shown before and after the place where two sides part
+OUTPUT = "output"  # the output of a module that is compared alone
+AROUND = (4, 8)  # rows shown before and after the first difference
 
-# What to look at where a stage that is no module is the first to differ: (the end of its name, the advice).
+# What to check if a stage that is not a module is the first to differ: (the end of its name, the advice).
 PLACES = (
-    ("ids", "the tokenizer: its table, how it pads (SD1 with 49407, SD2 with 0), where it cuts"),
+    ("ids", "the tokenizer: its table, padding (SD1 with 49407, SD2 with 0), truncation"),
     ("plan/timesteps", "the plan: spacing, steps_offset, number of steps"),
-    ("plan/sigmas", "the plan: spacing of the sigmas, Karras or not, the last one, the dtype they are computed in"),
-    ("plan/init_noise_sigma", "the plan: what the first noise is multiplied by"),
-    ("encode/pixels", "how a picture becomes numbers in [-1, 1]; the masked one is 0 where the mask is white"),
+    ("plan/sigmas", "the plan: spacing of the sigmas, Karras or not, the last one, the dtype of their computation"),
+    ("plan/init_noise_sigma", "the plan: the factor of the first noise"),
+    ("encode/pixels", "the conversion of a picture to [-1, 1]; the masked one is 0 where the mask is white"),
     ("latents", "from the VAE's encoder to latents: the draw (mean + std * noise), the scaling factor"),
-    ("added", "the noise that is added to the picture: its seed, generator, dtype, which draw it is"),
-    ("noisy", "how much noise is added to the picture: the row of the plan (at first, the one that the strength says)"),
-    ("start/x", "the first noise: its seed, generator, dtype, or what it is multiplied by"),
-    ("input", "what the sampler makes of the sample before the UNet sees it (scale_input), or the batch for guidance"),
+    ("added", "the noise that is added to the picture: its seed, generator, dtype, position in the stream"),
+    ("noisy", "the amount of noise added to the picture: the row of the plan (the first is given by the strength)"),
+    ("start/x", "the first noise: its seed, generator, dtype, or its factor"),
+    ("input", "the sampler's scaling of the UNet's input (scale_input), or the batch for guidance"),
     (
         "/mask",
-        "the mask at the latents' size: where it is cut to 0 and 1, how it is resized (nearest), the order (mask, "
+        "the mask at the latents' size: its threshold, how it is resized (nearest), the order (mask, "
         "then masked picture)",
     ),
-    ("/masked", "the masked picture's latents: which draw they are, the scaling factor"),
+    ("/masked", "the masked picture's latents: their position in the noise stream, the scaling factor"),
     ("/pooled", "the pooled text: which encoder, which token, and the order (negative first, then the prompt)"),
-    ("/sizes", "what SDXL is told: height before width; the refiner's score, 6 and 2.5 beside the negative prompt"),
-    ("/t", "the timestep that the UNet is told"),
-    ("context", "how the encoded prompts reach the UNet: which layer, and the order (negative first, then the prompt)"),
+    ("/sizes", "SDXL's sizes: height before width; the refiner's score, 6, and 2.5 with the negative prompt"),
+    ("/t", "the timestep that the UNet is given"),
+    ("context", "the encoded prompts given to the UNet: the layer, and the order (negative first, then the prompt)"),
     ("out", "the guidance: u + scale * (c - u), in this order"),
     ("/x", "the sampler's step: its coefficients, its history, its noise"),
     ("noise", "the noise that the sampler draws"),
@@ -45,7 +45,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Report:
-    """A comparison of side A with side B. ``about`` says what was run; ``rows`` are the common stages in A's order."""
+    """Comparison of side A with side B. ``about`` describes the run; ``rows`` are the common stages in A's order."""
 
     a: str
     b: str
@@ -62,13 +62,13 @@ class Report:
 
     @property
     def causes(self) -> list[Row]:
-        """The stages that differ beyond the tolerance although their inputs were equal."""
+        """Stages that differ beyond the tolerance although their inputs were equal."""
         return [row for row in self.rows if row.local is not None and not row.local.within(self.tolerance)]
 
     @cached_property
     def first(self) -> Row | None:
-        """First place where the sides part: the first cause, or (if none was sought, or none is beyond the tolerance by
-        itself) the first stage that differs beyond it. None if they are equal."""
+        """First difference: the first cause, or (if none was searched, or none is beyond the tolerance by itself) the
+        first stage that differs beyond the tolerance. None if the sides are equal."""
         apart = [row for row in self.rows if not row.chained.within(self.tolerance)]
         return (self.causes or apart)[0] if apart else None
 
@@ -77,13 +77,13 @@ class Report:
 
 
 def section(stage: str) -> str:
-    """The part of a run that a stage belongs to: "prompt", "plan", "step.0", ...; "network" for a module alone."""
+    """Return the section of a run that a stage belongs to: "prompt", "plan", "step.0", ...; "network" for a module."""
     head, slash, _ = stage.partition("/")
     return head if slash else "network"
 
 
 def sections(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by section, in order."""
+    """Group rows by section, in order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(section(row.stage), []).append(row)
@@ -91,15 +91,15 @@ def sections(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def outcome(report: Report) -> str:
-    """The whole of it in one line."""
+    """Summarize the comparison in one line."""
     if report.first is not None:
-        return f"they part at {report.first.stage}"
+        return f"first difference at {report.first.stage}"
     bound = "every value is equal" if report.tolerance == 0 else f"every stage is within {report.tolerance:g}"
     return f"equal: {bound} at all {len(report.rows)} stages"
 
 
 def reasons(report: Report) -> dict[str, str]:
-    """Return known facts about the place where the sides part; empty if they do not."""
+    """Return what is known about the first difference; empty if there is none."""
     first = report.first
     if first is None:
         return {}
@@ -115,19 +115,21 @@ def reasons(report: Report) -> dict[str, str]:
 
 
 def _elsewhere(report: Report) -> list[str]:
-    """The causes after the first, without those that follow from another: the same place of other steps, the network
-    around a cause."""
+    """Return the causes after the first, without those that follow from another.
+
+    That is, without the same place in other steps and the network around a cause.
+    """
     found: dict[str, str] = {}
     for row in report.causes:
         found.setdefault(row.stage.partition("/")[2] or row.stage, row.stage)
     told = {"prediction"} if any("/unet/" in stage for stage in found.values()) else set()
-    if "start/x" in found.values():  # which diffusers does not let itself be handed
+    if "start/x" in found.values():  # which diffusers does not accept from outside
         told.add("input")
     return [stage for place, stage in found.items() if place not in told][1:]
 
 
 def describe(d: Difference) -> str:
-    """A difference in one line."""
+    """Describe a difference in one line."""
     if not d.same_shape:
         return f"shape {d.shape_a} in A, {d.shape_b} in B"
     if not d.finite:
@@ -138,7 +140,7 @@ def describe(d: Difference) -> str:
 
 
 def where(report: Report, row: Row) -> str:
-    """Return the kind of a stage, and advice on what to look at."""
+    """Return the kind of a stage, and advice on what to check."""
     stages = [r.stage for r in report.rows]
     k = stages.index(row.stage)
     if row.local is not None and row.local.within(report.tolerance):
@@ -149,12 +151,12 @@ def where(report: Report, row: Row) -> str:
         before = f"between {stages[k - 1]} and it" if k else "before it"
         return f"what reaches this module differs; it is computed {before}, outside of any module that is compared"
     if any(s.startswith(row.stage + ".") for s in stages):
-        return f"inside this block, behind {stages[k - 1]}: what it does with the outputs of its own modules"
+        return f"inside this block, behind {stages[k - 1]}: its own use of the outputs of its modules"
     if row.stage.count("/") == 1:  # a stage of the run, and no layer
         place = row.stage.partition("#")[0]
         return next((advice for end, advice in PLACES if place.endswith(end)), f"this stage differs{alone}")
     if row.stage == OUTPUT:
-        return f"the whole module's output, behind {stages[k - 1]}: what it does with the outputs of its own modules"
+        return f"the whole module's output, behind {stages[k - 1]}: its own use of the outputs of its modules"
     if row.judgement is not None and row.judgement.same_function:
         return (
             "this module rounds otherwise on equal inputs: another kernel, order of summation, memory layout or dtype"
@@ -163,7 +165,7 @@ def where(report: Report, row: Row) -> str:
 
 
 def judged(row: Row) -> str:
-    """float64's word in one line."""
+    """Describe the comparison with float64 in one line."""
     j = row.judgement
     assert j is not None
     if not j.same_function:
@@ -176,7 +178,8 @@ def judged(row: Row) -> str:
 
 
 def text(report: Report, *, every: bool = False) -> str:
-    """The report for a terminal: what was run, a row a section, the rows around the first place (or ``every``)."""
+    """Format the report for a terminal: the run, a row per section, the rows around the first difference or ``every``
+    row."""
     lines = [f"{key:<9} {value}" for key, value in {"A": report.a, "B": report.b, **report.about}.items()]
     lines += ["", *_table(("section", *COLUMNS), [summary(s, rows, report) for s, rows in _grouped(report)])]
     first = report.first
@@ -202,13 +205,13 @@ def _grouped(report: Report) -> list[tuple[str, list[Row]]]:
 
 
 def summary(name: str, rows: Sequence[Row], report: Report) -> tuple[str, ...]:
-    """A section's row: how many stages are equal, and its largest differences."""
+    """Return the row of a section: the number of equal stages, and its largest differences."""
     equal = sum(row.chained.equal for row in rows)
     worst = max(rows, key=lambda row: size(row.chained))
     local = [row for row in rows if row.local is not None]
     most = max((size(row.local) for row in local if row.local is not None), default=None)
     ulps = [row.chained.ulps for row in rows if row.chained.ulps is not None]
-    mark = "  <- they part" if report.first in rows else ""
+    mark = "  <- first difference" if report.first in rows else ""
     figures = (_figure(worst.chained.max_abs), _figure(size(worst.chained)), f"{max(ulps):,}" if ulps else "-")
     return (name, f"{equal}/{len(rows)}", *figures, "-" if most is None else _figure(most), mark)
 
@@ -217,14 +220,14 @@ def line(row: Row, report: Report) -> tuple[str, ...]:
     d, j = row.chained, row.judgement
     local = "-" if row.local is None else _figure(size(row.local))
     nearer = "" if j is None else j.nearer if j.same_function else "neither"
-    mark = f"{nearer}{'  <- they part' if row is report.first else ''}"
+    mark = f"{nearer}{'  <- first difference' if row is report.first else ''}"
     shape = "shape" if not d.same_shape else _figure(d.max_abs)
     ulps = "-" if d.ulps is None else f"{d.ulps:,}"
     return (row.stage, "yes" if d.equal else "no", shape, _figure(size(d)), ulps, local, mark)
 
 
 def size(d: Difference) -> float:
-    """The relative difference; a NaN counts as infinite."""
+    """Return the relative difference; NaN counts as infinite."""
     return math.inf if math.isnan(d.max_rel) else d.max_rel
 
 

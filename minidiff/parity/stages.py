@@ -1,4 +1,4 @@
-"""The stages of a run, and how the networks are watched: alike for whichever program they belong to.
+"""The stages of a run, and the observation of the networks, in the same way for every program.
 
     prompt/ids  prompt/text_encoder/LAYER  prompt/context     the prompt, then the same for the negative one
     prompt/ids_2  prompt/text_encoder_2/LAYER                 SDXL's second encoder; both together are step.0/context
@@ -9,13 +9,13 @@
     step.0/input  step.0/t  step.0/context                    what the UNet is given
     step.0/mask  step.0/masked                                in further channels, by a model that inpaints
     step.0/pooled  step.0/sizes                               SDXL: the pooled text; the sizes, or the refiner's score
-    step.0/unet/LAYER  step.0/prediction                      its layers, and what it says (both halves with guidance)
-    step.0/out  step.0/noise  step.0/x                        guided; what the sampler drew; where the sample is then
+    step.0/unet/LAYER  step.0/prediction                      its layers, and its output (both halves with guidance)
+    step.0/out  step.0/noise  step.0/x                        guided; the sampler's noise; the sample afterwards
     step.0/latents  step.0/added  step.0/noisy                what an ordinary model keeps of a masked picture
     decode/vae/LAYER  decode/pixels                           the picture in [0, 1]
 
-LAYER is a module's name in minidiff (``down.0.res.1.conv2``), ``LAYER:in`` the first tensor that it is given. What
-comes more than once in its section is numbered (``encode/pixels#2``). Steps are counted from the first that is run.
+LAYER is a module's name in minidiff (``down.0.res.1.conv2``), ``LAYER:in`` its first input tensor. Repeated stages of a
+section are numbered (``encode/pixels#2``). Steps are counted from the first that is run.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ Names = Mapping[str, Mapping[str, str]]
 Deep = Callable[[str], bool]
 """Whether the layers are stages too, scope by scope: "prompt", "negative", "encode", "step.0", ..., "decode"."""
 
-# The text encoders: what their ids are called, and their output where both programs give the same one first.
+# The text encoders: the name of their ids, and of their output if both programs return the same one first.
 TEXTS: dict[str, tuple[str, str | None]] = {"text_encoder": ("ids", "context"), "text_encoder_2": ("ids_2", None)}
-# minidiff reads its table of positions without calling the module, so there is no call to compare. What it adds to the
-# words is seen where their sum arrives, at ``layers.0:in``.
+# minidiff reads its table of positions without calling the module, so there is no call to compare. The positions appear
+# in the sum with the tokens, at ``layers.0:in``.
 NOT_CALLED = ("position",)
 ENCODES = ("encoder", "quant")  # the modules of the VAE that a picture goes in by
 
 
 def first_step_only(scope: str) -> bool:
-    """Layers of both prompts, of a picture's way in, of the first step and of the decoder: what fits into memory at
-    full size."""
+    """Return True for the scopes whose layers are shown by default: all but later steps, to fit into memory."""
     return not scope.startswith("step.") or scope == "step.0"
 
 
 @contextmanager
 def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[None]:
-    """Show what the networks in ``parts`` are given, do and give."""
+    """Show inputs, layers and outputs of the networks in ``parts``."""
     with ExitStack() as stack:
         for part, module in parts.items():
             if part in TEXTS:
@@ -104,7 +103,7 @@ def unet_inputs(parts: Mapping[str, Any]) -> Inputs:
 
 
 def show_plan(probe: Probe, plan: Any) -> None:
-    """The numbers of a plan (or of a scheduler of diffusers) that both programs have."""
+    """Show the numbers of a plan (or of a diffusers scheduler) that both programs have."""
     for name in ("timesteps", "init_noise_sigma", "sigmas"):
         value = getattr(plan, name, None)
         if isinstance(value, Tensor):
@@ -112,7 +111,7 @@ def show_plan(probe: Probe, plan: Any) -> None:
 
 
 def show_noising(probe: Probe, add_noise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor) -> Tensor:
-    """Noise is added to a picture: what, how much, and what comes of it."""
+    """Show the noise that is added to a picture, its amount, and the result."""
     latents, noise = probe.show("latents", latents), probe.show("added", noise)
     noisy: Tensor = probe.show("noisy", add_noise(latents, noise))
     return noisy

@@ -1,10 +1,10 @@
-"""Looking into a run: every stage's value is shown to a tap, and the run goes on with what the tap gives back.
+"""Observation of a run: the value of every stage is shown to a tap, and the run continues with what the tap returns.
 
-A tap that returns the value itself only watches. One that returns another side's value makes every stage begin from
-that side's numbers, so that what differs at a stage is what happened there and nothing that was inherited.
+A tap that returns the value itself only observes. One that returns another side's value makes every stage start from
+that side's numbers, so that differences at a stage arose there and were not inherited.
 
-Modules are watched by forward hooks: ``NAME:in`` is the first tensor that a module is given, ``NAME`` the first that it
-returns. What happens between modules (skips, activations, heads) shows where one hands over to the next.
+Modules are observed by forward hooks: ``NAME:in`` is the first input tensor of a module, ``NAME`` its first output.
+Operations between modules (skips, activations, heads) show in the input of the next module.
 """
 
 from __future__ import annotations
@@ -33,16 +33,21 @@ INPUT = ":in"
 
 
 class Probe:
-    """One run's way to its tap. ``scope`` is put before the names of modules and ``deep`` says, scope by scope,
-    whether they are shown at all; a stage that comes again is numbered (``conv#2``)."""
+    """Connection of one run to its tap.
+
+    ``scope`` is prepended to the names of modules, and ``deep`` decides for each scope whether they are shown; repeated
+    stages are numbered (``conv#2``).
+    """
 
     def __init__(self, tap: Tap, deep: Callable[[str], bool] = lambda scope: True) -> None:
         self.tap, self.deep, self.scope = tap, deep, ""
         self.seen: Counter[str] = Counter()
 
     def show(self, name: str, value: Any, scope: str | None = None) -> Any:
-        """Show ``value``, the stage ``name`` of ``scope`` (None: the current one), if it is a tensor; gives what to go
-        on with."""
+        """Show ``value``, the stage ``name`` of ``scope`` (None: the current one), if it is a tensor.
+
+        Returns the value to continue with.
+        """
         if not isinstance(value, Tensor):
             return value
         scope = self.scope if scope is None else scope
@@ -55,8 +60,10 @@ class Probe:
 
     @contextmanager
     def watch(self, module: nn.Module, names: Mapping[str, str], scope: str | None = None) -> Iterator[None]:
-        """Show inputs and outputs of the modules inside ``module``, {its name: the stage's}, for the time being.
-        ``scope``: the one that begins when one of them is called."""
+        """Return a context that shows inputs and outputs of the modules inside ``module``, {its name: the stage's}.
+
+        ``scope``: the scope that begins when one of them is called.
+        """
         with ExitStack() as stack:
             for name, stage in names.items():
                 self._hook(stack, module.get_submodule(name), stage, scope)
@@ -79,8 +86,10 @@ class Probe:
     def watch_root(
         self, module: nn.Module, scopes: Iterator[str], inputs: Inputs, output: str | None = None
     ) -> Iterator[None]:
-        """Show the arguments of a whole network, as ``inputs`` say, and its ``output``; each of its calls begins the
-        next of ``scopes``."""
+        """Return a context that shows the arguments of a whole network, as given by ``inputs``, and its ``output``.
+
+        Each call of the network begins the next of ``scopes``.
+        """
 
         def before(part: nn.Module, args: Any, kwargs: Any) -> Any:
             self.scope = next(scopes)
@@ -101,20 +110,20 @@ class Probe:
 
 
 def named(stage: str) -> Show:
-    """An argument that is one stage."""
+    """Describe an argument that is one stage."""
     return lambda probe, value: probe.show(stage, value)
 
 
 def hook(stack: ExitStack, part: nn.Module, before: Any, after: Any) -> None:
-    """Put both hooks on ``part`` until ``stack`` is left."""
+    """Register both hooks on ``part`` until ``stack`` is closed."""
     stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
     stack.callback(part.register_forward_hook(after).remove)
 
 
 def swap_first(value: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:
-    """``value`` with the first tensor in it changed, wherever it lies: in a tuple, a dict, an output object.
+    """Return ``value`` with its first tensor changed, also inside a tuple, a dict or an output object.
 
-    What cannot be rebuilt is handed to ``change`` all the same, and stays as it is.
+    A value that cannot be rebuilt is passed to ``change`` as well, and stays as it is.
     """
     if isinstance(value, Tensor):
         return change(value), True
@@ -125,7 +134,7 @@ def swap_first(value: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, boo
             new, found = swap_first(entry, change)
             if found:
                 if isinstance(value, MutableMapping) and new is not entry:
-                    value[key] = new  # the outputs of transformers and diffusers are such
+                    value[key] = new  # as the outputs of transformers and diffusers are
                 return value, True
     return value, False
 
@@ -143,7 +152,7 @@ def _swap_in_sequence(value: Any, change: Callable[[Tensor], Tensor]) -> tuple[A
 
 @contextmanager
 def in_float64(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Every floating-point weight and buffer in float64 for the time being, then the very same tensors again."""
+    """Return a context in which floating-point weights and buffers are float64; afterwards the same tensors return."""
     kept: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for module in modules:

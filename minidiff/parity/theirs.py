@@ -1,7 +1,7 @@
 """The run of the installed diffusers, stage by stage, under the names of ``ours.py``.
 
-Its own pipeline runs, from prompt to pixels, as any user of it would start it; the networks are watched by hooks, the
-scheduler by wrapping its methods. diffusers is imported here, when someone asks for the comparison, and never before.
+Its own pipeline runs from prompt to pixels, as a user would start it; the networks are observed by hooks, and the
+scheduler by wrapping its methods. diffusers is imported here, only when the comparison is requested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minidiff.samplers import SAMPLERS, check_name
 from minidiff.samplers.diffusers.classes import READERS
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae")
-# Samplers that share a class of diffusers with another, and the option that makes the difference.
+# Samplers that share a diffusers class with another, and the option that selects them.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "dpmpp_sde": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 0}),  # without a seed it takes a random one
@@ -36,7 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def import_diffusers() -> Any:
-    """diffusers, silenced. Raises :class:`UnsupportedError` where it, or what it needs, is not installed."""
+    """Import diffusers, silenced. Raises :class:`UnsupportedError` if it or a dependency is not installed."""
     try:
         import diffusers
         import transformers
@@ -52,7 +52,7 @@ def import_diffusers() -> Any:
 
 
 def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The pipeline of a diffusers folder, nothing fetched. Raises :class:`CheckpointError` if diffusers can't."""
+    """Open a diffusers folder without downloads. Raises :class:`CheckpointError` if diffusers cannot open it."""
     diffusers = import_diffusers()
     options = {"dtype": dtype, "local_files_only": True}
     try:
@@ -60,7 +60,7 @@ def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: to
             index = diffusers.DiffusionPipeline.load_config(folder, local_files_only=True)
             safety = {"safety_checker": None} if "safety_checker" in index else {}
             pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **options, **safety)
-        else:  # the published ddpm-* checkpoints before they had an index
+        else:  # the published ddpm-* checkpoints have no index
             unet = diffusers.UNet2DModel.from_pretrained(folder, **options)
             file = Path(folder) / "scheduler_config.json"
             scheduler = diffusers.DDPMScheduler.from_pretrained(folder) if file.is_file() else diffusers.DDPMScheduler()
@@ -71,14 +71,14 @@ def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: to
     pipe.to(device)
     for part in parts_of(pipe).values():
         for parameter in part.parameters():
-            # Mapped from a file, a matrix begins anywhere; off a cache line, its product with a vector is summed in
-            # another order. Copied, it begins where any program that allocates its weights has it.
+            # A matrix that is mapped from a file may not be aligned to a cache line, and then its product with a vector
+            # is summed in another order. A copy is aligned as in any program that allocates its weights.
             parameter.data = parameter.data.clone()
     return pipe
 
 
 def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
-    """``pipe`` with diffusers' scheduler for minidiff's sampler ``name``, and the config that says what it is.
+    """Set diffusers' scheduler for minidiff's sampler ``name``; return ``pipe`` and the config of the sampler.
 
     Raises :class:`ConfigError` for a name that is not known.
     """
@@ -98,9 +98,9 @@ def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def taking_a_picture(pipe: Any, *, masked: bool) -> Any:
-    """``pipe``, or the pipeline of its kind that begins from a picture, ``masked`` or whole, with the same parts.
+    """Return ``pipe``, or the pipeline of its kind that starts from a picture (``masked`` or whole), sharing its parts.
 
-    Raises :class:`UnsupportedError` where there is none.
+    Raises :class:`UnsupportedError` if there is none.
     """
     if ("mask_image" if masked else "image") in inspect.signature(pipe.__call__).parameters:
         return pipe
@@ -125,12 +125,12 @@ class Theirs:
     title: str = "diffusers"
 
     def run(self, tap: Tap) -> None:
-        """From prompt to pixels."""
+        """Run from prompt to pixels."""
         try:
             self._run(Probe(tap, self.deep))
         except MinidiffError:
             raise
-        except Exception as e:  # whatever a program of others may raise
+        except Exception as e:  # another project's code may raise anything
             raise UnsupportedError(f"diffusers cannot run this ({type(e).__name__}: {e})") from e
 
     def _run(self, probe: Probe) -> None:
@@ -158,7 +158,7 @@ class Theirs:
 
     @contextmanager
     def wide(self) -> Iterator[None]:
-        """Every part in float64; the VAE too, which SDXL's pipelines put into float32 for a picture."""
+        """Return a context with every part in float64, also the VAE, which SDXL's pipelines move to float32."""
         vae: Any = getattr(self.pipe, "vae", None)
         upcast = getattr(vae, "config", {}).get("force_upcast", False)
         with in_float64(parts_of(self.pipe).values()):
@@ -172,13 +172,13 @@ class Theirs:
 
 
 def parts_of(pipe: Any) -> dict[str, Any]:
-    """The networks of a pipeline by name."""
+    """Return the networks of a pipeline by name."""
     return {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None) is not None}
 
 
 @contextmanager
 def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
-    """Show a scheduler's plan and steps: its methods wrapped, each with the signature that the pipeline looks at."""
+    """Show a scheduler's plan and steps by wrapping its methods, with the signatures that the pipeline inspects."""
     calls = itertools.count()
 
     def set_timesteps(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -189,7 +189,7 @@ def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
         return show_noising(probe, lambda latents, noise: call(latents, noise, *args, **kwargs), latents, noise)
 
     def step(call: Callable[..., Any], out: Tensor, t: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 0:  # the pipeline has the first sample to itself until now
+        if next(calls) == 0:  # the pipeline has not shown the first sample before
             x = probe.show("x", x, "start")
         result = call(probe.show("out", out), t, x, *args, **kwargs)
         return swap_first(result, lambda new: probe.show("x", new))[0]
@@ -201,11 +201,11 @@ def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
         yield
     finally:
         for name in wrapped:
-            delattr(scheduler, name)  # the class's own method shows again
+            delattr(scheduler, name)  # restores the method of the class
 
 
 class _Plan:
-    """A scheduler's plan in minidiff's words."""
+    """View of a scheduler's plan under minidiff's names."""
 
     def __init__(self, scheduler: Any) -> None:
         self.timesteps = scheduler.timesteps
@@ -223,5 +223,5 @@ def _wrap(method: Callable[..., Any], around: Callable[..., Any]) -> Callable[..
 
 
 def renamed(names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
-    """{part: {minidiff's name: the reference's}} turned round: which stage each module of the reference is."""
+    """Invert {part: {minidiff's name: the reference's}}: return the stage of each module of the reference."""
     return {part: {theirs: ours for ours, theirs in pairs.items()} for part, pairs in names.items()}

@@ -71,7 +71,7 @@ def test_other_families_are_equal_and_a_slip_in_them_is_named(
     status, out, _ = run(kind, "--steps", 1, "--quiet")
     assert status == 1
     level = 1 if kind == "sdxl" else 0
-    assert f"they part at step.0/unet/down.{level}.attn.0.norm" in out
+    assert f"first difference at step.0/unet/down.{level}.attn.0.norm" in out
 
 
 def test_a_slip_ends_with_status_1(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_slip_ends_with_status_1(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     status, out, err = run("sd", "--steps", 1, "--quiet")
     assert status == 1
     assert err == []
-    assert "they part at step.0/unet/down.0.attn.0.norm" in out
+    assert "first difference at step.0/unet/down.0.attn.0.norm" in out
     assert any(line.startswith("  float64   not rounding") for line in out)
     assert run("sd", "--steps", 1, "--quiet", "--tolerance", "0.01")[0] == 0
 

@@ -153,7 +153,7 @@ def test_a_slip_is_named(
     planted = sides.copy()
     plant(planted, monkeypatch)
     report = sides.find(planted, judge=plant is encoder_eps)
-    assert outcome(report) == f"they part at {stage}"
+    assert outcome(report) == f"first difference at {stage}"
     assert advice in reasons(report)["where"]
     assert report.first is not None
     if plant is encoder_eps:  # in float64 too, where SDXL's pipelines would put the VAE into float32

@@ -144,7 +144,7 @@ def test_a_slip_in_the_model_is_named(sides: Pair, plant: Callable[[StableDiffus
     report = sides.find(planted)
     assert report.first is not None
     assert report.first.stage == stage
-    assert outcome(report) == f"they part at {stage}"
+    assert outcome(report) == f"first difference at {stage}"
     if plant is not pad_token:  # ids are no floats: float64 has no word on them
         assert report.first.judgement is not None
         assert not report.first.judgement.same_function

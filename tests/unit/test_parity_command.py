@@ -78,8 +78,8 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     status, out, err = run("parity", "compare", "a.safetensors", "c.safetensors", "--html", "r.html", "--quiet")
     assert status == 1
     assert err == []
-    assert "they part at step.1/x" in out
-    assert "they part at step.1/x" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "first difference at step.1/x" in out
+    assert "first difference at step.1/x" in (tmp_path / "r.html").read_text(encoding="utf-8")
     assert run("parity", "compare", "a.safetensors", "c.safetensors", "--tolerance", "0.1")[0] == 0
     every = run("parity", "compare", "a.safetensors", "c.safetensors", "--all")[1]
     assert len(every) > len(tape) > len(out)

@@ -317,8 +317,8 @@ def test_the_table_shows_the_place_and_its_surroundings() -> None:
     page = text(report)
     assert str(report) == page
     (marked,) = [line for line in page.splitlines() if line.startswith("blocks.1.second:in")]
-    assert marked.endswith("neither  <- they part")
-    assert "\nthey part at blocks.1.second:in\n" in page
+    assert marked.endswith("neither  <- first difference")
+    assert "\nfirst difference at blocks.1.second:in\n" in page
     assert "blocks.0:in" not in page
     assert "blocks.0:in" in text(report, every=True)
     assert all(len(line) < 200 and line == line.rstrip() for line in page.splitlines())

@@ -138,8 +138,8 @@ def header(stages: Any, **changes: str) -> dict[str, str]:
     [
         ({}, "no recording; `minidiff parity record` makes one"),
         (header(["x"], **{VERSION_KEY: "2"}), "version '2'; this minidiff reads '1'"),
-        (header(["x", "y"]), "stage 'y' is listed as a stage, and not there"),
-        (header(["x", "y", "z"]), r"stage 'y' is listed as a stage, and not there \(and 1 more\)"),
+        (header(["x", "y"]), "stage 'y' is listed as a stage, but missing"),
+        (header(["x", "y", "z"]), r"stage 'y' is listed as a stage, but missing \(and 1 more\)"),
         (header(["x", "x"]), "stage 'x' is listed more than once"),
         (header([]), "must list the names of stages"),
         (header([1]), "must list the names of stages"),
@@ -159,7 +159,7 @@ def test_a_recording_that_lies_is_refused(given: dict[str, str], said: str, tmp_
 
 def test_a_tensor_that_is_not_listed_is_refused(tmp_path: Path) -> None:
     path = raw(tmp_path / "r.safetensors", {"x": torch.zeros(2), "y": torch.zeros(2)}, **header(["x"]))
-    with pytest.raises(CheckpointError, match="stage 'y' is there, and not listed as a stage"):
+    with pytest.raises(CheckpointError, match="stage 'y' is in the file, but not listed as a stage"):
         read(path)
 
 
@@ -206,7 +206,7 @@ def test_recordings_with_nothing_in_common_are_not_compared() -> None:
 def test_nan_in_a_recording_is_where_they_part() -> None:
     a = Recording({"step.0/x": torch.zeros(2), "step.1/x": torch.tensor([0.0, torch.nan])})
     report = compare(a, a, tolerance=1e9)
-    assert outcome(report) == "they part at step.1/x"
+    assert outcome(report) == "first difference at step.1/x"
     assert reasons(report)["how far"] == "not finite: 1 NaN in A, 1 in B, of 2 values"
     assert "NaN" in text(report)
 
