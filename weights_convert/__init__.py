@@ -1,4 +1,4 @@
-"""Other people's checkpoints in and out of minidiff: ``convert`` a file, or ``load`` it at once.
+"""Conversion of other projects' checkpoints: ``convert`` a file, or ``load`` it directly.
 
 import weights_convert
 print(weights_convert.convert("stable-diffusion-v1-5", "sd15.safetensors"))

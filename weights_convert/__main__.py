@@ -1,4 +1,4 @@
-"""``python -m weights_convert SRC DST``: convert one checkpoint and print the account of it."""
+"""``python -m weights_convert SRC DST``: convert one checkpoint and print the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weights_convert.conversion import FLOATS, LAYOUTS, check_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (see :mod:`minidiff.console`)."""
+    """Run the command; return the exit status (see :mod:`minidiff.console`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guard(lambda: _run(arguments), debug="--debug" in arguments)
 
@@ -25,10 +25,10 @@ def _run(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", metavar="TYPE", help=f"{', '.join(FLOATS)} (default: each tensor as it is)")
     parser.add_argument("--sharded", metavar="SIZE", help="--to diffusers: files of at most 5GB, 500MB, ...")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of an original file")
-    parser.add_argument("--config", metavar="FILE", help="a JSON file that corrects what shapes can't tell")
-    parser.add_argument("--variant", metavar="NAME", help="of a folder that holds several: fp16, non_ema, ...")
-    parser.add_argument("--prediction", metavar="WHAT", help="what it predicts, where the file cannot say")
-    parser.add_argument("--sampler", metavar="NAME", help="the sampler it is meant for, where the file cannot say")
+    parser.add_argument("--config", metavar="FILE", help="a JSON file with settings that shapes cannot tell")
+    parser.add_argument("--variant", metavar="NAME", help="variant of the weights in a folder: fp16, non_ema, ...")
+    parser.add_argument("--prediction", metavar="WHAT", help="what the model predicts, if the file does not tell")
+    parser.add_argument("--sampler", metavar="NAME", help="the sampler of the model, if the file does not tell")
     add_set(parser)
     for part in PARTS:
         option = f"--{part.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""The file of an adapter or of learned words: told by what it holds, whatever it is called."""
+"""Files of adapters and of learned words, recognized by their content, not by their names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from weights_convert.ckpt import read_pickle
 
 
 def file_of(path: Path, names: tuple[str, ...]) -> Path:
-    """``path``, or the file in that folder: one that goes by one of ``names``, or else the only safetensors file.
+    """Return ``path``, or the file in that folder: one with one of ``names``, or else the only safetensors file.
 
-    Raises :class:`CheckpointError` for a folder of none, or of several.
+    Raises :class:`CheckpointError` for a folder with none or several.
     """
     if not path.is_dir():
         return path
@@ -24,7 +24,7 @@ def file_of(path: Path, names: tuple[str, ...]) -> Path:
     known = [p for p in inside if p.stem in names] or [p for p in inside if p.suffix == ".safetensors"]
     stems = {p.stem for p in known}
     if len(stems) == 1:
-        return known[-1]  # of a .bin and a .safetensors of one name, which have the same content, the latter
+        return known[-1]  # of a .bin and a .safetensors with the same name, which have the same content, the latter
     if not known:
         raise CheckpointError(f"{path}: a folder without {' or '.join(f'{n}.safetensors' for n in names)}; name a file")
     several = ", ".join(quote(p.name) for p in known[:3])
@@ -44,7 +44,7 @@ def is_pickle(path: Path) -> bool:
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[tuple[Mapping[str, Lazy], Mapping[str, str]]]:
-    """The tensors of a file, of which none is read before it is asked for, and the texts in its header."""
+    """Open a file: its tensors, which are read on demand, and the texts in its header."""
     if is_pickle(path):
         yield read_pickle(path)[0], {}
         return

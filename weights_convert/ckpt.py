@@ -1,9 +1,9 @@
-"""Pickled checkpoints (``.ckpt``, ``.bin``, ``.pt``): where in the file their tensors lie.
+"""Reading of pickled checkpoints (``.ckpt``, ``.bin``, ``.pt``) without running code from them.
 
-``torch.save`` writes a zip archive whose ``data.pkl`` is the pickle and whose other records are the storages, one each,
-uncompressed. Before torch 1.6 it wrote five pickles in a row (a magic number, a version, the system, the object, the
-names of the storages) and the storages behind them. Either way the pickle is read as data (``unpickle.py``), nothing of
-it is run, and the file is mapped: a tensor's bytes are read when they are used.
+``torch.save`` writes a zip archive that contains the pickle as ``data.pkl`` and one uncompressed record per storage.
+Before torch 1.6 it wrote five pickles in sequence (a magic number, a version, the system, the object, the names of the
+storages), followed by the storages. In both cases the pickle is read as data (``unpickle.py``), nothing in it is run,
+and the file is mapped: a tensor's bytes are read when they are used.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from minidiff.storage.files import NAMES, WIDENED, Lazy, lazy, refuse_scaled
 from minidiff.storage.reading import HEAD, LONGEST_TEXT, MISTAKEN, content_of, open_regular
 from weights_convert.unpickle import Foreign, Storage, unpickle
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what the first two of the five pickles say
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a record in a zip: magic, ..., lengths of its name and of what follows
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # contents of the first two of the five pickles
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # header of a zip record: magic, ..., lengths of name and extra field
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
-    """The tensors of a pickled checkpoint, mapped rather than read, and what else is in it.
+    """Return the tensors of a pickled checkpoint, mapped rather than read, and the names of its other entries.
 
-    A wrapping ``state_dict`` is opened; the names of everything that is no tensor (``optimizer_states``, ``epoch``)
-    come second. Raises as :func:`read_object` does, and :class:`UnsupportedError` for weights that come with scales.
+    A wrapping ``state_dict`` is unwrapped. Other entries are those that are not tensors (``optimizer_states``,
+    ``epoch``). Raises as :func:`read_object` does, and :class:`UnsupportedError` for quantized weights with scales.
     """
     found = read_object(path)
     others = []
@@ -49,10 +49,10 @@ def read_pickle(path: Path) -> tuple[dict[str, Lazy], list[str]]:
 
 
 def read_object(path: Path) -> dict[Any, Any]:
-    """The dict that a pickle holds, as it is.
+    """Return the dict that a pickle holds, unchanged.
 
-    Raises :class:`CheckpointError` for a file that is missing, damaged or no pickle, or that holds any object beyond
-    tensors and the stand-ins' list, named in the message; nothing in it is executed.
+    Raises :class:`CheckpointError` for a file that is missing, damaged or no pickle, or that contains an object other
+    than tensors and those on the list of stand-ins, with its name; nothing in it is executed.
     """
     with open_regular(path) as file:
         head = file.read(HEAD)
@@ -81,14 +81,14 @@ def _lazy(path: Path, name: str, tensor: Tensor) -> Lazy:
 
 
 class _Map:
-    """A mapped file, and the storages in it: each belongs to one key, and has one dtype and size."""
+    """Mapped file with its storages: each has a key, a dtype and a size."""
 
     def __init__(self, path: Path, size: int, find: Callable[[str, int], int]) -> None:
         self.whole, self.size, self.find = torch.UntypedStorage.from_file(str(path), False, size), size, find
         self.found: dict[str, Storage] = {}
 
     def load(self, key: str, dtype: torch.dtype | None, count: int) -> Storage:
-        """The storage of that key; ``find`` tells where its bytes begin."""
+        """Return the storage with that key; ``find`` returns the offset of its bytes."""
         nbytes = count * (1 if dtype is None else dtype.itemsize)
         if key not in self.found:
             start = self.find(key, nbytes)
@@ -104,7 +104,7 @@ def _zipped(path: Path, file: BinaryIO) -> Any:
     with zipfile.ZipFile(file) as archive:
         records = {i.filename: i for i in archive.infolist()}
         packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED or i.flag_bits & 1]
-        if packed:  # torch.save never compresses; what does may unpack to anything
+        if packed:  # torch.save never compresses, and a compressed record may have any size
             raise CheckpointError(f"{quote(packed[0])} in it is compressed; torch.save writes no such archive")
         inner = next((n for n in records if n.endswith("/data.pkl") or n == "data.pkl"), None)
         if inner is None:
@@ -134,7 +134,7 @@ def _zipped(path: Path, file: BinaryIO) -> Any:
 
 
 def _legacy(path: Path, file: BinaryIO) -> Any:
-    """The object comes before the storages, so its pickle is read twice: for their sizes, then for the tensors."""
+    """Read the older format. The object precedes the storages, so it is read twice: for their sizes, then itself."""
     sizes: dict[str, int] = {}
 
     def note(key: str, dtype: torch.dtype | None, count: int) -> Storage:
@@ -156,7 +156,7 @@ def _legacy(path: Path, file: BinaryIO) -> Any:
             (count,) = struct.unpack("<q", data.read(8))
             if key in starts or count != entries.get(key):
                 raise CheckpointError(
-                    f"storage {quote(key)} has {count:,} entries, and others were told; it is damaged"
+                    f"storage {quote(key)} has {count:,} entries, and another number elsewhere; it is damaged"
                 )
             starts[key] = data.tell()
             data.seek(starts[key] + sizes[key])

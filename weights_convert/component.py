@@ -1,8 +1,8 @@
-"""One component of a diffusers folder: ``unet/``, ``vae/``, ``text_encoder/``; its config and its tensors, translated.
+"""One component of a diffusers folder (``unet/``, ``vae/``, ``text_encoder/``): translation of its config and tensors.
 
-A component folder holds ``config.json`` and the weights: one file, or shards that an ``*.index.json`` lists. Diffusers
-calls them ``diffusion_pytorch_model``, transformers ``model``; older folders have pickles (``.bin``) instead of
-safetensors. A variant of the weights (fp16, non_ema) may lie beside the plain ones, or in their stead.
+A component folder contains ``config.json`` and the weights: one file, or shards listed by an ``*.index.json``.
+diffusers names them ``diffusion_pytorch_model``, transformers ``model``; older folders have pickles (``.bin``) instead
+of safetensors. A variant of the weights (fp16, non_ema) may exist besides the plain ones, or instead of them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from weights_convert.tensors import read_tensors
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
 LARGEST = (
-    "eos_token_id is 2, as in configs of before mid-2023: pooled where the largest id stands, as the reference does, "
-    "which is another place where the prompt has a learned word; end_token=49407 in its config is the end of the text"
+    "eos_token_id is 2, as in configs before mid-2023: pooled at the largest id, as the reference does, "
+    "which is the wrong position if the prompt has a learned word; end_token=49407 in its config is the end of the text"
 )
-BEYOND = "the file has more layers than its config, which the reference follows, too"
+BEYOND = "the file has more layers than its config, and the reference follows the config, too"
 
 
 @dataclass
 class Component:
-    """A translated component: minidiff's config for it, its tensors and what was dropped, the variant, and remarks.
-    ``found`` is its ``config.json``."""
+    """Translated component: minidiff's config, the tensors, the dropped keys, the variant, and remarks.
+
+    ``found`` is its ``config.json``.
+    """
 
     config: AnyConfig
     part: Part
@@ -52,10 +54,10 @@ class Component:
 def read_component(
     folder: Path, kind: str | None = None, override: Mapping[str, Any] | None = None, variant: str | None = None
 ) -> Component:
-    """Read a component's folder; ``kind`` is its class name, where ``model_index.json`` tells it.
+    """Read a component's folder; ``kind`` is its class name, if ``model_index.json`` gives it.
 
-    ``override`` is laid over minidiff's config of the component before its tensors are checked against that.
-    ``variant`` ("fp16", "non_ema"): the weights to take; where a component lacks it, the plain ones are.
+    ``override`` is merged into minidiff's config of the component before its tensors are checked against that.
+    ``variant`` ("fp16", "non_ema"): the weights to use; if a component does not have them, the plain ones.
 
     Raises :class:`CheckpointError` for missing or damaged files and tensors that do not fit the config, and
     :class:`UnsupportedError` for a class or an option that minidiff's models do not have.
@@ -80,8 +82,10 @@ def read_component(
 
 
 def _beyond(pairs: list[Pair], tensors: Mapping[str, Lazy]) -> Iterator[Drop]:
-    """The rule for tensors of layers that a config leaves out: behind the last entry of a list that the model has, or
-    in a middle that it has not."""
+    """Return the rule for tensors of layers that a config leaves out.
+
+    They are after the last entry of a list of the model, or in a middle block that it does not have.
+    """
     last: dict[str, int] = {}
     for pair in pairs:
         for name, i in _entries(pair.theirs):
@@ -96,19 +100,19 @@ def _beyond(pairs: list[Pair], tensors: Mapping[str, Lazy]) -> Iterator[Drop]:
 
 
 def _entries(key: str) -> list[tuple[str, int]]:
-    """The lists that a tensor lies in, and its place in each: "a.0.b.12.weight" is in "a" at 0, in "a.0.b" at 12."""
+    """Return the lists that contain a tensor, with its index: "a.0.b.12.weight" is in "a" at 0, in "a.0.b" at 12."""
     return [(key[: found.start()], int(found[1])) for found in re.finditer(r"\.(\d{1,6})(?=\.)", key)]
 
 
 def class_name(found: Mapping[str, Any]) -> str:
-    """The class that a ``config.json`` belongs to, in diffusers' words (``_class_name``) or transformers'."""
+    """Return the class of a ``config.json`` of diffusers (``_class_name``) or transformers (``architectures``)."""
     architectures = found.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
     return str(found.get("_class_name") or first)
 
 
 def meta_model(config: AnyConfig) -> nn.Module:
-    """The model that ``config`` describes, on the meta device: shapes without memory."""
+    """Build the model for ``config`` on the meta device: shapes without memory."""
     make: Callable[[AnyConfig], nn.Module] = MODELS[type(config)]
     with torch.device("meta"):
         return make(config)
@@ -124,16 +128,16 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         "CLIPTextModelWithProjection": configs.clip,
     }
     if kind not in readers:
-        named = quote(kind) if kind else "a class that it does not name"
+        named = quote(kind) if kind else "a class that it does not say"
         raise UnsupportedError(f"{options.where}: is of {named}; minidiff converts {', '.join(readers)}")
     try:
         return readers[kind](options)
     except ConfigError as e:
-        raise CheckpointError(f"{options.where}: is no usable config ({e})") from None
+        raise CheckpointError(f"{options.where}: is not a usable config ({e})") from None
 
 
 def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
-    """The map for these tensors: which of its variants they are written in shows in their names and shapes."""
+    """Return the key map for these tensors, whose variant is determined from their names and shapes."""
     if isinstance(config, TAESDConfig):
         return keys_taesd.taesd(config)
     if isinstance(config, UNetConfig):
@@ -146,10 +150,10 @@ def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], str | None]:
-    """The files of a component's weights, and of which variant they are: the one asked for, else the plain ones.
+    """Return the files of a component's weights and their variant: the requested one, else the plain weights.
 
-    Safetensors are preferred to pickles, one file to shards. Where there is nothing but a single variant, that one is
-    taken; between several the caller has to choose. Raises :class:`CheckpointError` if there are no weights at all.
+    Safetensors are preferred to pickles, and one file to shards. If there is only a single variant, it is used; between
+    several the caller has to choose. Raises :class:`CheckpointError` if there are no weights at all.
     """
     for wanted in dict.fromkeys((variant, None)):
         found = _files_of(folder, wanted)
@@ -166,7 +170,7 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
 
 
 def _files_of(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one variant (None: the plain weights), or none."""
+    """Return the files of one variant (None: the plain weights); empty if there are none."""
     v = f".{variant}" if variant else ""
     for name in NAMES:
         for kind in ("safetensors", "bin"):
@@ -179,7 +183,7 @@ def _files_of(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _variant(file: Path) -> str | None:
-    """The variant that a file of weights, or an index of shards, is of by its name."""
+    """Return the variant in the name of a file of weights or of an index of shards."""
     names = "|".join(NAMES)
     kind = r"\.(?:safetensors|bin)"
     found = re.fullmatch(rf"(?:{names})(?:\.(\w+))?{kind}(?:\.index(?:\.(\w+))?\.json)?", file.name)
@@ -187,7 +191,7 @@ def _variant(file: Path) -> str | None:
 
 
 def read_files(files: list[Path]) -> dict[str, Lazy]:
-    """The tensors of one file, or of all shards together, not read yet. Raises :class:`CheckpointError`."""
+    """Return the tensors of one file, or of all shards, without reading them. Raises :class:`CheckpointError`."""
     tensors: dict[str, Lazy] = {}
     for file in files:
         here = read_tensors(file).lazy
@@ -203,6 +207,6 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
     names = sorted(set(weight_map.values()))
-    if any(Path(n).name != n for n in names):  # shards lie beside their index; nothing else is opened
-        raise CheckpointError(f"{index}: a shard is said to lie in another folder")
+    if any(Path(n).name != n for n in names):  # shards must be in the folder of their index; nothing else is opened
+        raise CheckpointError(f"{index}: names a shard in another folder")
     return [index.parent / n for n in names]

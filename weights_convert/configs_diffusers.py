@@ -1,8 +1,8 @@
-"""A component's ``config.json`` in diffusers' or transformers' words, as one of minidiff's configs.
+"""Translation of a component's ``config.json`` (diffusers, transformers) to one of minidiff's configs.
 
-Every option is read. Most of diffusers' options switch on something that Stable Diffusion never used; minidiff's models
-do not have it, so a value other than the usual one is refused here, quoted, instead of being passed over in silence.
-An option that the file leaves out has the default of the class that wrote it.
+Every option is read. Most options of diffusers enable something that Stable Diffusion never used and minidiff's models
+do not have, so a value other than the usual one is refused by name, never silently ignored. Missing options have the
+default of the class that wrote the file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minidiff.errors import CheckpointError, UnsupportedError
 Found = Mapping[str, Any]
 SILU = ("silu", "swish")
 
-# Options of the UNets with the values that minidiff's UNet honours. The first is the default.
+# Options of the UNets with the values that minidiff's UNet supports, the default first.
 UNET_ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": SILU,
     "attention_type": ("default",),
@@ -61,32 +61,32 @@ VAE_ONLY: dict[str, tuple[Any, ...]] = {
 }
 TAESD_ONLY: dict[str, tuple[Any, ...]] = {
     "act_fn": ("relu",),
-    "latent_magnitude": (3,),  # these two are for storing latents as bytes
+    "latent_magnitude": (3,),  # these two are for latents stored as bytes
     "latent_shift": (0.5,),
     "shift_factor": (0.0, 0),
     "upsample_fn": ("nearest",),
     "upsampling_scaling_factor": (2,),
 }
 CLIP_ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("clip_text_model",),  # "clip" is text and pictures in one
+    "model_type": ("clip_text_model",),  # "clip" is text and image encoder in one
     "quantization_config": (None,),
     "use_attention_mask": (None, False),  # the pipelines of SD1 and SD2 hide the padding then
 }
-# Options that change nothing in what a trained model computes in one given precision, or that others already tell.
+# Options that do not change the computation of a trained model in a given precision, or that follow from others.
 NO_EFFECT = {
     "addition_embed_type_num_heads",
     "dropout",
     "num_train_timesteps",
 }
 CONDITIONAL_DOWN: dict[str, Attention] = {"CrossAttnDownBlock2D": "text", "DownBlock2D": "none"}
-# How many ResBlocks each kind of middle has; attention stands between two. The first is the default.
+# Number of ResBlocks in each kind of middle block, with attention between two. The first is the default.
 CONDITIONAL_MID = {"UNetMidBlock2DCrossAttn": 2, "UNetMidBlock2D": 1, None: 0}
 UNCONDITIONAL_MID = {"UNetMidBlock2D": 2, None: 0}
 UNCONDITIONAL_DOWN: dict[str, Attention] = {"AttnDownBlock2D": "self", "DownBlock2D": "none"}
 
 
 class Options:
-    """The options of one config file, read by type; remembers which were asked for, to name those that nobody knows.
+    """Typed access to the options of one config file, which records those that were read, to name unknown ones.
 
     Every getter raises :class:`CheckpointError` for a value of another type, quoting it.
     """
@@ -96,44 +96,44 @@ class Options:
         self.known: set[str] = set(NO_EFFECT)
 
     def get(self, key: str, default: Any) -> Any:
-        """The option's value, of whatever type, or the default of the class that wrote the file."""
+        """Return the option's value, of any type, or the default of the class that wrote the file."""
         self.known.add(key)
         return self.found.get(key, default)
 
     def number(self, key: str, default: float) -> float:
-        """A number; NaN and infinity are none."""
+        """Return a finite number."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**63:
             raise self._wrong(key, value, "a number")
         return float(value)
 
     def whole(self, key: str, default: int) -> int:
-        """A whole number."""
+        """Return an integer."""
         return self._whole(key, self.get(key, default))
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Return True or False."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true or false")
         return value
 
     def wholes(self, key: str, default: list[int]) -> list[int]:
-        """A list of whole numbers."""
+        """Return a list of integers."""
         value = self.get(key, default)
         if not isinstance(value, (list, tuple)) or not value:
             raise self._wrong(key, value, "a list of numbers")
         return [self._whole(key, v) for v in value]
 
     def names(self, key: str, default: list[str], count: int) -> list[str]:
-        """A list of ``count`` names."""
+        """Return a list of ``count`` names."""
         value = self.get(key, default)
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or len(value) != count:
             raise self._wrong(key, value, f"a list of {count} names, one for each level")
         return list(value)
 
     def each(self, key: str, default: Any, count: int) -> list[Any]:
-        """One value a level: a list of ``count``, or a single value that holds for all."""
+        """Return one value per level, from a list of ``count`` or a single value for all."""
         value = self.get(key, default)
         values = list(value) if isinstance(value, (list, tuple)) else [value] * count
         if len(values) != count:
@@ -141,14 +141,14 @@ class Options:
         return values
 
     def one(self, key: str, default: int, count: int) -> int:
-        """A whole number that may differ between levels, in a model where it may not."""
+        """Return an integer that diffusers allows to differ between levels, and minidiff does not."""
         values = [self._whole(key, v) for v in self.each(key, default, count)]
         if any(v != values[0] for v in values):
             self.refuse(key, values)
         return values[0]
 
     def sides(self, key: str, default: int) -> tuple[int, int]:
-        """Height and width, from one number for both or a list of the two."""
+        """Return height and width, from one number for both or a list of the two."""
         value = self.get(key, default)
         sides = [default if value is None else value] * 2 if not isinstance(value, (list, tuple)) else value
         if len(sides) != 2:
@@ -156,8 +156,10 @@ class Options:
         return self._whole(key, sides[0]), self._whole(key, sides[1])
 
     def only(self, allowed: Mapping[str, tuple[Any, ...]], count: int | None = None) -> None:
-        """Refuse every option whose value is not among those allowed; lists of ``count`` equal ones, of those that
-        may differ between levels, count as the value."""
+        """Refuse every option whose value is not among those allowed.
+
+        For options that may differ between levels, a list of ``count`` equal values counts as the value.
+        """
         for key, values in allowed.items():
             value = self.get(key, values[0])
             each = self.each(key, value, count) if count is not None and isinstance(value, (list, tuple)) else [value]
@@ -166,7 +168,7 @@ class Options:
 
     def _whole(self, key: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-            value = int(value)  # 8.0: JSON has one kind of number, and so has whoever edits it by hand
+            value = int(value)  # 8.0: JSON has only one kind of number
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(key, value, "a whole number")
         return value
@@ -179,9 +181,9 @@ class Options:
         raise UnsupportedError(f"{self.where}: {key}={quote(value)} is not supported by minidiff's models")
 
     def unknown(self) -> list[str]:
-        """Options of a diffusers config that no class has and that are switched on: passed over, as diffusers does.
+        """Return options of a diffusers config that are set and that no class has: ignored, as in diffusers.
 
-        Transformers' configs always have such, since they list what all of its models share.
+        transformers' configs always have some, since they list options of all of its models.
         """
         if "_diffusers_version" not in self.found:
             return []
@@ -189,7 +191,7 @@ class Options:
 
 
 def unet(options: Options) -> UNetConfig:
-    """The config of a UNet2DConditionModel or (told by ``_class_name``) a UNet2DModel."""
+    """Translate the config of a UNet2DConditionModel or (by ``_class_name``) a UNet2DModel."""
     o = options
     conditional = o.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
     channels = o.wholes("block_out_channels", [320, 640, 1280, 1280] if conditional else [224, 448, 672, 896])
@@ -225,13 +227,13 @@ def unet(options: Options) -> UNetConfig:
     )
 
 
-Ladder = tuple[tuple[Level, ...], Level, int]  # the levels, the middle, and how many ResBlocks it has
+Ladder = tuple[tuple[Level, ...], Level, int]  # the levels, the middle block, and its number of ResBlocks
 
 
 def _text_levels(o: Options, channels: list[int], layers: int) -> Ladder:
     n = len(channels)
     kinds = _attention(o, CONDITIONAL_DOWN, ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n)
-    # Under both names this is a number of heads; the second one came too late to replace the first.
+    # Both names mean a number of heads; the second one came too late to replace the first.
     sizes = o.each("attention_head_dim", 8, n)
     heads = sizes if o.get("num_attention_heads", None) is None else o.each("num_attention_heads", None, n)
     down, up, turn = _depths(o, n, layers)
@@ -261,20 +263,20 @@ def _text_level(o: Options, channels: int, heads: Any, down: list[int], up: list
 
 
 def _depths(o: Options, count: int, layers: int) -> tuple[list[list[int]], list[list[int]], int]:
-    """Return the depths of the transformers behind every ResBlock of every level, on the way down and up (coarsest
+    """Return the depths of the transformers after every ResBlock of every level, on the way down and up (coarsest
     level first), and in the middle. A level has one number, or a list with one for each ResBlock."""
     key, other = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     down = o.each(key, 1, count)
     back = o.get(other, None)
     if back is None and any(isinstance(d, (list, tuple)) for d in down):
-        raise CheckpointError(f"{o.where}: {key}={quote(down)} tells nothing about the way up; {other} is needed")
+        raise CheckpointError(f"{o.where}: {key}={quote(down)} does not determine the way up; {other} is needed")
     up = down[::-1] if back is None else o.each(other, None, count)
 
     def listed(key: str, value: Any, length: int) -> list[int]:
         values = list(value) if isinstance(value, (list, tuple)) else [value] * length
         if len(values) < length:
             raise CheckpointError(f"{o.where}: {key}={quote(value)} has {len(values)} depths, {length} are needed")
-        return [o._whole(key, v) for v in values[:length]]  # longer lists: the rest is passed over there, too
+        return [o._whole(key, v) for v in values[:length]]  # longer lists: diffusers ignores the rest, too
 
     turn = listed(key, down[-1], 1)[0]
     return [listed(key, d, layers) for d in down], [listed(other, u, layers + 1) for u in up], turn
@@ -293,7 +295,7 @@ def _self_levels(o: Options, channels: list[int], layers: int) -> Ladder:
     groups = o.get("attn_norm_num_groups", None)
     if groups not in (None, o.get("norm_num_groups", 32)):
         o.refuse("attn_norm_num_groups", groups)
-    # Here it is what its name says; None: a single head over all channels.
+    # Here it is what its name says, the size of a head; None: a single head over all channels.
     size = None if o.get("attention_head_dim", 8) is None else o.whole("attention_head_dim", 8)
     if size is not None and size <= 0:
         o.refuse("attention_head_dim", size)
@@ -310,7 +312,7 @@ def _self_levels(o: Options, channels: list[int], layers: int) -> Ladder:
 
 
 def _attention(o: Options, names: Mapping[str, Attention], default: list[str], count: int) -> list[Attention]:
-    """The levels' kind of attention from the names of their blocks; the way up must mirror the way down."""
+    """Return each level's kind of attention from the names of its blocks; the way up must mirror the way down."""
     mirror = [n.replace("Down", "Up") for n in reversed(default)]
     down, up = o.names("down_block_types", default, count), o.names("up_block_types", mirror, count)
     for kind in down:
@@ -342,7 +344,7 @@ def _conditions(o: Options, sin_first: bool, freq_shift: int, count: int) -> dic
 
 
 def vae(options: Options) -> VAEConfig:
-    """The config of an AutoencoderKL."""
+    """Translate the config of an AutoencoderKL."""
     o = options
     o.get("_class_name", None)
     o.only(VAE_ONLY)
@@ -367,14 +369,14 @@ def vae(options: Options) -> VAEConfig:
         mid_attention=o.flag("mid_block_add_attention", True),
         quant_convs=quant,
         scaling_factor=o.number("scaling_factor", 0.18215),
-        sample_size=max(height, width),  # tells the size of tiles, nothing else
-        # On by default over there, but configs that leave it out are older than SDXL, whose autoencoder needs it.
+        sample_size=max(height, width),  # only the size of tiles
+        # True by default in diffusers, but configs without it are older than SDXL, whose autoencoder needs it.
         upcast=o.flag("force_upcast", False),
     )
 
 
 def taesd(options: Options) -> TAESDConfig:
-    """The config of an AutoencoderTiny."""
+    """Translate the config of an AutoencoderTiny."""
     o = options
     o.get("_class_name", None)
     o.only(TAESD_ONLY)
@@ -398,7 +400,7 @@ def taesd(options: Options) -> TAESDConfig:
 
 
 def clip(options: Options) -> CLIPTextConfig:
-    """The config of a CLIPTextModel or (told by ``_class_name``) a CLIPTextModelWithProjection."""
+    """Translate the config of a CLIPTextModel or (by ``_class_name``) a CLIPTextModelWithProjection."""
     o = options
     projected = o.get("_class_name", "CLIPTextModel") == "CLIPTextModelWithProjection"
     o.only(CLIP_ONLY)
@@ -415,7 +417,7 @@ def clip(options: Options) -> CLIPTextConfig:
         projection=o.whole("projection_dim", 512) if projected else None,
         vocab=o.whole("vocab_size", 49408),
         positions=o.whole("max_position_embeddings", 77),
-        # Configs of before mid-2023 have a wrong id, 2; the reference then pools where the largest id stands.
+        # Configs before mid-2023 have a wrong id, 2; the reference then pools at the largest id.
         end_token=None if end == 2 else end,
         eps=o.number("layer_norm_eps", 1e-5),
     )

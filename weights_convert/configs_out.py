@@ -1,8 +1,8 @@
-"""One of minidiff's configs as a component's ``config.json`` in diffusers' or transformers' words.
+"""Translation of minidiff's configs to a component's ``config.json`` of diffusers or transformers.
 
-The way back of ``configs_diffusers.py``, which also judges it: what is written is read again, and a model that the
-other library's config has no words for (another number of heads in the middle, say) is refused instead of written as
-a different one.
+This is the inverse of ``configs_diffusers.py``, which also checks it: the result is read again, and a model that the
+other library's config cannot express (for example with another number of heads in the middle) is refused instead of
+being written as a different one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CONDITIONAL: dict[Attention, str] = {"text": "CrossAttnDownBlock2D", "none": "Do
 
 
 def config_json(config: AnyConfig) -> dict[str, Any]:
-    """The ``config.json`` of a component, with the class in ``_class_name`` (diffusers) or ``architectures``.
+    """Return the ``config.json`` of a component, with its class in ``_class_name`` (diffusers) or ``architectures``.
 
-    Raises :class:`UnsupportedError` for a model that the reference's class can't be.
+    Raises :class:`UnsupportedError` for a model that the reference's class cannot represent.
     """
     if isinstance(config, UNetConfig):
         found, read = (_text_unet if config.context_dim is not None else _plain_unet)(config), readers.unet
@@ -34,7 +34,7 @@ def config_json(config: AnyConfig) -> dict[str, Any]:
 
 
 def class_of(found: dict[str, Any]) -> str:
-    """The class that a written config is for."""
+    """Return the class of a written config."""
     return str(found.get("_class_name") or found["architectures"][0])
 
 
@@ -74,7 +74,7 @@ def _unet(c: UNetConfig) -> dict[str, Any]:
 
 
 def _text_unet(c: UNetConfig) -> dict[str, Any]:
-    # The class reads the last level's numbers for the middle too, and no others of a level without attention.
+    # The class uses the last level's numbers for the middle as well, and ignores those of a level without attention.
     attends = [level.attention == "text" for level in c.levels]
     turn = [c.levels[0], *(level for level in (*c.levels, c.mid) if level.attention == "text")][-1]
     width = turn.channels // turn.heads
@@ -110,7 +110,7 @@ def _text_unet(c: UNetConfig) -> dict[str, Any]:
 
 
 def _plain_unet(c: UNetConfig) -> dict[str, Any]:
-    """A UNet2DModel. Its attention has one size of head everywhere; None is a single head over all channels."""
+    """Return the fields of a UNet2DModel, which has one size of head everywhere; None means a single head."""
     attending = [level for level in (*c.levels, c.mid) if level.attention == "self"]
     single = all(level.heads == 1 for level in attending)
     return {

@@ -1,4 +1,4 @@
-"""The two things people want: a converted file on disk, and a pipeline in memory. Both take the same road."""
+"""Conversion to a file on disk, or to a pipeline in memory, by the same code."""
 
 from __future__ import annotations
 
@@ -44,18 +44,17 @@ def open_source(
     prediction: str | None = None,
     sampler: Choice = None,
 ) -> Source:
-    """Recognise ``src`` and describe it in minidiff's terms; no tensor is read.
+    """Recognize ``src`` and translate its config and names; no tensor is read.
 
-    ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or a JSON file's path) corrects what
-    shapes can't tell, in the terms of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): which
-    weights of a folder, where it has several. ``swap`` replaces parts: {"vae": "better.safetensors"}, and gives those
-    that a single file lacks. ``prediction``
-    ("epsilon", "v_prediction", "sample") and ``sampler`` say what a single file may leave open: what its model
-    predicts, and which sampler it was distilled for: a name, or ``{"name": "dpmpp_2m", "sigma_spacing": "karras"}``;
-    options without a name change those of the sampler that is found.
+    ``ema`` takes the averaged weights of an original file; ``config`` (a dict, or the path of a JSON file) sets what
+    shapes cannot tell, as fields of :class:`~minidiff.config.ModelConfig`. ``variant`` ("fp16", "non_ema"): variant of
+    a folder's weights. ``swap`` replaces parts, {"vae": "better.safetensors"}, and supplies those that a single file
+    lacks. ``prediction`` ("epsilon", "v_prediction", "sample") and ``sampler`` set what a single file may leave open:
+    the prediction type, and the sampler that the model was distilled for: a name, or ``{"name": "dpmpp_2m",
+    "sigma_spacing": "karras"}``; options without a name change those of the sampler that is found.
 
-    Raises :class:`CheckpointError` and :class:`UnsupportedError` for what is wrong with ``src`` or a part,
-    :class:`ConfigError` for what is wrong with ``config``.
+    Raises :class:`CheckpointError` and :class:`UnsupportedError` for problems of ``src`` or a part, and
+    :class:`ConfigError` for problems of ``config``.
     """
     path, override = Path(src), said(config, prediction, sampler)
     found = detect(path)
@@ -91,7 +90,7 @@ def open_source(
 
 
 def _original(found: Found, report: Report, ema: bool, override: dict[str, Any], given: Swaps | None) -> Source:
-    """A single file; one that minidiff wrote has the model's config in its header, which goes before any rule."""
+    """Read a single file. One that minidiff wrote has its config in the header, which takes precedence over rules."""
     header = found.metadata.get(checkpoint.CONFIG_KEY)
     if header is None:
         return read_original(found.tensors, report, ema=ema, override=override, given=given)
@@ -102,7 +101,7 @@ def _original(found: Found, report: Report, ema: bool, override: dict[str, Any],
     known = merge(known, override)
     source = read_original(found.tensors, report, ema=ema, override=known, given=given)
     source.config = replace(source.config, sampler=known["sampler"])  # without options of the family's
-    report.notes.append("config: minidiff wrote it into the file's header; it goes before the family's rule")
+    report.notes.append("config: minidiff wrote it into the file's header; it takes precedence over the family's rule")
     return source
 
 
@@ -121,17 +120,17 @@ def convert(
     sampler: Choice = None,
     existing: Existing = "replace",
 ) -> Report:
-    """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; tell what was done.
+    """Convert the checkpoint ``src``, of any supported layout, to ``dst`` in layout ``to``; return a report.
 
-    ``to``: "minidiff" and "original" write one safetensors file, to be named so, "diffusers" a pipeline folder, whose
-    weights ``sharded`` cuts into files of at most so many bytes ("5GB"). ``dtype`` (a torch dtype or its name) converts
-    floating-point tensors, None keeps each as it is. One tensor at a time passes through memory, and ``dst`` appears
-    whole or not at all. ``existing``: "replace" replaces a file that has the name, "refuse" raises
-    :class:`ConfigError`, also if it got there meanwhile; a folder is never replaced. The other arguments:
+    ``to``: "minidiff" and "original" write one file, whose name must end with .safetensors; "diffusers" writes a
+    pipeline folder, with weights in files of at most ``sharded`` bytes ("5GB"). ``dtype`` (a torch dtype or its name)
+    converts floating-point tensors; None keeps their dtypes. One tensor at a time is in memory, and ``dst`` appears
+    whole or not at all. ``existing``: "replace" replaces an existing file, "refuse" raises :class:`ConfigError`, even
+    if it appears during the conversion; a folder is never replaced. The other arguments are those of
     :func:`open_source`.
 
-    Raises what that raises, :class:`CheckpointError` for a tensor that holds NaN or infinite values and for a target
-    folder that is not empty, and :class:`UnsupportedError` for a model that the layout can't hold.
+    Raises what that raises, :class:`CheckpointError` for a tensor with NaN or infinite values and for a target folder
+    that is not empty, and :class:`UnsupportedError` for a model that the layout cannot represent.
     """
     one_of(LAYOUTS, to=to)
     if sharded is not None and to != "diffusers":
@@ -150,7 +149,7 @@ def convert(
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
     tables = (source.config.tokenizer, source.config.tokenizer_2)
     words = [name for table in tables if table is not None for name, _ in table.added]
-    if words and to != "minidiff":  # there they are files of their own, beside a model with the public table
+    if words and to != "minidiff":  # other projects keep them in separate files, and the model with the public table
         raise UnsupportedError(f"{src}: has learned {words[0]!r}; the layout {to!r} keeps no such words")
     if to == "diffusers":
         write_folder(dst, source.config, tensors, source.report, shard)
@@ -175,10 +174,10 @@ def load(
     low_memory: bool = False,
     copy: bool = False,
 ) -> StableDiffusion | Unconditional:
-    """Any supported layout as a pipeline, converted in memory; ``device``, ``dtype``, ``low_memory`` and ``copy`` as
-    for ``minidiff.load``, which also says what becomes of a model whose mapped file is truncated.
+    """Load any supported layout as a pipeline, converted in memory.
 
-    Raises what :func:`open_source` raises.
+    ``device``, ``dtype``, ``low_memory`` and ``copy`` are those of :func:`minidiff.load`, which also describes what
+    happens if the mapped file of a model is truncated. Raises what :func:`open_source` raises.
     """
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
@@ -188,9 +187,9 @@ def load(
 
 
 def check_name(dst: AnyPath, to: str) -> None:
-    """Raise :class:`ConfigError` for a target whose name says that it is something else than the layout writes.
+    """Raise :class:`ConfigError` for a target whose name does not match what the layout writes.
 
-    The command lines ask it of folders too; a program may call a folder what it likes.
+    The command lines check the names of folders, too; a program may name a folder freely.
     """
     dst = Path(dst)
     suffix = dst.suffix.lower()
@@ -209,7 +208,7 @@ def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _checked(name: str, tensor: Lazy, where: str, dtype: torch.dtype | None) -> Lazy:
-    """``tensor``, converted to ``dtype`` and looked through for NaN and infinity when it is loaded."""
+    """Return ``tensor`` so that it is converted to ``dtype`` and checked for NaN and infinity when it is loaded."""
     if not tensor.dtype.is_floating_point:
         return tensor
     want = dtype or tensor.dtype

@@ -1,7 +1,7 @@
 """Detection of the layout and family of a checkpoint, with the evidence.
 
-Told from a few files and keys that only one layout or family has; nothing is loaded. Families that minidiff's generator
-can't run are recognised all the same, to be refused by their name.
+They are recognized by a few files and keys that only one layout or family has; nothing is loaded. Unsupported families
+are recognized as well, to be refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ XL_PIPELINES = tuple(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Im
 UNCONDITIONAL_PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 FLOW_PIPELINES = ("Flux", "StableDiffusion3", "AuraFlow", "Sana", "Lumina", "HiDream", "QwenImage", "Chroma")
 FLOW_KEYS = ("joint_blocks.", "double_blocks.", "single_blocks.")
-FLOW = "a flow model (SD3, Flux and the like), which minidiff does not do: it has UNets trained on noise schedules"
+FLOW = "a flow model (SD3, Flux and the like), which minidiff does not support: it has UNets trained on noise schedules"
 INPUT_BLOCK = re.compile(rf"{re.escape(UNET)}\.input_blocks\.(\d{{1,4}})\.")
 TEXT_FAMILIES = ("sd1", "sd2", "sdxl", "sdxl-refiner")
 CONVERTED: dict[Layout, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ class Found:
     evidence: list[str]
     index: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Lazy] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)  # what a pickle holds beside tensors
+    others: list[str] = field(default_factory=list)  # entries of a pickle that are not tensors
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class Found:
 
 
 def detect(path: str | os.PathLike[str]) -> Found:
-    """Layout and family of ``path``.
+    """Detect the layout and family of ``path``.
 
-    Raises :class:`CheckpointError` for a path that is missing, damaged or no checkpoint that is known, with the keys
-    that tell most, and :class:`UnsupportedError` for flow models and pipelines of other kinds, by their names.
+    Raises :class:`CheckpointError` for a path that is missing, damaged or no known checkpoint, with its most
+    significant keys, and :class:`UnsupportedError` for flow models and other kinds of pipelines, by name.
     """
     path = Path(path)
     if path.is_dir():
@@ -111,14 +111,17 @@ def _pipeline_family(path: Path, index: Mapping[str, Any]) -> tuple[str, list[st
         evidence.append(f"unet/config.json has use_linear_projection={linear}, in_channels={channels}")
         family = "sd2" if linear else "sd1"
     if guidance is not None:
-        evidence.append(f"its UNet is told the guidance scale: time_cond_proj_dim={guidance}")
-    # What is no number the reader of the config will say.
+        evidence.append(f"its UNet reads the guidance scale: time_cond_proj_dim={guidance}")
+    # The reader of the config reports anything that is not a number.
     return _variant(family, channels if isinstance(channels, int) else 4, guidance is not None), evidence
 
 
 def _variant(family: str, channels: int, guidance: bool = False) -> str:
-    """A UNet of 9 channels also reads a mask and the masked picture, one of 8 a second picture; ``guidance``: it was
-    distilled, and is told the guidance scale (LCM)."""
+    """Return the variant of a family by its input channels.
+
+    A UNet of 9 channels also reads a mask and the masked picture, one of 8 a second picture. ``guidance``: a distilled
+    UNet that reads the guidance scale (LCM).
+    """
     kind = {4: family, 9: f"{family}-inpainting"}.get(channels, f"{family} with {channels} channels")
     return f"{kind}-lcm" if guidance else kind
 
@@ -132,7 +135,7 @@ def _file(path: Path) -> Found:
 
 
 def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]]:
-    """The family of a single file, by keys that no other family has."""
+    """Return the family of a single file, by keys that no other family has."""
 
     def first(*prefixes: str) -> str | None:
         return next((k for k in tensors if k.startswith(prefixes)), None)
@@ -162,21 +165,21 @@ def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]
     else:
         evidence.insert(0, f"has {quote(clues[family])}")
     if family == "sd2" and alone is not None:
-        evidence.append("its UNet is told no sizes, so it is a relative of SD-Turbo, not of SDXL's refiner")
+        evidence.append("its UNet reads no sizes, so it is a relative of SD-Turbo, not of SDXL's refiner")
     guidance = first(f"{UNET}.{GUIDANCE}.")
     if guidance is not None:
-        evidence.append(f"its UNet is told the guidance scale: has {quote(guidance)}")
+        evidence.append(f"its UNet reads the guidance scale: has {quote(guidance)}")
     return _variant(family, unet.shape[1], guidance is not None), evidence + marked(tensors)
 
 
 def _unet_family(tensors: Mapping[str, Lazy], *, sized: bool) -> tuple[str, str]:
-    """The family of a UNet that comes without its text encoder, and how that shows; ``sized``: it is told sizes."""
+    """Return the family of a UNet without its text encoder, with the evidence; ``sized``: it reads sizes."""
     last = max(int(m[1]) for k in tensors if (m := INPUT_BLOCK.match(k)))
     attends = f"{UNET}.input_blocks.{last}.1.proj_in.weight" in tensors
     if sized:
         if attends:
-            return "sdxl", "is told sizes, and reads the text at its coarsest level"
-        return "sdxl-refiner", "is told sizes, and reads no text at its coarsest level"
+            return "sdxl", "reads sizes, and text at its coarsest level"
+        return "sdxl-refiner", "reads sizes, and no text at its coarsest level"
     projections = (t for k, t in tensors.items() if k.startswith(f"{UNET}.") and k.endswith(".proj_in.weight"))
     linear = any(len(t.shape) == 2 for t in projections)
     return ("sd2", "has linear projections") if linear else ("sd1", "has convolutions as projections")

@@ -1,7 +1,7 @@
-"""A whole model as a diffusers pipeline folder, ready for ``DiffusionPipeline.from_pretrained``.
+"""Export of a model as a diffusers pipeline folder, for ``DiffusionPipeline.from_pretrained``.
 
-``model_index.json`` names the parts; each has a folder with its config and its weights. The weights' names come from
-the key maps of ``keys_diffusers.py``, read backwards. One tensor at a time passes through memory, and the folder
+``model_index.json`` names the parts; each has a folder with its config and its weights. The names of the weights come
+from the key maps of ``keys_diffusers.py``, applied in reverse. One tensor at a time is in memory, and the folder
 appears whole or not at all.
 """
 
@@ -33,8 +33,8 @@ from weights_convert.report import Report
 from weights_convert.tokenizer_out import tokenizer_files
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-SMALLEST_SHARD = 1000  # bytes: less is a slip, and would fill the folder with thousands of files
-FORMAT = "0.42.1"  # the release of diffusers that the folder is written for: it looks for that of inpainting models
+SMALLEST_SHARD = 1000  # bytes: less is a mistake, and would fill the folder with thousands of files
+FORMAT = "0.42.1"  # the release of diffusers that the folder is written for; for inpainting models diffusers checks it
 FULL_LIST = "the token table, written out: {} ids have a row of their own, all others share one"
 
 
@@ -45,11 +45,11 @@ def write_folder(
     report: Report,
     sharded: int | None = None,
 ) -> None:
-    """Write the model as the folder ``dst``; what had to be decided is noted in ``report``.
+    """Write the model as the folder ``dst``; decisions are noted in ``report``.
 
-    ``sharded``: the most bytes of one file of weights, None for one file a part. Raises :class:`UnsupportedError`
-    for a model that diffusers' classes can't be, before anything is written, and :class:`CheckpointError` for a
-    target that is there already.
+    ``sharded``: maximum size of a file of weights in bytes, None for one file per part. Raises
+    :class:`UnsupportedError`, before anything is written, for a model that diffusers' classes cannot represent, and
+    :class:`CheckpointError` for a target that already exists.
     """
     config, tensors = full_tables(config, tensors, report)
     parts: dict[str, AnyConfig] = {name: getattr(config, name) for name in build(config)}
@@ -75,9 +75,9 @@ def write_folder(
 
 
 def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded: int | None = None) -> None:
-    """The weights of one component: ``base``.safetensors, or numbered shards with their index.
+    """Write the weights of one component: ``base``.safetensors, or numbered shards with their index.
 
-    A shard holds at least one tensor, so one that is larger than ``sharded`` bytes has a file to itself.
+    A shard holds at least one tensor, so a tensor that is larger than ``sharded`` bytes has a file to itself.
     """
     total = sum(t.nbytes for t in tensors.values())
     if sharded is None or total <= sharded:
@@ -98,7 +98,7 @@ def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded:
 
 
 def shard_size(given: int | str) -> int:
-    """A size in bytes, from "5GB", "500 MB", "2GiB" or a number. Raises :class:`ConfigError` for anything else."""
+    """Return a size in bytes from "5GB", "500 MB", "2GiB" or a number. Raises :class:`ConfigError` otherwise."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", str(given).lower())
     if isinstance(given, bool) or found is None or found[2] not in UNITS:
         raise ConfigError(f"sharded={given!r} should be a size, such as 5GB or 500MB")
@@ -111,7 +111,7 @@ def shard_size(given: int | str) -> int:
 def full_tables(
     config: ModelConfig, tensors: Mapping[str, Lazy], report: Report
 ) -> tuple[ModelConfig, dict[str, Lazy]]:
-    """The model with a row for every id in its token tables: other libraries know no shorter ones."""
+    """Return the model with a row for every id in its token tables: other libraries do not support shorter ones."""
     tensors = dict(tensors)
     for name in ("text_encoder", "text_encoder_2"):
         text: CLIPTextConfig | None = getattr(config, name)
@@ -130,26 +130,26 @@ def _full_table(table: Lazy, text: CLIPTextConfig) -> Lazy:
 
 
 def _layout(config: AnyConfig) -> Iterator[Module]:
-    """The key map of a component as it is written today; "text_model." stays, older readers need it."""
+    """Return the key map of a component in today's names, but with "text_model.", which older readers need."""
     return keys.clip(config) if isinstance(config, CLIPTextConfig) else key_map(config, {})
 
 
 def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
-    """The folder's scheduler config, with a note of what diffusers will do otherwise."""
+    """Return the folder's scheduler config, noting what diffusers will do differently."""
     sampler: Any = sampler_from_config(config.sampler)
     found = sampler_to_diffusers(sampler, config.schedule)
     kind = found["_class_name"]
     if not sampler.like_diffusers:
-        report.notes.append(f"sampler: {kind} of diffusers, which departs from the mathematics in places")
+        report.notes.append(f"sampler: {kind} of diffusers, which deviates from the mathematics in places")
     called = passed_to_call(found)
-    if getattr(sampler, "eta", 0) and "eta" not in called:  # its pipelines pass 0 unless told otherwise
+    if getattr(sampler, "eta", 0) and "eta" not in called:  # its pipelines pass 0 by default
         called.append("eta")
     if called:
         report.notes.append(
             f"sampler: {kind} of diffusers takes {', '.join(called)} from the call, not from the folder"
         )
     if config.text_encoder is not None and config.text_encoder_2 is None:
-        if "steps_offset" in READERS[kind].fields:  # some have the field and never use it: diffusers warns all the same
+        if "steps_offset" in READERS[kind].fields:  # some have the field without using it, but diffusers warns anyway
             found.setdefault("steps_offset", 1)
         inpaint = config.vae is not None and config.unet.in_channels != config.vae.latent_channels
         for key, value in rewrite(found, inpaint=inpaint).items():
@@ -159,7 +159,7 @@ def _scheduler(config: ModelConfig, report: Report) -> dict[str, Any]:
 
 
 def _model_index(config: ModelConfig, jsons: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """``model_index.json``: the pipeline's class, and library and class of each part; null for what is not there."""
+    """Return ``model_index.json``: the pipeline's class, and library and class of each part; null for absent parts."""
     kind, extra = _pipeline(config, str(scheduler["_class_name"]))
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": FORMAT, **extra}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -176,7 +176,7 @@ NO_FIRST_ENCODER = {"text_encoder": [None, None], "tokenizer": [None, None]}
 
 
 def _pipeline(config: ModelConfig, scheduler: str) -> tuple[str, dict[str, Any]]:
-    """The pipeline's class, told by the parts, and what its index holds beside them."""
+    """Return the pipeline's class, determined by the parts, and the other entries of its index."""
     unet, vae = config.unet, config.vae
     if vae is None:
         return {"DDIMScheduler": "DDIMPipeline"}.get(scheduler, "DDPMPipeline"), {}

@@ -1,7 +1,7 @@
-"""A whole model as an original single file (CompVis and Stability): the key maps of ``keys_original.py``, backwards.
+"""Export of a model as an original single file (CompVis and Stability), by ``keys_original.py`` in reverse.
 
-Such a file holds tensors alone, and other programs must be told what they do not show: heads, prediction type, sampler.
-minidiff writes its own config into the header, where it finds it again and others look past it.
+Such a file contains only tensors, and other programs must be told what these do not show: heads, prediction type,
+sampler. minidiff writes its own config into the header, which other programs ignore.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weights_convert.single import TEXTS, key_pairs
 
 SILENT = "single files show no prediction type ({}) and no sampler ({}): other programs must be told"
 
-NO_CONSUMER = "its UNet is told the guidance scale (LCM): diffusers reads such models from folders only"
+NO_CONSUMER = "its UNet reads the guidance scale (LCM): diffusers reads such models from folders only"
 
 
 def write_original(
@@ -32,7 +32,7 @@ def write_original(
     report: Report,
     existing: Existing = "replace",
 ) -> str:
-    """Write the model as the safetensors file ``dst``; returns its content hash. ``existing``: as for ``atomic``.
+    """Write the model as the safetensors file ``dst``; return its content hash. ``existing``: as for ``atomic``.
 
     Raises :class:`UnsupportedError` for a model that the layout has no names for.
     """
@@ -47,13 +47,13 @@ def write_original(
         report.notes.append(NO_CONSUMER)
     marks = single_schedule.markers(config.schedule, layout)
     if marks:
-        report.notes.append(f"markers {' and '.join(map(repr, marks))}: programs that know them need not be told")
+        report.notes.append(f"markers {' and '.join(map(repr, marks))}: programs that know them need no settings")
     header = {"format": "pt", CONFIG_KEY: to_json(config)}
     return write_tensors(dst, restore(pairs, tensors) | marks, header, existing)
 
 
 def _layout(config: ModelConfig) -> str:
-    """Whose layout fits the model's parts."""
+    """Return the family whose layout fits the model's parts."""
     first, second = config.text_encoder, config.text_encoder_2
     if isinstance(config.vae, TAESDConfig):
         raise UnsupportedError(f"{config.family}: a tiny autoencoder has no place in an original file")

@@ -1,6 +1,6 @@
-"""A diffusers pipeline folder, translated: ``model_index.json`` names the parts, each has a folder of its own.
+"""Translation of a diffusers pipeline folder: ``model_index.json`` names the parts, each with a folder of its own.
 
-Small unconditional checkpoints (the published ddpm-* ones) have no folders: config and weights of the only part lie
+Small unconditional checkpoints (the published ddpm-* ones) have no subfolders: config and weights of the only part are
 at the top, beside ``scheduler_config.json``.
 """
 
@@ -40,7 +40,7 @@ UNWANTED = {
 }
 DDPM_SCHEDULER = {"_class_name": "DDPMScheduler"}  # with its defaults, as Ho et al. trained
 REWRITING = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint"))
-# Pipelines that put their own scheduler in the place of whatever the folder has, with its settings.
+# Pipelines that replace the folder's scheduler by their own, with its settings.
 OWN_SCHEDULER = {"DDIMPipeline": "DDIMScheduler", "PNDMPipeline": "PNDMScheduler"}
 SCORED = ("StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 LIBRARIES = ("diffusers", "transformers")
@@ -55,7 +55,7 @@ def read_folder(
     override: Mapping[str, Any] | None = None,
     variant: str | None = None,
 ) -> Source:
-    """A folder of any family as minidiff's config and tensors.
+    """Read a folder of any family as minidiff's config and tensors.
 
     Raises :class:`CheckpointError` for a part that is missing, damaged or does not fit the others, and
     :class:`UnsupportedError` for an option that minidiff's models do not have.
@@ -64,7 +64,7 @@ def read_folder(
     names = _parts(index, report.family)
     components = {n: read_component(_place(folder, n), _class(index, n), override.get(n), variant) for n in names}
     if variant is not None and all(c.variant != variant for c in components.values()):
-        raise CheckpointError(f"{folder}: no component has {variant} weights; leave --variant out")
+        raise CheckpointError(f"{folder}: no component has {variant} weights; leave out --variant")
     for name, found in components.items():
         report.mapped[name] = len(found.part.tensors)
         report.drop(found.part.dropped)
@@ -73,7 +73,7 @@ def read_folder(
         if _class(index, name):
             report.dropped.append((name, 1, reason))
     if _flag(index, "add_watermarker", False):
-        report.dropped.append(("add_watermarker", 1, "minidiff draws no invisible watermark"))
+        report.dropped.append(("add_watermarker", 1, "minidiff adds no invisible watermark"))
     chosen = override.get("sampler")
     own_sampler = isinstance(chosen, Mapping) and "name" in chosen
     schedule, sampler = _scheduler(folder, index, report, own_sampler)
@@ -92,7 +92,7 @@ def read_folder(
         )
     if pipeline in REWRITING:
         unet = _sample_size(unet, components["unet"].found, folder, report)
-    if isinstance(vae, VAEConfig) and not xl:  # its config may say so, but only the pipelines of SDXL heed it
+    if isinstance(vae, VAEConfig) and not xl:  # its config may say so, but only the pipelines of SDXL use it
         vae = replace(vae, upcast=False)
     try:
         config = ModelConfig(
@@ -112,7 +112,7 @@ def read_folder(
         told = "a score" if config.reads_score else "sizes alone"
         raise CheckpointError(f"{folder}: requires_aesthetics_score={score}, but its UNet is told {told}; correct it")
     tensors: dict[str, Lazy] = {f"{n}.{k}": t for n, c in components.items() for k, t in c.part.tensors.items()}
-    # What concerns a component has been laid over its own config already, before its tensors were checked against it.
+    # Corrections of a component were applied to its config before its tensors were checked against it.
     return Source(overlay(config, {k: v for k, v in override.items() if k not in names}), tensors, report)
 
 
@@ -122,7 +122,7 @@ def is_xl(family: str) -> bool:
 
 
 def _parts(index: Mapping[str, Any], family: str) -> list[str]:
-    """The components of a family, those that the folder may leave out only where it has them."""
+    """Return the components of a family; optional ones only if the folder has them."""
     if family == "ddpm":
         return ["unet"]
     if not is_xl(family):
@@ -135,7 +135,7 @@ def _place(folder: Path, name: str) -> Path:
 
 
 def _class(index: Mapping[str, Any], name: str) -> str | None:
-    """The class of a part by ``model_index.json``; None where the part is absent (null, or [null, null])."""
+    """Return the class of a part by ``model_index.json``; None if the part is absent (null, or [null, null])."""
     entry = index.get(name)
     if entry in (None, [None, None]):
         return None
@@ -156,7 +156,7 @@ def _flag(index: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def _sample_size(unet: UNetConfig, found: Mapping[str, Any], folder: Path, report: Report) -> UNetConfig:
-    """64 where a config of diffusers before 0.9.0 has less: Stable Diffusion's had, wrongly, and its pipelines know."""
+    """Correct a smaller value to 64 for configs of diffusers before 0.9.0, as Stable Diffusion's pipelines do."""
     version, size = found.get("_diffusers_version", "1"), found.get("sample_size")
     numbers = re.match(r"v?(\d{1,6}(\.\d{1,6})*)", version) if isinstance(version, str) else None
     if numbers is None:
@@ -170,9 +170,9 @@ def _sample_size(unet: UNetConfig, found: Mapping[str, Any], folder: Path, repor
 def _scheduler(
     folder: Path, index: Mapping[str, Any], report: Report, own_sampler: bool
 ) -> tuple[ScheduleConfig, dict[str, Any]]:
-    """Noise schedule and sampler of the folder, with what the reference's pipelines change when they load it.
+    """Return noise schedule and sampler of the folder, with the changes that the reference's pipelines make on loading.
 
-    ``own_sampler``: the user names a sampler, so the folder's may be one that minidiff does not have.
+    ``own_sampler``: the user chose a sampler, so the folder's may be one that minidiff does not have.
     """
     place = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     file = place / "scheduler_config.json"
@@ -200,7 +200,7 @@ def _scheduler(
     found = {**found, **changes}
     try:
         unknown = unknown_fields(found)
-        report.notes += [f"scheduler: {quote(key)} is no option of any scheduler; passed over" for key in unknown]
+        report.notes += [f"scheduler: {quote(key)} is no option of any scheduler; ignored" for key in unknown]
         schedule, sampler = schedule_from_diffusers(found), None if own_sampler else read_sampler(found)
     except ConfigError as e:
         raise CheckpointError(f"{file}: {e}") from None
@@ -212,9 +212,9 @@ def _scheduler(
 
 def rewrite(found: Mapping[str, Any], *, inpaint: bool = False) -> dict[str, Any]:
     """Update an outdated scheduler config as StableDiffusionPipeline does: ``steps_offset`` 1, ``clip_sample`` off.
-    StableDiffusionInpaintPipeline leaves ``clip_sample``, and switches PNDM's warm-up off.
 
-    All as the scheduler sees them, that is with its defaults where the file is silent.
+    StableDiffusionInpaintPipeline leaves ``clip_sample``, and turns off PNDM's warm-up. Missing options count with the
+    scheduler's defaults.
     """
     changes: dict[str, Any] = {}
     kind = found.get("_class_name")

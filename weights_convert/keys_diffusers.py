@@ -1,8 +1,8 @@
 """Key maps of the UNets, the autoencoder and the text encoder of diffusers and transformers.
 
-Each function walks one of minidiff's configs in the order in which the model is built, and pairs names. The names over
-there are those of ``UNet2DConditionModel`` and ``UNet2DModel``, ``AutoencoderKL`` (with the attention's names of before
-and after early 2023) and ``CLIPTextModel``.
+Each function walks one of minidiff's configs in the order in which the model is built, and pairs names with those of
+``UNet2DConditionModel`` and ``UNet2DModel``, ``AutoencoderKL`` (with the names of its attention before and since early
+2023) and ``CLIPTextModel``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = (
     ("ff.net.0.proj", "ff.gate"),
     ("ff.net.2", "ff.out"),
 )
-# Attention without a text, by its names since early 2023 and before.
+# Attention without text, by its names since early 2023 and before.
 SELF = (
     ("group_norm", "norm"),
     ("to_q", "attn.q"),
@@ -62,7 +62,7 @@ CLIP_DROPS = (
 
 
 def unet(config: UNetConfig, *, old_names: bool = False) -> Iterator[Module]:
-    """UNet2DConditionModel and UNet2DModel; ``old_names`` is the self-attention's naming of before 2023."""
+    """UNet2DConditionModel and UNet2DModel; ``old_names``: names of the self-attention before 2023."""
     yield from join("time_embedding", EMBEDDING, "time")
     yield from join("add_embedding", EMBEDDING, "added")
     yield Module("conv_in", "conv_in")
@@ -130,7 +130,7 @@ def _vae_mid(half: str, old_names: bool, conv: bool) -> Iterator[Module]:
 
 
 def clip(config: CLIPTextConfig, *, prefix: str = "text_model.") -> Iterator[Module]:
-    """CLIPTextModel and CLIPTextModelWithProjection; ``prefix`` is "" in what transformers 5.6 and later write."""
+    """CLIPTextModel and CLIPTextModelWithProjection; ``prefix`` is "" in files of transformers 5.6 and later."""
     yield Module(f"{prefix}embeddings.token_embedding", "token")
     yield Module(f"{prefix}embeddings.position_embedding", "position")
     for i in range(config.layers):

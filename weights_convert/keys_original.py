@@ -1,7 +1,7 @@
 """Key maps of the UNet, autoencoder and text encoder in Stable Diffusion's original single file.
 
-These are the names of CompVis' latent-diffusion, in which a UNet is two flat lists of blocks: ``input_blocks`` counts
-every ResBlock and every downsampling on the way down, ``output_blocks`` every ResBlock on the way up.
+These are the names of CompVis' latent-diffusion, in which a UNet consists of two flat lists of blocks: ``input_blocks``
+has every ResBlock and every downsampling on the way down, ``output_blocks`` every ResBlock on the way up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weights_convert.keys_diffusers import BLOCK, CLIP_DROPS, TRANSFORMER
 
 UNET, VAE, CLIP = "model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"
 EMA = "model_ema"
-GUIDANCE = "time_embed.cond_proj"  # of a UNet that is told the guidance scale (LCM)
+GUIDANCE = "time_embed.cond_proj"  # of a UNet that reads the guidance scale (LCM)
 
 RES = (
     ("in_layers.0", "norm1"),
@@ -51,7 +51,7 @@ DROPS = (
 
 
 def unet(config: UNetConfig) -> Iterator[Module]:
-    """The diffusion model of SD1, SD2, SDXL and what was distilled of them."""
+    """The diffusion model of SD1, SD2, SDXL and models distilled from them."""
     yield Module(f"{UNET}.time_embed.0", "time.linear1")
     yield Module(f"{UNET}.time_embed.2", "time.linear2")
     yield Module(f"{UNET}.{GUIDANCE}", "time.condition")
@@ -77,7 +77,7 @@ def unet(config: UNetConfig) -> Iterator[Module]:
             n = i * (config.layers + 1) + j
             yield from join(f"{UNET}.output_blocks.{n}.0", RES, f"up.{i}.res.{j}")
             yield from _attention(f"{UNET}.output_blocks.{n}.1", level, config.up_depths(level)[j], f"up.{i}.attn.{j}")
-        if i < last:  # the last block of a level also holds the step up, behind its attention
+        if i < last:  # the last block of a level also holds the upsampling, after its attention
             yield Module(f"{UNET}.output_blocks.{n}.{1 if level.attention == 'none' else 2}.conv", f"up.{i}.up.conv")
     yield Module(f"{UNET}.out.0", "norm_out")
     yield Module(f"{UNET}.out.2", "conv_out")
@@ -91,7 +91,7 @@ def _attention(theirs: str, level: Level, depth: int, ours: str) -> Iterator[Mod
 
 
 def vae(config: VAEConfig) -> Iterator[Module]:
-    """The first stage; its decoder counts levels from the finest, as the encoder does."""
+    """The autoencoder; its decoder counts levels from the finest, as the encoder does."""
     last = len(config.channels) - 1
     for half in ("encoder", "decoder"):
         for name in ("conv_in", "norm_out", "conv_out"):
@@ -112,7 +112,7 @@ def vae(config: VAEConfig) -> Iterator[Module]:
 
 
 def clip(config: CLIPTextConfig, *, prefix: str = "text_model.") -> Iterator[Module]:
-    """SD1's text encoder, in transformers' names; some files leave ``prefix`` out."""
+    """SD1's text encoder, in transformers' names; some files have no ``prefix``."""
     return keys_diffusers.clip(config, prefix=f"{CLIP}.{prefix}")
 
 

@@ -1,7 +1,7 @@
 """Key maps of the tiny autoencoder: diffusers' AutoencoderTiny, and the two files of its author.
 
-Both keep each half as one flat list of layers, counted through ReLUs and upsamplings. The author's decoder has one
-layer more at its front, the squashing of the latents, so its numbers are higher by one.
+Both store each half as a flat list of layers, in which ReLUs and upsamplings count. The author's decoder begins with an
+additional layer, which limits the latents, so its numbers are higher by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOCK = (("conv.0", "conv1"), ("conv.2", "conv2"), ("conv.4", "conv3"))
 
 
 def taesd(config: TAESDConfig, *, original: bool = False) -> Iterator[Module]:
-    """The map; ``original``: the author's two files, under "encoder." and "decoder."."""
+    """Return the map; ``original``: of the author's two files, under "encoder." and "decoder."."""
     layers = "" if original else "layers."
     yield Module(f"encoder.{layers}0", "encoder.conv_in")
     n = 1
@@ -36,6 +36,6 @@ def taesd(config: TAESDConfig, *, original: bool = False) -> Iterator[Module]:
             yield from join(f"decoder.{layers}{n}", BLOCK, f"decoder.up.{i}.res.{j}")
             n += 1
         if i < last:
-            yield Module(f"decoder.{layers}{n + 1}", f"decoder.up.{i}.conv")  # behind the upsampling
+            yield Module(f"decoder.{layers}{n + 1}", f"decoder.up.{i}.conv")  # after the upsampling
             n += 2
     yield Module(f"decoder.{layers}{n}", "decoder.conv_out")

@@ -8,10 +8,10 @@ from weights_convert.component import key_map
 
 
 def module_names(config: ModelConfig) -> dict[str, dict[str, str]]:
-    """part -> {minidiff's name: the reference's}, for every module that may hold weights.
+    """Return part -> {minidiff's name: the reference's}, for every module that may hold weights.
 
-    The names are those that the installed diffusers and transformers give their modules, whatever the checkpoint's
-    keys look like. A map also names what a model may lack, such as the ``skip`` of a ResBlock of one width.
+    The names are those of modules in the installed diffusers and transformers, whatever the keys of the checkpoint. A
+    map also contains modules that a model may lack, such as the ``skip`` of a ResBlock of constant width.
     """
     parts = {name: getattr(config, name) for name in PARTS}
     return {name: {m.ours: m.theirs for m in key_map(c, {})} for name, c in parts.items() if c is not None}

@@ -1,7 +1,7 @@
-"""OpenCLIP's text encoder as original single files keep it: Stable Diffusion 2's, and the second one of SDXL.
+"""OpenCLIP's text encoder in original single files: Stable Diffusion 2's, and the second one of SDXL.
 
-It is the same transformer as CLIP's, stored otherwise: queries, keys and values are one matrix (``in_proj_weight``),
-and the projection of the pooled output is multiplied from the other side, so it is kept transposed.
+It is the same transformer as CLIP's, stored differently: queries, keys and values are one matrix (``in_proj_weight``),
+and the projection of the pooled output is transposed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _prefix(root: str) -> str:
 
 
 def pairs(config: CLIPTextConfig, root: str, part: str) -> list[Pair]:
-    """Every tensor of the encoder under ``root``, as ``part`` of a model; either may be "", for names at the top."""
+    """Pair every tensor of the encoder under ``root`` with ``part`` of a model; either may be "", for the top level."""
     there, here = _prefix(root), _prefix(part)
     found = [
         Pair(f"{there}token_embedding.weight", f"{here}token.weight"),
@@ -82,11 +82,11 @@ def pairs(config: CLIPTextConfig, root: str, part: str) -> list[Pair]:
 
 
 def shapes(tensors: Mapping[str, Lazy], root: str, where: str, *, pooled: bool) -> dict[str, Any]:
-    """The fields of a CLIPTextConfig; ``pooled``: with the projection, and all layers; else those that SD2 reads.
+    """Return the fields of a CLIPTextConfig; ``pooled``: with the projection and all layers, else the layers of SD2.
 
-    SD2 reads what the last but one of OpenCLIP's layers gives. Files have the last one or not (diffusers' converter and
-    minidiff leave it out), and nothing but the count tells: OpenCLIP's encoders are made of an even number of layers
-    (12, 24, 32), so that an odd one lacks the last already.
+    SD2 reads the output of OpenCLIP's last but one layer. Some files lack the last one (diffusers' converter and
+    minidiff leave it out), which only the count tells: OpenCLIP's encoders have an even number of layers (12, 24, 32),
+    so an odd number means that the last one is missing.
     """
     s = Shapes(tensors, root, where)
     vocab, width = s.of("token_embedding.weight", 2)

@@ -1,4 +1,4 @@
-"""A user's corrections laid over a config that was read or guessed."""
+"""Application of a user's corrections to a config that was read or inferred."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from minidiff.storage.reading import read_object
 
 C = TypeVar("C")
 Override = Mapping[str, Any] | str | os.PathLike[str] | None
-Choice = str | Mapping[str, Any] | None  # of a sampler: its name, or its config; without a name, options of another
+Choice = str | Mapping[str, Any] | None  # a sampler's name or config; without a name, options for the one that is found
 
 
 def read_override(given: Override) -> dict[str, Any]:
-    """A dict as it is, a path as the JSON object in that file, None as no corrections."""
+    """Return a dict as it is, the JSON object in the file of a path, or no corrections for None."""
     if given is None:
         return {}
     if isinstance(given, Mapping):
@@ -26,13 +26,13 @@ def read_override(given: Override) -> dict[str, Any]:
     try:
         return read_object(given)
     except CheckpointError as e:
-        raise ConfigError(f"config={e}; it should hold a JSON object like {{'unet': {{...}}}}") from None
+        raise ConfigError(f"config={e}; it must hold a JSON object like {{'unet': {{...}}}}") from None
 
 
 def said(config: Override, prediction: str | None, sampler: Choice) -> dict[str, Any]:
-    """The corrections of ``config``, with the two that have options of their own.
+    """Return the corrections in ``config`` and in the two arguments for prediction and sampler.
 
-    Raises :class:`ConfigError` if there is no such sampler or option, or ``config`` says something else.
+    Raises :class:`ConfigError` if there is no such sampler or option, or if ``config`` contradicts it.
     """
     found = read_override(config)
     given: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def said(config: Override, prediction: str | None, sampler: Choice) -> dict[str,
         given["schedule"] = {"prediction": prediction}
     if sampler is not None:
         given["sampler"] = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
-        if "name" in given["sampler"]:  # else options of the checkpoint's own, which is not known yet
+        if "name" in given["sampler"]:  # otherwise options for the checkpoint's own sampler, which is not known yet
             sampler_from_config(given["sampler"])
     for part, options in given.items():
         for option, value in options.items():
@@ -51,9 +51,9 @@ def said(config: Override, prediction: str | None, sampler: Choice) -> dict[str,
 
 
 def overlay(config: C, patch: Mapping[str, Any]) -> C:
-    """``config`` with the fields of ``patch`` put over it, deeply: {"schedule": {"prediction": "v_prediction"}}.
+    """Return ``config`` with the fields of ``patch`` replaced, recursively: {"schedule": {"prediction": "sample"}}.
 
-    In a list, a patch of the same length goes entry by entry: {"unet": {"levels": [{"heads": 5}, {"heads": 10}]}}.
+    Lists of the same length are patched entry by entry: {"unet": {"levels": [{"heads": 5}, {"heads": 10}]}}.
     Raises :class:`ConfigError` for a field that does not exist or a value that does not fit.
     """
     if not patch:
@@ -63,10 +63,10 @@ def overlay(config: C, patch: Mapping[str, Any]) -> C:
 
 
 def merge(base: Any, patch: Any) -> Any:
-    """The merge of :func:`overlay`, on parsed JSON. A patch with another ``name`` (a sampler's) replaces the whole."""
+    """Merge as :func:`overlay` does, on parsed JSON. A patch with another ``name`` (a sampler's) replaces the whole."""
     if isinstance(base, Mapping) and isinstance(patch, Mapping):
         if patch.get("name", base.get("name")) != base.get("name"):
-            return dict(patch)  # the options of another sampler mean nothing to this one
+            return dict(patch)  # options of another sampler do not apply to this one
         return {**base, **{k: merge(base.get(k), v) for k, v in patch.items()}}
     if isinstance(base, (list, tuple)) and isinstance(patch, (list, tuple)) and len(base) == len(patch):
         return [merge(b, p) for b, p in zip(base, patch, strict=True)]

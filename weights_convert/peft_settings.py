@@ -1,11 +1,11 @@
 """Reader of peft's settings of an adapter: each is honoured, or refused by name if it would change the result.
 
-They stand in ``adapter_config.json`` beside the weights, or as JSON in the header of a file that diffusers wrote, there
-with the part's name in front ("unet.lora_alpha"). The fields are those of peft's ``LoraConfig``.
+They are in ``adapter_config.json`` beside the weights, or as JSON in the header of a file by diffusers, with the part's
+name as a prefix ("unet.lora_alpha"). The fields are those of peft's ``LoraConfig``.
 
-``rank_pattern`` and ``alpha_pattern`` give other values to some layers. Their keys are regular expressions, and an
-expression from a file of unknown origin can keep Python's engine busy for ever. :class:`Pattern` reads those that are
-used (names, ``.*``, ``|``, ``^`` and ``$``) in a time that grows with their length only; any other is refused.
+``rank_pattern`` and ``alpha_pattern`` set other values for some layers. Their keys are regular expressions, and an
+expression from a file of unknown origin can keep Python's engine busy forever. :class:`Pattern` supports those in use
+(names, ``.*``, ``|``, ``^`` and ``$``) in time linear in their length; any other is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minidiff.adapters.lora import LARGEST
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
 
-# The only values under which the adapter is W + scale * up @ down, and W the weight of the model.
+# The only values with which the adapter is W + scale * up @ down, and W the weight of the model.
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": (None, "LORA"),
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),  # others change W as well
@@ -40,7 +40,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
         (None, [], ""),
     ),
 }
-# Of training, of loading, or of a setting that is refused above: they change nothing here.
+# Settings of training, of loading, or of something refused above: they have no effect here.
 INERT = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -56,14 +56,14 @@ DEFAULT_ALPHA = 8.0  # peft's
 
 
 class Alternative(NamedTuple):
-    """One of the names that a pattern allows: pieces of a fixed length with anything between them."""
+    """One alternative of a pattern: pieces of fixed length with anything in between."""
 
     anchored: bool
     pieces: tuple[re.Pattern[str], ...]
     lengths: tuple[int, ...]
 
     def ends(self, name: str) -> bool:
-        """Return True if ``name`` is meant, or ends with what is meant behind a dot."""
+        """Return True if ``name`` matches, or its part after one of its dots."""
         last = len(name) - self.lengths[-1]
         if len(self.pieces) == 1:
             at_name = last == 0 or (last > 0 and name[last - 1] == "." and not self.anchored)
@@ -75,7 +75,7 @@ class Alternative(NamedTuple):
         if self.pieces[0].match(name, start) is None:
             return False
         at = start + self.lengths[0]
-        for piece in self.pieces[1:-1]:  # the leftmost place leaves the most room for the rest
+        for piece in self.pieces[1:-1]:  # the leftmost position leaves the most room for the rest
             found = piece.search(name, at)
             if found is None:
                 return False
@@ -84,10 +84,10 @@ class Alternative(NamedTuple):
 
 
 class Pattern:
-    """A key of ``rank_pattern`` or ``alpha_pattern``, matched as peft does: ``(.*\\.)?(KEY)$``.
+    """Key of ``rank_pattern`` or ``alpha_pattern``, matched as peft does: ``(.*\\.)?(KEY)$``.
 
     Raises :class:`UnsupportedError` for an expression of more than names, ``.`` (any character), ``.*``, ``|``, ``^``
-    and ``$``; ``where`` begins the message.
+    and ``$``; ``where`` starts the message.
     """
 
     def __init__(self, expression: str, where: str) -> None:
@@ -96,7 +96,7 @@ class Pattern:
         self.alternatives = tuple(_alternative(a, expression, where) for a in _parts(expression))
 
     def ends(self, name: str) -> bool:
-        """Return True if ``name`` matches, as a whole or from behind one of its dots on."""
+        """Return True if ``name`` matches, as a whole or after one of its dots."""
         return any(a.ends(name) for a in self.alternatives)
 
 
@@ -127,9 +127,9 @@ def _alternative(text: str, expression: str, where: str) -> Alternative:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings for the layers of one part; None where nothing is set.
+    """Settings for the layers of one part; None if not set.
 
-    ``default`` is the alpha where there are settings, but none of it.
+    ``default``: alpha if there are settings that do not mention it.
     """
 
     where: str = ""
@@ -143,7 +143,7 @@ class Settings:
     excluded: Pattern | frozenset[str] | None = None
 
     def alpha_of(self, names: Iterable[str]) -> float | None:
-        """The alpha of a layer that goes by ``names``: that of the first pattern that matches, else the common one."""
+        """Return the alpha of a layer with these ``names``: that of the first matching pattern, else the common one."""
         return _first(self.alpha_pattern, names, self.alpha)
 
     def check(self, names: tuple[str, ...], rank: int) -> None:
@@ -172,9 +172,9 @@ def _meant(group: Pattern | frozenset[str], name: str) -> bool:
 
 
 def settings_of(found: Mapping[str, Any], part: str, where: str) -> Settings:
-    """Read the settings of ``part`` out of those of a file: typed, each field honoured or refused.
+    """Read the settings of ``part`` from those of a file: typed, each field honoured or refused.
 
-    ``where`` (the file) begins each message. Raises :class:`CheckpointError` for a value of the wrong kind, and
+    ``where`` (the file) starts each message. Raises :class:`CheckpointError` for a value of the wrong kind, and
     :class:`UnsupportedError` for one that makes the adapter more than a product of two matrices.
     """
     own = {key.removeprefix(f"{part}."): v for key, v in found.items() if key.startswith(f"{part}.") or "." not in key}
@@ -189,7 +189,7 @@ def settings_of(found: Mapping[str, Any], part: str, where: str) -> Settings:
     if stabilised is not None and not isinstance(stabilised, bool):
         raise CheckpointError(f"{where}: use_rslora={quote(stabilised)}; it is true or false")
     targets = own.get("target_modules")
-    if isinstance(targets, str):  # an expression of what was to be trained; what was trained is in the file
+    if isinstance(targets, str):  # an expression for the layers to be trained; the trained ones are in the file
         targets = None
     return Settings(
         where,
@@ -235,7 +235,7 @@ def _names(found: Any, where: str) -> frozenset[str] | None:
 
 
 def _excluded(found: Any, where: str) -> Pattern | frozenset[str] | None:
-    """A list of names, one of which a layer's name must end with, or an expression that it must match as a whole."""
+    """Return True if a layer's name ends with a listed name, or matches the expression as a whole."""
     if isinstance(found, str) and found:
         return Pattern("|".join(f"^{a.removeprefix('^')}" for a in _parts(found)), where)
     return _names(found or None, where)

@@ -1,4 +1,4 @@
-"""Textual inversion files: learned words and their vectors, in each of the forms that are about.
+"""Reader of textual inversion files: learned words and their vectors, in every common format.
 
 {"<cat-toy>": (768,) or (n, 768)}                         diffusers (learned_embeds.bin, .safetensors), also several
 {"string_to_param": {"*": (n, 768)}, "name": "cat-toy"}   the first ones, in a ParameterDict, and A1111 (.pt)
@@ -34,17 +34,17 @@ ENCODERS = {
     "text_encoders_1": "text_encoder_2",
 }
 NAMELESS = ("emb_params", "*")
-WEIGHTS = (".weight", ".bias", ".alpha")  # what keys of networks and of adapters end with
+WEIGHTS = (".weight", ".bias", ".alpha")  # endings of keys of networks and adapters
 MOST_WORDS = 256  # of one file
-NAMES = ("learned_embeds",)  # of what diffusers writes into a folder
+NAMES = ("learned_embeds",)  # name of the file that diffusers writes into a folder
 
 
 def read_embedding(path: str | os.PathLike[str], config: ModelConfig, name: str | None = None) -> Word:
-    """Read the word in ``path`` for a model of ``config``, called ``name``, or as the file or its name says.
+    """Read the word in ``path`` for a model of ``config``, named ``name``, or as in the file, or after the file.
 
-    Of a file with several words the first is returned, with the rest in :attr:`Word.others`; they keep their names.
-    Raises :class:`CheckpointError` for a file that is damaged or holds no vectors of a text encoder, and
-    :class:`UnsupportedError` for the pictures that A1111 hides words in.
+    For a file with several words the first is returned, with the others in :attr:`Word.others`; they keep their names.
+    Raises :class:`CheckpointError` for a file that is damaged or contains no vectors of a text encoder, and
+    :class:`UnsupportedError` for the pictures in which A1111 embeds words.
     """
     path = Path(path)
     file = file_of(path, NAMES)
@@ -77,12 +77,12 @@ def read_embedding(path: str | os.PathLike[str], config: ModelConfig, name: str 
 
 
 def listed(found: Mapping[str, Lazy]) -> str:
-    """The first few of a file's tensors, as a message names them."""
+    """List the first few of a file's tensors for a message."""
     return ", ".join(map(quote, list(found)[:3])) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def rows(path: Path, key: str, entry: Lazy) -> Tensor:
-    """Vectors as (n, width): a single one may come without the first dimension."""
+    """Return vectors as (n, width): a single one may lack the first dimension."""
     if len(entry.shape) not in (1, 2) or 0 in entry.shape or entry.dtype not in KINDS:
         raise CheckpointError(
             f"{path}: {quote(key)} has shape {list(entry.shape)} and {entry.dtype}; no vectors of a word"
@@ -92,7 +92,7 @@ def rows(path: Path, key: str, entry: Lazy) -> Tensor:
 
 
 def read_file(path: Path, stack: ExitStack) -> tuple[dict[str, Lazy], str | None]:
-    """The tensors of a file, open until ``stack`` is closed, and the word's name where it is told."""
+    """Return the tensors of a file, open until ``stack`` is closed, and the word's name if the file has it."""
     if not is_pickle(path):
         file = TensorFile(path)
         stack.callback(file.close)
@@ -111,7 +111,7 @@ def read_file(path: Path, stack: ExitStack) -> tuple[dict[str, Lazy], str | None
 
 
 def plain(path: Path, key: str, tensor: Tensor) -> Lazy:
-    """A tensor of a pickle, whose every entry is stored. A few bytes can say that they are a million rows."""
+    """Return a tensor of a pickle after checking that all its entries are stored, not expanded from a few bytes."""
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         raise CheckpointError(f"{path}: {quote(key)} has entries that are not stored; no vectors of a word")
     return lazy(tensor.detach())

@@ -1,4 +1,4 @@
-"""Adapter files: which layer of minidiff's a key of a LoRA file means, in each of the dialects that are about.
+"""Reader of LoRA files: maps their keys, in every common dialect, to the layers of minidiff.
 
     lora_unet_down_blocks_0_attentions_0_..._attn1_to_q.lora_down.weight      kohya, and LDM's block names for SDXL
     lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight             its text encoders: te, te1, te2
@@ -9,8 +9,8 @@
     unet.input_blocks.1.1....to_q.lora_down.weight, clip_l.text_model....     OneTrainer
     diffusion_model.input_blocks.1.1....to_q.lora_up.weight                   ComfyUI
 
-A dialect is a prefix that names the part, a spelling of the layer, and an ending that names the matrix. Spelled with
-underscores instead of dots, every layer's name is looked up in one table, made from the key maps of conversion.
+A dialect consists of a prefix for the part, a spelling of the layer, and an ending for the matrix. The layer's name,
+with underscores instead of dots, is looked up in one table, which is generated from the key maps of the conversion.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from weights_convert.adapter_file import file_of, open_tensors
 from weights_convert.engine import Module
 from weights_convert.peft_settings import Settings, settings_of
 
-# What a key ends with, by what it holds. Of peft's, "lora_A.default.weight" names the adapter in between.
+# Endings of keys by their meaning. In peft's "lora_A.default.weight" the middle is the name of the adapter.
 ENDINGS = {
     "down": r"[._]lora[._](down|A(\.[\w-]+)?)\.weight|\.lora_linear_layer\.down\.weight",
     "up": r"[._]lora[._](up|B(\.[\w-]+)?)\.weight|\.lora_linear_layer\.up\.weight",
     "alpha": r"([._]lora|\.lora_linear_layer)?\.alpha",
 }
 ENDING = re.compile("|".join(f"(?P<{kind}>{pattern})$" for kind, pattern in ENDINGS.items()))
-# What programs put around a layer's name without a meaning of their own.
+# Additions to a layer's name without a meaning.
 WRAPPER = re.compile(r"(?<![^.])(base_model\.model|_orig_mod|module|processor|transformer(?=\.text_model))\.")
 PREFIXES = {  # of the flattened name
     **dict.fromkeys(("lora_unet_", "lycoris_", "unet_", "diffusion_model_", "model_diffusion_model_"), "unet"),
@@ -50,7 +50,7 @@ PREFIXES = {  # of the flattened name
     **dict.fromkeys(("lora_te2_", "text_encoder_2_", "clip_g_", "text_encoders_clip_g_"), "text_encoder_2"),
 }
 LONGEST_FIRST = sorted(PREFIXES, key=len, reverse=True)
-OTHERS = {  # of methods that are no plain product of two matrices
+OTHERS = {  # of methods that are not a plain product of two matrices
     r"\.hada_[wt]\d(_[ab])?$": "LoHa",
     r"\.lokr_[wt]\d(_[ab])?$": "LoKr",
     r"\.(dora_scale|lora_magnitude_vector(\.[\w-]+)?(\.weight)?)$": "DoRA",
@@ -66,9 +66,9 @@ OTHERS = {  # of methods that are no plain product of two matrices
     r"^(unet|text_encoder):\d+:(up|down)$": "the first trainer's numbered layers",
 }
 OTHER = {re.compile(pattern): method for pattern, method in OTHERS.items()}
-METADATA = "lora_adapter_metadata"  # of diffusers' files: peft's settings as JSON
+METADATA = "lora_adapter_metadata"  # in diffusers' files: peft's settings as JSON
 PEFT, PEFT_CONFIG = "adapter_model", "adapter_config.json"
-NAMES = ("pytorch_lora_weights", PEFT)  # of what diffusers and peft write into a folder
+NAMES = ("pytorch_lora_weights", PEFT)  # names of the files that diffusers and peft write into a folder
 LONGEST_KEY = 1000
 
 
@@ -82,9 +82,9 @@ class Table(NamedTuple):
 def read_lora(path: str | os.PathLike[str], config: ModelConfig, *, allow_unmatched: bool = False) -> Adapter:
     """Read the adapter in ``path`` (a file, or a folder that diffusers or peft wrote) for a model of ``config``.
 
-    Raises :class:`CheckpointError` for a file that is damaged, an update of which one half is missing or that holds a
-    value that is not finite, and a key that belongs to no layer of the model, unless ``allow_unmatched``;
-    :class:`UnsupportedError` for methods that are not LoRA, and for settings of peft's that change the result.
+    Raises :class:`CheckpointError` for a damaged file, an update that lacks one matrix or contains values that are not
+    finite, and a key that matches no layer of the model, unless ``allow_unmatched``. Raises :class:`UnsupportedError`
+    for methods other than LoRA, and for settings of peft that would change the result.
     """
     path = Path(path)
     file = file_of(path, NAMES)
@@ -124,7 +124,7 @@ def read_lora(path: str | os.PathLike[str], config: ModelConfig, *, allow_unmatc
 
 
 def update(path: Path, layer: str, halves: Mapping[str, Lazy], settings: Settings, names: tuple[str, ...]) -> Update:
-    """The two halves of one update, checked, and its alpha where the file or peft's settings tell one."""
+    """Return one update after checking its two matrices, with its alpha from the file or peft's settings, if any."""
     for half in ("down", "up"):
         if half not in halves:
             raise CheckpointError(f"{path}: the update of {layer} has no {half!r} half; the file is incomplete")
@@ -151,7 +151,7 @@ def update(path: Path, layer: str, halves: Mapping[str, Lazy], settings: Setting
 
 
 def alpha_of(path: Path, layer: str, entry: Lazy) -> float:
-    """The alpha that stands beside an update: one finite number, in whatever shape and dtype."""
+    """Return the alpha of an update: one finite number, in any shape and dtype."""
     if math.prod(entry.shape) != 1:
         raise CheckpointError(f"{path}: alpha of {layer} has shape {list(entry.shape)}; it is one number")
     value: Tensor = entry.load()
@@ -161,7 +161,7 @@ def alpha_of(path: Path, layer: str, entry: Lazy) -> float:
 
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """peft's settings, from the header of a file or from beside it, and where they stood. Empty if there are none."""
+    """Return peft's settings, from the header of a file or the file beside it, and their origin; empty if none."""
     beside = file.with_name(PEFT_CONFIG)
     if file.stem == PEFT and os.path.lexists(beside):
         return read_object(beside), str(beside)
@@ -177,7 +177,7 @@ def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[dict[str, An
 
 
 def split(key: str, path: Path) -> tuple[str, str | None]:
-    """A key as (layer as the file spells it, "down", "up", "alpha" or None for none of these)."""
+    """Split a key into (layer as the file spells it, "down", "up", "alpha" or None for none of these)."""
     if len(key) > LONGEST_KEY:
         return key, None
     for pattern, method in OTHER.items():
@@ -188,7 +188,7 @@ def split(key: str, path: Path) -> tuple[str, str | None]:
 
 
 def require_unknown(key: str, config: ModelConfig, table: Table, path: Path) -> None:
-    """Raise :class:`UnsupportedError` if a key that was not understood is about a layer that the model has."""
+    """Raise :class:`UnsupportedError` if a key that was not understood belongs to a layer of the model."""
     parts = key[:LONGEST_KEY].split(".")
     for n in range(max(1, len(parts) - 4), len(parts)):
         layer = table.layers.get(flat(".".join(parts[:n]), config))
@@ -200,7 +200,7 @@ def require_unknown(key: str, config: ModelConfig, table: Table, path: Path) -> 
 
 
 def flat(name: str, config: ModelConfig) -> str:
-    """A layer's name as the table spells it: the part, then the path with underscores."""
+    """Return a layer's name in the spelling of the table: the part, then the path with underscores."""
     name = WRAPPER.sub("", name).replace(".", "_")
     for prefix in LONGEST_FIRST:
         if name.startswith(prefix):
@@ -214,13 +214,13 @@ def flat(name: str, config: ModelConfig) -> str:
 
 
 def names(layer: str, spelled: str, table: Table) -> tuple[str, ...]:
-    """The names by which peft's settings may mean a layer: its path over there, now and before, and as spelled."""
+    """Return the names of a layer in peft's settings: its path in the reference, now and before, and as spelled."""
     path = table.paths[layer]
     return (path, f"text_model.{path}", WRAPPER.sub("", spelled))
 
 
 def layers(config: ModelConfig) -> Table:
-    """Find every layer that an adapter may bend."""
+    """Return every layer that an adapter may change."""
     table: dict[str, str] = {}
     paths: dict[str, str] = {}
 
@@ -241,7 +241,7 @@ def layers(config: ModelConfig) -> Table:
 
 
 def aliases(path: str) -> Iterator[str]:
-    """Other names of a layer: those that it has inside the attention processors of early 2023."""
+    """Return other names of a layer: those inside the attention processors of early 2023."""
     if path.endswith(".to_out.0"):
         yield path.removesuffix(".0")
     stem, dot, last = path.rpartition(".self_attn.")

@@ -13,10 +13,10 @@ from weights_convert.engine import Drop
 
 @dataclass
 class Report:
-    """The account of one conversion.
+    """Report of one conversion.
 
-    ``mapped`` counts tensors by component; ``dropped`` has (what, how many, why) for every rule that applied;
-    ``evidence`` is what gave layout and family away, ``notes`` whatever was decided rather than read.
+    ``mapped``: number of tensors by component; ``dropped``: (what, how many, why) for every rule that applied;
+    ``evidence``: how layout and family were recognized; ``notes``: what was decided rather than read.
     """
 
     source: str
@@ -30,7 +30,7 @@ class Report:
     hash: str | None = None
 
     def drop(self, dropped: Mapping[Drop, Iterable[str]]) -> None:
-        """Enter the keys that named rules dropped."""
+        """Add the keys that named rules dropped."""
         self.dropped += [(rule.name, len(list(keys)), rule.reason) for rule, keys in dropped.items()]
 
     def __repr__(self) -> str:
@@ -54,13 +54,13 @@ class Report:
 
 
 def page(lines: Iterable[tuple[str, str | None]]) -> str:
-    """A word and a text on each line: one line it stays, whatever a file or a path may hold."""
+    """Format lines of a word and a text; each stays one line, whatever a file or a path contains."""
     return "\n".join(f"{word:<10}{escaped(text or '')}" for word, text in lines)
 
 
 @dataclass
 class Source:
-    """A whole checkpoint in minidiff's terms, not read yet: tensors are named "unet.conv_in.weight" and so on."""
+    """A whole checkpoint under minidiff's names ("unet.conv_in.weight"), not read yet."""
 
     config: ModelConfig
     tensors: dict[str, Lazy]

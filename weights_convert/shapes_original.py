@@ -1,8 +1,8 @@
-"""Widths and depths of an original single file, read from its tensors' shapes.
+"""Widths and depths of an original single file, from the shapes of its tensors.
 
-A single file comes without a config. Its shapes tell everything but a few numbers: how many heads an attention has, how
-many groups a norm, which activation the text encoder uses, at which size it was trained. Those follow the family's rule
-(here the defaults of SD1), and whoever knows better overrides them. What comes out are fields by name.
+A single file has no config. Its shapes determine everything except the number of attention heads and norm groups, the
+activation of the text encoder, and the size of the training pictures. These follow the family's rule (here the defaults
+of SD1), and the user can override them. Results are config fields by name.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from minidiff.storage.files import Lazy
 from weights_convert.keys_original import CLIP, GUIDANCE, UNET, VAE
 
 SD1_HEADS = 8
-CLIP_HEAD = 64  # channels of one head, in every CLIP text encoder
+CLIP_HEAD = 64  # channels per head in every CLIP text encoder
 
 
 class Shapes:
-    """The shapes below ``root`` ("": at the top)."""
+    """Shapes of the tensors under ``root`` ("": the top level)."""
 
     def __init__(self, tensors: Mapping[str, Lazy], root: str, where: str) -> None:
         self.tensors, self.prefix, self.where = tensors, f"{root}." if root else "", where
 
     def has(self, name: str) -> bool:
-        """Return True if there is such a tensor."""
+        """Return True if the tensor exists."""
         return f"{self.prefix}{name}" in self.tensors
 
     def of(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Its shape. Raises :class:`CheckpointError` if it is missing or has another number of dimensions."""
+        """Return a tensor's shape. Raises :class:`CheckpointError` if it is missing or has another rank."""
         key = f"{self.prefix}{name}"
         if key not in self.tensors:
             raise CheckpointError(f"{self.where}: tensor {key!r} is missing; its shape tells the model's size")
@@ -39,7 +39,7 @@ class Shapes:
         return shape
 
     def is_convolution(self, name: str) -> bool:
-        """Return True if a matrix is kept as a 1x1 convolution."""
+        """Return True if a matrix is stored as a 1x1 convolution."""
         tensor = self.tensors.get(f"{self.prefix}{name}")
         return tensor is not None and len(tensor.shape) == 4
 
@@ -52,7 +52,7 @@ class Shapes:
 
 
 def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> dict[str, Any]:
-    """The fields of a UNetConfig, with ``head`` channels to each head, or SD1's eight heads at every level."""
+    """Return the fields of a UNetConfig, with ``head`` channels per head, or SD1's eight heads at every level."""
     s = Shapes(tensors, UNET, where)
     levels: list[list[dict[str, Any]]] = [[]]
     context_dim, linear = None, False
@@ -86,8 +86,10 @@ def unet(tensors: Mapping[str, Lazy], where: str, head: int | None = None) -> di
 
 
 def _joined(s: Shapes, blocks: list[dict[str, Any]], first: int) -> dict[str, Any]:
-    """One level from its blocks on the way down, and those on the way up from output block ``first`` on; a level
-    whose transformers are not all of one depth lists the depths."""
+    """Return one level from its blocks on the way down, and those on the way up starting at output block ``first``.
+
+    A level whose transformers have different depths lists them.
+    """
     level = blocks[0]
     down = [block.get("depth", 0) for block in blocks]
     up = [_depth(s, f"output_blocks.{first + j}") for j in range(len(blocks) + 1)]
@@ -107,7 +109,7 @@ def _level(s: Shapes, block: str, channels: int, head: int | None) -> dict[str, 
 
 
 def vae(tensors: Mapping[str, Lazy], where: str, root: str = VAE) -> dict[str, Any]:
-    """The fields of a VAEConfig; the names below ``root`` may be diffusers' as well."""
+    """Return the fields of a VAEConfig; the names under ``root`` may be those of diffusers as well."""
     s = Shapes(tensors, root, where)
     block, attention = "encoder.down.{}.block.{}.conv1.weight", ["encoder.mid.attn_1.q.weight"]
     if not s.has(block.format(0, 0)):
@@ -125,7 +127,7 @@ def vae(tensors: Mapping[str, Lazy], where: str, root: str = VAE) -> dict[str, A
 
 
 def clip(tensors: Mapping[str, Lazy], where: str, prefix: str, root: str = CLIP) -> dict[str, Any]:
-    """The fields of a CLIPTextConfig; names below ``root`` begin with ``prefix`` ("text_model." or nothing)."""
+    """Return the fields of a CLIPTextConfig; names under ``root`` begin with ``prefix`` ("text_model." or nothing)."""
     s = Shapes(tensors, root, where)
     vocab, width = s.of(f"{prefix}embeddings.token_embedding.weight", 2)
     return {

@@ -1,7 +1,7 @@
-"""An original single file (the layout of CompVis and Stability, ``.safetensors`` or ``.ckpt``), translated.
+"""Translation of an original single file (the layout of CompVis and Stability, ``.safetensors`` or ``.ckpt``).
 
-What a file does not say of itself, heads and norm groups, follows the rule of its family (scheduler and prediction:
-``single_schedule.py``).
+The numbers of heads and norm groups, which a file does not contain, follow the rule of its family (for scheduler and
+prediction type see ``single_schedule.py``).
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from weights_convert.swap import Swaps, config_of
 
 @dataclass(frozen=True)
 class Text:
-    """A text encoder inside a single file: where it lies, whether it is OpenCLIP's, and whether its pooled output is
-    read; ``tokenizer`` are the fields of its TokenizerConfig."""
+    """Text encoder inside a single file: its prefix, whether it is OpenCLIP's, and whether its pooled output is read.
+
+    ``tokenizer``: fields of its TokenizerConfig.
+    """
 
     root: str
     open_clip: bool = False
@@ -39,7 +41,7 @@ class Text:
 
 
 EMBEDDERS = "conditioner.embedders"
-# The text encoders of a family, by the name of the part that each becomes.
+# The text encoders of a family, by part.
 TEXTS: dict[str, dict[str, Text]] = {
     "sd1": {"text_encoder": Text(keys.CLIP)},
     "sd2": {"text_encoder": Text("cond_stage_model.model", open_clip=True, tokenizer={"pad": 0})},
@@ -51,10 +53,10 @@ TEXTS: dict[str, dict[str, Text]] = {
         "text_encoder_2": Text(f"{EMBEDDERS}.0.model", open_clip=True, pooled=True, tokenizer={"pad": 0}),
     },
 }
-TURBO = {"text_encoder": Text(f"{EMBEDDERS}.0.model", open_clip=True, tokenizer={"pad": 0})}  # SD2's, in another place
-HEAD = 64  # channels of one head in SD2 and SDXL; SD1 has eight heads everywhere
+TURBO = {"text_encoder": Text(f"{EMBEDDERS}.0.model", open_clip=True, tokenizer={"pad": 0})}  # as in SD2
+HEAD = 64  # channels per head in SD2 and SDXL; SD1 has eight heads everywhere
 LEVELS = Drop("noise levels", r"denoiser\.sigmas", "a table that follows from the schedule's settings")
-LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was asked for, and taken instead")
+LAST_STEP = Drop("last training step", rf"{keys.UNET}\..*", "the running average was requested, and is used instead")
 
 
 def read_original(
@@ -65,12 +67,12 @@ def read_original(
     override: Mapping[str, Any] | None = None,
     given: Swaps | None = None,
 ) -> Source:
-    """A single file of any family as minidiff's config and tensors; every key of it is accounted for.
+    """Read a single file of any family as minidiff's config and tensors; every key is accounted for.
 
-    ``ema`` takes the running average of the UNet instead of the weights of the last training step. A part that the file
-    lacks is taken from ``given``: here its config, its tensors when parts are replaced. Raises
-    :class:`CheckpointError` for keys or shapes that do not fit, for a part that is nowhere and for ``ema`` where the
-    file has no average, and :class:`ConfigError` where the file can't say what ``override`` does not.
+    ``ema`` takes the running average of the UNet instead of the weights of the last training step. For a part that the
+    file lacks, the config is taken from ``given`` here, and the tensors when parts are replaced. Raises
+    :class:`CheckpointError` for keys or shapes that do not fit, for a part that is missing everywhere, and for ``ema``
+    if the file has no average, and :class:`ConfigError` for settings in neither the file nor ``override``.
     """
     where, family = report.source, report.family.removesuffix("-inpainting").removesuffix("-lcm")
     texts = TURBO if single_schedule.is_turbo(tensors, family) else TEXTS[family]
@@ -99,7 +101,7 @@ def read_original(
     report.notes += [
         f"noise schedule and sampler ({config.sampler['name']}), heads and norm groups follow the family's rule, as a "
         "single file has none",
-        "tokenizer: the public CLIP table, which minidiff ships",
+        "tokenizer: the public CLIP table, which ships with minidiff",
     ]
     for name, text in here.items():
         layers = getattr(config, name).layers
@@ -109,7 +111,7 @@ def read_original(
     if texts is TURBO and "sampler" not in (override or {}):
         name = config.sampler["name"]
         report.notes.append(
-            f"sampler: {name} as SD-Turbo needs it, which this layout is known of; --sampler says another"
+            f"sampler: {name} as SD-Turbo needs it, the only known model with this layout; --sampler chooses another"
         )
     return Source(config, part.tensors, report)
 
@@ -130,9 +132,9 @@ def _require(absent: Iterable[str], given: Container[str], where: str) -> None:
 def key_pairs(
     config: ModelConfig, texts: Mapping[str, Text], prefixes: Mapping[str, str], *, vae: bool = True
 ) -> list[Pair]:
-    """The map of a whole file, read either way; ``prefixes`` of transformers' encoders, "text_model." by default.
+    """Return the map of a whole file; ``prefixes`` of transformers' encoders, "text_model." by default.
 
-    ``vae`` False: of a file without the autoencoder.
+    ``vae`` False: for a file without the autoencoder.
     """
     modules = {"unet": keys.unet(config.unet)}
     if vae:
@@ -151,7 +153,7 @@ def key_pairs(
 
 
 def _prefix(tensors: Mapping[str, Lazy], text: Text) -> str:
-    """Transformers' encoder has its names below "text_model." in most files, but not in all."""
+    """Return the prefix of a transformers encoder: "text_model." in most files, but not in all."""
     return "text_model." if f"{text.root}.text_model.final_layer_norm.weight" in tensors else ""
 
 
@@ -205,7 +207,7 @@ def _config(
 def _choose_weights(
     pairs: list[Pair], drops: tuple[Drop, ...], tensors: Mapping[str, Lazy], report: Report, ema: bool
 ) -> tuple[list[Pair], tuple[Drop, ...]]:
-    """The plain weights or the running average; says which, and that there was a choice."""
+    """Choose the plain weights or the running average, and report the choice."""
     averaged = any(k.startswith(f"{keys.EMA}.") for k in tensors)
     if ema and not averaged:
         raise CheckpointError(f"{report.source}: has no EMA weights ({keys.EMA}.*); convert it without --ema")
@@ -213,6 +215,6 @@ def _choose_weights(
         if averaged:
             report.notes.append("UNet: the weights of the last training step; EMA weights are there too (--ema)")
         return pairs, drops
-    report.notes.append("UNet: the EMA weights, as asked")
+    report.notes.append("UNet: the EMA weights, as requested")
     chosen = [p._replace(theirs=keys.ema_key(p.theirs)) if p.ours.startswith("unet.") else p for p in pairs]
     return chosen, (LAST_STEP, keys.EMA_COUNTERS, *(d for d in drops if d is not keys.EMA_COPY))

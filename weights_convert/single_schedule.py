@@ -1,10 +1,10 @@
-"""Noise schedule and sampler of an original single file: what it says of them, and what must be told.
+"""Noise schedule and sampler of an original single file.
 
-A single file has no scheduler config. What it can have is the noise table of its training, and two markers on which
+A single file has no scheduler config. It may contain the noise table of its training, and two markers on which
 community trainers and ComfyUI agreed: the keys ``v_pred`` (the model predicts v) and ``ztsnr`` (its noise schedule was
-rescaled to end in pure noise, Lin et al. 2023), tensors without a meaning of their own. The rest follows the scheduler
-that the family was published with; what even that leaves open, the prediction of SD2 and the sampler of a model that
-was distilled for few steps, is asked for.
+rescaled to end in pure noise, Lin et al. 2023), whose values have no meaning. Everything else follows the scheduler
+that the family was published with. The prediction type of SD2 and the sampler of a model that was distilled for few
+steps remain open, and must be given.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ DDIM = {"_class_name": "DDIMScheduler", **BETAS, "set_alpha_to_one": False, "cli
 EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading", "steps_offset": 1}
 # SD-Turbo, the one model of SD2's shape that was published in the layout of SDXL, was distilled for these timesteps.
 TURBO = {**EULER, "timestep_spacing": "trailing"}
-# Leading spacing never visits the last timestep, the very one that was made pure noise.
+# Leading spacing never visits the last timestep, which is the one that was made pure noise.
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
-# Each marker, the field of the ScheduleConfig that it sets, and in words.
+# Each marker with the field of the ScheduleConfig that it sets, and its description.
 MARKERS: dict[str, tuple[str, Any, str]] = {
     "v_pred": ("prediction", "v_prediction", "its model predicts v"),
     "ztsnr": ("zero_snr", True, "its noise schedule ends in pure noise"),
 }
 MARKERS_DROP = Drop("markers", "|".join(MARKERS), "what they say is kept in the schedule's config")
-ROUNDING = 5e-3  # a table in bfloat16 is up to 2e-3 from ours, a zero-SNR one 3.5e-2
+ROUNDING = 5e-3  # a table in bfloat16 differs by up to 2e-3, a zero-SNR one by 3.5e-2
 
 
 def evidence(tensors: Mapping[str, Lazy]) -> list[str]:
@@ -50,8 +50,10 @@ def evidence(tensors: Mapping[str, Lazy]) -> list[str]:
 
 
 def markers(config: ScheduleConfig, layout: str) -> dict[str, Lazy]:
-    """The markers that a file of the ``layout`` of a family should carry; SD2's have none, but for zero terminal SNR:
-    every program that reads one asks what it predicts."""
+    """Return the markers for a file of a family's ``layout``.
+
+    SD2 files only have the one for zero terminal SNR, since every program that reads one asks for the prediction type.
+    """
     if layout == "sd2" and not config.zero_snr:
         return {}
     return {
@@ -60,10 +62,10 @@ def markers(config: ScheduleConfig, layout: str) -> dict[str, Lazy]:
 
 
 def scheduler(tensors: Mapping[str, Lazy], family: str, override: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The scheduler of a single file in diffusers' words, always with its ``prediction_type``.
+    """Return the scheduler of a single file as a diffusers config, always with its ``prediction_type``.
 
-    Raises :class:`ConfigError` for what the file leaves open and ``override`` does not say, and for what the two say
-    differently: a wrong prediction makes grey mush, and a marker is put there on purpose.
+    Raises :class:`ConfigError` for settings that neither the file nor ``override`` has, and if they contradict each
+    other: a wrong prediction type gives grey pictures, and a marker is there on purpose.
     """
     said = override.get("schedule")
     said = dict(said) if isinstance(said, Mapping) else {}
@@ -99,9 +101,9 @@ def is_turbo(tensors: Mapping[str, Lazy], family: str) -> bool:
 
 
 def check_table(tensors: Mapping[str, Lazy], config: ScheduleConfig, where: str) -> None:
-    """A file that carries the noise table of its training must not be run with another one.
+    """Check the schedule of ``config`` against the noise table of its training, if the file contains it.
 
-    Raises :class:`CheckpointError` if ``config`` makes another.
+    Raises :class:`CheckpointError` if they differ.
     """
     stored = tensors.get("alphas_cumprod")
     if stored is None:

@@ -1,8 +1,8 @@
-"""One part of a model taken from elsewhere: a better VAE, a finetuned text encoder, a tiny autoencoder for previews.
+"""Replacement of parts of a model: a better VAE, a finetuned text encoder, a tiny autoencoder for previews.
 
-Such parts lie about in every form: a component's folder with its config, a bare file of tensors in diffusers' names or
-in the original ones (with the prefix of the checkpoint they were cut from, or without), a whole checkpoint of which one
-part is wanted, the two files of TAESD. A bare file has no config, so it must fit that of the part which it replaces.
+Such parts come in many forms: a component's folder with its config, a bare file of tensors with diffusers' or the
+original names (with or without the prefix in the checkpoint that they are from), a whole checkpoint, the two files of
+TAESD. A bare file has no config, so it must fit the config of the part that it replaces.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ TAESD = re.compile(r"(.*)(encoder|decoder)(\.(?:safetensors|pth|pt))", re.DOTALL
 
 
 def swap(source: Source, files: Swaps) -> Source:
-    """``source`` with parts replaced: {"vae": path, "text_encoder_2": path, ...}; None leaves one as it is.
+    """Replace parts of ``source``: {"vae": path, "text_encoder_2": path, ...}; None keeps a part.
 
     Raises :class:`ConfigError` for a part that the model does not have, and :class:`CheckpointError` for a file that
-    holds no such part, or one that does not fit.
+    contains no such part, or one that does not fit.
     """
     config, tensors, changed = source.config, dict(source.tensors), dict[str, Any]()
     for part, given in files.items():
@@ -49,14 +49,14 @@ def swap(source: Source, files: Swaps) -> Source:
             raise ConfigError(f"{part}={os.fspath(given)!r}: the model has no such part to replace; it has {have}")
         found, translated, layout = read_part(Path(given), part, mine)
         if isinstance(found, VAEConfig) and not is_xl(config.family):
-            found = dataclasses.replace(found, upcast=False)  # as in folder.py: only SDXL's pipelines heed it
+            found = dataclasses.replace(found, upcast=False)  # as in folder.py: only SDXL's pipelines use it
         changed[part] = found
         tensors = {k: t for k, t in tensors.items() if not k.startswith(f"{part}.")}
         tensors |= {f"{part}.{k}": t for k, t in translated.tensors.items()}
         source.report.mapped[part] = len(translated.tensors)
         source.report.drop(translated.dropped)
         source.report.notes.append(f"{part}: taken from {os.fspath(given)} ({layout})")
-    try:  # at the end: a UNet and the text encoder that goes with it may come together
+    try:  # at the end, since a UNet and its text encoder may be replaced together
         config = dataclasses.replace(config, **changed)
     except ConfigError as e:
         raise CheckpointError(f"{' and '.join(changed)} given: they do not fit the rest of the model ({e})") from None
@@ -64,7 +64,7 @@ def swap(source: Source, files: Swaps) -> Source:
 
 
 def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, str]:
-    """Config and tensors of the part at ``path``, and in which layout it was; ``mine`` is the config it has to fit."""
+    """Return config, tensors and layout of the part at ``path``; ``mine`` is the config that it has to fit."""
     if path.is_dir():
         pair = sorted(p for p in path.iterdir() if TAESD.fullmatch(p.name)) if part == "vae" else []
         if pair and not (path / "config.json").is_file():
@@ -87,7 +87,7 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
     def fit(form: Form) -> tuple[int, int]:
-        """Return how many tensors match the names of a form, and how many also its shapes."""
+        """Return the number of tensors that match the names of a form, and of those that also match its shapes."""
         here = [p for p in form.pairs if p.theirs in tensors]
         return len(here), sum(p.form.stored(shapes[p.ours]) == tensors[p.theirs].shape for p in here)
 
@@ -100,14 +100,14 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
         except CheckpointError as e:
             raise CheckpointError(f"{e}; it has to fit the {part} that it replaces") from None
     shown = ", ".join(repr(k) for k in sorted(tensors)[:4]) or "none"
-    raise CheckpointError(f"{path}: holds no {part} that is known; its {len(tensors)} keys begin with {shown}")
+    raise CheckpointError(f"{path}: holds no {part} in a known form; its {len(tensors)} keys begin with {shown}")
 
 
 def config_of(path: Path, part: str, rule: Mapping[str, Any], *, open_clip: bool = False) -> dict[str, Any]:
-    """The fields of the config of the part at ``path``, for a model that has none yet, which it would have to fit.
+    """Return the config fields of the part at ``path``, for a model that has no config of that part yet.
 
-    A bare file's shapes tell them, and ``rule``, what its family has in common; a folder and a minidiff file have a
-    config of their own. ``open_clip``: a text encoder that may be in OpenCLIP's names.
+    For a bare file they follow from its shapes and from ``rule``, the common values of its family; a folder and a
+    minidiff file have a config. ``open_clip``: a text encoder that may have OpenCLIP's names.
     """
     pair = part == "vae" and TAESD.fullmatch(path.name)
     tensors, metadata, _ = ({}, {}, []) if pair or path.is_dir() else read_tensors(path)
@@ -130,8 +130,8 @@ def config_of(path: Path, part: str, rule: Mapping[str, Any], *, open_clip: bool
 
 
 class Form(NamedTuple):
-    """One way in which a bare file may hold a part: the layout's name, the key map, the prefix of the part's keys, and
-    what beside it is dropped."""
+    """One form of a part in a bare file: the layout's name, the key map, the prefix of its keys, and the keys that are
+    dropped."""
 
     layout: str
     pairs: list[Pair]
@@ -140,7 +140,7 @@ class Form(NamedTuple):
 
 
 def forms(config: AnyConfig, model: nn.Module, tensors: Mapping[str, Lazy]) -> Iterator[Form]:
-    """Every form that a bare file of this part may have."""
+    """Return every form that a bare file of this part may have."""
     if isinstance(config, CLIPTextConfig):
         yield from _text_forms(config, model, tensors)
         return
@@ -157,8 +157,10 @@ def forms(config: AnyConfig, model: nn.Module, tensors: Mapping[str, Lazy]) -> I
 
 
 def _text_forms(config: CLIPTextConfig, model: nn.Module, tensors: Mapping[str, Lazy]) -> Iterator[Form]:
-    """A text encoder by transformers' names or OpenCLIP's, under whatever prefix the file has it: the names of the
-    first layer tell. Before "text_model." stands what the file puts around the encoder."""
+    """Return the forms of a text encoder by transformers' names or OpenCLIP's, under any prefix.
+
+    The names of the first layer tell. The prefix before "text_model." is that of the encoder in the file.
+    """
     pictures = Drop("picture encoder", r"(.*\.)?(visual|vision_model|visual_projection)\..*", "the other half of CLIP")
     yield Form("diffusers layout", expand(key_map(config, tensors), model), "", (pictures,))
     for prefix in _ends(tensors, TRANSFORMERS):
@@ -188,7 +190,7 @@ def _from_minidiff(path: Path, part: str) -> tuple[AnyConfig, Part, str]:
 
 
 def _taesd(path: Path) -> tuple[AnyConfig, Part, str]:
-    """The author's pair of files, of which ``path`` is one."""
+    """Read the author's pair of files, of which ``path`` is one."""
     named = TAESD.fullmatch(path.name)
     assert named is not None
     tensors: dict[str, Lazy] = {}

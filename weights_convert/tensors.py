@@ -1,4 +1,4 @@
-"""The tensors of a single file, safetensors or pickle: its first bytes tell which, whatever its name says."""
+"""Reader of the tensors of a single file, safetensors or pickle, which is recognized by its first bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Tensors(NamedTuple):
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file or a pickle.
+    """Return the tensors of a safetensors file or a pickle.
 
-    Raises :class:`CheckpointError` for a file that is missing, damaged or something else (a web page, a pointer of Git
-    LFS), and :class:`UnsupportedError` for quantized weights that come with scales.
+    Raises :class:`CheckpointError` for a file that is missing, damaged or something else (a web page, a Git LFS
+    pointer), and :class:`UnsupportedError` for quantized weights with scales.
     """
     if content(path) in PICKLES:
         tensors, others = read_pickle(path)

@@ -1,4 +1,4 @@
-"""A tokenizer's folder for transformers: the two files that every version of it reads, and its settings."""
+"""Export of a tokenizer's folder for transformers: the two files that every version reads, and its settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minidiff.models.tokenizer import END, START, Tokenizer, clip_table
 
 
 def tokenizer_files(config: TokenizerConfig) -> Iterator[tuple[str, Any]]:
-    """(name, content) of each file; a text as it is, anything else to be written as JSON."""
+    """Return (name, content) of each file; content that is not a text is to be written as JSON."""
     tokenizer = Tokenizer(config)
     merges = clip_table()[1] if config.merges is None else config.merges
     special = {

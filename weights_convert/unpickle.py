@@ -1,10 +1,10 @@
-"""A pickle read as data: the stack machine of Python's pickle, in which no name is ever looked up.
+"""Reader of pickles as data: the stack machine of Python's pickle, without importing or calling anything it names.
 
-A pickle is a program that builds objects by calling what it names. Here a name stays a name: what rebuilds a tensor is
-known by it and done here, on storages that come from the file; the containers are plain dicts and lists; everything
-else that training left behind, by a fixed list of names, becomes an empty stand-in that ignores whatever is done to it.
-Any other name is refused, and so is what costs more than its bytes: keys of a dict are texts and whole numbers (the
-hash of nested tuples takes two to the power of their depth), and the number of instructions is bounded.
+A pickle is a program that builds objects by calling functions by name. Here a name stays a name: functions that rebuild
+tensors are recognized and replaced, using storages from the file; containers become plain dicts and lists; other
+objects of training, from a fixed list of names, become empty stand-ins that ignore every operation. Any other name is
+refused, and so is anything that costs more than its size: keys of a dict are texts and integers (hashing nested tuples
+takes time exponential in their depth), and the number of instructions is bounded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
 
-MOST_INSTRUCTIONS = 1_000_000  # of one pickle; a whole SDXL has 90,000
+MOST_INSTRUCTIONS = 1_000_000  # per pickle; SDXL has 90,000
 MOST_DIMENSIONS = 16
-LARGEST_KEY = 2**60  # beyond that many whole numbers have one hash
+LARGEST_KEY = 2**60  # larger integers may share a hash in large numbers
 
 STORAGES: dict[str, torch.dtype | None] = {
     "torch.DoubleStorage": torch.float64,
@@ -38,15 +38,15 @@ STORAGES: dict[str, torch.dtype | None] = {
     "torch.BoolStorage": torch.bool,
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
-    "torch.storage.UntypedStorage": None,  # bytes, of a dtype that the tensor tells
+    "torch.storage.UntypedStorage": None,  # bytes, whose dtype is that of the tensor
 }
 DTYPES = {str(dtype): dtype for dtype in (*STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2) if dtype}
-# What may be named, and is never called.
+# Names that are allowed, and never called.
 VALUES = (*STORAGES, *DTYPES, "torch.Tensor")
 FOREIGN = {"torch._utils._rebuild_sparse_tensor": "sparse", "torch._utils._rebuild_qtensor": "quantized"}
 PARAMETERS = "torch.nn.modules.container.ParameterDict"
 DICTS = ("collections.OrderedDict", "collections.Counter", "collections.defaultdict", "builtins.dict", PARAMETERS)
-# What is answered with a stand-in. Most come from training loops; no tensor of a model is behind them.
+# Names that become stand-ins. Most come from training loops, and none holds a tensor of a model.
 HARMLESS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf)\.[\w.]+"
     r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)|numpy\.(dtype|ndarray|dtypes\.\w+)"
@@ -56,7 +56,7 @@ HARMLESS = re.compile(
 
 
 class Storage(NamedTuple):
-    """A stretch of the file's bytes; ``dtype`` None: the tensor tells. ``data`` None: not there yet."""
+    """Range of the file's bytes; ``dtype`` None: that of the tensor. ``data`` None: not available yet."""
 
     data: torch.UntypedStorage | None
     dtype: torch.dtype | None
@@ -74,15 +74,15 @@ class Global:
 
 
 class Inert:
-    """Stands in for an object of training."""
+    """Stand-in for an object of training."""
 
 
 class Parameters(dict[Any, Any]):
-    """Stands in for a ParameterDict, which the first learned words came in: its tensors by name."""
+    """Stand-in for a ParameterDict, the format of the first learned words: its tensors by name."""
 
 
 class Foreign(NamedTuple):
-    """A tensor of a kind that minidiff does not have."""
+    """Tensor of a kind that minidiff does not support."""
 
     kind: str
 
@@ -92,10 +92,10 @@ Load = Callable[[str, "torch.dtype | None", int], Storage]
 
 
 def unpickle(file: Any, load: Load) -> Any:
-    """The object that the next pickle of ``file`` (with ``read`` and ``readline``) describes.
+    """Return the object in the next pickle of ``file`` (with ``read`` and ``readline``).
 
-    ``load(key, dtype, count)`` gives the storage with that key and so many entries. Raises :class:`CheckpointError` for
-    a name, an instruction or a tensor that is refused; damaged pickles raise all sorts of errors beside.
+    ``load(key, dtype, count)`` returns the storage with that key and number of entries. Raises :class:`CheckpointError`
+    for a name, an instruction or a tensor that is refused; damaged pickles may raise other errors.
     """
     stack: list[Any] = []
     outer: list[list[Any]] = []
@@ -136,7 +136,7 @@ def unpickle(file: Any, load: Load) -> Any:
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE" | "FROZENSET":
-                items = marked()  # first: it is another stack afterwards
+                items = marked()  # first, since the stack is another one afterwards
                 stack.append(tuple(items))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(opcode.name[-1])
@@ -184,7 +184,7 @@ OPCODES = {op.code.encode("latin-1"): op for op in pickletools.opcodes if op.nam
 
 
 def _name(module: Any, name: Any) -> Global:
-    """The name as Python 3 has it (protocol 2 still writes Python 2's), if it is one of those that are let pass."""
+    """Return the name in Python 3 (protocol 2 still writes Python 2's), if it is allowed."""
     if not isinstance(module, str) or not isinstance(name, str):
         raise CheckpointError("a name that is no text")
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
@@ -251,14 +251,14 @@ def _storage(asked: Any, load: Load) -> Storage:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """A tensor that lies in ``storage`` from ``offset`` on; the rest (gradients, hooks) is about training."""
+    """Return the tensor in ``storage`` at ``offset``; the other arguments (gradients, hooks) concern training."""
     if not isinstance(storage, Storage) or storage.dtype is None:
         raise CheckpointError("a tensor without a storage")
     return _placed(storage, storage.dtype, offset, size, stride)
 
 
 def _tensor_of(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Any:
-    """Like :func:`_tensor`, of a dtype that has no storage of its own."""
+    """Return a tensor as :func:`_tensor` does, for a dtype without a storage class of its own."""
     if not isinstance(storage, Storage) or not isinstance(dtype, Global) or dtype.name not in DTYPES:
         raise CheckpointError("a tensor without a storage")
     return _placed(storage, DTYPES[dtype.name], offset, size, stride)
@@ -267,7 +267,7 @@ def _tensor_of(storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hoo
 def _placed(storage: Storage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor | Inert:
     told = (offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else ("",)
     if not all(type(n) is int and 0 <= n < 2**62 for n in told) or not len(size) == len(stride) <= MOST_DIMENSIONS:
-        # Not quoted: to write out nested tuples takes as long as to hash them.
+        # Not quoted: writing out nested tuples takes as long as hashing them.
         raise CheckpointError("a tensor whose shape, strides or offset are no whole numbers, or negative or too many")
     end = offset + (1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else 0)
     if end * dtype.itemsize > storage.nbytes:
@@ -282,7 +282,7 @@ def _parameter(data: Any, *rest: Any) -> Any:
 
 
 def _typed(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A subclass of tensors, or one with attributes: the tensor that it is made of."""
+    """Return the plain tensor of a tensor subclass or of one with attributes."""
     return _call(function, arguments)
 
 

@@ -68,7 +68,7 @@ def test_an_unknown_option_of_a_scheduler_is_a_note(tmp_path: Path) -> None:
     twins.folder_twin(tmp_path)
     edit(tmp_path / "scheduler" / "scheduler_config.json", my_extra=1)
     assert_close(*latents(tmp_path))
-    assert "scheduler: 'my_extra' is no option of any scheduler; passed over" in notes(tmp_path)
+    assert "scheduler: 'my_extra' is no option of any scheduler; ignored" in notes(tmp_path)
 
 
 @pytest.mark.parametrize("version", ["0.6.0", "0.8.1", "0.8.0.dev0", "0.9.0", "0.9.0.dev0", "0.10.2", ...])
@@ -285,7 +285,7 @@ def test_a_first_encoder_with_a_projection_is_refused(tmp_path: Path) -> None:
 def test_a_watermark_is_left_out_and_that_is_said(tmp_path: Path) -> None:
     twins.folder_twin(tmp_path, "sdxl")
     edit(tmp_path / "model_index.json", add_watermarker=True)
-    assert "minidiff draws no invisible watermark" in notes(tmp_path)
+    assert "minidiff adds no invisible watermark" in notes(tmp_path)
 
 
 def test_pndm_pipelines_have_a_scheduler_of_their_own(tmp_path: Path) -> None:

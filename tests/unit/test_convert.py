@@ -237,7 +237,7 @@ def test_ema_weights_are_picked_when_asked(tmp_path: Path) -> None:
         assert torch.equal(plain.tensors[f"unet.{key}"].load(), tensor)
         assert torch.equal(averaged.tensors[f"unet.{key}"].load(), tensor + 1)
     assert "EMA weights are there too" in str(plain.report)
-    assert "the EMA weights, as asked" in str(averaged.report)
+    assert "the EMA weights, as requested" in str(averaged.report)
     counts = {name: n for name, n, _ in averaged.report.dropped}
     assert (counts["last training step"], counts["EMA settings"]) == (len(wanted), 2)
     assert {name: n for name, n, _ in plain.report.dropped}["EMA weights"] == len(wanted) + 2

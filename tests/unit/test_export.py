@@ -229,7 +229,7 @@ def test_notes_tell_what_diffusers_will_do_otherwise(tmp_path: Path) -> None:
     notes = str(weights_convert.convert(path, tmp_path / "out", to="diffusers"))
     assert "takes eta from the call" in notes
     assert "will set steps_offset=1" in notes
-    assert "departs from the mathematics" in notes
+    assert "deviates from the mathematics" in notes
     path = save(replace(SD, sampler={"name": "tcd"}), tmp_path / "b.safetensors")
     assert "takes eta from the call" in str(weights_convert.convert(path, tmp_path / "tcd", to="diffusers"))
 

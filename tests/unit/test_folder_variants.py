@@ -83,7 +83,7 @@ def test_between_two_variants_the_caller_chooses(folder: Path) -> None:
 
 
 def test_a_variant_that_nobody_has(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no component has bf16 weights; leave --variant out"):
+    with pytest.raises(CheckpointError, match="no component has bf16 weights; leave out --variant"):
         weights_convert.open_source(folder, variant="bf16")
     weights_convert.convert(folder, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match="variant='fp16' is for diffusers folders; a minidiff file has one"):

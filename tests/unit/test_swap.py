@@ -208,7 +208,7 @@ def test_other_shapes(model: Path, tmp_path: Path) -> None:
 def test_no_such_part(model: Path, tmp_path: Path) -> None:
     save_file(TENSORS["unet"]["diffusers"], tmp_path / "unet.safetensors")
     refused(
-        model, "vae", tmp_path / "unet.safetensors", CheckpointError, "holds no vae that is known; its .* keys begin"
+        model, "vae", tmp_path / "unet.safetensors", CheckpointError, "holds no vae in a known form; its .* keys begin"
     )
     refused(model, "vea", tmp_path / "unet.safetensors", ConfigError, "no such part to replace; it has unet, vae, text")
     refused(model, "vae", tmp_path / "none.safetensors", CheckpointError, "no such file or folder")
