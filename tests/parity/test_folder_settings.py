@@ -243,7 +243,7 @@ def test_where_a_prompt_with_a_learned_word_is_pooled(tmp_path: Path, end: int) 
     embeddings.add(sd, read_embedding(tmp_path / "word.safetensors", sd.config, "<s0>"))
     for prompt in ("a photo of <s0> here", "a photo"):
         assert_close(sd.encode_prompt(prompt)[1], pipe.encode_prompt(prompt)[2], where=prompt)
-    assert ("pooled where the largest id stands" in notes(tmp_path)) == (end == 2)
+    assert ("pooled at the largest id" in notes(tmp_path)) == (end == 2)
     weights_convert.convert(tmp_path, tmp_path / "again", to="diffusers")
     assert json.loads((tmp_path / "again/text_encoder_2/config.json").read_text())["eos_token_id"] == end
 

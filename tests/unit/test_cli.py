@@ -362,7 +362,7 @@ def test_what_a_file_does_not_say(run: Run, tmp_path: Path) -> None:
     ended = run(*made, "--prediction", "v_prediction", "--sampler", "lcm")
     assert any("has the marker 'ztsnr'" in line for line in ended.out)
     assert any(
-        "told the guidance scale: has 'model.diffusion_model.time_embed.cond_proj.weight'" in x for x in ended.out
+        "reads the guidance scale: has 'model.diffusion_model.time_embed.cond_proj.weight'" in x for x in ended.out
     )
     config = minidiff.load(tmp_path / "out.safetensors").config
     assert (config.family, config.sampler, config.unet.guidance_dim) == ("sd1-lcm", {"name": "lcm"}, 8)

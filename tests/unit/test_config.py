@@ -177,11 +177,11 @@ NAN, INF = float("nan"), float("inf")
         ("tokenizer.length", 1, "length=1"),
         ("tokenizer.length", 10**9, "length=1000000000"),
         ("tokenizer.pad", -1, "pad=-1"),
-        ("tokenizer.vocab", ["a"], "vocab and merges come together"),
+        ("tokenizer.vocab", ["a"], "vocab and merges must be given together"),
         # parts that need each other
-        ("tokenizer", None, "tokenizer come together"),
-        ("text_encoder", None, "tokenizer come together"),
-        ("tokenizer_2", {}, "tokenizer come together"),
+        ("tokenizer", None, "tokenizer must be given together"),
+        ("text_encoder", None, "tokenizer must be given together"),
+        ("tokenizer_2", {}, "tokenizer must be given together"),
         ("vae", None, "needs a VAE"),
     ],
 )

@@ -122,7 +122,7 @@ def test_words_that_do_not_fit(sd: StableDiffusion, word: Word, error: type[Mini
 
 def test_a_word_twice_and_a_model_with_few_words(sd: StableDiffusion) -> None:
     embeddings.add(sd, Word("<cat>", {"text_encoder": CAT}))
-    with pytest.raises(ConfigError, match="known already"):
+    with pytest.raises(ConfigError, match="already exists"):
         embeddings.add(sd, Word("<CAT>", {"text_encoder": CAT}))
     few = random_model(replace(tiny.SD, text_encoder=replace(tiny.SD.text_encoder, kept=(320, 49406, 49407))))
     assert isinstance(few, StableDiffusion)

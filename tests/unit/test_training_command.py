@@ -209,7 +209,7 @@ def test_a_folder_has_one_run_at_a_time(photos: Path, tmp_path: Path, tiny: str,
     assert main(["train", *begin]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["log.csv", "model.safetensors", "state.safetensors"]
     with claimed(out):
-        assert "another run is at work" in complaint(capfd, *begin[:2], *begin[4:], "--resume")
+        assert "another run is using" in complaint(capfd, *begin[:2], *begin[4:], "--resume")
 
 
 def test_what_fails_early_leaves_no_folder(photos: Path, tmp_path: Path, tiny: str, capfd: Any) -> None:
