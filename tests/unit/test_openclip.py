@@ -29,10 +29,15 @@ def tensors(layers: int, root: str, width: int = WIDTH, pooled: int | None = Non
         "ln_final.bias": (width,),
     }
     for i in range(layers):
-        for name, shape in (
-            *(("ln_1", (width,)), ("ln_2", (width,)), ("attn.in_proj", (3 * width, width))),
-            *(("attn.out_proj", (width, width)), ("mlp.c_fc", (MLP, width)), ("mlp.c_proj", (width, MLP))),
-        ):
+        layer: dict[str, tuple[int, ...]] = {
+            "ln_1": (width,),
+            "ln_2": (width,),
+            "attn.in_proj": (3 * width, width),
+            "attn.out_proj": (width, width),
+            "mlp.c_fc": (MLP, width),
+            "mlp.c_proj": (width, MLP),
+        }
+        for name, shape in layer.items():
             joint = "_" if name.endswith("in_proj") else "."
             shapes[f"transformer.resblocks.{i}.{name}{joint}weight"] = shape
             shapes[f"transformer.resblocks.{i}.{name}{joint}bias"] = shape[:1]

@@ -162,7 +162,10 @@ def test_the_rows_of_the_page() -> None:
     ]
     assert '<div class="outcome bad"><b><a href="#first">they part at step.0/unet/b</a></b>' in shown
     assert "<dt>tolerance</dt><dd>0.125 of a stage&#x27;s largest value</dd>" in shown
-    assert "<td>neither</td>" in shown
+    cells = ["step.0/unet/b", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "neither"]
+    assert f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in shown, "without the arrow of the text"
+    cells = ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01"]
+    assert f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in shown
     same = page(Report("a", "b", ROWS[:1]))
     assert rows_of(same) == {"start": (False, ""), "start/x": (False, "")}
     assert '<span class="n">1 equal</span>' in same
@@ -210,8 +213,8 @@ def test_a_name_stands_in_the_picture_where_there_is_room() -> None:
         rows = [Row(f"{name}/{k}" if k < 10 else f"rest/{k}", by(0)) for k in range(100)]
         return f">{name}</text>" in page(Report("a", "b", rows))
 
-    assert named("decoder")
-    assert not named("a" * 20)
+    assert named("a" * 12)
+    assert not named("a" * 13), "a tenth of the width has room for 12 letters and a margin"
 
 
 def test_of_a_long_run_some_points_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minidiff.errors import CheckpointError
 from minidiff.storage.files import TensorFile
 from minidiff.training.distributed import Replicas
 from minidiff.training.sharded import ShardKeeper
@@ -151,6 +152,48 @@ def test_slices_that_a_kill_left_half_way(tmp_path: Path, left: str) -> None:
         (tmp_path / name / ".metadata").touch()
     assert keeper.exists(tmp_path)
     assert (tmp_path / "state" / "who").read_text() == left
+
+
+def test_slices_that_are_in_place_stay_there(tmp_path: Path) -> None:
+    """Whatever stands beside them; and without the file that is written last they are no run."""
+    for name in ("state", ".state.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who").write_text(name)
+    (tmp_path / ".state.new" / ".metadata").touch()
+    assert not ShardKeeper().exists(tmp_path)
+    (tmp_path / "state" / ".metadata").touch()
+    assert ShardKeeper().exists(tmp_path)
+    assert (tmp_path / "state" / "who").read_text() == "state"
+    assert (tmp_path / ".state.new").is_dir()
+
+
+def test_only_the_main_process_puts_slices_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minidiff.training.sharded.is_main", lambda: False)
+    (tmp_path / ".state.new").mkdir()
+    (tmp_path / ".state.new" / ".metadata").touch()
+    assert not ShardKeeper().exists(tmp_path)
+    assert (tmp_path / ".state.new").is_dir()
+
+
+def test_slices_of_another_run(tmp_path: Path) -> None:
+    """A tensor that is missing, one too many, and a description that is gone: one line each."""
+    from tests.unit.test_training_loop import pixel_trainer, run
+
+    keeper, trainer = ShardKeeper(), pixel_trainer()
+    run(trainer, 1)
+    keeper.save(trainer, tmp_path)
+    assert keeper.facts(tmp_path)["done"] == 1
+    other = pixel_trainer()
+    name = next(iter(other.weights))
+    weight = other.weights.pop(name)
+    with pytest.raises(CheckpointError, match=rf"state: tensor '.*{name}.*' is missing, or has no place"):
+        keeper.resume(other, tmp_path)
+    other.weights |= {name: weight, "extra": torch.nn.Parameter(torch.zeros(1))}
+    with pytest.raises(CheckpointError, match=r"state: tensor '.*extra.*' is missing, or has no place"):
+        keeper.resume(other, tmp_path)
+    (tmp_path / "state" / "run.json").unlink()
+    with pytest.raises(CheckpointError, match=r"run\.json: no such file"):
+        keeper.resume(pixel_trainer(), tmp_path)
 
 
 def test_parts_are_quiet_until_the_last() -> None:
