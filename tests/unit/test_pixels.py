@@ -119,7 +119,18 @@ def test_the_range_of_deep_pictures_in_memory() -> None:
         assert np.array_equal(np.asarray(to_eight_bits(image)), GREY), white
     light = Image.fromarray(np.array([[-0.5, 0, 0.5, 1, 1.5]], dtype=np.float32))  # a little beyond is cut off
     assert np.asarray(to_eight_bits(light)).tolist() == [[0, 0, 128, 255, 255]]
-    for value, words in ((np.nan, "NaN"), (np.inf, "NaN or infinite"), (1e9, "up to 1e[+]09")):
+    for most, white in ((1.99, 1.0), (2.0, 255.0), (255.99, 255.0), (256.0, 65535.0), (65535.9, 65535.0)):
+        image = Image.fromarray(np.array([[0, white, most]], dtype=np.float32))
+        assert np.asarray(to_eight_bits(image)).tolist() == [[0, 255, min(255, round(most * 255 / white))]], most
+    for most, white in ((255, 255), (256, 65535), (65535, 65535), (65536, 2**31 - 1)):
+        image = Image.fromarray(np.array([[0, most]], dtype=np.int32))
+        assert np.asarray(to_eight_bits(image)).tolist() == [[0, round(most * 255 / white)]], most
+    for value, words in (
+        (np.nan, "NaN"),
+        (np.inf, "NaN or infinite"),
+        (65536.0, "up to 65536"),
+        (1e9, "up to 1e[+]09"),
+    ):
         with pytest.raises(ValueError, match=words):
             to_eight_bits(Image.fromarray(np.array([[0, value]], dtype=np.float32)))
 
