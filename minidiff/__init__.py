@@ -13,10 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minidiff.version import VERSION as __version__
 
@@ -71,8 +70,11 @@ __all__ = [
 ]
 
 
-class _Aliases(MetaPathFinder, Loader):
-    """Finder and loader for ``import minidiff.lora``: the one module, under its earlier name as well."""
+class _Aliases:
+    """Finder and loader for ``import minidiff.lora``: the one module, under its earlier name as well.
+
+    Not derived from ``importlib.abc``'s classes, whose import takes as long as the rest of this file.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -81,7 +83,7 @@ class _Aliases(MetaPathFinder, Loader):
         old, dot, below = name.partition(".")
         if package != __name__ or old not in ALIASES:
             return None
-        return ModuleSpec(fullname, self, origin=f"{__name__}.{ALIASES[old]}{dot}{below}")
+        return ModuleSpec(fullname, cast(Any, self), origin=f"{__name__}.{ALIASES[old]}{dot}{below}")
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(str(spec.origin))
