@@ -205,7 +205,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
     "three missing": (_without_three, "tensor 'unet.conv_in.weight' is missing (and 2 more)"),
     "extra": (_extra, "tensor 'unet.surprise' does not belong to this model"),
     "a long name": (_long, "does not belong to this model"),
-    "a part that the config lacks": (_part, "tensor 'vae.decoder.conv_in.weight' has no place"),
+    "a part that the config lacks": (_part, "tensor 'vae.decoder.conv_in.weight' does not belong"),
     "misshapen": (_shape, f"tensor '{NAME}' has shape (16, 16, 3, 1), the config says (16, 16, 3, 3)"),
     "flat": (_rank, f"tensor '{NAME}' has shape (2304,), the config says (16, 16, 3, 3)"),
     "whole numbers": (_whole, f"tensor '{NAME}' has dtype torch.int8"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from minidiff import noise
 from minidiff.config import (
     CLIPTextConfig,
     Level,
@@ -322,9 +322,9 @@ def watch_loop(monkeypatch: pytest.MonkeyPatch, kind: Any, guard: CudaGuard) -> 
 
 
 class NoiseOfTheCard:
-    """In the place of ``noise.source``: random numbers that are on the card already."""
+    """In the place of a program's sources of noise: random numbers that are on the card already."""
 
-    def __init__(self, count: int, seed: Any, generator: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         self.shared = True
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -360,7 +360,7 @@ def test_pipeline(
     model has one half, and its guidance scale goes over in two steps, device and dtype.
     """
     sd = family(card, dtype)
-    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, SAMPLERS[name], guard)
         pixels = sd.generate(["a cat", "a dog"], steps=2, sampler=name, seed=0, output="tensor", progress=False)
@@ -374,7 +374,7 @@ def test_pipeline(
 def test_inpainting(card: AbstractContextManager[Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The known part of the picture is put back after every step by what is on the card already."""
     sd = sd1(card, torch.float16)
-    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
     monkeypatch.setattr(images, "open_pictures", outside(images.open_pictures))
     monkeypatch.setattr(
         images.Opened, "resized", outside(images.Opened.resized)
@@ -417,7 +417,7 @@ def test_unconditional_pipeline(
 ) -> None:
     config = ModelConfig(family="ddpm", unet=UNETS["ddpm"], schedule=ScheduleConfig(), sampler={"name": "ddpm"})
     model = from_parts(config, {"unet": build(card, UNet, config.unet, dtype)})
-    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
     with on_card(card, loop=False) as guard:
         watch_loop(monkeypatch, SAMPLERS["ddpm"], guard)
         pixels = model.generate(2, steps=2, seed=0, output="tensor", progress=False)

@@ -8,13 +8,14 @@ on it as well.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff import fast, noise
+from minidiff import fast
 from minidiff.fast.channels_last import Innermost
 from minidiff.fast.offload import Offloaded
 from minidiff.fast.smaller import Halves
@@ -41,7 +42,7 @@ def optimized(sd: StableDiffusion) -> StableDiffusion:
 
 @pytest.fixture
 def drawn_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise, "source", NoiseOfTheCard)
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
 
 
 @pytest.mark.usefixtures("unread", "drawn_there")

@@ -67,7 +67,7 @@ def test_a_run_takes_more_than_what_is_counted(sd: StableDiffusion) -> None:
         ({"height": 800_000, "width": 800_000}, "a picture of 800000 x 800000 needs "),
         ({"height": 800_000, "width": 800_000, "image": Image.new("RGB", (32, 32))}, "a picture of 800000 x 800000"),
         ({"num_images": 10**8}, "100,000,000 pictures of 64 x 64 need "),
-        ({"num_images": 10**8, "image": Image.new("RGB", (32, 32))}, "100,000,000 pictures of 8 x 8 need "),
+        ({"num_images": 10**8, "image": Image.new("RGB", (32, 32))}, "100,000,000 pictures of 32 x 32 need "),
         ({"num_images": 10**8, "guidance_scale": 1}, "100,000,000 pictures"),
         ({"num_images": 10**12}, "num_images must be below 1,000,000,000"),
         ({"num_images": 10**5000}, "num_images must be below 1,000,000,000"),
@@ -87,7 +87,7 @@ def test_what_cannot_fit(sd: StableDiffusion, given: dict[str, Any], words: str)
 
 
 def test_models_without_text(ddpm: Unconditional) -> None:
-    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory at the least"):
+    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 32 x 32 need .* GB of memory at the least"):
         ddpm.generate(10**8, steps=1)
 
 

@@ -48,7 +48,7 @@ def test_the_text_of_a_report() -> None:
     assert [line.split() for line in told[3:8]] == [
         ["section", "equal", "max", "abs", "relative", "ULPs", "on", "equal", "inputs", "nearer"],
         ["start", "1/1", "0", "0", "0", "0"],
-        ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "<-", "they", "part"],
+        ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "<-", "first", "difference"],
         ["step.1", "0/2", "inf", "inf", "-", "-"],
         ["decode", "1/2", "NaN", "inf", "0", "0"],
     ]
@@ -56,14 +56,25 @@ def test_the_text_of_a_report() -> None:
         ["stage", "equal", "max", "abs", "relative", "ULPs", "on", "equal", "inputs", "nearer"],
         ["start/x", "yes", "0", "0", "0", "0"],
         ["step.0/unet/a", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "0"],
-        ["step.0/unet/b", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "neither", "<-", "they", "part"],
+        [
+            "step.0/unet/b",
+            "no",
+            "5.00e-01",
+            "5.00e-01",
+            f"{2**51:,}",
+            "2.50e-01",
+            "neither",
+            "<-",
+            "first",
+            "difference",
+        ],
         ["step.0/unet/c", "no", "9.54e-07", "9.54e-07", f"{2**32:,}", "9.54e-07"],
         ["step.1/out", "no", "shape", "inf", "-", "-"],
         ["step.1/x", "no", "inf", "inf", "-", "-"],
         ["decode/pixels", "no", "NaN", "inf", "-", "0"],
         ["decode/rest", "yes", "0", "0", "0", "-"],
     ]
-    assert told[19] == "they part at step.0/unet/b"
+    assert told[19] == "first difference at step.0/unet/b"
     assert told[20] == f"  how far   max abs 0.25, relative 0.25, {2**50:,} ULPs; 1 of 4 values"
     assert len({line.index("equal") + 5 for line in told[3:4]} | {re.search(r"\d/\d", t).end() for t in told[4:8]}) == 1  # type: ignore[union-attr]
 
@@ -160,7 +171,7 @@ def test_the_rows_of_the_page() -> None:
         ("", "step.1", '<span class="bad">2 of 2 differ</span>'),
         ("", "decode", '<span class="bad">1 of 2 differ</span>'),
     ]
-    assert '<div class="outcome bad"><b><a href="#first">they part at step.0/unet/b</a></b>' in shown
+    assert '<div class="outcome bad"><b><a href="#first">first difference at step.0/unet/b</a></b>' in shown
     assert "<dt>tolerance</dt><dd>0.125 of a stage&#x27;s largest value</dd>" in shown
     cells = ["step.0/unet/b", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "neither"]
     assert f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in shown, "without the arrow of the text"

@@ -17,7 +17,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.parity import command, theirs
 from minidiff.parity.difference import difference
 from minidiff.parity.engine import Row
-from minidiff.parity.ours import Request
+from minidiff.parity.ours import Asked, asked
 from minidiff.parity.stages import Deep
 from minidiff.parity.theirs import Theirs
 
@@ -86,7 +86,7 @@ class Alone(Pipe):
         return self.result(np.arange(6.0).reshape(1, 1, 2, 3), told)
 
 
-def shown(pipe: Any, request: Request) -> dict[str, list[float]]:
+def shown(pipe: Any, request: Asked) -> dict[str, list[float]]:
     """The stages of a run, in order, and their values."""
     seen: dict[str, list[float]] = {}
 
@@ -99,7 +99,7 @@ def shown(pipe: Any, request: Request) -> dict[str, list[float]]:
 
 
 def test_a_text_to_image_pipeline_is_told_the_run() -> None:
-    request = Request("a fox", "fog", 5, 3.0, 11, 16, 24, eta=0.5)
+    request = asked("a fox", negative_prompt="fog", steps=5, guidance_scale=3.0, seed=11, height=16, width=24, eta=0.5)
     pipe = TextToImage()
     shown(pipe, request)
     generator = pipe.told.pop("generator")
@@ -112,21 +112,23 @@ def test_a_text_to_image_pipeline_is_told_the_run() -> None:
 
 def test_a_pipeline_is_told_only_what_it_takes() -> None:
     """No size where the picture has one, no eta where there is none, no mask unless there is one."""
-    request = Request("a fox", "", 5, 3.0, 1, 16, 24, image=PICTURE, strength=0.25, eta=0.5)
+    request = asked(
+        "a fox", steps=5, guidance_scale=3.0, seed=1, height=16, width=24, image=PICTURE, strength=0.25, eta=0.5
+    )
     pipe = ImageToImage()
     shown(pipe, request)
     assert (pipe.told["image"], pipe.told["strength"], pipe.told["mask_image"]) == (PICTURE, 0.25, None)
-    shown(pipe, Request(image=PICTURE, mask=MASK))
+    shown(pipe, asked(image=PICTURE, mask=MASK))
     assert (pipe.told["image"], pipe.told["strength"], pipe.told["mask_image"]) == (PICTURE, 0.8, MASK)
     alone = Alone(text=False)
-    assert shown(alone, Request(steps=3))["decode/pixels"] == [0, 3, 1, 4, 2, 5], "channels first"
+    assert shown(alone, asked(steps=3))["decode/pixels"] == [0, 3, 1, 4, 2, 5], "channels first"
     assert (alone.told["batch_size"], alone.told["num_inference_steps"], alone.told["output_type"]) == (1, 3, "np")
 
 
 def test_the_stages_of_a_scheduler() -> None:
     """Its plan, the noising, the first sample, and each step; afterwards its own methods are back."""
     pipe = TextToImage()
-    assert shown(pipe, Request(steps=2)) == {
+    assert shown(pipe, asked(steps=2)) == {
         "plan/timesteps": [7, 3],
         "plan/init_noise_sigma": [2],
         "plan/sigmas": [4, 1, 0],
@@ -149,7 +151,7 @@ def test_the_stages_of_a_scheduler() -> None:
             pixels.extend(value.tolist())
         return value + 100 if stage in ("start/x", "x") else value
 
-    Theirs(pipe, Request(steps=2), {}).run(another)
+    Theirs(pipe, asked(steps=2), {}).run(another)
     assert pixels == [17 + 100 + 1 + 100 + 1], "the run goes on with what the tap gives back"
 
 
@@ -163,12 +165,12 @@ def test_an_error_of_the_reference_is_one_line() -> None:
             raise ConfigError("no such thing")
 
     with pytest.raises(UnsupportedError, match=r"diffusers cannot run this \(TypeError: .*unexpected keyword"):
-        shown(Broken(), Request())
+        shown(Broken(), asked())
     with pytest.raises(ConfigError, match="no such thing"):
-        shown(Refuses(), Request())
+        shown(Refuses(), asked())
     broken = Broken()
     with pytest.raises(UnsupportedError):
-        shown(broken, Request())
+        shown(broken, asked())
     assert vars(broken.scheduler) == {}
 
 
@@ -186,7 +188,7 @@ class Autoencoder(nn.Linear):
 @pytest.mark.parametrize("upcast", [True, False])
 def test_wide_is_float64_for_the_time_being(upcast: bool) -> None:
     vae, unet = Autoencoder(upcast), nn.Linear(1, 1)
-    side = Theirs(Pipe(vae=vae, unet=unet, text_encoder_2=None), Request(), {})
+    side = Theirs(Pipe(vae=vae, unet=unet, text_encoder_2=None), asked(), {})
     assert theirs.parts_of(side.pipe) == {"unet": unet, "vae": vae}
     with suppress(KeyError), side.wide():
         assert unet.weight.dtype == vae.weight.dtype == torch.float64
@@ -194,7 +196,7 @@ def test_wide_is_float64_for_the_time_being(upcast: bool) -> None:
         raise KeyError
     assert unet.weight.dtype == vae.weight.dtype == torch.float32
     assert vae.config == {"force_upcast": upcast}
-    with Theirs(Pipe(text=False, unet=unet), Request(), {}).wide():
+    with Theirs(Pipe(text=False, unet=unet), asked(), {}).wide():
         assert unet.weight.dtype == torch.float64
 
 
@@ -232,7 +234,7 @@ def test_a_later_step_is_run_again_with_its_layers(
     monkeypatch.setattr(theirs, "import_diffusers", lambda: SimpleNamespace(__version__="9.9"))
     args = Namespace(tolerance=0.5, judge=True)
     names = {"unet": {"conv_in": "first"}}
-    report = command.hold(SimpleNamespace(), SimpleNamespace(), Request(), names, args, told.append)  # type: ignore[arg-type]
+    report = command.hold(SimpleNamespace(), SimpleNamespace(), asked(), names, args, told.append)  # type: ignore[arg-type]
     assert (report.b, report.only_a, report.only_b, report.tolerance) == ("diffusers 9.9", ["a"], ["b"], 0.5)
     assert [runs[0](scope) for scope in ("prompt", "step.0", "step.1")] == [True, True, False]
     if again is None:

@@ -189,7 +189,7 @@ def learned(names: dict[str, Any], folder: Path) -> None:
     """The loop ran to its end, and the sampling after it; four steps teach nothing."""
     assert names["step"] == 3
     assert 0 < names["loss"].item() < 3
-    assert names["rates"].get_last_lr()[0] < 1e-6
+    assert 0 < names["rates"].get_last_lr()[0] < 3e-3
     assert names["x"].isfinite().all()
     with Image.open(folder / "learned.png") as saved:
         assert saved.size == (1024, 64)

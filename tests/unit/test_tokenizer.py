@@ -271,11 +271,11 @@ DAMAGED = {
     "special_tokens_map.json": {
         "'<pad>' is not in the vocabulary": '{"pad_token": "<pad>"}',
         "no name of a token": '{"pad_token": 3}',
-        "no list of tokens": '{"additional_special_tokens": 3}',
+        "not a list of tokens": '{"additional_special_tokens": 3}',
     },
     "tokenizer.json": {
         "no byte-pair model": "{}",
-        "added_tokens is no list": json.dumps(tokenizer_json() | {"added_tokens": [3]}),
+        "added_tokens is not a list": json.dumps(tokenizer_json() | {"added_tokens": [3]}),
         "no list of merges": json.dumps(tokenizer_json() | {"model": tokenizer_json()["model"] | {"merges": None}}),
         "merge 0 is no pair": json.dumps(tokenizer_json(merges=[["a", 3]])),
     },

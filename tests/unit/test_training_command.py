@@ -381,7 +381,7 @@ def test_what_is_not_given_has_the_default_that_the_help_names() -> None:
         if isinstance(value, (int, float)):
             assert float(found[1]) == value, field.name
         else:
-            assert found[1] == {("unet",): "unet", None: "no"}.get(value, value), field.name
+            assert found[1] == {("unet",): "unet", None: "off"}.get(value, value), field.name
 
 
 def test_the_warm_up_is_a_tenth_at_most_500_steps() -> None:

@@ -434,7 +434,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         (lambda t, m: m.update({state.KEY: "{"}), "cannot be used"),
         (lambda t, m: m.update({state.KEY: '{"settings": {}, "model": {}}'}), "cannot be used"),
         (lambda t, m: t.pop("weights.unet.conv_in.bias"), "'weights.unet.conv_in.bias' is missing"),
-        (lambda t, m: t.update({"weights.x": files.lazy(torch.ones(1))}), "'weights.x' has no place"),
+        (lambda t, m: t.update({"weights.x": files.lazy(torch.ones(1))}), "'weights.x' does not belong to this model"),
         (lambda t, m: t.update({"ema.unet.conv_in.bias": files.lazy(torch.ones(1))}), "has shape"),
     ],
 )

@@ -149,7 +149,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         ("folder", "is a folder"),
         (".", "is a folder"),
         ("folder/..", "is a folder"),
-        ("nul\0", "is no name"),
+        ("nul\0", "is not a valid file name"),
     ):
         with pytest.raises(CheckpointError, match=words), atomic(tmp_path / path):
             pytest.fail("the body ran")
