@@ -54,9 +54,9 @@ class Pictures:
 
 def digest(values: Tensor) -> str:
     """Return a hash of shape, dtype and values, 16 hex digits; "" for a tensor without values (a FakeTensor)."""
-    if type(values) is not Tensor:
-        return ""
     found = values.detach().contiguous().cpu()
+    if type(found) is not Tensor:
+        return ""
     told = f"{found.dtype} {tuple(found.shape)} ".encode()
     return hashlib.sha256(told + found.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 

@@ -264,7 +264,6 @@ class Method(Sampler[R, S]):
     own_levels: ClassVar[bool] = False  # True if the method defines its own noise levels and needs no NoiseSchedule
     predicts: ClassVar[Prediction | None] = None  # the prediction type of the model, whatever the schedule says
     initial: ClassVar[Any] = ()  # the state before the first step
-    on_device: ClassVar[tuple[str, ...]] = ()  # the columns that are used in matrix products with samples
     takes: ClassVar[tuple[str, ...]] = ("steps",)  # those of steps, timesteps and sigmas that the reference accepts
     takes_more: ClassVar[tuple[str, ...]] = ()  # those that a sampler chosen by name accepts in addition
 
@@ -304,6 +303,11 @@ class Method(Sampler[R, S]):
         if schedule is None and not self.own_levels:
             raise ConfigError(f"{self.name} needs the model's noise schedule, got None")
         return NOTHING if schedule is None else schedule.to("cpu")
+
+    @property
+    def on_device(self) -> tuple[str, ...]:
+        """Columns that are used in matrix products with samples, and so are moved to their device."""
+        return ()
 
     def plan_at(self, at: Levels, prediction: Prediction) -> Plan[R]:
         """Return the plan for ready levels, whoever chose them: ``levels``, perhaps changed by

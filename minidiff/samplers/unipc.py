@@ -57,13 +57,17 @@ class UniPC(Lambdas[Row, State]):
     """
 
     initial: ClassVar[State] = State()
-    on_device: ClassVar[tuple[str, ...]] = ("predict3", "correct3")
 
     solver_order: UpTo3 = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
     final_sigma: Final = "zero"
+
+    @property
+    def on_device(self) -> tuple[str, ...]:
+        """See :class:`Method`: only the third order multiplies matrices."""
+        return ("predict3", "correct3") if self.solver_order == 3 else ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,7 +87,7 @@ def test_what_cannot_fit(sd: StableDiffusion, given: dict[str, Any], words: str)
 
 
 def test_models_without_text(ddpm: Unconditional) -> None:
-    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 32 x 32 need .* GB of memory at the least"):
+    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory at the least"):
         ddpm.generate(10**8, steps=1)
 
 

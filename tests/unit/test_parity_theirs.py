@@ -119,7 +119,7 @@ def test_a_pipeline_is_told_only_what_it_takes() -> None:
     shown(pipe, request)
     assert (pipe.told["image"], pipe.told["strength"], pipe.told["mask_image"]) == (PICTURE, 0.25, None)
     shown(pipe, asked(image=PICTURE, mask=MASK))
-    assert (pipe.told["image"], pipe.told["strength"], pipe.told["mask_image"]) == (PICTURE, 0.8, MASK)
+    assert (pipe.told["image"], pipe.told["strength"], pipe.told["mask_image"]) == (PICTURE, 1.0, MASK)
     alone = Alone(text=False)
     assert shown(alone, asked(steps=3))["decode/pixels"] == [0, 3, 1, 4, 2, 5], "channels first"
     assert (alone.told["batch_size"], alone.told["num_inference_steps"], alone.told["output_type"]) == (1, 3, "np")
@@ -240,7 +240,7 @@ def test_a_later_step_is_run_again_with_its_layers(
     if again is None:
         assert (len(runs), told) == (1, [])
     else:
-        assert told == [f"they part in the UNet of {again}; once more, with its layers"]
+        assert told == [f"first difference in the UNet of {again}; running again with its layers"]
         assert [runs[1](scope) for scope in (again, "prompt", "step.0", "step.1", f"{again}1")] == [True] + [False] * 4
 
 
