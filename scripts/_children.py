@@ -87,7 +87,7 @@ def prepare(work: str, kind: str) -> None:
     from check_full_size import random_pipeline
 
     import weights_convert
-    from tests.parity.twins import pipeline_twin
+    from tests.support.parity.twins import pipeline_twin
 
     root = Path(work)
     shutil.rmtree(root / "folder", ignore_errors=True)

@@ -60,7 +60,7 @@ def random_pipeline() -> Any:
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tests.parity.twins import tokenizer_twin
+    from tests.support.parity.twins import tokenizer_twin
 
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -87,7 +87,7 @@ def write_source(work: Path) -> dict[str, Any]:
     """The reference model on disk, in both layouts, in float16."""
     from safetensors.torch import save_file
 
-    from tests.parity.ldm import original_sd1
+    from tests.support.parity.ldm import original_sd1
 
     pipe = random_pipeline()
     parts = {name: getattr(pipe, name).half() for name in ("unet", "vae", "text_encoder")}

@@ -3,11 +3,11 @@
     python scripts/fuzz_checkpoints.py                          # about an hour on one core; case K is always the same
     python scripts/fuzz_checkpoints.py --first 5000 --count 7   # just these
 
-Each case is one small checkpoint, damaged (tests/fuzz.py says how) and read or converted in a worker process. It must
-be refused with one line, read as the model that it was, or differ in weights alone where only their bytes were hit. A
-worker that dies, takes longer than 20 seconds or more memory than twice the file (and 64 MB for the interpreter's own
-comings and goings), or that runs what a pickle asks for, has failed; so has a model that is another and was accepted.
-Exit status 1 if there was one.
+Each case is one small checkpoint, damaged (tests/support/fuzz.py says how) and read or converted in a worker process.
+It must be refused with one line, read as the model that it was, or differ in weights alone where only their bytes were
+hit. A worker that dies, takes longer than 20 seconds or more memory than twice the file (and 64 MB for the
+interpreter's own comings and goings), or that runs what a pickle asks for, has failed; so has a model that is another
+and was accepted. Exit status 1 if there was one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def work(first: int, last: int) -> None:
     """A worker: every case on a line of its own before it starts, its end after it."""
     import torch
 
-    from tests import fuzz
+    from tests.support import fuzz
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

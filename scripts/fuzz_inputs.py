@@ -4,10 +4,10 @@
     python scripts/fuzz_inputs.py --first 300 --count 7    # just these
 
 Pictures of every mode and format, recipes, folders to train on, configs in folders, adapters and learned words, and
-what is no file in every place where a path is taken (tests/fuzz_inputs.py and tests/fuzz_adapters.py make them). Each
-must be taken, or refused in one line, in a worker process. A worker that dies, takes longer than 20 seconds or more
-memory than half a gigabyte, or that starts a program or opens a connection, has failed, and so has any other error.
-Exit status 1 if there was one.
+what is no file in every place where a path is taken (fuzz_inputs.py and fuzz_adapters.py of tests/support make them).
+Each must be taken, or refused in one line, in a worker process. A worker that dies, takes longer than 20 seconds or
+more memory than half a gigabyte, or that starts a program or opens a connection, has failed, and so has any other
+error. Exit status 1 if there was one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def work(first: int, last: int) -> None:
 
     import torch
 
-    from tests import fuzz_inputs
+    from tests.support import fuzz_inputs
 
     torch.set_num_threads(1)
     out = sys.stdout

@@ -1,7 +1,7 @@
 """Write tests/fixtures/recording_sd1.safetensors: a run of diffusers on a tiny model, as a recording.
 
-The model is that of tests/unit/tiny.py, whose weights come from a seed; written as a diffusers folder, it is opened and
-run by the installed diffusers. tests/unit/test_parity_recording.py lets minidiff run the same and compares, without
+The model is that of tests/support/tiny.py, whose weights come from a seed; written as a diffusers folder, it is opened
+and run by the installed diffusers. tests/unit/test_parity_recording.py lets minidiff run the same and compares, without
 diffusers. Needs the `parity` extra.
 
     python scripts/make_parity_recording.py [FILE]            # writes the fixture, or FILE
@@ -24,8 +24,8 @@ import torch  # noqa: E402
 from minidiff.parity import recording, theirs  # noqa: E402
 from minidiff.parity.command import pair, run_of  # noqa: E402
 from minidiff.parity.ours import asked  # noqa: E402
-from tests.unit.convert_sources import write_folder  # noqa: E402
-from tests.unit.tiny import tiny_sd  # noqa: E402
+from tests.support.convert_sources import write_folder  # noqa: E402
+from tests.support.tiny import tiny_sd  # noqa: E402
 from weights_convert.module_names import module_names  # noqa: E402
 
 FIXTURE = ROOT / "tests" / "fixtures" / "recording_sd1.safetensors"

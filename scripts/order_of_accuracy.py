@@ -2,8 +2,8 @@
 
     python scripts/order_of_accuracy.py [--svg orders.svg]
 
-Data is a Gaussian, for which the exact solution is known; ``tests/unit/gaussian.py`` says what is measured. The table
-has, for each method, its theoretical order, the errors at rising numbers of steps (of the deviation of what is
+Data is a Gaussian, for which the exact solution is known; ``tests/support/gaussian.py`` says what is measured. The
+table has, for each method, its theoretical order, the errors at rising numbers of steps (of the deviation of what is
 sampled, in units of the exact one) and the slope between the last two; the plot has both logarithms as axes, so that
 an order is the steepness of a line. Nothing is needed but minidiff; it takes seconds.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from minidiff.storage.writing import atomic
-    from tests.unit.gaussian import DETERMINISTIC, NOT_MEASURED, STOCHASTIC, errors_of, slope_of
+    from tests.support.gaussian import DETERMINISTIC, NOT_MEASURED, STOCHASTIC, errors_of, slope_of
 
     curves = []
     for title, runs in (("deterministic", DETERMINISTIC), ("stochastic (mean and deviation)", STOCHASTIC)):

@@ -3,7 +3,7 @@
     python scripts/parity_configs.py                                     # 400 of each kind; case K is always the same
     python scripts/parity_configs.py --kind unet --first 0 --count 2000  # just these
 
-Each case (tests/parity/configs.py draws it) is a small folder that the reference wrote, with odd values of its
+Each case (tests/support/parity/configs.py draws it) is a small folder that the reference wrote, with odd values of its
 settings, read by both. It ends as "equal" (the same bits), "refused" (by one of minidiff's errors), "both refuse" or
 "the reference refuses"; anything else is a fault: another output, an error that is none of minidiff's, a worker that
 dies or hangs. The cases are dealt to worker processes. Exit status 1 if there was a fault.
@@ -33,7 +33,7 @@ def work(kind: str, first: int, last: int) -> None:
     """A worker: a line of JSON for every case."""
     import torch
 
-    from tests.parity import configs
+    from tests.support.parity import configs
 
     torch.set_num_threads(1)
     configs.quiet()

@@ -2,9 +2,9 @@
 
     python scripts/parity_grid.py [--only CLASS ...] [--every K] [--jobs N] [--record FILE]
 
-The grid is that of ``tests/parity/grid.py``: every scheduler class, the products of its options, 1 to 50 steps or given
-timesteps and sigmas, float32, float16 and bfloat16, on a CPU. A combination that shows the user the same bits as
-another of its class, length and dtype (timesteps, what the model is shown, x0, samples) is counted as removed. Where
+The grid is that of ``tests/support/parity/grid.py``: every scheduler class, the products of its options, 1 to 50 steps
+or given timesteps and sigmas, float32, float16 and bfloat16, on a CPU. A combination that shows the user the same bits
+as another of its class, length and dtype (timesteps, what the model is shown, x0, samples) is counted as removed. Where
 minidiff refuses (a ConfigError), the reference is run alone, to see whether it raises or gives NaN. The status is 1 if
 anything differs, or minidiff alone refuses and the grid does not name why. ``--record`` keeps what is done, so that a
 run that was stopped goes on there (as long as neither minidiff/samplers nor the grid has changed). Needs the `parity`
@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
 
-    from tests.parity import grid
+    from tests.support.parity import grid
 
     unknown = [name for name in args.only if name not in grid.GRID]
     if unknown:
@@ -85,7 +85,7 @@ def work(name: str, number: int) -> Done:
 
     import diffusers
 
-    from tests.parity import grid
+    from tests.support.parity import grid
 
     warnings.simplefilter("ignore")  # those of the reference
     diffusers.logging.set_verbosity_error()
@@ -95,7 +95,7 @@ def work(name: str, number: int) -> Done:
 def recorded(path: Path) -> dict[tuple[str, int], Done]:
     """Return the contents of the record; start a new one if there is none, or if its sources differ."""
     sources = [*sorted((ROOT / "minidiff").glob("samplers/**/*.py")), ROOT / "minidiff" / "schedule.py"]
-    sources += [ROOT / "tests" / "parity" / f"{name}.py" for name in ("axes", "grid", "sampler_twins")]
+    sources += [ROOT / "tests" / "support" / "parity" / f"{name}.py" for name in ("axes", "grid", "sampler_twins")]
     stamp = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     lines = path.read_text().splitlines() if path.exists() else []
     if not lines or json.loads(lines[0]) != stamp:
@@ -110,7 +110,7 @@ def recorded(path: Path) -> dict[tuple[str, int], Done]:
 
 def summary(found: Done) -> int:
     """Print the table and the reasons; the exit status."""
-    from tests.parity import grid
+    from tests.support.parity import grid
 
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet
 from transformers import CLIPTextConfig
 
 from minidiff.errors import ConfigError
-from tests.parity import configs
+from tests.support.parity import configs
 from weights_convert import configs_diffusers
 
 CASES = {"unet": 16, "vae": 12, "text": 16, "tokenizer": 6, "pipeline": 5}

@@ -27,11 +27,11 @@ import weights_convert
 from minidiff.config import CLIP_L, SD15, VAE_SD
 from minidiff.models.tokenizer import clip_table
 from minidiff.storage.checkpoint import build
-from tests.parity import twins
-from tests.parity.ldm import original_sd1
 from tests.parity.test_convert_keys import SD15 as SD15_JSON
 from tests.parity.test_convert_keys import VAE as VAE_JSON
 from tests.parity.test_convert_keys import clip
+from tests.support.parity import twins
+from tests.support.parity.ldm import original_sd1
 from tests.tolerances import assert_close
 from weights_convert import keys_original
 from weights_convert.component import meta_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.parity import twins
+from tests.support.parity import twins
 from tests.tolerances import assert_close
 from weights_convert.component import meta_model, read_component
 

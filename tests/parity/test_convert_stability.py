@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import weights_convert
 from minidiff import CheckpointError, ConfigError
-from tests.parity import twins
-from tests.parity.ldm import original_sd1
-from tests.parity.stability import bare, open_clip, original
+from tests.support.parity import twins
+from tests.support.parity.ldm import original_sd1
+from tests.support.parity.stability import bare, open_clip, original
 from tests.tolerances import assert_close
 
 UNMAPPED = re.compile(r"position_ids|logit_scale|betas|alphas_cumprod|denoiser")  # what follows from the config

@@ -12,7 +12,7 @@ import torch
 import weights_convert
 from minidiff.adapters import words as embeddings
 from minidiff.pipeline import StableDiffusion
-from tests.parity.twins import folder_twin
+from tests.support.parity.twins import folder_twin
 from tests.tolerances import assert_close
 from weights_convert import read_embedding
 

@@ -23,9 +23,9 @@ import weights_convert
 from minidiff.pipeline import StableDiffusion, load
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.storage.files import lazy
-from tests.parity import twins
-from tests.parity.ldm import original_sd1
 from tests.parity.test_convert_folders import OVERRIDE
+from tests.support.parity import twins
+from tests.support.parity.ldm import original_sd1
 from tests.tolerances import assert_close
 from weights_convert.component import meta_model, read_component
 from weights_convert.configs_out import class_of, config_json

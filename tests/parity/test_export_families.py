@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 
 import weights_convert
 from minidiff.pipeline import load
-from tests.parity import twins
-from tests.parity.pairs import NEGATIVE, PROMPT, RENAMED, picture, streams
 from tests.parity.test_export import opened, silence
 from tests.parity.test_pipeline_inpaint import mask
+from tests.support.parity import twins
+from tests.support.parity.pairs import NEGATIVE, PROMPT, RENAMED, picture, streams
 from tests.tolerances import assert_close
 
 KINDS = ("sd2", "inpaint", "sd2_inpaint", "lcm", "sdxl", "sdxl_inpaint", "refiner")

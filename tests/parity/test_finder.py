@@ -13,9 +13,9 @@ from minidiff import UnsupportedError, cli
 from minidiff.models import attention
 from minidiff.parity import recording
 from scripts import make_parity_recording as script
-from tests.parity.twins import folder_twin
+from tests.support.convert_sources import write_ddpm, write_folder
+from tests.support.parity.twins import folder_twin
 from tests.tolerances import RECORDED
-from tests.unit.convert_sources import write_ddpm, write_folder
 
 
 @pytest.fixture(scope="module")

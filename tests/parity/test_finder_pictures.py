@@ -21,10 +21,10 @@ from minidiff.parity.report import outcome, reasons
 from minidiff.pipeline import StableDiffusion, images, prompts
 from minidiff.pipeline import latents as start
 from minidiff.pipeline import stable_diffusion as pipeline
-from tests.parity import twins
-from tests.parity.pairs import picture
 from tests.parity.test_finder_plants import REQUEST, Pair
 from tests.parity.test_pipeline_inpaint import mask
+from tests.support.parity import twins
+from tests.support.parity.pairs import picture
 from weights_convert.module_names import module_names
 
 KINDS = ("refiner", "inpaint", "sdxl_inpaint")

@@ -18,9 +18,9 @@ from minidiff.adapters import words as embeddings
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.tokenizer_files import tokenizer_config
-from tests.parity import twins
-from tests.parity.configs import aligned
 from tests.parity.test_convert_models import unet_inputs
+from tests.support.parity import twins
+from tests.support.parity.configs import aligned
 from tests.tolerances import assert_close
 from weights_convert import read_embedding
 from weights_convert.configs_out import config_json

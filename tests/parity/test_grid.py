@@ -9,9 +9,9 @@ import torch
 
 from minidiff.samplers import sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
-from tests.parity import grid
-from tests.parity.axes import SD
-from tests.parity.sampler_twins import DTYPES
+from tests.support.parity import grid
+from tests.support.parity.axes import SD
+from tests.support.parity.sampler_twins import DTYPES
 
 PER_CLASS = 6
 SHORT = (1, 5)

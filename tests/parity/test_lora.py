@@ -20,7 +20,7 @@ from minidiff.adapters import lora
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import UnsupportedError
 from minidiff.pipeline import StableDiffusion
-from tests.parity.twins import folder_twin, ours, unet_twin
+from tests.support.parity.twins import folder_twin, ours, unet_twin
 from tests.tolerances import assert_close
 from weights_convert import keys_diffusers, read_lora
 from weights_convert.peft_settings import Pattern

@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from minidiff import config as c
 from minidiff.cli.description import size_table
 from minidiff.storage.files import Lazy
-from tests.parity import layouts
 from tests.parity.test_convert_keys import CASES, SD15, SD21, SDXL, VAE
+from tests.support.parity import layouts
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers, keys_original
 from weights_convert.component import meta_model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.twins import folder_twin
+from tests.support.parity.twins import folder_twin
 from tests.unit.test_packaging import build_wheel, install, python
 
 

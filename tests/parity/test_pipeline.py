@@ -32,7 +32,7 @@ from diffusers.pipelines import PNDMPipeline
 import weights_convert
 from minidiff.pipeline import StableDiffusion, Unconditional, load
 from minidiff.samplers import DDIM, sampler_from_diffusers
-from tests.parity.twins import folder_twin
+from tests.support.parity.twins import folder_twin
 from tests.tolerances import assert_close
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -28,8 +28,8 @@ from diffusers import (
 )
 
 from minidiff.errors import ConfigError
-from tests.parity import pairs, twins
-from tests.parity.pairs import NEGATIVE, SD, Pair, picture
+from tests.support.parity import pairs, twins
+from tests.support.parity.pairs import NEGATIVE, SD, Pair, picture
 from tests.tolerances import assert_close
 
 # The reference has its own opinions on how many pictures to give and on steps_offset.

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 import weights_convert
 from minidiff.pipeline import StableDiffusion, load
-from tests.parity import pairs, twins
-from tests.parity.pairs import SD, Pair, picture
 from tests.parity.test_convert_stability import single, told
+from tests.support.parity import pairs, twins
+from tests.support.parity.pairs import SD, Pair, picture
 from tests.tolerances import assert_close
 
 SCHEDULERS: dict[str, Any] = {

@@ -9,8 +9,8 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from minidiff.pipeline.guidance import guidance_code
-from tests.parity import pairs, twins
-from tests.parity.pairs import Pair, picture
+from tests.support.parity import pairs, twins
+from tests.support.parity.pairs import Pair, picture
 from tests.tolerances import assert_close
 
 # The reference has its own opinions on how many pictures to give and on steps_offset.

@@ -21,8 +21,8 @@ from diffusers import (
 )
 
 from minidiff.pipeline import StableDiffusion
-from tests.parity import pairs, twins
-from tests.parity.pairs import NEGATIVE, SD, Pair
+from tests.support.parity import pairs, twins
+from tests.support.parity.pairs import NEGATIVE, SD, Pair
 from tests.tolerances import assert_close
 
 SCHEDULERS: dict[str, Any] = {

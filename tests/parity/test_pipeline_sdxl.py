@@ -20,9 +20,9 @@ from diffusers import (
 )
 
 from minidiff import Sizes, StableDiffusion
-from tests.parity import pairs, twins
-from tests.parity.pairs import NEGATIVE, SD, Pair, picture
 from tests.parity.test_pipeline_inpaint import mask
+from tests.support.parity import pairs, twins
+from tests.support.parity.pairs import NEGATIVE, SD, Pair, picture
 from tests.tolerances import assert_close
 
 EULER = EulerDiscreteScheduler(**SD)

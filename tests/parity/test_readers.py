@@ -11,8 +11,8 @@ import torch
 from minidiff.errors import MinidiffError, UnsupportedError
 from minidiff.samplers import Scheduler, sampler_from_diffusers, schedule_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS, SCHEDULE
-from tests.parity.axes import BETAS
-from tests.parity.sampler_twins import compare, reference, walk_reference
+from tests.support.parity.axes import BETAS
+from tests.support.parity.sampler_twins import compare, reference, walk_reference
 
 SHAPE, STEPS = (2, 3, 4, 5), 6
 SHIPPED = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]

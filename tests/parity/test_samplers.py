@@ -9,9 +9,9 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
-from tests.parity.axes import Config
-from tests.parity.sampler_cases import FAMILIES, Family, Refused
-from tests.parity.sampler_twins import (
+from tests.support.parity.axes import Config
+from tests.support.parity.sampler_cases import FAMILIES, Family, Refused
+from tests.support.parity.sampler_twins import (
     DTYPES,
     compare,
     compare_all,

@@ -36,8 +36,8 @@ from minidiff.samplers.arithmetic import rates
 from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.lms import NODES, adams_bashforth_coefs
 from minidiff.schedule import NoiseSchedule, v_from_x0
-from tests.parity.axes import SIGMAS, TO_MIN
-from tests.parity.sampler_cases import (
+from tests.support.parity.axes import SIGMAS, TO_MIN
+from tests.support.parity.sampler_cases import (
     EDM_SOLVERS,
     KDPM2,
     ZERO_SNR,
@@ -51,7 +51,7 @@ from tests.parity.sampler_cases import (
     sde,
     single,
 )  # fmt: skip
-from tests.parity.sampler_twins import SHAPE, compare, config, label, reference
+from tests.support.parity.sampler_twins import SHAPE, compare, config, label, reference
 from tests.tolerances import EXPANSION, WEIGHTS_SUM, Tolerance, assert_close
 
 # --- DDPM, DDIM and its inverse -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
 from minidiff.samplers.diffusers.classes import READERS
-from tests.parity.sampler_twins import DTYPES, QUANTILES, SHAPE, STEP_OPTIONS, config, label, output
+from tests.support.parity.sampler_twins import DTYPES, QUANTILES, SHAPE, STEP_OPTIONS, config, label, output
 from tests.tolerances import EXACT, assert_close
 
 SHORT = {"num_train_timesteps": 50}

@@ -9,7 +9,7 @@ import torch
 
 from minidiff.errors import ConfigError
 from minidiff.samplers import Scheduler
-from tests.parity.sampler_twins import SHAPE, STEP_OPTIONS, config, label, output, reference
+from tests.support.parity.sampler_twins import SHAPE, STEP_OPTIONS, config, label, output, reference
 from tests.tolerances import assert_close
 
 CONFIGS = [

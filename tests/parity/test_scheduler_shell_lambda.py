@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minidiff.samplers import Scheduler
-from tests.parity.sampler_twins import DTYPES, SHAPE, config, label, output, reference
+from tests.support.parity.sampler_twins import DTYPES, SHAPE, config, label, output, reference
 from tests.tolerances import assert_close
 
 CONFIGS = [

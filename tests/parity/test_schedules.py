@@ -14,7 +14,7 @@ from minidiff.errors import ConfigError
 from minidiff.samplers import schedule_from_diffusers
 from minidiff.samplers.betainc import betainc, inverse_betainc
 from minidiff.schedule import NoiseSchedule, betas, spaced, zero_terminal_snr
-from tests.parity.axes import BETAS
+from tests.support.parity.axes import BETAS
 from tests.tolerances import Tolerance, assert_close
 
 CURVES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")

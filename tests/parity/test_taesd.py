@@ -16,7 +16,7 @@ from minidiff import CheckpointError, UnsupportedError
 from minidiff.config import TAESDConfig
 from minidiff.models.taesd import TAESD
 from minidiff.pipeline import StableDiffusion, load
-from tests.parity import twins
+from tests.support.parity import twins
 from tests.tolerances import assert_close
 from weights_convert.component import meta_model
 from weights_convert.configs_diffusers import Options

@@ -29,7 +29,7 @@ from minidiff.training.ema import EMA
 from minidiff.training.loop import Trainer
 from minidiff.training.objective import min_snr_weights, snr
 from minidiff.training.settings import TrainConfig
-from tests.parity.twins import folder_twin, ours, unet_twin
+from tests.support.parity.twins import folder_twin, ours, unet_twin
 from tests.tolerances import SNR, assert_close
 
 STEPS, BATCH, PARTS, RATE, WARMUP = 30, 4, 2, 3e-3, 5

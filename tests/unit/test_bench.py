@@ -17,7 +17,7 @@ import torch
 from minidiff.config import SD15
 from minidiff.errors import ConfigError
 from minidiff.models.attention import Attention
-from tests.unit.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))  # at the end: test.py there shares its name with a package of Python's own

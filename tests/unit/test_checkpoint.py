@@ -19,7 +19,7 @@ from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load, ra
 from minidiff.storage import checkpoint
 from minidiff.storage.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
 from minidiff.storage.files import ALIGNMENT, HASH_KEY, HEADER_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
-from tests.unit import tiny
+from tests.support import tiny
 
 METADATA = {VERSION_KEY: checkpoint.VERSION, CONFIG_KEY: to_json(tiny.DDPM)}
 

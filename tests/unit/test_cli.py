@@ -46,8 +46,8 @@ from minidiff.config import (
 from minidiff.pipeline import random_model
 from minidiff.samplers import SAMPLERS
 from minidiff.storage import checkpoint, files
-from tests.unit import convert_sources
-from tests.unit.tiny import tiny_xl
+from tests.support import convert_sources
+from tests.support.tiny import tiny_xl
 from weights_convert import __main__ as converter
 from weights_convert import keys_original
 from weights_convert.engine import expand, restore

@@ -19,8 +19,8 @@ from minidiff.config import Level, ModelConfig, text
 from minidiff.errors import ConfigError
 from minidiff.models.unet import UNet
 from minidiff.pipeline import StableDiffusion, random_model
+from tests.support.tiny import SD, UNET, XL, redraw, tiny_sd
 from tests.tolerances import assert_close
-from tests.unit.tiny import SD, UNET, XL, redraw, tiny_sd
 
 SMALL = replace(UNET, levels=(Level(channels=16), Level(channels=16)), mid=text(16, 2))
 

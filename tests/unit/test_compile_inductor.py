@@ -12,8 +12,8 @@ import torch
 from minidiff.config import Level, text
 from minidiff.fast.compiled import CompiledUNet
 from minidiff.models.unet import UNet
+from tests.support.tiny import UNET, redraw
 from tests.tolerances import COMPILED, assert_close
-from tests.unit.tiny import UNET, redraw
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from minidiff import config as c
 from minidiff.config import from_json, to_json
 from minidiff.errors import ConfigError
 from minidiff.storage.checkpoint import build
-from tests.unit import tiny
+from tests.support import tiny
 
 PRESETS = {
     name: getattr(c, name)

@@ -20,6 +20,7 @@ from minidiff.programs.profiles import FIELDS, PROFILES, Fact
 from minidiff.programs.table import markdown, plans, side_by_side
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
+from tests.support import tiny
 from tests.tolerances import (
     LOG_SIGMA,
     NOISE_TABLES,
@@ -30,7 +31,6 @@ from tests.tolerances import (
     TOLD_TIMESTEP,
     assert_close,
 )
-from tests.unit import tiny
 
 SD = ScheduleConfig()
 

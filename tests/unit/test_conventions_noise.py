@@ -13,8 +13,8 @@ from minidiff.philox import Card, CudaStream
 from minidiff.programs import Convention, read
 from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers
+from tests.support.tiny import tiny_sd
 from tests.tolerances import Tolerance, assert_close
-from tests.unit.tiny import tiny_sd
 
 SHAPE = (2, 4, 8, 8)
 CPU = torch.device("cpu")

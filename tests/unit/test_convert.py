@@ -22,8 +22,8 @@ from minidiff.config import SD15, ModelConfig, ScheduleConfig
 from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
 from minidiff.storage import checkpoint
 from minidiff.storage.files import TensorFile
-from tests.unit import convert_sources as sources
-from tests.unit.tiny import DDPM, SD, tiny_ddpm, tiny_sd
+from tests.support import convert_sources as sources
+from tests.support.tiny import DDPM, SD, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original
 from weights_convert.component import meta_model
 from weights_convert.engine import CONV1X1, SAME, expand

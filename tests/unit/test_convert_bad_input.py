@@ -15,7 +15,7 @@ from torch import Tensor
 
 import weights_convert
 from minidiff import CheckpointError, ConfigError, MinidiffError, UnsupportedError
-from tests.unit import convert_sources as sources
+from tests.support import convert_sources as sources
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.samplers import SAMPLERS
+from tests.support.cuda_guard import ON_A_CARD
+from tests.support.tiny import tiny_ddpm, tiny_sd
 from tests.tolerances import BFLOAT16_CUDA, FLOAT16_CUDA, Tolerance, assert_close
-from tests.unit.cuda_guard import ON_A_CARD
 from tests.unit.test_fake_cuda import CLIP_TINY, UNETS, VAE_TINY
-from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_CARD)]
 HALF: dict[torch.dtype, Tolerance] = {torch.float16: FLOAT16_CUDA, torch.bfloat16: BFLOAT16_CUDA}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from minidiff import fast
 from minidiff.pipeline import StableDiffusion
 from minidiff.samplers import SAMPLERS
+from tests.support.cuda_guard import ON_A_CARD
+from tests.support.tiny import tiny_sd
 from tests.tolerances import FLOAT16_CUDA, assert_close
-from tests.unit.cuda_guard import ON_A_CARD
 from tests.unit.test_cuda import draw
 from tests.unit.test_fake_cuda_fast import FOR_CPUS
-from tests.unit.tiny import tiny_sd
 
 pytestmark = ON_A_CARD
 PROMPTS = ["a cat", "a dog"]

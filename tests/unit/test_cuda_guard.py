@@ -17,7 +17,7 @@ from minidiff.pipeline.denoise import denoise
 from minidiff.pipeline.job import Job, Prediction
 from minidiff.samplers import DDIM, EulerAncestral
 from minidiff.schedule import NoiseSchedule
-from tests.unit.cuda_guard import CudaGuard, GuardError, fake_card
+from tests.support.cuda_guard import CudaGuard, GuardError, fake_card
 from tests.unit.test_fake_cuda import UNETS, build, on_card, randn, sd1, watch_loop
 
 Plant = Callable[[Any, int, Tensor], Tensor]

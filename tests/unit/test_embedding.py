@@ -39,7 +39,7 @@ from minidiff.adapters.words import Word
 from minidiff.errors import ConfigError
 from minidiff.fast import onednn
 from minidiff.pipeline import StableDiffusion
-from tests.unit.tiny import tiny_ddpm, tiny_sd, tiny_xl
+from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
 
 THREADS = 8
 SWITCHES = ["packed", "winograd", "memory", "attention", "halves"]  # what keeps something between two calls

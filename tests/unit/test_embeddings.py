@@ -17,8 +17,8 @@ from minidiff.config import TokenizerConfig
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline import StableDiffusion, load, random_model
+from tests.support import tiny
 from tests.tolerances import EXACT, assert_close
-from tests.unit import tiny
 from weights_convert import convert, read_embedding
 
 CAT = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))

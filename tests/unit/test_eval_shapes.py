@@ -21,7 +21,7 @@ from minidiff.training import shapes
 from minidiff.training.captions import BACKGROUNDS, COLOURS, SHAPES, SIZES, Facts, Named
 from minidiff.training.scenes import Scene, draw
 from minidiff.training.shapes import Item, drawn, items
-from tests.unit.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts"))  # at the end: test.py there shares its name with a package of Python's own

@@ -42,8 +42,8 @@ from minidiff.pipeline import random_model
 from minidiff.storage import checkpoint
 from minidiff.storage.files import TensorFile, lazy, write_tensors
 from minidiff.storage.writing import PART, atomic_folder
-from tests.unit import convert_sources as sources
-from tests.unit.tiny import DDPM, SD, redraw, tiny_sd
+from tests.support import convert_sources as sources
+from tests.support.tiny import DDPM, SD, redraw, tiny_sd
 from weights_convert.configs_out import config_json
 from weights_convert.engine import Form, Pair, restore, translate
 from weights_convert.export_folder import shard_size, write_weights

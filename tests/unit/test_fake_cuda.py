@@ -43,7 +43,7 @@ from minidiff.pipeline.denoise import denoise
 from minidiff.pipeline.job import Job, Prediction
 from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.unit.cuda_guard import ON_A_CARD, CudaGuard, fake_card
+from tests.support.cuda_guard import ON_A_CARD, CudaGuard, fake_card
 
 DTYPES = [torch.float16, torch.bfloat16]
 

@@ -24,8 +24,8 @@ from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.pipeline import StableDiffusion, from_parts
 from minidiff.samplers import DDIM, SAMPLERS
+from tests.support.cuda_guard import CARD, GuardError, fake_card
 from tests.unit import test_fake_cuda
-from tests.unit.cuda_guard import CARD, GuardError, fake_card
 from tests.unit.test_fake_cuda import NoiseOfTheCard, check_result, on_card, randn, sd1, watch_loop
 
 ON_A_CARD_AT_ONCE = (*fast.SWITCHES, "channels_last", "halves", "vae_slices")

@@ -23,6 +23,7 @@ from minidiff.fast.switch import put_on
 from minidiff.fast.winograd import WinogradConvolutions
 from minidiff.models.attention import FeedForward, TransformerBlock
 from minidiff.pipeline import StableDiffusion
+from tests.support.tiny import tiny_ddpm, tiny_sd
 from tests.tolerances import (
     BLOCKS,
     NO_FARTHER,
@@ -32,7 +33,6 @@ from tests.tolerances import (
     WINOGRAD_TRUTH,
     assert_close,
 )
-from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 SAME_BITS = ("blocks", "inplace", "memory")
 

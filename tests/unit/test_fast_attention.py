@@ -12,8 +12,8 @@ from minidiff import fast
 from minidiff.fast import attention as blocks
 from minidiff.fast import onednn
 from minidiff.models.attention import Attention, Kernel, attention
+from tests.support.tiny import tiny_sd
 from tests.tolerances import BATCH, BLOCKS, NO_FARTHER, assert_close
-from tests.unit.tiny import tiny_sd
 
 
 @pytest.fixture(autouse=True)

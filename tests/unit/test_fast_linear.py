@@ -13,8 +13,8 @@ from minidiff.fast import onednn
 from minidiff.fast.linear import ROWS, LinearByOneDNN, Product
 from minidiff.fast.switch import put_on
 from minidiff.models.around import Around
+from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS
-from tests.unit.tiny import tiny_sd
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from minidiff.fast.tiles import Tiles
 from minidiff.models.taesd import TAESD
 from minidiff.models.vae import VAE
 from minidiff.pipeline import StableDiffusion
+from tests.support.tiny import redraw, tiny_ddpm, tiny_sd, tiny_xl
 from tests.tolerances import BATCH, BLENDED, TILED, assert_close
-from tests.unit.tiny import redraw, tiny_ddpm, tiny_sd, tiny_xl
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from minidiff.fast import onednn
 from minidiff.fast.switch import put_on
 from minidiff.fast.tokens import TokensInPlace
 from minidiff.models.attention import SpatialTransformer
+from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS, NO_FARTHER
-from tests.unit.tiny import tiny_sd
 
 
 def off(found: Tensor, exact: Tensor) -> float:

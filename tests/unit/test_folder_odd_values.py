@@ -19,7 +19,7 @@ from minidiff.models.tokenizer import END, START
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers import Scheduler, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS, SCHEDULE
-from tests.unit import convert_sources as sources
+from tests.support import convert_sources as sources
 from weights_convert import configs_diffusers as configs
 from weights_convert.component import read_component
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import weights_convert
 from minidiff import CheckpointError, cli
-from tests.unit import convert_sources as sources
+from tests.support import convert_sources as sources
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import fuzz, fuzz_adapters
+from tests.support import fuzz, fuzz_adapters
 
 CASES = 140
 

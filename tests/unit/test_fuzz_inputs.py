@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minidiff.pipeline import pixels
-from tests import fuzz_inputs
+from tests.support import fuzz_inputs
 
 CASES = 60
 

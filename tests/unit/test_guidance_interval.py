@@ -22,8 +22,8 @@ from minidiff.pipeline.picture import read_recipe
 from minidiff.pipeline.rows import rows_outside
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule
-from tests.unit import tiny
-from tests.unit.tiny import rows_of
+from tests.support import tiny
+from tests.support.tiny import rows_of
 
 TOLD_BY_TIMESTEPS = sorted(name for name, kind in SAMPLERS.items() if not kind.own_levels)
 MODEL: dict[str, Any] = {"seed": 3, "output": "latent", "progress": False}

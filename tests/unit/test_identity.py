@@ -21,8 +21,8 @@ from minidiff.storage.files import Lazy, TensorFile, lazy
 from minidiff.storage.identity import SAMPLES, identify, sample
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
-from tests.unit import convert_sources
-from tests.unit.tiny import SD, tiny_sd
+from tests.support import convert_sources
+from tests.support.tiny import SD, tiny_sd
 
 PARTS: dict[str, Lazy] = {"a": lazy(torch.arange(100.0).reshape(10, 10)), "b": lazy(torch.ones(3))}
 

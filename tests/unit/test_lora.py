@@ -18,8 +18,8 @@ from minidiff.adapters.lora import Adapter, Update
 from minidiff.config import ModelConfig
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError, UnsupportedError
 from minidiff.pipeline import StableDiffusion
+from tests.support import tiny
 from tests.tolerances import EXACT, Tolerance, assert_close
-from tests.unit import tiny
 from weights_convert import read_lora
 
 SPLIT = Tolerance(1e-5, 1e-5, "(W + u d) x against W x + u (d x): the same sum in another order")

@@ -16,7 +16,7 @@ from minidiff import StableDiffusion, Unconditional, fast
 from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
 from minidiff.errors import ConfigError
 from minidiff.pipeline import memory
-from tests.unit.tiny import tiny_ddpm, tiny_sd
+from tests.support.tiny import tiny_ddpm, tiny_sd
 
 CPU = torch.device("cpu")
 

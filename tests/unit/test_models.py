@@ -18,8 +18,8 @@ from minidiff.models.blocks import sinusoid
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE, DiagonalGaussian
+from tests.support import tiny
 from tests.tolerances import EXACT, Tolerance, assert_close
-from tests.unit import tiny
 
 ROUNDING = Tolerance(1e-5, 1e-5, "the same sum written out in another order")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minidiff.samplers import SAMPLERS
-from tests.unit.gaussian import (
+from tests.support.gaussian import (
     DETERMINISTIC,
     NOT_MEASURED,
     SPREAD,

@@ -15,8 +15,8 @@ import torch
 
 from minidiff import cli
 from minidiff.parity import pictures, recording
-from tests.unit.convert_sources import write_ddpm
-from tests.unit.tiny import tiny_ddpm, tiny_sd
+from tests.support.convert_sources import write_ddpm
+from tests.support.tiny import tiny_ddpm, tiny_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -18,7 +18,7 @@ from minidiff.parity.report import outcome, reasons, text
 from minidiff.parity.stages import unet_inputs
 from minidiff.parity.taps import in_float64, swap_first
 from minidiff.pipeline import random_model
-from tests.unit import tiny
+from tests.support import tiny
 
 # ULPs and differences
 

@@ -24,8 +24,8 @@ from minidiff.parity.recording import RUN_KEY, STAGES_KEY, VERSION_KEY, Recordin
 from minidiff.parity.report import outcome, reasons, text
 from minidiff.samplers import SAMPLERS
 from minidiff.storage.files import lazy, write_tensors
+from tests.support.tiny import tiny_ddpm, tiny_sd
 from tests.tolerances import RECORDED
-from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "recording_sd1.safetensors"
 REQUEST = asked("a red fox", negative_prompt="blurry", steps=3, seed=5, width=24, height=16)

@@ -21,8 +21,8 @@ from minidiff.pipeline import StableDiffusion, Unconditional, load, random_model
 from minidiff.pipeline.guidance import guide
 from minidiff.pipeline.picture import read_recipe, save_png, to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config, sampler_to_config
+from tests.support import tiny
 from tests.tolerances import BATCH, Tolerance, assert_close
-from tests.unit import tiny
 
 QUIET: dict[str, Any] = {"progress": False, "steps": 3}
 LATENT: dict[str, Any] = {**QUIET, "output": "latent"}

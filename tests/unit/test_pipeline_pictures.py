@@ -28,10 +28,10 @@ from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.settings import TrainConfig
 from minidiff.training.task import make_task
+from tests.support import tiny
+from tests.support.tiny import rows_of
 from tests.tolerances import assert_close
-from tests.unit import tiny
 from tests.unit.test_pipeline import calls
-from tests.unit.tiny import rows_of
 
 QUIET: dict[str, Any] = {"progress": False, "steps": 3, "seed": 0}
 SIDE = 64

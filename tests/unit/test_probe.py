@@ -16,7 +16,7 @@ import minidiff
 from minidiff import cli, fast
 from minidiff.cli import opening
 from minidiff.fast import probe
-from tests.unit.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 
 class Measured:

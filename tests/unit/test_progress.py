@@ -16,8 +16,8 @@ from minidiff import StableDiffusion
 from minidiff.console import progress
 from minidiff.console.progress import Counter, check_progress, counted
 from minidiff.errors import ConfigError
+from tests.support.tiny import tiny_sd
 from tests.unit.test_training_loop import pixel_trainer
-from tests.unit.tiny import tiny_sd
 
 ROOT = Path(__file__).resolve().parents[2]
 

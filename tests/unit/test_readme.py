@@ -32,7 +32,7 @@ from PIL import Image
 
 import minidiff
 from minidiff.pipeline.picture import to_pil
-from tests.unit import tiny
+from tests.support import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import _judge
@@ -127,7 +127,7 @@ def minidiff_file(path: Path) -> None:
 def diffusers_folder(path: Path) -> None:
     """A tiny Stable Diffusion 1 in the layout of diffusers; without diffusers the test is skipped."""
     pytest.importorskip("diffusers", reason="the page converts a folder that diffusers writes")
-    from tests.parity.twins import folder_twin
+    from tests.support.parity.twins import folder_twin
 
     folder_twin(path)
 

@@ -19,7 +19,7 @@ from minidiff.pipeline import png
 from minidiff.pipeline.picture import KEY, read_recipe
 from minidiff.pipeline.recipe import Made, Recipe, parse
 from minidiff.pipeline.request import Request
-from tests.unit.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -24,7 +24,7 @@ from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import entrance
 from minidiff.pipeline.recipe import Made, Recipe, parse
 from minidiff.pipeline.request import Request, Sizes, ask, asking, between, options, read_number
-from tests.unit import tiny
+from tests.support import tiny
 
 STUB = Path(entrance.__file__).with_suffix(".pyi")
 HEAD = """# Written by `python -m tests.unit.test_request` from the fields of Request: not to be edited.

@@ -30,8 +30,8 @@ from minidiff.samplers import (
     UniPC,
 )
 from minidiff.schedule import NoiseSchedule, v_from_x0
+from tests.support.cuda_guard import fake_card
 from tests.tolerances import Tolerance, assert_close
-from tests.unit.cuda_guard import fake_card
 
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 SHAPE = (2, 4, 3, 5)

@@ -23,8 +23,8 @@ from minidiff import CheckpointError, UnsupportedError, cli
 from minidiff.config import CLIPTextConfig, TAESDConfig
 from minidiff.pipeline import random_model
 from minidiff.storage.files import TensorFile
-from tests.unit.convert_sources import OVERRIDE, original_tensors, translated, write_folder
-from tests.unit.tiny import SD, tiny_sd
+from tests.support.convert_sources import OVERRIDE, original_tensors, translated, write_folder
+from tests.support.tiny import SD, tiny_sd
 from weights_convert import keys_diffusers
 from weights_convert.tensors import read_tensors
 

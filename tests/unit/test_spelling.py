@@ -15,7 +15,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import SAMPLERS, elsewhere, name_of, sampler_from_config, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
 from minidiff.training.settings import TrainConfig
-from tests.unit.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 from weights_convert import convert
 
 

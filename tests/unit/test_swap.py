@@ -18,8 +18,8 @@ from minidiff.config import ModelConfig, TAESDConfig, from_json, to_json
 from minidiff.models.taesd import TAESD
 from minidiff.pipeline import random_model
 from minidiff.storage import checkpoint
-from tests.unit import convert_sources as sources
-from tests.unit.tiny import DDPM, SD, redraw, tiny_ddpm, tiny_sd
+from tests.support import convert_sources as sources
+from tests.support.tiny import DDPM, SD, redraw, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original, keys_taesd
 
 assert SD.vae is not None

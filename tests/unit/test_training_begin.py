@@ -6,8 +6,8 @@ import torch
 
 from minidiff.pipeline import random_model
 from minidiff.training.begin import quiet
+from tests.support import tiny
 from tests.tolerances import EXACT, assert_close
-from tests.unit import tiny
 
 
 @torch.no_grad()

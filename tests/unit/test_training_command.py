@@ -24,8 +24,8 @@ from minidiff.training.loop import Trainer
 from minidiff.training.run import claimed
 from minidiff.training.settings import TrainConfig
 from minidiff.training.state import KEY
+from tests.support.tiny import DDPM, SD, tiny_sd
 from tests.tolerances import assert_close
-from tests.unit.tiny import DDPM, SD, tiny_sd
 
 TINY = ["--steps", "4", "--batch", "2", "--rate", "1e-3", "--save-every", "2", "--quiet", "--device", "cpu"]
 

@@ -19,8 +19,8 @@ from minidiff.training.batch import Batch
 from minidiff.training.data import FirstOf, ShapesStream, Shuffled, TorchvisionSet, normalised
 from minidiff.training.images import ImageFolder, to_pixels
 from minidiff.training.latents import CachedLatents
+from tests.support.tiny import tiny_sd
 from tests.tolerances import assert_close
-from tests.unit.tiny import tiny_sd
 
 COLOURS = ["red", "lime", "blue", "white", "black"]
 

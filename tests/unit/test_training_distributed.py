@@ -17,8 +17,8 @@ from minidiff.errors import CheckpointError
 from minidiff.storage.files import TensorFile
 from minidiff.training.distributed import Replicas
 from minidiff.training.sharded import ShardKeeper
+from tests.support.tiny import DDPM
 from tests.tolerances import BATCH, assert_close
-from tests.unit.tiny import DDPM
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

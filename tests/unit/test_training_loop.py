@@ -32,8 +32,8 @@ from minidiff.training.objective import kl_to_normal
 from minidiff.training.ranks import Alone
 from minidiff.training.run import MODEL, STATE, grid, samples, train
 from minidiff.training.settings import TrainConfig
+from tests.support.tiny import tiny_ddpm, tiny_sd
 from tests.tolerances import assert_close
-from tests.unit.tiny import tiny_ddpm, tiny_sd
 
 
 class Pictures:

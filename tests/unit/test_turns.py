@@ -25,7 +25,7 @@ from minidiff.cli import generate
 from minidiff.config import CLIPTextConfig, VAEConfig, text
 from minidiff.errors import ConfigError, MinidiffError
 from minidiff.pipeline import StableDiffusion, Unconditional, random_model
-from tests.unit.tiny import SD, tiny_ddpm, tiny_sd, tiny_xl
+from tests.support.tiny import SD, tiny_ddpm, tiny_sd, tiny_xl
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("text_encoder", "unet", "vae")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import MinidiffError
-from tests.parity.axes import (
+from tests.support.parity.axes import (
     CHURN,
     COSINE,
     ENDS,
@@ -32,7 +32,7 @@ from tests.parity.axes import (
     ZERO_SNR,
     Config,
 )
-from tests.parity.sampler_twins import DTYPES, compare, config, label, reference, walk_reference
+from tests.support.parity.sampler_twins import DTYPES, compare, config, label, reference, walk_reference
 
 SHAPE = (2, 3, 5, 7)
 STEPS = (1, 2, 3, 5, 20, 50)

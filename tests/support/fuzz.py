@@ -28,8 +28,8 @@ from torch import Tensor
 import weights_convert
 from minidiff.errors import MinidiffError
 from minidiff.storage import checkpoint
-from tests.unit.convert_sources import OVERRIDE, original_tensors, write_folder
-from tests.unit.tiny import SD, tiny_sd
+from tests.support.convert_sources import OVERRIDE, original_tensors, write_folder
+from tests.support.tiny import SD, tiny_sd
 from weights_convert import read_embedding, read_lora
 
 Random = np.random.Generator

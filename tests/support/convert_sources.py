@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minidiff.models.tokenizer import clip_table
 from minidiff.storage.files import lazy
-from tests.unit.tiny import DDPM, SD, tiny_ddpm, tiny_sd
+from tests.support.tiny import DDPM, SD, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original
 from weights_convert.engine import expand, restore
 

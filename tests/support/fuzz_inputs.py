@@ -8,7 +8,6 @@ of minidiff's errors, in one line. A sound picture must be taken, and give the c
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -35,8 +34,8 @@ from minidiff.pipeline import images
 from minidiff.pipeline.picture import read_recipe
 from minidiff.pipeline.pixels import open_picture
 from minidiff.training.images import ImageFolder
-from tests.unit import convert_sources
-from tests.unit.tiny import tiny_sd
+from tests.support import convert_sources, fuzz_adapters
+from tests.support.tiny import tiny_sd
 
 ALLOWED = ("taken", "refused")
 LONGEST = 4000  # characters of a refusal
@@ -79,11 +78,9 @@ class Base:
             "config": self.a_config,
             "no file": self.no_file,
         }
-        with contextlib.suppress(ModuleNotFoundError):  # a module of its own, with the same two ends
-            fuzz_adapters = importlib.import_module("tests.fuzz_adapters")
-            (folder / "adapters").mkdir()
-            adapters = fuzz_adapters.Base(folder / "adapters")
-            self.kinds["adapter"] = lambda rng, number: adapters.try_case(number)
+        (folder / "adapters").mkdir()
+        adapters = fuzz_adapters.Base(folder / "adapters")
+        self.kinds["adapter"] = lambda rng, number: adapters.try_case(number)
 
     def kind(self, number: int) -> str:
         """Which kind case ``number`` is of."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tests.parity.axes import (
+from tests.support.parity.axes import (
     BETAS,
     CHURN,
     COSINE,
@@ -29,7 +29,7 @@ from tests.parity.axes import (
     TO_MIN,
     Config,
 )  # fmt: skip
-from tests.parity.sampler_twins import DTYPES, config, turn
+from tests.support.parity.sampler_twins import DTYPES, config, turn
 
 F32, F16, BF16 = DTYPES
 KINDS = ("midpoint", "heun")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tests.parity.ldm import _rename, unet_pairs, vae_pairs
+from tests.support.parity.ldm import _rename, unet_pairs, vae_pairs
 
 State = Mapping[str, Tensor]
 LAYER = {

@@ -27,7 +27,7 @@ from minidiff.errors import MinidiffError
 from minidiff.models.tokenizer import Tokenizer, clip_table
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers.diffusers.classes import READERS
-from tests.parity import twins
+from tests.support.parity import twins
 from weights_convert.component import meta_model, read_component
 
 Random = random.Random

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minidiff.samplers import sampler_from_diffusers, schedule_from_diffusers
 from minidiff.schedule import NoiseSchedule
-from tests.parity.axes import SD, Config
+from tests.support.parity.axes import SD, Config
 from tests.tolerances import EXACT, Tolerance, assert_close
 
 SHAPE = (2, 4, 3, 5)

@@ -28,9 +28,8 @@ from minidiff.adapters import lora
 from minidiff.adapters import words as embeddings
 from minidiff.errors import MinidiffError
 from minidiff.pipeline import StableDiffusion
-from tests import fuzz
+from tests.support import fuzz, tiny
 from tests.tolerances import FUSED
-from tests.unit import tiny
 from weights_convert import read_embedding, read_lora
 from weights_convert.read_lora import layers
 
