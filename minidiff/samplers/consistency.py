@@ -24,19 +24,19 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import Prediction, check
-from minidiff.samplers.arithmetic import Space, unit
+from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.checks import check_no_pure_noise, check_timesteps, root, whole
-from minidiff.samplers.levels import Floats
+from minidiff.samplers.levels import Floats, OwnSigmas
 from minidiff.samplers.limits import Limited
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R, S
+from minidiff.samplers.options import POSITIVE, Rule
 from minidiff.schedule import NoiseSchedule, check_steps
 
 SIGMA_DATA = 0.5
@@ -52,16 +52,10 @@ class Distilled(Method[R, S]):
     ``like_diffusers``: if strength cuts off given timesteps, the last step is not recognized as the last.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+    takes = ("steps", "timesteps")
 
-    original_steps: int | None = 50
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        some = self.original_steps is None or self.original_steps >= 1
-        check(some, f"{self.name}: original_steps={self.original_steps} must be positive")
-        check(0 < self.strength <= 1, f"{self.name}: strength={self.strength} must lie above 0, up to 1")
+    original_steps: Annotated[int | None, POSITIVE] = 50
+    strength: Annotated[float, Rule(lambda v: 0 < v <= 1, "must lie above 0, up to 1")] = 1.0
 
     def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Tensor, bool]:
         """Return (n,) falling int64 timesteps, and True if the last of them is not recognized as the last."""
@@ -74,21 +68,15 @@ class Distilled(Method[R, S]):
         check(kept >= 1, f"{self.name}: strength={self.strength} leaves none of {len(t)} timesteps")
         return torch.from_numpy(t[len(t) - kept :]), self.like_diffusers and kept < len(t)
 
-    def _spaced(self, steps: int, total: int) -> NDArray[Any]:
+    def _spaced(self, steps: int, total: int) -> Floats:
         """Return (steps,) falling int64: a subset of the timesteps of distillation, evenly spaced by index."""
-        original = self.original_steps
-        if original is None:
-            origin = np.arange(int(total * self.strength))
-        else:
-            known = original <= total
-            check(known, f"{self.name}: original_steps={original} exceeds the {total} timesteps of training")
-            origin = np.arange(1, int(original * self.strength) + 1) * (total // original) - 1
+        original = total if self.original_steps is None else self.original_steps
+        check(original <= total, f"{self.name}: original_steps={original} exceeds the {total} timesteps of training")
+        origin = np.arange(1, int(original * self.strength) + 1) * (total // original) - 1
         share = "" if self.strength == 1 else f" with strength={self.strength}"
-        what = "timesteps of training" if original is None else "original_steps"
-        check(
-            steps <= len(origin),
-            f"{self.name}: steps={steps} is more than the {len(origin)} {what}{share} that the model was distilled at",
-        )
+        what = f"{'timesteps of training' if self.original_steps is None else 'original_steps'}{share}"
+        fits = steps <= len(origin)
+        check(fits, f"{self.name}: steps={steps} is more than the {len(origin)} {what} that the model was distilled at")
         chosen = np.floor(np.linspace(0, len(origin), num=steps, endpoint=False)).astype(np.int64)
         return origin[::-1][chosen].astype(np.int64)
 
@@ -106,7 +94,7 @@ class LCM(Distilled[LCMRow, Empty], Limited[LCMRow, Empty]):
     ``like_diffusers``: a last step that is not recognized as such makes the picture as noisy again as it was.
     """
 
-    original_steps: int = 50
+    original_steps: Annotated[int, POSITIVE] = 50
     timestep_scaling: float = 10.0
 
     def step(self, plan: Plan[LCMRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
@@ -127,13 +115,9 @@ class LCM(Distilled[LCMRow, Empty], Limited[LCMRow, Empty]):
     def rows(self, at: Levels, prediction: Prediction) -> LCMRow:
         check_no_pure_noise(self, at, prediction, self.bounds_infinity)
         scaled = at.timesteps * self.timestep_scaling
-        return LCMRow(
-            c_out=scaled / (scaled**2 + SIGMA_DATA**2) ** 0.5,
-            c_skip=SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2),
-            to_signal=at.to.sqrt(),
-            to_noise=(1 - at.to).sqrt(),
-            noisy=(*(True for _ in at.here[1:]), bool(at.to[-1] < 1)),
-        )
+        variance = scaled**2 + SIGMA_DATA**2
+        noisy = (*(True for _ in at.here[1:]), bool(at.to[-1] < 1))
+        return LCMRow(scaled / variance**0.5, SIGMA_DATA**2 / variance, at.to.sqrt(), (1 - at.to).sqrt(), noisy)
 
 
 TCDRow = namedtuple("TCDRow", "middle signal_middle noise_middle keep fresh noisy")
@@ -157,11 +141,7 @@ class TCD(Distilled[TCDRow, Empty]):
     ``like_diffusers``: a last step that is not recognized as such draws noise too, with factor 0.
     """
 
-    eta: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 <= self.eta <= 1, f"eta={self.eta} must lie in 0..1")
+    eta: Annotated[float, Rule(lambda v: 0 <= v <= 1, "must lie in 0..1")] = 0.3
 
     def step(self, plan: Plan[TCDRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
@@ -178,15 +158,9 @@ class TCD(Distilled[TCDRow, Empty]):
 
     def rows(self, at: Levels, prediction: Prediction) -> TCDRow:
         check_no_pure_noise(self, at, prediction)
-        middle = at.beside["alpha_bar"]
-        return TCDRow(
-            middle=at.beside["middle"],
-            signal_middle=middle.sqrt(),
-            noise_middle=(1 - middle).sqrt(),
-            keep=(at.to / middle).sqrt(),
-            fresh=(1 - at.to / middle).sqrt(),
-            noisy=tuple(at.beside["noisy"].tolist()),
-        )
+        s, middle, noisy = at.beside["middle"], at.beside["alpha_bar"], tuple(at.beside["noisy"].tolist())
+        keep, fresh = (at.to / middle).sqrt(), (1 - at.to / middle).sqrt()
+        return TCDRow(s, middle.sqrt(), (1 - middle).sqrt(), keep, fresh, noisy)
 
 
 CMRow = namedtuple("CMRow", "scale skip scaled fresh")
@@ -195,35 +169,23 @@ the fresh noise. A plan of a single row draws no noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CM(Limited[CMRow, Empty]):
-    """Sampler for consistency models trained in sigma.
+class CM(OwnSigmas[CMRow, Empty]):
+    """Sampler for consistency models trained in sigma. Options: those of :class:`OwnSigmas` and :class:`Limited`, and
 
-    ``train_steps``: number of sigmas of training, from ``sigma_max`` to ``sigma_min``, evenly spaced in
-    sigma**(1/rho) (Karras et al. 2022). A run visits some of them; the model's time input is 250 * log(sigma).
-    ``s_noise`` scales the fresh noise. ``clip`` is 1 by default, since these models work on pixels. Given timesteps are
-    indices of the training sigmas counted from the top, so that 0 is sigma_max. The model's schedule is not used.
+    ``train_steps``: number of sigmas of training. A run visits some of them; the model's time input is
+    250 * log(sigma). ``s_noise`` scales the fresh noise. ``clip`` is 1 by default, since these models work on pixels.
+    Given timesteps are indices of the training sigmas counted from the top, so that 0 is sigma_max.
 
     ``like_diffusers`` rejects values of sigma_min for which rounding makes the last step NaN, and starts with noise
     times sigma_max even if the given timesteps start lower.
     """
 
-    space: ClassVar[Space] = "sigma"
-    own_levels: ClassVar[bool] = True
-    predicts: ClassVar[Prediction | None] = "epsilon"
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+    predicts = "epsilon"
+    takes = ("steps", "timesteps")
 
-    train_steps: int = 40
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
+    train_steps: Annotated[int, Rule(lambda v: v >= 2, "must be 2 or more")] = 40
     s_noise: float = 1.0
-    rho: float = 7.0
     clip: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_karras(self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
-        check(self.train_steps >= 2, f"train_steps={self.train_steps} must be 2 or more")
 
     def step(self, plan: Plan[CMRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         x0 = self.denoised(plan, i, x, out, state)
@@ -240,7 +202,14 @@ class CM(Limited[CMRow, Empty]):
         return self.limit(at.scaled * out + at.skip * x)
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        s = self._visited(given)
+        total = self.train_steps
+        if given.timesteps is None:
+            steps = check_steps(given.steps, total)
+            rows = np.arange(steps) * (total // steps)
+        else:
+            check_timesteps(self, given.timesteps, total)
+            rows = whole(self, given.timesteps, lowest=0)[::-1]
+        s = self.karras(rows / (total - 1))
         sigmas = torch.from_numpy(np.append(s, self.sigma_min).astype(np.float32))
         lower = given.timesteps is not None and not self.like_diffusers
         return self.between(s, sigmas, sigmas[0].item() if lower else self.sigma_max)
@@ -250,38 +219,9 @@ class CM(Limited[CMRow, Empty]):
         first = torch.tensor(highest, dtype=torch.float32, device="cpu")
         return Levels(torch.from_numpy(1000 * 0.25 * np.log(s + 1e-44)), sigmas[:-1], sigmas[1:], first)
 
-    def _visited(self, given: Given) -> Floats:
-        """Return the sigmas to visit, (n,) float64, falling."""
-        total = self.train_steps
-        if given.timesteps is None:
-            steps = check_steps(given.steps, total)
-            rows = np.arange(steps) * (total // steps)
-        else:
-            check_timesteps(self, given.timesteps, total)
-            rows = whole(self, given.timesteps, lowest=0)[::-1]
-        return self.karras(rows / (total - 1))
-
-    def karras(self, places: Floats) -> Floats:
-        """Return the sigmas, (n,) float64, at ``places`` between sigma_max (0) and sigma_min (1)."""
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        sigmas: Floats = (high + places * (low - high)) ** self.rho
-        return sigmas
-
     def rows(self, at: Levels, prediction: Prediction) -> CMRow:
-        above = at.here - self.sigma_min
-        scale = (at.here**2 + self.sigma_data**2) ** 0.5
+        s, above = self.sigma_data, at.here - self.sigma_min
+        scale = (at.here**2 + s**2) ** 0.5
         to = at.to.clamp(min=self.sigma_min, max=self.sigma_max)
-        return CMRow(
-            scale=scale,
-            skip=self.sigma_data**2 / (above**2 + self.sigma_data**2),
-            scaled=above * self.sigma_data / scale,
-            fresh=root(to**2 - self.sigma_min**2, self, "what fresh noise is multiplied by"),
-        )
-
-
-def check_karras(sigma_min: float, sigma_max: float, sigma_data: float, rho: float) -> None:
-    """Raise ConfigError unless the options of a model trained in sigma are consistent (Karras et al. 2022)."""
-    falls = 0 < sigma_min < sigma_max
-    check(falls, f"sigma_min={sigma_min} and sigma_max={sigma_max} must rise from above 0")
-    check(sigma_data > 0, f"sigma_data={sigma_data} must be positive")
-    check(rho > 0, f"rho={rho} must be positive")
+        fresh = root(to**2 - self.sigma_min**2, self, "what fresh noise is multiplied by")
+        return CMRow(scale, s**2 / (above**2 + s**2), above * s / scale, fresh)

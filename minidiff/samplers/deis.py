@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from minidiff.config import Prediction
 from minidiff.samplers.arithmetic import earlier, rates
 from minidiff.samplers.checks import usable
 from minidiff.samplers.dpm_solver import highest_orders
-from minidiff.samplers.levels import Lambdas, Landing
+from minidiff.samplers.levels import Lambdas
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
 from minidiff.samplers.options import UpTo3
 from minidiff.schedule import epsilon_from_x0
@@ -46,8 +45,6 @@ class DEIS(Lambdas[Row, Outputs]):
     ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
     last step does nothing.
     """
-
-    lands_on: ClassVar[Landing] = "repeated"
 
     solver_order: UpTo3 = 2
 

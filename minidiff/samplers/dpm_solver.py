@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import earlier, meet, rates, upcast
 from minidiff.samplers.checks import usable
 from minidiff.samplers.ddpm import split_variance
-from minidiff.samplers.levels import CURVES, Final, Floats, Lambdas, Landing, at_timesteps, to_timesteps
-from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan, R, S
+from minidiff.samplers.levels import CURVES, ClippedLambdas, Final, Floats, Lambdas, ends, to_timesteps
+from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
-from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_x0, x0_from_epsilon
+from minidiff.schedule import epsilon_from_x0, x0_from_epsilon
 
 Algorithm = Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"]
 SolverType = Literal["midpoint", "heun"]
@@ -64,26 +64,25 @@ def multistep(at: Any, x: Tensor, outputs: Outputs) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMOptions(Lambdas[R, S]):
+class DPMOptions(ClippedLambdas[R, S]):
     """Base class of the multistep and the singlestep method.
 
     ``solver_order``: number of latest outputs that a step uses. ``algorithm``: the names with "++" combine x0, the
     others epsilon; "sde" adds fresh noise at every step. ``solver_type`` as above, for order 2. ``euler_at_final``: the
     last step is always of order 1, as it is for ``final_sigma`` "zero", which epsilon cannot reach. ``sigma_spacing``
-    "lu" is even in lambda, over all of training (sigma_min and sigma_max are not used). ``lambda_min_clipped``:
-    timesteps with lower lambda are left out (cosine schedules; only with spacing by timesteps). ``learned_variance``:
-    the model has twice the channels, and the second half is not used.
+    "lu" is even in lambda, over all of training (sigma_min and sigma_max are not used). ``learned_variance``: the model
+    has twice the channels, and the second half is not used.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+    takes = ("steps", "timesteps")
+    repeats = False
 
     solver_order: UpTo3 = 2
     algorithm: Algorithm = "dpmsolver++"
     solver_type: SolverType = "midpoint"
     euler_at_final: bool = False
     sigma_spacing: Literal["timesteps", "karras", "exponential", "beta", "lu"] = "timesteps"  # type: ignore[assignment]
-    final_sigma: Final = "zero"
-    lambda_min_clipped: float | None = None
+    final_sigma: Final = "zero"  # type: ignore[misc]
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
@@ -97,15 +96,12 @@ class DPMOptions(Lambdas[R, S]):
     def predicts_x0(self) -> bool:
         return self.algorithm.endswith("++")
 
-    @property
-    def final(self) -> Landing:
-        return self.final_sigma
-
-    def highest(self, schedule: NoiseSchedule) -> int:
-        return unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
-
     def curve(self, n: int, table: Floats) -> Floats:
-        return lu(table, n) if self.sigma_spacing == "lu" else super().curve(n, table)
+        if self.sigma_spacing != "lu":
+            return super().curve(n, table)
+        low, high = np.log(table[[0, -1]]).tolist()  # in float32
+        sigmas: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
+        return sigmas
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
         return super().denoised(plan, i, x, self._mean(x, out), state)
@@ -129,14 +125,6 @@ def limited_epsilon(method: Lambdas[Any, Any], plan: Plan[Any], i: int, x: Tenso
     return epsilon_from_x0(x, method.limit(x0_from_epsilon(x, epsilon, signal, noise)), signal, noise)
 
 
-def lu(table: Floats, n: int) -> Floats:
-    """Return (n,) float64 sigmas falling over all of ``table``, evenly spaced in lambda = -log sigma (Lu et al. 2022):
-    the exponential curve, computed from float32 logarithms."""
-    high, low = float(np.log(table[-1:])[0]), float(np.log(table[:1])[0])
-    sigmas: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
-    return sigmas
-
-
 @dataclass(frozen=True, kw_only=True)
 class DPMSolver(DPMOptions[Multistep, Outputs]):
     """DPM++ 2M by default; the options give the rest of the family. ``lower_order_final``: with fewer than 15 steps
@@ -157,10 +145,7 @@ class DPMSolver(DPMOptions[Multistep, Outputs]):
         return after.to(m.dtype), outputs
 
     def rows(self, at: Levels, prediction: Prediction) -> Multistep:
-        first_at_last = self.euler_at_final or self.final_sigma == "zero"
-        orders = highest_orders(len(at.here), self.solver_order, self.lower_order_final, first_at_last)
-        parts = exponentials(self.algorithm, rates(at.here), rates(at.to), at.h, self.like_diffusers)
-        return multistep_rows(self, orders, parts, at.h, self.solver_type)
+        return multistep_rows(self, self.algorithm, self.solver_type, rates(at.here), rates(at.to), at.h)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +174,10 @@ class DPMSolverInverse(DPMSolver):
     timesteps but not from the sigmas, which are off by one row from there on.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("steps",)
-    takes_more: ClassVar[tuple[str, ...]] = ()
+    takes = ("steps",)
+    takes_more = ()
+    repeats = True
+    rises = True
 
     final_sigma: Final = "sigma_min"
 
@@ -208,38 +195,20 @@ class DPMSolverInverse(DPMSolver):
         after = multistep(plan.at(i), seen, outputs)
         return after if self.like_diffusers else after.to(out.dtype), outputs
 
-    def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
-        """Return the timesteps and sigmas to visit, from the picture upwards."""
-        n = check_steps(given.steps, len(table))
-        if self.sigma_spacing == "timesteps":
-            t = self.spaced(len(table), n, last)
-            inside = t[0] >= -self.like_diffusers and t[-1] < len(table)
-            check(inside, f"{self.name}: timesteps run from {t[0]} to {t[-1]}, the model knows 0 to {len(table) - 1}")
-            sigmas = np.append(at_timesteps(t, table), table[last - 1])
-        else:
-            sigmas = self.curve(n + (not self.like_diffusers), table)
-            t = self.timesteps_of(sigmas[:n], table)
-            sigmas = np.append(sigmas[:n], sigmas[-1])
-        return t, sigmas.astype(np.float32)
-
-    def spaced(self, total: int, steps: int | None, last: int) -> Floats:
-        """Return (n,) int64, rising: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
-        n = check_steps(steps, total)
-        if self.spacing == "trailing":
-            step = total / n if self.like_diffusers else last / (n + 1)
-            t = np.arange(last, 0, -step).round()[::-1] - 1
-            t = t if self.like_diffusers else t[-n - 1 : -1]  # without the top, on which the last step lands
-        elif self.spacing == "leading":
-            t = np.arange(n) * (last // (n + 1)) + self.steps_offset
-        else:
-            t = np.linspace(0, last - 1, n + 1).round()[:-1]
-        return self.visited_once(t.astype(np.int64), n)
+    def points(self, n: int, total: int, last: int) -> Floats:
+        """Return n of the n + 1 points that divide the ``last`` timesteps, (n,), rising."""
+        if self.spacing == "trailing":  # and without the top, on which the last step lands
+            like = self.like_diffusers
+            return super().points(n, total, last)[::-1] if like else super().points(n + 1, total, last)[:0:-1]
+        lowest = self.steps_offset if self.spacing == "leading" else 0
+        return np.append(lowest, super().points(n, total, last)[:0:-1])
 
     def curve(self, n: int, table: Floats) -> Floats:
         """Return (n,) float64 sigmas of the chosen spacing, from the bottom up."""
-        low_and_high = (self.sigma_max, self.sigma_min) if self.like_diffusers else (self.sigma_min, self.sigma_max)
-        low, high = (float(table[k]) if end is None else end for k, end in zip((0, -1), low_and_high, strict=True))
-        check(self.like_diffusers or low <= high, f"{self.name}: sigma_min={low:g} is above sigma_max={high:g}")
+        if self.like_diffusers:
+            low, high = self.sigma_max or float(table[0]), self.sigma_min or float(table[-1])
+        else:
+            low, high = ends(self, self.sigma_min, self.sigma_max, table)
         return CURVES[self.sigma_spacing](high, low, n)  # the ends are exchanged on purpose: the curve rises
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
@@ -287,11 +256,16 @@ def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_d
     return Exponentials(x_coef, d0, half, heun, d2, fresh)
 
 
-def multistep_rows(method: Any, orders: tuple[int, ...], parts: Exponentials, h: Tensor, kind: SolverType) -> Multistep:
+def multistep_rows(
+    method: Any, algorithm: Algorithm, solver_type: SolverType, here: Rates, to: Rates, h: Tensor
+) -> Multistep:
     """Return the rows for steps of length ``h`` (n,). Raises ConfigError if a coefficient in use is not finite."""
+    last_is_first = method.euler_at_final or method.final_sigma == "zero"
+    orders = highest_orders(len(h), method.solver_order, method.lower_order_final, last_is_first)
+    parts = exponentials(algorithm, here, to, h, method.like_diffusers)
     h_0 = earlier(h)  # the first row has no history, and only keeps the length
     r0, r1 = h_0 / h, earlier(h_0) / h
-    d1 = parts.d1_midpoint if kind == "midpoint" else parts.d1_heun
+    d1 = parts.d1_midpoint if solver_type == "midpoint" else parts.d1_heun
     share, inv_r = r0 / (r0 + r1), 1.0 / (r0 + r1)
     third = {"d1_heun": parts.d1_heun, "d2": parts.d2, "inv_r1": 1.0 / r1, "share": share, "inv_r": inv_r}
     return Multistep(
@@ -313,16 +287,3 @@ def highest_orders(n: int, order: int, lower_order_final: bool, first_at_last: b
     if few or first_at_last:
         orders[-1] = 1
     return tuple(orders)
-
-
-def unclipped(schedule: NoiseSchedule, last_alpha_bar: float, lambda_min: float | None) -> int:
-    """Return the number of training's timesteps, counted from the lowest, with lambda >= ``lambda_min`` (None: all)."""
-    if lambda_min is None:
-        return len(schedule)
-    alpha_bar = schedule.alphas_cumprod.clone()
-    if alpha_bar[-1] == 0:
-        alpha_bar[-1] = last_alpha_bar
-    lambdas = torch.log(torch.sqrt(alpha_bar)) - torch.log(torch.sqrt(1 - alpha_bar))
-    last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), lambda_min))
-    check(last >= 1, f"lambda_min_clipped={lambda_min} clips every timestep of training")
-    return last

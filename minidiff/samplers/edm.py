@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
-from minidiff.samplers.arithmetic import Space, meet, upcast
-from minidiff.samplers.consistency import check_karras
-from minidiff.samplers.dpm_solver import Algorithm, exponentials, highest_orders, multistep, multistep_rows
+from minidiff.samplers.arithmetic import meet, upcast
+from minidiff.samplers.dpm_solver import Algorithm, SolverType, multistep, multistep_rows
 from minidiff.samplers.euler import Churning
-from minidiff.samplers.levels import Final, given_sigmas
-from minidiff.samplers.limits import Limited
+from minidiff.samplers.levels import Final, OwnSigmas, given_sigmas
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
 from minidiff.schedule import NoiseSchedule, check_steps
@@ -53,31 +51,21 @@ Seen = namedtuple("Seen", "seen")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMOptions(Limited[R, S]):
-    """Options common to both methods for such models.
+class EDMOptions(OwnSigmas[R, S]):
+    """Options common to both methods for such models: those of :class:`OwnSigmas` and :class:`Limited`, and
 
-    ``sigma_spacing`` goes from ``sigma_max`` to ``sigma_min``: "karras" is even in sigma**(1/rho), "exponential" in
-    log sigma. ``final_sigma``: the last step lands on 0 after the spacing, or on the last sigma of the spacing.
+    ``sigma_spacing``: "karras" is even in sigma**(1/rho), "exponential" in log sigma. ``final_sigma``: the last step
+    lands on 0 after the spacing, or on the last sigma of the spacing.
 
     ``like_diffusers``: with final_sigma="sigma_min" the last step goes from there to itself. Given sigmas are taken for
     positions between sigma_max (0) and sigma_min (1) or, with exponential spacing, only counted. The first noise is
     that of sigma_max, even if they start lower.
     """
 
-    space: ClassVar[Space] = "sigma"
-    own_levels: ClassVar[bool] = True
-    places_in: ClassVar[torch.dtype]  # the dtype in which the positions of the sigmas are computed
+    places_in: ClassVar[torch.dtype] = torch.float32  # the dtype in which the positions of the sigmas are computed
 
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    sigma_data: float = 0.5
     sigma_spacing: Literal["karras", "exponential"] = "karras"
-    rho: float = 7.0
     final_sigma: Final = "zero"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_karras(self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
 
     def wrapping(self, sigma: Tensor, prediction: Prediction) -> Wrapping:
         """Return the columns at ``sigma`` (n,)."""
@@ -93,40 +81,32 @@ class EDMOptions(Limited[R, S]):
         return seen
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        highest = self.sigma_max
         if given.sigmas is not None and not self.like_diffusers:
             s = torch.from_numpy(given_sigmas(given.sigmas))
-            highest = s[0].item()
-        else:
-            s = self._spaced(given)
-        return self.between(s, highest)
-
-    def between(self, s: Tensor, highest: float) -> Levels:
-        """Return the levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""
-        top = torch.tensor(highest, dtype=torch.float64, device="cpu")
-        return Levels(0.25 * torch.log(s[:-1]), s[:-1], s[1:], ((top**2 + 1) ** 0.5).float())
-
-    def _spaced(self, given: Given) -> Tensor:
-        """Return the sigmas of the run and the one on which it lands, (n + 1,) float32."""
+            return self.between(s, s[0].item())
         if given.sigmas is None:
             n = check_steps(given.steps, MAX_STEPS)
             n += self.final_sigma == "sigma_min" and not self.like_diffusers  # one more, to land on
             places = torch.linspace(0, 1, n, dtype=self.places_in, device="cpu")
         else:
             places = torch.as_tensor(given.sigmas, dtype=torch.float64, device="cpu")
-        sigmas = self.sigmas_at(places)
-        fits = sigmas.ndim == 1 and len(sigmas) > 0 and bool(((sigmas > 0) & sigmas.isfinite()).all())
+        s = self.sigmas_at(places)
+        fits = s.ndim == 1 and len(s) > 0 and bool(((s > 0) & s.isfinite()).all())
         check(fits, f"{self.name}: sigmas are places between sigma_max (0) and sigma_min (1) here, got {given.sigmas}")
-        return self.landed(sigmas)
+        return self.between(self.landed(s), self.sigma_max)
+
+    def between(self, s: Tensor, highest: float) -> Levels:
+        """Return the levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""
+        top = torch.tensor(highest, dtype=torch.float64, device="cpu")
+        return Levels(0.25 * torch.log(s[:-1]), s[:-1], s[1:], ((top**2 + 1) ** 0.5).float())
 
     def sigmas_at(self, places: Tensor) -> Tensor:
         """Return the sigmas, (n,) float32, at ``places`` between sigma_max (0) and sigma_min (1)."""
-        if self.sigma_spacing == "karras":
-            low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-            sigmas: Tensor = (high + places * (low - high)) ** self.rho
-            return sigmas.to(torch.float32)
-        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        return torch.linspace(low, high, len(places), dtype=torch.float32, device="cpu").exp().flip(0)
+        if self.sigma_spacing == "exponential":
+            low, high = math.log(self.sigma_min), math.log(self.sigma_max)
+            return torch.linspace(low, high, len(places), dtype=torch.float32, device="cpu").exp().flip(0)
+        sigmas: Tensor = self.karras(places).to(torch.float32)
+        return sigmas
 
     def landed(self, sigmas: Tensor) -> Tensor:
         """Return ``sigmas`` with the one on which the run lands: 0, the last of them, or that of the reference."""
@@ -147,8 +127,8 @@ EulerRow = namedtuple("EulerRow", "seen hat churn")
 class EDMEuler(Churning[EulerRow], EDMOptions[EulerRow, Empty]):
     """Euler sampler for EDM. Options: :class:`EDMOptions`, and the churn of :class:`~minidiff.samplers.euler.Euler`."""
 
-    takes: ClassVar[tuple[str, ...]] = ("steps", "sigmas")
-    places_in: ClassVar[torch.dtype] = torch.float64
+    takes = ("steps", "sigmas")
+    places_in = torch.float64
 
     def step(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
@@ -175,8 +155,6 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
     ``euler_at_final`` always lowers that of the last step, as landing on sigma 0 does in any case.
     """
 
-    places_in: ClassVar[torch.dtype] = torch.float32
-
     solver_order: UpTo3 = 2
     sde: bool = False
     heun: bool = False
@@ -202,11 +180,8 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
         return torch.tensor(self.sigma_min, dtype=torch.float32, device="cpu")
 
     def rows(self, at: Levels, prediction: Prediction) -> MultistepRow:
-        first_at_last = self.euler_at_final or self.final_sigma == "zero"
-        orders = highest_orders(len(at.here), self.solver_order, self.lower_order_final, first_at_last)
-        h = (0 - torch.log(at.to)) - (0 - torch.log(at.here))
-        one = torch.ones_like(h)
-        kind: Algorithm = "sde-dpmsolver++" if self.sde else "dpmsolver++"
-        parts = exponentials(kind, (one, at.here), (one, at.to), h, False)
-        steps = multistep_rows(self, orders, parts, h, "heun" if self.heun else "midpoint")
+        one, h = torch.ones_like(at.here), torch.log(at.here) - torch.log(at.to)
+        algorithm: Algorithm = "sde-dpmsolver++" if self.sde else "dpmsolver++"
+        kind: SolverType = "heun" if self.heun else "midpoint"
+        steps = multistep_rows(self, algorithm, kind, (one, at.here), (one, at.to), h)
         return MultistepRow(self.wrapping(at.here, prediction), steps)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,16 +23,15 @@ from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import Space, unit
 from minidiff.samplers.betainc import inverse_betainc
 from minidiff.samplers.checks import check_timesteps, whole
-from minidiff.samplers.limits import Thresholded
+from minidiff.samplers.limits import Limited, Thresholded
 from minidiff.samplers.method import Given, Levels, Method, R, S
-from minidiff.samplers.options import AboveZero, Share
+from minidiff.samplers.options import POSITIVE, AboveZero, Share
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps, spaced
 
 Floats = NDArray[Any]
 SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 Final = Literal["zero", "sigma_min"]
-Landing = Literal["zero", "sigma_min", "repeated"]
-"""Where the last step lands: on 0, on training's smallest sigma, or, as in diffusers, on the last of a curve again."""
+"""Where the last step lands: on 0, or on training's smallest sigma."""
 
 
 # --- in timesteps: x keeps unit variance ------------------------------------------------------------------------------
@@ -69,12 +68,18 @@ def alpha_bar_at(schedule: NoiseSchedule, t: Tensor, set_alpha_to_one: bool) -> 
 # --- in sigma ---------------------------------------------------------------------------------------------------------
 
 
-def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
-    """Return the sigmas of training, (T,) float32. If the schedule ends in pure noise (zero terminal SNR), where sigma
-    would be infinite, ``last_alpha_bar`` replaces the 0."""
+def with_last(schedule: NoiseSchedule, last_alpha_bar: float) -> Tensor:
+    """Return alpha_bar, (T,). If the schedule ends in pure noise (zero terminal SNR), where sigma would be infinite,
+    ``last_alpha_bar`` replaces the 0."""
     alpha_bar = schedule.alphas_cumprod.clone()
     if alpha_bar[-1] == 0:
         alpha_bar[-1] = last_alpha_bar
+    return alpha_bar
+
+
+def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
+    """Return the sigmas of training, (T,) float32, finite as in :func:`with_last`."""
+    alpha_bar = with_last(schedule, last_alpha_bar)
     sigmas: Floats = (((1 - alpha_bar) / alpha_bar) ** 0.5).numpy()
     return sigmas
 
@@ -224,6 +229,33 @@ class SpacedSigmas(Sigmas[R, S]):
         return float(sigmas[-1]), float(sigmas[0])
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnSigmas(Limited[R, S]):
+    """Base class of the methods for models trained in sigma (Karras et al. 2022), which use no schedule.
+
+    ``sigma_max``, ``sigma_min``, ``rho``: the sigmas of training go from one to the other, even in sigma**(1/rho).
+    ``sigma_data``: standard deviation of the pictures.
+    """
+
+    space = "sigma"
+    own_levels = True
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: Annotated[float, POSITIVE] = 0.5
+    rho: Annotated[float, POSITIVE] = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        falls = 0 < self.sigma_min < self.sigma_max
+        check(falls, f"sigma_min={self.sigma_min} and sigma_max={self.sigma_max} must rise from above 0")
+
+    def karras(self, places: Any) -> Any:
+        """Return the sigmas at ``places`` (n,), an array or a tensor, between sigma_max (0) and sigma_min (1)."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return (high + places * (low - high)) ** self.rho
+
+
 # --- in lambda: the exponential integrators ---------------------------------------------------------------------------
 
 
@@ -249,7 +281,9 @@ class Lambdas(Thresholded[R, S]):
 
     space: ClassVar[Space] = "lambda"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
-    lands_on: ClassVar[Landing] = "zero"
+    final_sigma: ClassVar[Final] = "sigma_min"
+    repeats: ClassVar[bool] = True  # diffusers lands on the last sigma of a curve again, not on training's smallest
+    rises: ClassVar[bool] = False  # True if a run leads from the picture to noise
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
@@ -259,11 +293,6 @@ class Lambdas(Thresholded[R, S]):
     lower_order_final: bool = True
     cut_timesteps: bool = False
     last_alpha_bar: Share = 2**-24
-
-    @property
-    def final(self) -> Landing:
-        """Where the last step lands."""
-        return self.lands_on
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         table = sigma_table(schedule, self.last_alpha_bar)
@@ -281,39 +310,38 @@ class Lambdas(Thresholded[R, S]):
 
     def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
         """Return timesteps (n,), int64 or float32, and float32 sigmas (n + 1,)."""
-        times, lands = given.timesteps, self.final
+        times, like, above = given.timesteps, self.like_diffusers, self.final_sigma == "sigma_min"
+        landing = float(table[0]) if above else 0.0
         if self.sigma_spacing == "timesteps":
             t = whole(self, times) if times is not None else self.spaced(len(table), given.steps, last)
-            check_timesteps(self, t, len(table))
-            sigmas, landing = at_timesteps(t, table), 0.0 if lands == "zero" else float(table[0])
+            check_timesteps(self, t[::-1] if self.rises else t, len(table))
+            sigmas, landing = at_timesteps(t, table), float(table[last - 1]) if self.rises else landing
         else:
             check(times is None, f"{self.name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}")
             n = check_steps(given.steps, len(table))
-            further = lands != "zero" and not self.like_diffusers  # one more, to land on
-            curve = self.curve(n + further, table)
+            curve = self.curve(n + (above and not like), table)  # one more, to land on
             sigmas, t = curve[:n], self.timesteps_of(curve[:n], table)
-            landing = (
-                float(curve[-1]) if further or lands == "repeated" else 0.0 if lands == "zero" else float(table[0])
-            )
+            landing = float(curve[-1]) if above and (self.repeats or not like) else landing
         return t, np.concatenate([sigmas, [landing]]).astype(np.float32)
 
     def spaced(self, total: int, steps: int | None, last: int) -> Floats:
-        """Return (n,) int64, falling: n of the n + 1 points that divide the lowest ``last`` timesteps of ``total``."""
+        """Return (n,) int64 among the lowest ``last`` timesteps of ``total``. Raises ConfigError if rounding makes two
+        neighbours equal."""
         n = check_steps(steps, total)
+        t = self.points(n, total, last).astype(np.int64)
+        repeated = len(t) > 1 and bool((np.diff(t) == 0).any())
+        check(not repeated, f"{self.name}: steps={n} of spacing={self.spacing!r} visit a timestep twice; use fewer")
+        return t
+
+    def points(self, n: int, total: int, last: int) -> Floats:
+        """Return n of the n + 1 points that divide the ``last`` timesteps, (n,), falling."""
         if self.spacing == "trailing":
             t = np.arange(last, 0, -((total if self.like_diffusers else last) / n)).round() - 1
-            t = t if self.like_diffusers else t[:n]
-        elif self.spacing == "leading":
-            t = np.arange(n + 1)[:0:-1] * (last // (n + 1)) + self.steps_offset
-        else:
-            t = np.linspace(0, last - 1, n + 1).round()[:0:-1]
-        return self.visited_once(t.astype(np.int64), n)
-
-    def visited_once(self, t: Floats, steps: int) -> Floats:
-        """Return ``t`` unchanged. Raises ConfigError if rounding makes two neighbours equal."""
-        repeated = len(t) > 1 and bool((np.abs(np.diff(t)) < 1).any())
-        check(not repeated, f"{self.name}: steps={steps} of spacing={self.spacing!r} visit a timestep twice; use fewer")
-        return t
+            return t if self.like_diffusers else t[:n]
+        if self.spacing == "leading":
+            return np.arange(n + 1)[:0:-1] * (last // (n + 1)) + self.steps_offset
+        points: Floats = np.linspace(0, last - 1, n + 1).round()[:0:-1]
+        return points
 
     def curve(self, n: int, table: Floats) -> Floats:
         """Return (n,) float64 sigmas of the chosen spacing, from the top down."""
@@ -326,6 +354,23 @@ class Lambdas(Thresholded[R, S]):
             return t.astype(np.float32)
         cut = self.cut_timesteps or self.sigma_spacing in ("exponential", "beta")
         return (t if cut else t.round()).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedLambdas(Lambdas[R, S]):
+    """Base class of those that may leave out the timesteps with lambda below ``lambda_min_clipped`` (cosine schedules;
+    only with spacing by timesteps)."""
+
+    lambda_min_clipped: float | None = None
+
+    def highest(self, schedule: NoiseSchedule) -> int:
+        if self.lambda_min_clipped is None:
+            return len(schedule)
+        alpha_bar = with_last(schedule, self.last_alpha_bar)
+        lambdas = torch.log(torch.sqrt(alpha_bar)) - torch.log(torch.sqrt(1 - alpha_bar))
+        last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), self.lambda_min_clipped))
+        check(last >= 1, f"lambda_min_clipped={self.lambda_min_clipped} clips every timestep of training")
+        return last
 
 
 def ends(

@@ -18,6 +18,7 @@ class Rule(NamedTuple):
     text: str
 
 
+POSITIVE = Rule(lambda v: v > 0, "must be positive")
 NotNegative = Annotated[float, Rule(lambda v: v >= 0, "must not be negative")]
 AboveZero = Annotated[float | None, Rule(lambda v: v > 0, "must be positive, or None")]
 Share = Annotated[float, Rule(lambda v: 0 < v < 1, "must lie between 0 and 1")]

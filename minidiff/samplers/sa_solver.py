@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from operator import add, mul
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from torch import Tensor
 from minidiff.config import Prediction
 from minidiff.samplers.arithmetic import lambda_of, meet, rates
 from minidiff.samplers.checks import usable
-from minidiff.samplers.dpm_solver import limited_epsilon, unclipped
-from minidiff.samplers.levels import Lambdas, Landing
+from minidiff.samplers.dpm_solver import limited_epsilon
+from minidiff.samplers.levels import ClippedLambdas
 from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan, Put
 from minidiff.samplers.options import NotNegative, Rule
 from minidiff.schedule import NoiseSchedule
@@ -56,17 +56,15 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASolver(Lambdas[Row, State]):
+class SASolver(ClippedLambdas[Row, State]):
     """SA-Solver. ``predictor_order`` and ``corrector_order``: 1 to 4 outputs. ``algorithm``: combine x0 (data) or
     epsilon (noise). ``tau`` applies where the timestep lies in ``tau_start``..``tau_end``, and is 0 elsewhere.
-    ``lambda_min_clipped``: timesteps with lower lambda are left out (only with spacing by timesteps).
 
     ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
     last step does nothing; and noise is added to a picture at the alpha_bar of a whole timestep.
     """
 
-    initial: ClassVar[State] = State()
-    lands_on: ClassVar[Landing] = "repeated"
+    initial = State()
 
     predictor_order: UpTo4 = 2
     corrector_order: UpTo4 = 2
@@ -74,7 +72,6 @@ class SASolver(Lambdas[Row, State]):
     tau: NotNegative = 1.0
     tau_start: float = 200.0
     tau_end: float = 800.0
-    lambda_min_clipped: float | None = None
 
     @property
     def predicts_x0(self) -> bool:
@@ -99,9 +96,6 @@ class SASolver(Lambdas[Row, State]):
         at = super().levels(schedule, given)
         put: Put | None = ("alpha_bar", schedule.alphas_cumprod[at.timesteps]) if self.like_diffusers else None
         return at._replace(put=put)
-
-    def highest(self, schedule: NoiseSchedule) -> int:
-        return unclipped(schedule, self.last_alpha_bar, self.lambda_min_clipped)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, t = len(at.here), at.timesteps

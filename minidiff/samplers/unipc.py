@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import lambda_of, meet, rates
 from minidiff.samplers.checks import usable
-from minidiff.samplers.levels import Final, Lambdas, Landing
+from minidiff.samplers.levels import Final, Lambdas
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
 from minidiff.samplers.options import UpTo3
 
@@ -56,13 +56,13 @@ class UniPC(Lambdas[Row, State]):
     threshold has no effect on steps with predict_x0=False.
     """
 
-    initial: ClassVar[State] = State()
+    initial = State()
 
     solver_order: UpTo3 = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
-    final_sigma: Final = "zero"
+    final_sigma: Final = "zero"  # type: ignore[misc]
 
     @property
     def on_device(self) -> tuple[str, ...]:
@@ -74,10 +74,6 @@ class UniPC(Lambdas[Row, State]):
         limits = self.threshold is None or self.predict_x0 or self.like_diffusers
         instead = "limits x0, which predict_x0=False does not combine: give one of them"
         check(limits, f"threshold={self.threshold} {instead}")
-
-    @property
-    def final(self) -> Landing:
-        return "zero" if self.final_sigma == "zero" else "repeated"
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``."""
