@@ -28,13 +28,12 @@ if TYPE_CHECKING:
     from minidiff.samplers.deis import DEIS
     from minidiff.samplers.diffusers.read import schedule_from_diffusers
     from minidiff.samplers.diffusers.scheduler import Scheduler
-    from minidiff.samplers.dpm2 import DPM2, DPM2Ancestral
     from minidiff.samplers.dpm_singlestep import DPMSolverSinglestep
     from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE, DPMSolverInverse
     from minidiff.samplers.dpmpp_sde import DPMSDE
     from minidiff.samplers.edm import EDMEuler, EDMMultistep
     from minidiff.samplers.euler import Euler, EulerAncestral
-    from minidiff.samplers.heun import Heun
+    from minidiff.samplers.heun import DPM2, DPM2Ancestral, Heun
     from minidiff.samplers.lms import LMS
     from minidiff.samplers.pndm import IPNDM, PNDM
     from minidiff.samplers.sa_solver import SASolver

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,15 +46,14 @@ class DDIM(Timesteps[Row, Empty], Limited[Row, Empty]):
     their next row elsewhere, and rows for which rounding gives NaN are rejected.
     """
 
-    takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
+    takes_more = ("timesteps",)
 
     set_alpha_to_one: bool = False
     eta: NotNegative = 0.0
     use_clipped: bool = False
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
-        at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
-        epsilon = plan.epsilon(i, x, out)
+        at, x0, epsilon = plan.at(i), self.denoised(plan, i, x, out, state), plan.epsilon(i, x, out)
         if self.use_clipped:
             epsilon = epsilon_from_x0(x, x0, plan.signal[i], plan.noise[i])
         after = at.x0_coef * x0 + at.direction * epsilon
@@ -69,8 +67,7 @@ class DDIM(Timesteps[Row, Empty], Limited[Row, Empty]):
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         check_no_pure_noise(self, at, prediction, self.bounds_infinity)
-        variance = ((1 - at.to) / (1 - at.here)) * (1 - at.here / at.to)
-        std = self.eta * root(variance, self, "the variance")
+        std = self.eta * root(((1 - at.to) / (1 - at.here)) * (1 - at.here / at.to), self, "the variance")
         direction = root(1 - at.to - std**2, self, f"with eta={self.eta}, 1 - alpha_bar_to - std**2")
         return Row(x0_coef=at.to**0.5, direction=direction, std=std)
 
@@ -99,8 +96,8 @@ class DDIMInverse(Timesteps[Row, Empty], Clipped[Row, Empty]):
         return at.x0_coef * x0 + at.direction * plan.epsilon(i, x, out), state
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        falling, apart = self.visited(schedule, given)
-        t = falling.flip(0)
+        t, apart = self.visited(schedule, given)
+        t = t.flip(0)
         before = t - apart if self.like_diffusers else torch.cat([torch.full_like(t[:1], -1), t[:-1]])
         here = alpha_bar_at(schedule, before, self.set_alpha_to_one)
         return Levels(t, here, schedule.alphas_cumprod[t], unit(), beside={"before": before})

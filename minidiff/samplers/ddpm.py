@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.checks import check_no_pure_noise, check_some_noise
-from minidiff.samplers.levels import Timesteps
+from minidiff.samplers.levels import Timesteps, alpha_bar_at
 from minidiff.samplers.limits import Limited
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule
@@ -31,7 +31,6 @@ Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large
 
 MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is needed
 FIXED_LARGE_LOG = "variance_type='fixed_large_log' gives NaN in diffusers 0.42.1: use fixed_large, which it stands for"
-
 
 Row = namedtuple("Row", "x0_coef x_coef std log_small log_large noisy")
 """The mean is ``x0_coef`` * x0 + ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and
@@ -47,7 +46,7 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
     ``like_diffusers`` rejects fixed_large_log, which is NaN in diffusers.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+    takes = ("steps", "timesteps")
 
     steps_offset: int = 0
     variance: Variance = "fixed_small"
@@ -65,9 +64,8 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         t, _ = self.visited(schedule, given)
-        after = torch.cat([t[1:], torch.full_like(t[:1], -1)])
-        to = torch.where(after >= 0, schedule.alphas_cumprod[after.clamp(min=0)], 1.0)
-        return Levels(t, schedule.alphas_cumprod[t], to, unit())
+        landing = torch.cat([t[1:], torch.full_like(t[:1], -1)])
+        return Levels(t, schedule.alphas_cumprod[t], alpha_bar_at(schedule, landing, True), unit(), landing)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         check(not (self.like_diffusers and self.variance == "fixed_large_log"), FIXED_LARGE_LOG)
@@ -77,20 +75,15 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
         alpha = at.here / at.to
         beta = 1 - alpha
         small = torch.clamp(beta_bar_to / beta_bar * beta, min=MIN_VARIANCE)
+        chosen = beta if self.variance.startswith("fixed_large") else small
         return Row(
             x0_coef=(at.to**0.5 * beta) / beta_bar,
             x_coef=alpha**0.5 * beta_bar_to / beta_bar,
-            std=self._std(small, beta),
+            std=torch.exp(0.5 * torch.log(chosen)) if self.variance.endswith("_log") else chosen**0.5,
             log_small=torch.log(small),
             log_large=torch.log(beta),
             noisy=tuple((at.timesteps > 0).tolist()),
         )
-
-    def _std(self, small: Tensor, beta: Tensor) -> Tensor:
-        """Return the factors of the noise, (n,). For a learned variance they come from the model; these are a bound."""
-        if self.variance in ("fixed_small_log", "fixed_large_log"):
-            return torch.exp(0.5 * torch.log(small if self.variance == "fixed_small_log" else beta))
-        return (beta if self.variance == "fixed_large" else small) ** 0.5
 
     def _split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prediction, and the model's variance output if the variance is learned."""

@@ -64,33 +64,23 @@ class DEIS(Lambdas[Row, Outputs]):
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         orders = highest_orders(len(at.here), self.solver_order, self.lower_order_final, first_at_last=False)
-        by_order = enumerate(coefficients(at), 1)
-        return Row(orders, **{k: v for order, coefs in by_order for k, v in usable(self, orders, order, coefs).items()})
+        (signal, noise), (to_signal, to_noise) = rates(at.here), rates(at.to)
+        to, s0 = to_noise / to_signal, noise / signal
+        s1 = earlier(s0)  # the first rows have no history, and only keep the length
+        s2 = earlier(s1)
 
+        def over(*points: Tensor) -> Tensor:
+            """Integrate, from s0 to the next rho, the polynomial that is 1 at the first point and 0 at the others."""
+            integral = integral_of_two if len(points) == 2 else integral_of_three
+            return integral(to, *points) - integral(s0, *points)
 
-def coefficients(levels: Levels) -> list[dict[str, Tensor]]:
-    """Return the columns of :class:`Row` for steps of order 1, 2 and 3."""
-    (signal, noise), (to_signal, to_noise) = rates(levels.here), rates(levels.to)
-    h = levels.h
-    to, s0 = to_noise / to_signal, noise / signal
-    s1 = earlier(s0)  # the first rows have no history, and only keep the length
-    s2 = earlier(s1)
-
-    def over(*points: Tensor) -> Tensor:
-        """Integrate, from s0 to the next rho, the polynomial that is 1 at the first point and 0 at the others."""
-        integral = integral_of_two if len(points) == 2 else integral_of_three
-        return integral(to, *points) - integral(s0, *points)
-
-    return [
-        {
-            "x_coef": to_signal / signal,
-            "e_coef": to_noise * (torch.exp(h) - 1.0),
-            "to_signal": to_signal,
-            "from_signal": signal,
-        },
-        {"a1": over(s0, s1), "a2": over(s1, s0)},
-        {"b1": over(s0, s1, s2), "b2": over(s1, s2, s0), "b3": over(s2, s0, s1)},
-    ]
+        first = {"x_coef": to_signal / signal, "e_coef": to_noise * (torch.exp(at.h) - 1.0)}
+        return Row(
+            orders,
+            **usable(self, orders, 1, first | {"to_signal": to_signal, "from_signal": signal}),
+            **usable(self, orders, 2, {"a1": over(s0, s1), "a2": over(s1, s0)}),
+            **usable(self, orders, 3, {"b1": over(s0, s1, s2), "b2": over(s1, s2, s0), "b3": over(s2, s0, s1)}),
+        )
 
 
 def integral_of_two(t: Tensor, b: Tensor, c: Tensor) -> Tensor:

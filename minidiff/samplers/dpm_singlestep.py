@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
     :class:`Lambdas`.
     """
 
-    initial: ClassVar[Group] = Group()
+    initial = Group()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,11 +99,8 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
         return {name: found.get(name, torch.zeros_like(h)) for name in Row._fields[1:]}
 
     def _orders(self, n: int) -> tuple[int, ...]:
-        k = self.solver_order
-        lower = self.lower_order_final or n % k != 0 or self.final_sigma == "zero"
-        orders = [i % k + 1 for i in range(n)]
-        if lower and k > 1 and n % k == 0:  # the last group gives up its last place, for a step of order 1
-            orders[-1] = 1
-        if self.final_sigma == "zero":
+        """Return the order of each row; the last group may give up its last place, for a step of order 1."""
+        orders = [i % self.solver_order + 1 for i in range(n)]
+        if self.final_sigma == "zero" or (self.lower_order_final and n % self.solver_order == 0):
             orders[-1] = 1
         return tuple(orders)

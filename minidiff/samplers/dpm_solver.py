@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,10 +34,9 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import earlier, meet, rates, upcast
 from minidiff.samplers.checks import usable
 from minidiff.samplers.ddpm import split_variance
-from minidiff.samplers.levels import CURVES, ClippedLambdas, Final, Floats, Lambdas, ends, to_timesteps
+from minidiff.samplers.levels import CURVES, ClippedLambdas, Final, Floats, ends, to_timesteps
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
-from minidiff.schedule import epsilon_from_x0, x0_from_epsilon
 
 Algorithm = Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"]
 SolverType = Literal["midpoint", "heun"]
@@ -74,7 +73,7 @@ class DPMOptions(ClippedLambdas[R, S]):
     has twice the channels, and the second half is not used.
     """
 
-    takes = ("steps", "timesteps")
+    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
     repeats = False
 
     solver_order: UpTo3 = 2
@@ -110,19 +109,11 @@ class DPMOptions(ClippedLambdas[R, S]):
         """Convert the model output to the quantity that the algorithm combines: x0 or epsilon."""
         if self.predicts_x0:
             return self.denoised(plan, i, x, out, state)
-        return limited_epsilon(self, plan, i, x, self._mean(x, out))
+        return self.epsilon(plan, i, x, self._mean(x, out))
 
     def _mean(self, x: Tensor, out: Tensor) -> Tensor:
         """Return the prediction without the learned variance."""
         return split_variance(x, out, "learned_variance=True")[0] if self.learned_variance else out
-
-
-def limited_epsilon(method: Lambdas[Any, Any], plan: Plan[Any], i: int, x: Tensor, out: Tensor) -> Tensor:
-    """Convert ``out`` to epsilon, after thresholding its x0 if that is enabled."""
-    epsilon, signal, noise = plan.epsilon(i, x, out), plan.signal[i], plan.noise[i]
-    if method.threshold is None:
-        return epsilon
-    return epsilon_from_x0(x, method.limit(x0_from_epsilon(x, epsilon, signal, noise)), signal, noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +170,7 @@ class DPMSolverInverse(DPMSolver):
     repeats = True
     rises = True
 
-    final_sigma: Final = "sigma_min"
+    final_sigma: Final = "sigma_min"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,37 +214,25 @@ class DPMSolverInverse(DPMSolver):
 Exponentials = namedtuple("Exponentials", "x_coef d0 d1_midpoint d1_heun d2 fresh")
 """Factors of x, D0, D1 (for both solver types), D2 and fresh noise, (n,) each."""
 
-
 Rates = tuple[Tensor, Tensor]
 
 
 def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_diffusers: bool) -> Exponentials:
     """Return the coefficients of steps of length ``h`` from one (signal, noise) to another, all (n,)."""
     (signal, noise), (to_signal, to_noise) = here, to
-    fresh = torch.zeros_like(h)
-    if algorithm == "dpmsolver++":
-        decay = torch.exp(-h) - 1.0
-        x_coef, d0 = to_noise / noise, -(to_signal * decay)
-        half, heun = 0.5 * d0, to_signal * (decay / h + 1.0)
-        d2 = -(to_signal * ((decay + h) / h**2 - 0.5))
-    elif algorithm == "dpmsolver":
-        growth = torch.exp(h) - 1.0
-        x_coef, d0 = to_signal / signal, -(to_noise * growth)
-        half, heun = 0.5 * d0, -(to_noise * (growth / h - 1.0))
-        d2 = -(to_noise * ((growth - h) / h**2 - 0.5))
-    elif algorithm == "sde-dpmsolver++":
-        rise = 1 - torch.exp(-2.0 * h)
-        x_coef, d0 = to_noise / noise * torch.exp(-h), to_signal * rise
-        half, heun = 0.5 * d0, to_signal * (rise / (-2.0 * h) + 1.0)
-        d2 = to_signal * ((rise - 2.0 * h) / (2.0 * h) ** 2 + (-0.5 if like_diffusers else 0.5))
-        fresh = to_noise * torch.sqrt(rise)
+    sde, fresh = algorithm.startswith("sde"), torch.zeros_like(h)
+    if algorithm.endswith("++"):
+        u, x_coef, scale = -2.0 * h if sde else -h, to_noise / noise, to_signal
+        if sde:
+            x_coef, fresh = x_coef * torch.exp(-h), to_noise * torch.sqrt(1 - torch.exp(u))
     else:
-        growth = torch.exp(h) - 1.0
-        x_coef, d0 = to_signal / signal, -(2.0 * (to_noise * growth))
-        half, heun = -(to_noise * growth), -(2.0 * (to_noise * (growth / h - 1.0)))
-        d2 = torch.zeros_like(h)  # no order 3
-        fresh = to_noise * torch.sqrt(torch.exp(2 * h) - 1.0)
-    return Exponentials(x_coef, d0, half, heun, d2, fresh)
+        u, x_coef, scale = h, to_signal / signal, 2.0 * to_noise if sde else to_noise
+        if sde:
+            fresh = to_noise * torch.sqrt(torch.exp(2 * h) - 1.0)
+    growth = torch.exp(u) - 1.0
+    d0, d1_heun = -(scale * growth), -(scale * (growth / u - 1.0))
+    half = -0.5 if sde and like_diffusers else 0.5
+    return Exponentials(x_coef, d0, 0.5 * d0, d1_heun, -(scale * ((growth - u) / u**2 - half)), fresh)
 
 
 def multistep_rows(

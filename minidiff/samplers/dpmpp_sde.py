@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, NamedTuple, cast
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,12 @@ from minidiff.errors import ConfigError
 from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.checks import check_finite
 from minidiff.samplers.levels import Floats, SpacedSigmas, sigma_table, to_timesteps
-from minidiff.samplers.method import Draw, Given, Levels, Next, Plan, Put
+from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
 from minidiff.samplers.options import Rule
 from minidiff.schedule import NoiseSchedule
 
 Path = tuple[BrownianTree, float, float]
 """A Brownian path, and the interval of one of its increments."""
-
 
 Row = namedtuple("Row", "x_coef x0_coef sigma_up dt root_dt first_part second_part path")
 """A step is ``x_coef`` * x - ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is what
@@ -54,8 +53,8 @@ class DPMSDE(SpacedSigmas[Row, State]):
     cannot be reproduced, neither there nor here.
     """
 
-    initial: ClassVar[State] = State()
-    order: ClassVar[int] = 2
+    initial = State()
+    order = 2
 
     s_noise: float = 1.0
     noise_seed: Annotated[int | None, Rule(lambda v: v >= 0, "must not be negative")] = None
@@ -75,7 +74,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
     def _noise(self, at: Row, x: Tensor, state: State, draw: Draw) -> Tensor:
         """Return standard normal noise: the path's increment over the row's step, divided by the root of its length."""
         if at.path is not None:
-            tree, low, high = cast(Path, at.path)
+            tree, low, high = at.path
             noise: Tensor = tree.increment(low, high, x) * -1.0 / at.root_dt
             return noise
         fresh = draw(x)
@@ -85,6 +84,9 @@ class DPMSDE(SpacedSigmas[Row, State]):
         """Return the levels of 2n - 1 rows, including the middles."""
         table = sigma_table(schedule, self.last_alpha_bar)
         t, sigmas = self.visited(table, given)  # of the ends, in float64
+        if given.sigmas is not None:
+            sigmas = sigmas.astype(np.float64)
+            t = to_timesteps(sigmas[:-1], table)
         logs = -np.log(sigmas[:-1])
         times = np.empty(2 * len(t) - 1, dtype=np.float64 if self.like_diffusers else np.float32)
         times[0::2], times[1::2] = t, to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
@@ -97,18 +99,8 @@ class DPMSDE(SpacedSigmas[Row, State]):
         here = torch.where(odd, torch.exp(-middle), start)
         to = torch.exp(-torch.where(odd, after, middle))
         listed = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        at = self.between(torch.from_numpy(times), here, to, sigmas=listed)
-        put: Put | None = ("sigma", listed) if self.like_diffusers else None
-        return at._replace(put=put, beside={"start": start, "end": end})
-
-    def visited(self, table: Floats, given: Given) -> tuple[Floats, Floats]:
-        """Return timesteps (n,) and float64 sigmas (n + 1,)."""
-        if given.sigmas is not None:
-            t, sigmas = super().visited(table, given)
-            sigmas = sigmas.astype(np.float64)
-            return to_timesteps(sigmas[:-1], table), sigmas
-        t, sigmas = self.curved(self.times(table, given), table)
-        return t, np.append(sigmas, 0.0)
+        put, beside = ("sigma", listed) if self.like_diffusers else None, {"start": start, "end": end}
+        return self.between(torch.from_numpy(times), here, to, sigmas=listed, put=put, beside=beside)
 
     def times(self, table: Floats, given: Given) -> Floats:
         t = super().times(table, given)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,13 +29,12 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import meet, upcast
 from minidiff.samplers.checks import root
-from minidiff.samplers.levels import Final, Floats, Sigmas, SpacedSigmas, ends, sigma_table, to_timesteps
+from minidiff.samplers.levels import Final, Floats, Sigmas, SpacedSigmas, ends, to_timesteps
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R
 from minidiff.samplers.options import AboveZero, NotNegative
 from minidiff.schedule import NoiseSchedule
 
 MAX_GAMMA = 2**0.5 - 1  # churn at most doubles the variance in one step
-
 
 Churn = namedtuple("Churn", "sigma_hat churn churned dt")
 """``sigma_hat``: sigma after the churn; ``churn``: factor of its noise; ``churned``: True if there is any churn;
@@ -86,7 +85,7 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
     the timesteps of ``spacing``, or the given ones, which do not match its sigmas; and see :class:`Sigmas`.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps", "sigmas")
+    takes = ("steps", "timesteps", "sigmas")
 
     interpolation: Literal["linear", "log_linear"] = "linear"
     sigma_min: AboveZero = None
@@ -103,15 +102,12 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
         return plan.x0(i, upcast(x), out)
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        times, sigmas = self.visited(sigma_table(schedule, self.last_alpha_bar), given)
-        s = torch.from_numpy(sigmas)
-        if self.continuous and schedule.prediction == "v_prediction":
-            check(given.timesteps is None, "Euler: timesteps can't be given with continuous=True, give sigmas")
-            told = 0.25 * s[:-1].log()
-        else:
-            told = torch.from_numpy(times.astype(np.float32))
-        n = len(told)
-        return self.between(told, s[:n], s[1 : n + 1], sigmas=s)
+        at = super().levels(schedule, given)
+        if not self.continuous or schedule.prediction != "v_prediction" or at.sigmas is None:
+            return at
+        check(given.timesteps is None, "Euler: timesteps can't be given with continuous=True, give sigmas")
+        here, to = at.sigmas[:-1], at.sigmas[1:]
+        return self.between(0.25 * here.log(), here, to, sigmas=at.sigmas)
 
     def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
         if self.interpolation == "linear":
@@ -154,5 +150,11 @@ class EulerAncestral(Sigmas[Ancestral, Empty]):
         return plan.x0(i, upcast(x), out)
 
     def rows(self, at: Levels, prediction: Prediction) -> Ancestral:
-        up = root(at.to**2 * (at.here**2 - at.to**2) / at.here**2, self, "sigma_up")
-        return Ancestral(dt=root(at.to**2 - up**2, self, "sigma_down") - at.here, sigma_up=up)
+        down, up = ancestral(self, at.here, at.to)
+        return Ancestral(dt=down - at.here, sigma_up=up)
+
+
+def ancestral(method: Method[Any, Any], here: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sigma_down and sigma_up, as above, for steps from ``here`` to ``to``, (n,) each."""
+    up = root(to**2 * (here**2 - to**2) / here**2, method, "sigma_up")
+    return root(to**2 - up**2, method, "sigma_down"), up

@@ -1,31 +1,41 @@
-"""Heun's method: an Euler step, corrected by the slope at its end (Karras et al. 2022, algorithm 1).
+"""Heun's method and DPM2: second order in sigma, by two model calls for each interval (Karras et al. 2022).
 
-Each interval from sigma to sigma_to takes two model calls. The first gives the slope at its start, and an Euler step to
-its end. The second gives the slope at the end, and the step is repeated from the start with the mean of the two:
+The first call gives the slope (x - x0) / sigma at the start of the interval. Heun's method (algorithm 1) calls again at
+its end, and repeats the step from the start with the mean of both slopes:
 
-    x_to = x + (slope(x, sigma) + slope(x_euler, sigma_to)) / 2 * (sigma_to - sigma)
+    x_end = x + slope(x, sigma) * (sigma_to - sigma)       x_to = x + (slope(x) + slope(x_end)) / 2 * (sigma_to - sigma)
 
-This is of second order. Each timestep but the first therefore occurs twice, as the end of an interval and as the start
-of the next. n steps make 2n - 1 model calls, since the last interval, to sigma 0, has no slope at its end.
+DPM2 (k-diffusion's sample_dpm_2) calls again in the middle, the geometric mean of both sigmas, and takes that slope for
+the whole interval:
+
+    x_mid = x + slope(x, sigma) * (sigma_mid - sigma)       x_to = x + slope(x_mid, sigma_mid) * (sigma_to - sigma)
+
+n steps make 2n - 1 calls, since the last interval, to sigma 0, is a single Euler step: it has no slope at its end, and
+no middle (DPM2 takes one step there also if given sigmas end above 0). Heun's method visits each timestep but the first
+twice, as the end of an interval and as the start of the next; DPM2 visits the timesteps of the middles. In its
+ancestral form sigma_to is the sigma_down from which fresh noise leads back up to the next sigma (euler.py).
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction
+from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.samplers.levels import SpacedSigmas
+from minidiff.samplers.checks import rows_of
+from minidiff.samplers.euler import ancestral
+from minidiff.samplers.levels import SpacedSigmas, sigma_table, to_timesteps
 from minidiff.samplers.limits import Clipped
 from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule
 
-Row = namedtuple("Row", "call dt")
+HeunRow = namedtuple("HeunRow", "call dt")
 """``dt``: from sigma to that of the next row; 0 where an interval ends and the next begins."""
 
 
@@ -37,18 +47,18 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heun(SpacedSigmas[Row, State], Clipped[Row, State]):
+class Heun(SpacedSigmas[HeunRow, State], Clipped[HeunRow, State]):
     """Heun sampler. Options: those of :class:`SpacedSigmas` and :class:`Clipped`. n steps have 2n - 1 rows.
 
     ``like_diffusers``: the number of calls so far decides if a call starts or ends an interval, so that a run that
     starts at an odd row (img2img) makes no progress; without it that is an error. And see :class:`Sigmas`.
     """
 
-    initial: ClassVar[State] = State()
-    order: ClassVar[int] = 2
-    takes: ClassVar[tuple[str, ...]] = ("steps", "timesteps")
+    initial = State()
+    order = 2
+    takes = ("steps", "timesteps")
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
+    def step(self, plan: Plan[HeunRow], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         if state.base is None or state.slope is None:
             if i % 2 and not self.like_diffusers:
@@ -61,6 +71,92 @@ class Heun(SpacedSigmas[Row, State], Clipped[Row, State]):
         t, here = (torch.cat([column[:1], column[1:].repeat_interleave(2)]) for column in at[:2])
         return self.between(t, here, torch.cat([here[1:], at.to[-1:]]))
 
-    def rows(self, at: Levels, prediction: Prediction) -> Row:
+    def rows(self, at: Levels, prediction: Prediction) -> HeunRow:
         call = tuple("end of interval" if i % 2 else "start" for i in range(len(at.here)))
-        return Row(call=call, dt=at.to - at.here)
+        return HeunRow(call=call, dt=at.to - at.here)
+
+
+Base = Tensor | None
+"""In the middle of an interval, the sample at its start; at the start, None."""
+
+Row = namedtuple("Row", "dt sigma_up")
+"""``dt``: factor of the slope, from the start of the interval; ``sigma_up``: factor of fresh noise at the end of an
+interval (0 unless ancestral)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPM2(SpacedSigmas[Row, Base]):
+    """DPM2 sampler. Options: see :class:`SpacedSigmas`. In the middle of an interval, the state is the sample at its
+    start.
+
+    ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
+    middles), although the sigmas are not; timesteps are float64 with every sigma spacing but "timesteps"; a picture
+    that is put back in the middle of an interval gets the noise of its end; and see :class:`Sigmas`. (In the reference,
+    a run that starts in the middle of an interval gives a wrong result; here it is an error.)
+    """
+
+    order = 2
+    initial = None
+
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Base, draw: Draw) -> Next[Base]:
+        slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
+        at = plan.at(i)
+        if i % 2 == 0:
+            return x + slope * at.dt, x
+        if state is None:
+            raise ConfigError(f"{self.name} can't start at row {i}, the middle of an interval: use an even row")
+        return self.arrive(at, state + slope * at.dt, out, draw), None
+
+    def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
+        """Return ``x`` at the end of an interval."""
+        return x
+
+    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
+        table = sigma_table(schedule, self.last_alpha_bar)
+        times, sigmas = self.visited(table, given)
+        if self.like_diffusers and self.sigma_spacing == "karras":
+            times = times.round()
+        ends, s = torch.from_numpy(times), torch.from_numpy(sigmas.astype(np.float32))
+        middle, to, up = self.split(s)
+        between = torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)).to(ends.dtype)
+        t = torch.cat([ends[:1], torch.stack([between, ends[1:]], dim=1).flatten()])
+        here, to = interleave(s[:-1], middle), interleave(middle, to)
+        listed = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
+        beside = {"up": interleave(torch.zeros_like(up), up)}
+        put = ("sigma", listed) if self.like_diffusers else None
+        return self.between(t if put else t.float(), here, to, sigmas=listed, put=put, beside=beside)
+
+    def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return for each interval between the sigmas ``s`` (n + 1,) its middle (for the last one its end), the sigma
+        on which the step lands, and that of the fresh noise."""
+        middle = s.log().lerp(s.roll(1).log(), 0.5).exp()[1:]
+        middle[-1] = s[-1]
+        return middle, s[1:], torch.zeros_like(middle)
+
+    def rows(self, at: Levels, prediction: Prediction) -> Row:
+        start = at.here[0::2].repeat_interleave(2)[: len(at.here)]
+        return Row(dt=at.to - start, sigma_up=at.beside["up"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPM2Ancestral(DPM2):
+    """Ancestral DPM2. Options and ``like_diffusers``: see :class:`DPM2`. Noise is drawn at the end of every interval
+    but the last."""
+
+    def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
+        after: Tensor = x + draw(out) * at.sigma_up
+        return after
+
+    def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        down, up = ancestral(self, s[:-1], s[1:])
+        middle = s[:-1].log().lerp(down.log(), 0.5).exp()
+        middle[-1] = s[-1]
+        lost = rows_of(~(middle[:-1] > 0))
+        where = f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle"
+        check(not lost, f"{where} (diffusers: NaN); use more steps")
+        return middle, down, up
+
+
+def interleave(first: Tensor, second: Tensor) -> Tensor:
+    """Interleave two (n,) rows to (2n - 1,), leaving out the last entry of ``second``."""
+    return torch.stack([first, second], dim=1).flatten()[:-1]

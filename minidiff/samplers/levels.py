@@ -24,9 +24,9 @@ from minidiff.samplers.arithmetic import Space, unit
 from minidiff.samplers.betainc import inverse_betainc
 from minidiff.samplers.checks import check_timesteps, whole
 from minidiff.samplers.limits import Limited, Thresholded
-from minidiff.samplers.method import Given, Levels, Method, R, S
+from minidiff.samplers.method import Given, Levels, Method, Plan, R, S
 from minidiff.samplers.options import POSITIVE, AboveZero, Share
-from minidiff.schedule import NoiseSchedule, Spacing, check_steps, spaced
+from minidiff.schedule import NoiseSchedule, Spacing, check_steps, epsilon_from_x0, spaced, x0_from_epsilon
 
 Floats = NDArray[Any]
 SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
@@ -159,24 +159,24 @@ class Sigmas(Method[R, S]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         times, sigmas = self.visited(sigma_table(schedule, self.last_alpha_bar), given)
-        s = torch.from_numpy(sigmas)
-        return self.between(torch.from_numpy(times).to(torch.float32), s[:-1], s[1:])
+        t, s = torch.from_numpy(times.astype(np.float32)), torch.from_numpy(sigmas.astype(np.float32))
+        return self.between(t, s[: len(t)], s[1 : len(t) + 1], sigmas=s)
 
-    def between(self, timesteps: Tensor, here: Tensor, to: Tensor, sigmas: Tensor | None = None) -> Levels:
-        """Return the levels of a run. The first noise has standard deviation sigma if the spacing starts at the last
-        timestep, as in k-diffusion. Leading spacing starts lower, where the picture's own variance is no longer
-        negligible, so there it is sqrt(sigma**2 + 1)."""
+    def between(self, timesteps: Tensor, here: Tensor, to: Tensor, **more: Any) -> Levels:
+        """Return the levels of a run; ``more``: further fields of :class:`Levels`. The first noise has standard
+        deviation sigma if the spacing starts at the last timestep, as in k-diffusion. Leading spacing starts lower,
+        where the picture's own variance is no longer negligible, so there it is sqrt(sigma**2 + 1)."""
         top = here.max()
         first = top if self.spacing in ("linspace", "trailing") else (top**2 + 1) ** 0.5
-        return Levels(timesteps, here, to, first, sigmas=sigmas)
+        return Levels(timesteps, here, to, first, **more)
 
     def visited(self, table: Floats, given: Given) -> tuple[Floats, Floats]:
-        """Return timesteps (n,) and float32 sigmas (n + 1,), the last of them 0 unless sigmas are given."""
+        """Return timesteps (n,) and sigmas (n + 1,), the last of them 0 unless sigmas are given. Not yet rounded."""
         if given.sigmas is not None:
             levels = given_sigmas(given.sigmas)
             return to_timesteps(levels[:-1], table), levels
         times, sigmas = self.curved(self.times(table, given), table)
-        return times, np.concatenate([sigmas, [self.landing(table)]]).astype(np.float32)
+        return times, np.append(sigmas, self.landing(table))
 
     def times(self, table: Floats, given: Given) -> Floats:
         """Return the timesteps, (n,) float32: the given ones, or those of ``spacing``."""
@@ -335,13 +335,15 @@ class Lambdas(Thresholded[R, S]):
 
     def points(self, n: int, total: int, last: int) -> Floats:
         """Return n of the n + 1 points that divide the ``last`` timesteps, (n,), falling."""
+        t: Floats
         if self.spacing == "trailing":
             t = np.arange(last, 0, -((total if self.like_diffusers else last) / n)).round() - 1
             return t if self.like_diffusers else t[:n]
         if self.spacing == "leading":
-            return np.arange(n + 1)[:0:-1] * (last // (n + 1)) + self.steps_offset
-        points: Floats = np.linspace(0, last - 1, n + 1).round()[:0:-1]
-        return points
+            t = np.arange(n + 1) * (last // (n + 1)) + self.steps_offset
+        else:
+            t = np.linspace(0, last - 1, n + 1).round()
+        return t[:0:-1]
 
     def curve(self, n: int, table: Floats) -> Floats:
         """Return (n,) float64 sigmas of the chosen spacing, from the top down."""
@@ -354,6 +356,13 @@ class Lambdas(Thresholded[R, S]):
             return t.astype(np.float32)
         cut = self.cut_timesteps or self.sigma_spacing in ("exponential", "beta")
         return (t if cut else t.round()).astype(np.int64)
+
+    def epsilon(self, plan: Plan[R], i: int, x: Tensor, out: Tensor) -> Tensor:
+        """Return the noise that the model sees in ``x``, after thresholding its x0 if that is enabled."""
+        epsilon, signal, noise = plan.epsilon(i, x, out), plan.signal[i], plan.noise[i]
+        if self.threshold is None:
+            return epsilon
+        return epsilon_from_x0(x, self.limit(x0_from_epsilon(x, epsilon, signal, noise)), signal, noise)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,6 @@ from minidiff.schedule import NoiseSchedule, check_steps, epsilon_from_v, x0_fro
 WARM_UP = 12  # rows of the Runge-Kutta warm-up: four calls for each of three intervals
 MAX_STEPS = 1000
 SMALLEST_SIGNAL = 1e-8  # iPNDM's first row is pure noise, where x0 would be 0 / 0
-
 
 Row = namedtuple("Row", "call half up x_coef epsilon_coef")
 """``call``: the kind of the row. ``half``: alpha_bar at which a half-way Runge-Kutta stage lands. ``up``: alpha_bar one
@@ -71,8 +70,8 @@ class PNDM(Timesteps[Row, State]):
     far, so that a run that starts in the middle (img2img) takes its second row for the repeated one.
     """
 
-    initial: ClassVar[State] = State()
-    takes_more: ClassVar[tuple[str, ...]] = ("timesteps",)
+    initial = State()
+    takes_more = ("timesteps",)
 
     set_alpha_to_one: bool = False
     runge_kutta: bool = False
@@ -82,9 +81,7 @@ class PNDM(Timesteps[Row, State]):
         call = state.calls if self.like_diffusers else i
         if self.runge_kutta and call < WARM_UP:
             return self._runge_kutta(plan, i, call, x, out, state)
-        again = state.calls == 1 and not self.runge_kutta and (self.like_diffusers or i == 1)
-        if again:
-            assert state.base is not None
+        if call == state.calls == 1 and state.base is not None:  # again, from the same start
             epsilon = (out + state.history[-1]) / 2
             return transfer(state.base, epsilon, plan.at(i).up, here, plan.prediction), State(2, state.history)
         history = (*state.history[-3:], out)
@@ -98,9 +95,8 @@ class PNDM(Timesteps[Row, State]):
             history, base, epsilon = (*history, out), x, out
             total = 1 / 6 * out
         elif base is None or total is None:
-            raise ConfigError(
-                f"PNDM can't start at row {i}, inside a Runge-Kutta interval: start at 0, 4, 8 or from 12"
-            )
+            where = "inside a Runge-Kutta interval: start at 0, 4, 8 or from 12"
+            raise ConfigError(f"PNDM can't start at row {i}, {where}")
         else:
             epsilon = out if stage < 3 else total + 1 / 6 * out
             total = total + 1 / 3 * out if stage < 3 else None
@@ -171,15 +167,9 @@ def coefficients(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (end / start) ** 0.5, end - start, denominator
 
 
-class Crash(NamedTuple):
-    """``told_signal`` and ``told_noise``: the rates at each row; ``to_signal`` and ``to_noise``: the rates where its
-    step lands; ``divisor``: the signal, if it is not 0."""
-
-    told_signal: Tensor
-    told_noise: Tensor
-    to_signal: Tensor
-    to_noise: Tensor
-    divisor: Tensor
+Crash = namedtuple("Crash", "told_signal told_noise to_signal to_noise divisor")
+"""``told_signal`` and ``told_noise``: the rates at each row; ``to_signal`` and ``to_noise``: the rates where its step
+lands; ``divisor``: the signal, if it is not 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +184,8 @@ class IPNDM(Method[Crash, Outputs]):
     at most.
     """
 
-    own_levels: ClassVar[bool] = True
-    predicts: ClassVar[Prediction | None] = "v_prediction"
+    own_levels = True
+    predicts = "v_prediction"
 
     def step(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
         at = plan.at(i)
@@ -205,8 +195,7 @@ class IPNDM(Method[Crash, Outputs]):
         return at.to_signal * x0 + epsilon * at.to_noise, history[-3:]
 
     def denoised(self, plan: Plan[Crash], i: int, x: Tensor, out: Tensor, state: Outputs) -> Tensor:
-        at = plan.at(i)
-        return x0_from_v(x, out, at.told_signal, at.told_noise)
+        return x0_from_v(x, out, plan.at(i).told_signal, plan.at(i).told_noise)
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         n = check_steps(given.steps, MAX_STEPS)

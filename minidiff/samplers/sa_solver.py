@@ -16,7 +16,6 @@ small h. epsilon can take the place of x0.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -29,15 +28,13 @@ from torch import Tensor
 from minidiff.config import Prediction
 from minidiff.samplers.arithmetic import lambda_of, meet, rates
 from minidiff.samplers.checks import usable
-from minidiff.samplers.dpm_solver import limited_epsilon
 from minidiff.samplers.levels import ClippedLambdas
-from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan, Put
+from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan
 from minidiff.samplers.options import NotNegative, Rule
 from minidiff.schedule import NoiseSchedule
 
 HIGHEST = 4
 UpTo4 = Annotated[int, Rule(lambda v: 1 <= v <= HIGHEST, f"must lie in 1..{HIGHEST}")]
-
 
 Row = namedtuple("Row", "order correct_order tau x_coef fresh predict correct")
 """For the interval that begins at the row: ``tau``; a step is ``x_coef`` * x + ``fresh`` * noise + a sum over the
@@ -79,8 +76,8 @@ class SASolver(ClippedLambdas[Row, State]):
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``. Noise is drawn at every step, even if tau is 0."""
-        combine = self.denoised if self.predicts_x0 else self._epsilon
-        m = combine(plan, i, x, out, state)  # from the sample that the model saw, before its correction
+        # from the sample that the model saw, before its correction
+        m = self.denoised(plan, i, x, out, state) if self.predicts_x0 else self.epsilon(plan, i, x, out)
         if state.base is not None and state.noise is not None:
             before = plan.at(i - 1)
             x = walk(before, state.base, state.noise, before.correct, (*state.outputs, m), state.order)
@@ -89,13 +86,9 @@ class SASolver(ClippedLambdas[Row, State]):
         after = walk(at, x, noise, at.predict, outputs, min(at.order, len(state.outputs) + 1))
         return after, State(outputs, x, noise, min(at.correct_order, len(state.outputs) + 2))
 
-    def _epsilon(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State) -> Tensor:
-        return limited_epsilon(self, plan, i, x, out)
-
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         at = super().levels(schedule, given)
-        put: Put | None = ("alpha_bar", schedule.alphas_cumprod[at.timesteps]) if self.like_diffusers else None
-        return at._replace(put=put)
+        return at._replace(put=("alpha_bar", schedule.alphas_cumprod[at.timesteps])) if self.like_diffusers else at
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, t = len(at.here), at.timesteps
@@ -158,29 +151,25 @@ def walk(at: Row, x: Tensor, noise: Tensor, weights: Tensor, outputs: Outputs, o
 # --- weights: integrals over an interval of lambda, all (n,) ---------------------------------------------------------
 
 
+def polynomial(k: int, u: Tensor, sign: int) -> Tensor:
+    """Return u**k + sign k u**(k-1) + k (k-1) u**(k-2) + sign ..., up to k!."""
+    total, factor = u**k, 1
+    for power in reversed(range(k)):
+        factor *= sign * (power + 1)
+        total = total + factor * u**power
+    return total
+
+
 def exponential_negative(k: int, start: Tensor, end: Tensor) -> Tensor:
     """Integrate u**k exp(-u) from ``start`` to ``end``."""
-    polynomials: list[Callable[[Tensor], Tensor]] = [
-        lambda u: torch.ones_like(u),
-        lambda u: u + 1,
-        lambda u: u**2 + 2 * u + 2,
-        lambda u: u**3 + 3 * u**2 + 6 * u + 6,
-    ]
-    p = polynomials[k]
-    return torch.exp(-end) * (p(start) * torch.exp(end - start) - p(end))
+    return torch.exp(-end) * (polynomial(k, start, 1) * torch.exp(end - start) - polynomial(k, end, 1))
 
 
 def exponential_positive(k: int, start: Tensor, end: Tensor, tau: Tensor) -> Tensor:
     """Integrate u**k exp((1 + tau**2) u) from ``start`` to ``end``."""
-    polynomials: list[Callable[[Tensor], Tensor]] = [
-        lambda u: torch.ones_like(u),
-        lambda u: u - 1,
-        lambda u: u**2 - 2 * u + 2,
-        lambda u: u**3 - 3 * u**2 + 6 * u - 6,
-    ]
-    p, scale = polynomials[k], 1 + tau**2
+    scale = 1 + tau**2
     a, b = scale * start, scale * end
-    return torch.exp(b) * (p(b) - p(a) * torch.exp(-(b - a))) / scale ** (k + 1)
+    return torch.exp(b) * (polynomial(k, b, -1) - polynomial(k, a, -1) * torch.exp(-(b - a))) / scale ** (k + 1)
 
 
 def second_order(start: Tensor, end: Tensor, tau: Tensor, before: Tensor | None) -> Tensor:

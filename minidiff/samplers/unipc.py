@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
-from minidiff.samplers.arithmetic import lambda_of, meet, rates
+from minidiff.samplers.arithmetic import earlier, lambda_of, meet, rates
 from minidiff.samplers.checks import usable
 from minidiff.samplers.levels import Final, Lambdas
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
@@ -77,24 +77,20 @@ class UniPC(Lambdas[Row, State]):
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
         """Compute in the dtype of ``x``."""
-        m = self._convert(plan, i, x, out, state)
+        # x0 (or epsilon) for the sample that the model saw, before its correction
+        m = self.denoised(plan, i, x, out, state) if self.predict_x0 else plan.epsilon(i, x, out)
         if state.base is not None and i - 1 not in self.disable_corrector:
-            x = correct(plan.at(i - 1), state, state.base, m)
+            before, base, known = plan.at(i - 1), state.base, state.outputs
+            x = walk(before, base, known, correct(before, base, known, state.order, m))
         outputs = (*state.outputs, m)[-self.solver_order :]
         at = plan.at(i)
         order = min(at.order, len(state.outputs) + 1)
         check(order < 3 or m.dtype == x.dtype or not self.like_diffusers, OF_TWO_DTYPES)
-        return predict(at, x, outputs, order), State(outputs, x, order)
-
-    def _convert(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State) -> Tensor:
-        """Return x0 (or epsilon) for the sample that the model saw, before its correction."""
-        if self.predict_x0:
-            return self.denoised(plan, i, x, out, state)
-        return plan.epsilon(i, x, out)
+        return walk(at, x, outputs, predict(at, x, outputs, order)), State(outputs, x, order)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, last = len(at.here), self.solver_order
-        orders = tuple(min(last, n - i, i + 1) if self.lower_order_final else min(last, i + 1) for i in range(n))
+        orders = tuple(min(last, i + 1, n - i if self.lower_order_final else last) for i in range(n))
         (signal, noise), (to_signal, to_noise) = rates(at.here), rates(at.to)
         scale, to_scale, to = (noise, to_noise, to_signal) if self.predict_x0 else (signal, to_signal, to_noise)
         hh = -at.h if self.predict_x0 else at.h
@@ -109,31 +105,25 @@ class UniPC(Lambdas[Row, State]):
     def _weights(self, at: Levels, hh: Tensor, phi: Tensor, b_h: Tensor, orders: tuple[int, ...]) -> dict[str, Tensor]:
         """Return r1 and r2 (n,), and the weights rho of every order: the solutions of R rho = b, where the rows of R
         are the powers of the r_k and 1, and b consists of the integrals phi_k of the exponential."""
-        start, end = lambda_of(at.here), lambda_of(at.to)
-        n, h = len(hh), end - start
-        r1, r2 = (torch.cat([start[:1].expand(k), start[: n - k]])[:n].sub(start) / h for k in (1, 2))
-        targets, factorial = [], 1
-        phi_k = phi / hh - 1
-        for k in range(1, 4):
-            targets.append(phi_k * factorial / b_h)
-            factorial *= k + 1
+        start, b, phi_k, factorial = lambda_of(at.here), [], phi, 1
+        r1, r2 = (earlier(start) - start) / at.h, (earlier(earlier(start)) - start) / at.h
+        for k in (1, 2, 3):
             phi_k = phi_k / hh - 1 / factorial
-        b1, b2, b3 = targets
+            b.append(phi_k * factorial / b_h)
+            factorial *= k + 1
         # A last interval of length 0 has an infinite r1, and differences over it are 0: its step has no effect.
         inner = torch.cat([r1[:-1], torch.zeros_like(r1[-1:])])
         usable(self, orders, 2, {"r1 but the last": inner, "1 / r1": 1 / r1})
-        used = torch.tensor([o >= 2 and i >= 1 for i, o in enumerate(orders)], device="cpu")
-        three = usable(self, orders, 3, {"r2": r2, "1 / r2": 1 / r2, "b1": b1, "b2": b2})
+        three = usable(self, orders, 3, {"r2": r2, "1 / r2": 1 / r2, "b1": b[0], "b2": b[1]})
         # the corrector repeats every interval but the last, with the order of its first step
-        of_2, of_3 = ([o >= k and k <= i + 1 < n for i, o in enumerate(orders)] for k in (2, 3))
-        in_3 = [o >= 3 and i >= 2 for i, o in enumerate(orders)]
-        one = torch.ones_like(h)
-        correct2 = solve(of_2, [r1, one], [b1, b2])
-        correct3 = solve(of_3, [r1, r2, one], [b1, b2, b3])
+        order, repeated = (torch.tensor(column, device="cpu") for column in (orders, (*orders[:-1], 0)))
+        one = torch.ones_like(r1)
+        correct2 = solve(repeated >= 2, [r1, one], b[:2])
+        correct3 = solve(repeated >= 3, [r1, r2, one], b)
         return {
-            "r1": torch.where(used, r1, 0.0),
+            "r1": torch.where(order >= 2, r1, 0.0),
             "r2": three["r2"],
-            "predict3": solve(in_3, [r1, r2], [b1, b2]),
+            "predict3": solve(order >= 3, [r1, r2], b[:2]),
             "correct2": correct2[:, 0],
             "new2": correct2[:, 1],
             "correct3": correct3[:, :2],
@@ -151,30 +141,28 @@ OF_TWO_DTYPES = (
 )
 
 
-def predict(at: Row, x: Tensor, outputs: Outputs, order: int) -> Tensor:
+def walk(at: Row, x: Tensor, outputs: Outputs, residual: Tensor | None) -> Tensor:
     """Step from ``x`` at a row to the next."""
     after: Tensor = at.x_coef * x - at.m_coef * outputs[-1]
-    if order == 2:
-        after = after - at.res_coef * (0.5 * meet(differences(at, outputs, 2)[0], x))
-    if order == 3:
-        after = after - at.res_coef * weighted(at.predict3, x, differences(at, outputs, 3))
-    return after.to(x.dtype)
+    return (after if residual is None else after - at.res_coef * residual).to(x.dtype)
 
 
-def correct(at: Row, state: State, x: Tensor, new: Tensor) -> Tensor:
-    """Repeat the step from ``x`` at a row to the next, now that the output ``new`` there is known."""
-    outputs, order = state.outputs, state.order
-    step = new - outputs[-1]
+def predict(at: Row, x: Tensor, outputs: Outputs, order: int) -> Tensor | None:
+    """Return the sum of the rho_k D_k for a step from ``x``, the first time; None if there is none."""
+    parts = differences(at, outputs, order)
+    if order < 3:
+        return 0.5 * meet(parts[0], x) if parts else None
+    return weighted(at.predict3, x, parts)
+
+
+def correct(at: Row, x: Tensor, outputs: Outputs, order: int, new: Tensor) -> Tensor:
+    """Return the sum for the repeated step, now that the output ``new`` at its end is known."""
+    parts, step = differences(at, outputs, order), new - outputs[-1]
     if order == 1:
-        residual = 0.5 * step
-    elif order == 2:
-        seen = at.correct2.to(x.dtype) * meet(differences(at, outputs, 2)[0], x)
-        residual = seen + at.new2.to(x.dtype) * step
-    else:
-        seen = weighted(at.correct3, x, differences(at, outputs, 3))
-        residual = seen + at.new3.to(x.dtype) * step
-    after: Tensor = at.x_coef * x - at.m_coef * outputs[-1] - at.res_coef * residual
-    return after.to(x.dtype)
+        return 0.5 * step
+    if order == 2:
+        return at.correct2.to(x.dtype) * meet(parts[0], x) + at.new2.to(x.dtype) * step
+    return weighted(at.correct3, x, parts) + at.new3.to(x.dtype) * step
 
 
 def differences(at: Row, outputs: Outputs, order: int) -> list[Tensor]:
@@ -189,10 +177,10 @@ def weighted(weights: Tensor, x: Tensor, parts: list[Tensor]) -> Tensor:
     return torch.einsum("k,bkc...->bc...", weights.to(x.dtype), torch.stack(parts, dim=1).to(x.dtype))
 
 
-def solve(wanted: list[bool], points: list[Tensor], target: list[Tensor]) -> Tensor:
+def solve(wanted: Tensor, points: list[Tensor], target: list[Tensor]) -> Tensor:
     """Return the weights (n, k) for k ``points`` and k ``target`` values, (n,) each, where ``wanted``; else 0."""
-    at, rows = torch.stack(points, dim=1), torch.tensor(wanted, device="cpu")
+    at = torch.stack(points, dim=1)
     powers = torch.stack([torch.pow(at, k) for k in range(len(points))], dim=1)
     weights = torch.zeros_like(at)
-    weights[rows] = torch.linalg.solve(powers[rows], torch.stack(target, dim=1)[rows])
+    weights[wanted] = torch.linalg.solve(powers[wanted], torch.stack(target, dim=1)[wanted])
     return weights

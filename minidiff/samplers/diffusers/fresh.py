@@ -27,12 +27,11 @@ from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.consistency import CM, LCM, TCD
 from minidiff.samplers.ddim import DDIM, DDIMInverse
 from minidiff.samplers.ddpm import DDPM
-from minidiff.samplers.dpm2 import DPM2
 from minidiff.samplers.dpm_solver import DPMSolverInverse
 from minidiff.samplers.dpmpp_sde import DPMSDE
 from minidiff.samplers.edm import MAX_STEPS, EDMEuler, EDMMultistep, Seen
 from minidiff.samplers.euler import Euler, EulerAncestral
-from minidiff.samplers.heun import Heun
+from minidiff.samplers.heun import DPM2, Heun
 from minidiff.samplers.levels import Lambdas, sigma_table
 from minidiff.samplers.lms import LMS
 from minidiff.samplers.method import NOTHING, Given, Levels, Method, Plan, Sampler
