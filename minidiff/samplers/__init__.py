@@ -1,4 +1,4 @@
-"""Samplers by name, as JSON, or from diffusers' scheduler configs; one file per method.
+"""Samplers by name, as JSON, or from diffusers' scheduler configs; one file a family of methods.
 
 A sampler chosen by name follows the mathematics, with defaults for Stable Diffusion. A sampler read from a
 scheduler_config.json does what diffusers does, including its slips (``like_diffusers``).

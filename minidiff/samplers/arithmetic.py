@@ -50,3 +50,10 @@ def unit() -> Tensor:
 def earlier(column: Tensor) -> Tensor:
     """Shift ``column`` (n,) by one row: each entry becomes that of the row before. The first one stays."""
     return torch.cat([column[:1], column[:-1]])
+
+
+def interleave(first: Tensor, second: Tensor) -> Tensor:
+    """Put ``second`` (n,) or (n - 1,) between the entries of ``first`` (n,): (2n - 1,), in the dtype of ``first``."""
+    both = first.repeat_interleave(2)[:-1]
+    both[1::2] = second[: len(first) - 1]
+    return both

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minidiff.config import Prediction
 from minidiff.errors import ConfigError
+from minidiff.samplers.arithmetic import earlier, interleave
 from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.checks import check_finite
 from minidiff.samplers.levels import Floats, SpacedSigmas, sigma_table, to_timesteps
@@ -88,19 +89,15 @@ class DPMSDE(SpacedSigmas[Row, State]):
             sigmas = sigmas.astype(np.float64)
             t = to_timesteps(sigmas[:-1], table)
         logs = -np.log(sigmas[:-1])
-        times = np.empty(2 * len(t) - 1, dtype=np.float64 if self.like_diffusers else np.float32)
-        times[0::2], times[1::2] = t, to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
+        between = to_timesteps(np.exp(-(logs[:-1] + np.diff(logs) * 0.5)), table)
+        times = interleave(*(torch.from_numpy(column.astype(np.float64)) for column in (t, between)))
         s = torch.from_numpy(sigmas.astype(np.float32))
-        n = len(times)
-        start, end = (column.repeat_interleave(2)[:n] for column in (s[:-1], s[1:]))
-        now, after = -start.log(), -end.log()
-        middle = now + (after - now) * 0.5
-        odd = torch.arange(n, device="cpu") % 2 == 1
-        here = torch.where(odd, torch.exp(-middle), start)
-        to = torch.exp(-torch.where(odd, after, middle))
+        now, after = -s[:-1].log(), -s[1:].log()
+        middle = torch.exp(-(now + (after - now) * 0.5))
+        here, to = interleave(s[:-1], middle), interleave(middle, torch.exp(-after))
         listed = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        put, beside = ("sigma", listed) if self.like_diffusers else None, {"start": start, "end": end}
-        return self.between(torch.from_numpy(times), here, to, sigmas=listed, put=put, beside=beside)
+        put, beside = ("sigma", listed) if self.like_diffusers else None, {"end": interleave(s[1:], s[1:])}
+        return self.between(times if put else times.float(), here, to, sigmas=listed, put=put, beside=beside)
 
     def times(self, table: Floats, given: Given) -> Floats:
         t = super().times(table, given)
@@ -112,17 +109,17 @@ class DPMSDE(SpacedSigmas[Row, State]):
         check_finite(self, rows.first_part)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
-        sigma, end = at.beside["start"], at.beside["end"]
+        sigma = at.here[0::2].repeat_interleave(2)[: len(at.here)]
         now = -sigma.log()
         start = torch.exp(-now)
         up = torch.minimum(at.to, (at.to**2 * (start**2 - at.to**2) / start**2) ** 0.5)
         down = -((at.to**2 - up**2) ** 0.5).log()
         length = (at.to - start).abs()
-        half = torch.cat([length[:1], length[:-1]])  # odd rows: that of the half before
+        half = earlier(length)  # odd rows: that of the half before
         coefs = {"x_coef": torch.exp(-down) / torch.exp(-now), "x0_coef": torch.expm1(now - down), "sigma_up": up}
         return Row(
             **{name: torch.cat([column[:-1], torch.zeros_like(column[-1:])]) for name, column in coefs.items()},
-            dt=end - sigma,
+            dt=at.beside["end"] - sigma,
             root_dt=length.sqrt(),
             first_part=(half / length) ** 0.5,
             second_part=(1 - half / length).clamp(min=0) ** 0.5,
@@ -133,7 +130,7 @@ class DPMSDE(SpacedSigmas[Row, State]):
         """Return where the noise of each row comes from, from its start to where it lands; the last row draws none."""
         if self.noise_seed is None:
             return (None,) * len(starts)
-        ends = torch.cat([at.beside["start"], at.beside["end"]])
+        ends = torch.cat([at.here[0::2], at.beside["end"]])
         positive = ends[ends > 0]
         tree = BrownianTree(positive.min().item(), positive.max().item(), self.noise_seed)
         rows = zip(starts[:-1], at.to[:-1].tolist(), strict=True)

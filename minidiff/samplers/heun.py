@@ -28,6 +28,7 @@ from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
+from minidiff.samplers.arithmetic import interleave
 from minidiff.samplers.checks import rows_of
 from minidiff.samplers.euler import ancestral
 from minidiff.samplers.levels import SpacedSigmas, sigma_table, to_timesteps
@@ -118,8 +119,7 @@ class DPM2(SpacedSigmas[Row, Base]):
             times = times.round()
         ends, s = torch.from_numpy(times), torch.from_numpy(sigmas.astype(np.float32))
         middle, to, up = self.split(s)
-        between = torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)).to(ends.dtype)
-        t = torch.cat([ends[:1], torch.stack([between, ends[1:]], dim=1).flatten()])
+        t = interleave(ends, torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)))
         here, to = interleave(s[:-1], middle), interleave(middle, to)
         listed = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
         beside = {"up": interleave(torch.zeros_like(up), up)}
@@ -155,8 +155,3 @@ class DPM2Ancestral(DPM2):
         where = f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle"
         check(not lost, f"{where} (diffusers: NaN); use more steps")
         return middle, down, up
-
-
-def interleave(first: Tensor, second: Tensor) -> Tensor:
-    """Interleave two (n,) rows to (2n - 1,), leaving out the last entry of ``second``."""
-    return torch.stack([first, second], dim=1).flatten()[:-1]

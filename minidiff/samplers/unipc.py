@@ -160,9 +160,9 @@ def correct(at: Row, x: Tensor, outputs: Outputs, order: int, new: Tensor) -> Te
     parts, step = differences(at, outputs, order), new - outputs[-1]
     if order == 1:
         return 0.5 * step
-    if order == 2:
-        return at.correct2.to(x.dtype) * meet(parts[0], x) + at.new2.to(x.dtype) * step
-    return weighted(at.correct3, x, parts) + at.new3.to(x.dtype) * step
+    seen = at.correct2.to(x.dtype) * meet(parts[0], x) if order == 2 else weighted(at.correct3, x, parts)
+    total: Tensor = seen + (at.new2 if order == 2 else at.new3).to(x.dtype) * step
+    return total
 
 
 def differences(at: Row, outputs: Outputs, order: int) -> list[Tensor]:
