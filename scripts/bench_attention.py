@@ -1,4 +1,4 @@
-"""Attention by torch's kernel and in blocks (`minidiff/fast/attention.py`), for every shape of Stable Diffusion 1.5.
+"""Attention by torch's kernel and in blocks (`minidiff/fast/blockwise.py`), for every shape of Stable Diffusion 1.5.
 
     python scripts/bench_attention.py                            # 512 x 512 with guidance, float32
     python scripts/bench_attention.py --dtype bfloat16 --size 256
@@ -20,7 +20,9 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from minidiff.config import SD15, VAE_SD  # noqa: E402
-from minidiff.fast import attention  # noqa: E402
+from minidiff.fast.attention import choose  # noqa: E402
+from minidiff.fast.blockwise import blockwise  # noqa: E402
+from minidiff.models.attention import attention  # noqa: E402
 
 PROMPT = 77
 
@@ -59,12 +61,12 @@ def row(heads: int, width: int, queries: int, keys: int, args: argparse.Namespac
     )
     best = [float("inf")] * 2
     for _ in range(args.rounds):
-        for i, kernel in enumerate((attention.attention, attention.blockwise)):
+        for i, kernel in enumerate((attention, blockwise)):
             begun = time.perf_counter()
             kernel(q, k, v, False)
             best[i] = min(best[i], time.perf_counter() - begun)
     rates = [4 * args.batch * heads * queries * keys * width / seconds / 1e9 for seconds in best]
-    taken = "blocks" if attention.choose(q, k, v) is attention.blockwise else "torch's"
+    taken = "blocks" if choose(q, k, v) is blockwise else "torch's"
     figures = f"{rates[0]:.0f} | {rates[1]:.0f} | {best[0] / best[1]:.2f}x as fast | {taken}"
     print(f"| {heads} x {width} | {queries} | {keys} | {figures} |", flush=True)
 

@@ -6,19 +6,23 @@
     sd.generate(...)
     fast.restore(sd)       # the plain model again, bit for bit
 
-``models/`` contains only the plain implementation. The faster ones are here, one idea per file, and replace the
-``forward`` of single layers: :mod:`packed` (weights in the processor's layout), :mod:`winograd` (convolutions with
-fewer products), :mod:`feedforward` (some tokens at a time), :mod:`remember` (keys and values of the prompt),
-:mod:`inplace` (reuse of memory), and if the processor gains by it :mod:`linear` (products by another library),
-:mod:`tokens` (pictures in the layout of transformers) and the attention kernel (:mod:`attention`, in blocks of
-queries). All of them are exact: the same bits, or the same sums in another order, no farther from the true value or,
-in float32, within a few roundings of the plain layer's result (tests/tolerances.py).
+``models/`` contains only the plain implementation. The faster ones are here and replace methods of single layers. The
+switch "many_keys" is the class ``ManyKeys`` in ``many_keys.py``, and so for all: :mod:`packed` (weights in the
+processor's layout), :mod:`winograd` (convolutions with fewer products), :mod:`blocks` (feed-forwards on some tokens at
+a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), and if the processor gains by
+it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
+:mod:`many_keys` (attention in blocks of queries). All of them are exact: the same bits, or the same sums in another
+order, no farther from the true value or, in float32, within a few roundings of the plain layer's result
+(tests/tolerances.py).
 
-Some switches must be requested by name (``OPTIONAL``): "attention" (the faster of two kernels, by trial),
-:mod:`compiled` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`smaller`), and
-those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere. :func:`offload` is for cards with
-less memory than the model needs. Methods that change the result (:mod:`approximations`, :mod:`tiles`) are never on by
-default. :mod:`probe` measures which dtype is fast on this processor.
+Some switches must be requested by name (``OPTIONAL``): :mod:`attention` (the faster of two kernels, by trial),
+:mod:`compile` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`halves`,
+:mod:`vae_slices`), and those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere.
+:func:`offload` is for cards with less memory than the model needs. Methods that change the result are never on by
+default: :mod:`deep` and :mod:`merge` (put on by :mod:`approximations`), and :mod:`vae_tiles`.
+
+The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` (the attention kernel),
+:mod:`onednn` (products by that library), :mod:`probe` (measures what is fast on this processor).
 
 A model with active switches cannot be trained, moved, copied, pickled or given adapters: restore it first, change it,
 and optimize it again. Several threads may use it, and get the same bits as one after the other. Switches must be put on
@@ -35,44 +39,46 @@ from minidiff.config import check
 from minidiff.console.spelling import near
 from minidiff.fast.approximations import approximate as approximate
 from minidiff.fast.approximations import exact
-from minidiff.fast.attention import BlockAttention, ManyKeys
+from minidiff.fast.attention import Attention
+from minidiff.fast.blocks import Blocks
 from minidiff.fast.channels_last import ChannelsLast
-from minidiff.fast.compiled import CompiledUNet
-from minidiff.fast.feedforward import FeedForwardInBlocks
-from minidiff.fast.graphs import CudaGraphs
-from minidiff.fast.inplace import InPlaceBlocks
-from minidiff.fast.linear import LinearByOneDNN
+from minidiff.fast.compile import Compile
+from minidiff.fast.graphs import Graphs
+from minidiff.fast.halves import Halves
+from minidiff.fast.inplace import Inplace
+from minidiff.fast.linear import Linear
+from minidiff.fast.many_keys import ManyKeys
+from minidiff.fast.memory import Memory
 from minidiff.fast.offload import bring_back
 from minidiff.fast.offload import offload as offload
-from minidiff.fast.packed import PackedConvolutions
-from minidiff.fast.remember import PromptMemory
-from minidiff.fast.smaller import GuidanceHalves, VaeSlices
+from minidiff.fast.packed import Packed
 from minidiff.fast.switch import Switch, put_on
-from minidiff.fast.tiles import tiled as tiled
-from minidiff.fast.tiles import whole
-from minidiff.fast.tokens import TokensInPlace
-from minidiff.fast.winograd import WinogradConvolutions
+from minidiff.fast.tokens import Tokens
+from minidiff.fast.vae_slices import VaeSlices
+from minidiff.fast.vae_tiles import tiled as tiled
+from minidiff.fast.vae_tiles import whole
+from minidiff.fast.winograd import Winograd
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
 
 # Switches are put on in this order and taken off in reverse: Winograd leaves small pictures to the packed convolution.
 SWITCHES: Mapping[str, Switch] = {
-    "packed": PackedConvolutions(),
-    "winograd": WinogradConvolutions(),
-    "blocks": FeedForwardInBlocks(),
-    "inplace": InPlaceBlocks(),
-    "linear": LinearByOneDNN(),
-    "memory": PromptMemory(),
-    "tokens": TokensInPlace(),
+    "packed": Packed(),
+    "winograd": Winograd(),
+    "blocks": Blocks(),
+    "inplace": Inplace(),
+    "linear": Linear(),
+    "memory": Memory(),
+    "tokens": Tokens(),
     "many_keys": ManyKeys(),
 }
 # Only on request. The gain of those for CUDA has not been measured.
 OPTIONAL: Mapping[str, Switch] = {
-    "attention": BlockAttention(),
-    "compile": CompiledUNet(),
+    "attention": Attention(),
+    "compile": Compile(),
     "channels_last": ChannelsLast(),
-    "graphs": CudaGraphs(),
-    "halves": GuidanceHalves(),
+    "graphs": Graphs(),
+    "halves": Halves(),
     "vae_slices": VaeSlices(),
 }
 ALL = {**SWITCHES, **OPTIONAL}

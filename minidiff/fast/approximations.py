@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from minidiff.config import check
-from minidiff.fast.deep import DeepCache
-from minidiff.fast.merge import MOST, TokenMerging
+from minidiff.fast.deep import Deep
+from minidiff.fast.merge import MOST, Merge
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
@@ -36,10 +36,10 @@ def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None 
     if deep is not None:
         whole = isinstance(deep, int) and not isinstance(deep, bool) and deep >= 1
         check(whole, f"deep={deep!r} must be a whole number, 1 or more: the UNet runs whole at one step in so many")
-        wanted["deep"] = deep, DeepCache(deep)
+        wanted["deep"] = deep, Deep(deep)
     if merge is not None:
         check(0 <= finite("merge", merge) <= MOST, f"merge={merge!r} must lie in 0..{MOST}, the share of tokens merged")
-        wanted["merge"] = merge, TokenMerging(merge)
+        wanted["merge"] = merge, Merge(merge)
     for name, (value, switch) in wanted.items():
         fits = switch.applies(pipe.unet)
         check(fits, f"{name}={value!r} needs a UNet with transformers, and the {pipe.config.family} UNet has none")

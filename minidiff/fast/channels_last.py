@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Wrapping
-from minidiff.models.around import PREPARING, Around
+from minidiff.fast.switch import MethodSwitch
+from minidiff.models.replacement import PREPARING, Replacement
 
 
-class Innermost(Around):
+class ChannelsLastConvolution(Replacement):
     """Replacement for the ``forward`` of one convolution. The layout changes at the first call, not before, since in
     low-memory mode the weight is not there earlier."""
 
@@ -32,10 +32,10 @@ class Innermost(Around):
         return self.layer.get_parameter("weight").is_contiguous(memory_format=torch.channels_last)
 
 
-class ChannelsLast(Wrapping):
+class ChannelsLast(MethodSwitch):
     """Switch that changes the layout of every convolution's weight at its first call. CUDA only."""
 
-    around = Innermost
+    replacement = ChannelsLastConvolution
     device = "cuda"
 
     def applies(self, layer: nn.Module) -> bool:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minidiff.fast.switch import Switch
-from minidiff.models.around import Around
+from minidiff.models.replacement import Replacement
 from minidiff.models.undo import forward_pre_hook
 from minidiff.models.unet import Residuals, UNet, UpLevel
 from minidiff.pipeline.denoise import work
 
 
-class DeepCache(Switch):
+class Deep(Switch):
     """Switch of UNets that run whole at one call in ``every``; 1 is every call, with the plain model's bits."""
 
     def __init__(self, every: int) -> None:
@@ -38,10 +38,10 @@ class DeepCache(Switch):
 
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, UNet)
-        Reusing(layer, self.every)
+        CachedUNet(layer, self.every)
 
     def take_off(self, layer: nn.Module) -> None:
-        Reusing.take_off(layer)
+        CachedUNet.take_off(layer)
 
 
 class Kept:
@@ -52,7 +52,7 @@ class Kept:
     deep: Tensor
 
 
-class Reusing(Around):
+class CachedUNet(Replacement):
     """Replacement for the ``forward`` of one UNet.
 
     With gradients enabled, or with a ControlNet's residuals, it is the plain one: a graph ends with its step, and

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Wrapping
-from minidiff.models.around import Around
+from minidiff.fast.switch import MethodSwitch
+from minidiff.models.replacement import Replacement
 from minidiff.models.unet import UNet
 
 
-class Recorded(Around):
+class RecordedUNet(Replacement):
     """The ``forward`` of the UNet."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
@@ -34,10 +34,10 @@ class Recorded(Around):
             return out.clone()
 
 
-class CudaGraphs(Wrapping):
+class Graphs(MethodSwitch):
     """Switch of the whole UNet. CUDA only. Cannot be combined: the compiler cannot trace the caches of others."""
 
-    around = Recorded
+    replacement = RecordedUNet
     device = "cuda"
 
     def applies(self, layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Instead
+from minidiff.fast.switch import ForwardSwitch
 from minidiff.models.blocks import ResBlock
 
 
@@ -27,7 +27,7 @@ def res_block(self: ResBlock, x: Tensor, temb: Tensor | None = None) -> Tensor:
     return out
 
 
-class InPlaceBlocks(Instead):
+class Inplace(ForwardSwitch):
     """Switch of ResBlocks that reuse memory. The same bits."""
 
     forward = staticmethod(res_block)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import Wrapping
-from minidiff.models.around import Around
-from minidiff.models.attention import Linear
+from minidiff.fast.switch import MethodSwitch
+from minidiff.models import attention
+from minidiff.models.replacement import Replacement
 
 SMALLEST = 2**14  # weights
 ROWS = 32  # rows of the input: with fewer, the time is that of reading the weight
 
 
-class Product(Around):
+class OneDNNLinear(Replacement):
     """Replacement for the ``forward`` of one linear layer; few rows go to the original."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -29,16 +29,16 @@ class Product(Around):
         return onednn.product(x, layer.weight, layer.bias)
 
 
-class LinearByOneDNN(Wrapping):
+class Linear(MethodSwitch):
     """Switch of every large linear layer. CPU and float32 only, and only with AVX512."""
 
-    around = Product
+    replacement = OneDNNLinear
     device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:
         return (
             isinstance(layer, nn.Linear)
-            and type(layer) in (nn.Linear, Linear)
+            and type(layer) in (nn.Linear, attention.Linear)
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32

@@ -19,15 +19,15 @@ from torch.utils.hooks import RemovableHandle
 
 from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
-from minidiff.models.around import CHANGED
 from minidiff.models.attention import SpatialTransformer, TransformerBlock
+from minidiff.models.replacement import CHANGED
 from minidiff.models.undo import forward_hook, forward_pre_hook
 from minidiff.models.unet import UNet
 
 MOST = 0.75  # a quarter of the tokens are targets
 
 
-class TokenMerging(Switch):
+class Merge(Switch):
     """Switch of self-attention at a UNet's highest resolution: ``ratio`` (0 to 0.75) of its tokens are merged away."""
 
     def __init__(self, ratio: float) -> None:

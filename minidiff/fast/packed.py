@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast.switch import Switch
-from minidiff.models.around import PREPARING, Around
+from minidiff.models.replacement import PREPARING, Replacement
 
 SMALLEST = 2**16  # weights: with fewer, the rearrangement costs too little to matter
 
 
-class PackedConvolutions(Switch):
+class Packed(Switch):
     """Switch that packs the weight of every large convolution. CPU only; float32, and bfloat16 if torch supports it."""
 
     device = "cpu"
@@ -36,13 +36,13 @@ class PackedConvolutions(Switch):
         )
 
     def put_on(self, layer: nn.Module) -> None:
-        Packed(layer)
+        PackedConvolution(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        Packed.take_off(layer)
+        PackedConvolution.take_off(layer)
 
 
-class Packed(Around):
+class PackedConvolution(Replacement):
     """Replacement for the ``forward`` of one convolution."""
 
     def __init__(self, layer: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from minidiff.models.around import Around
+from minidiff.models.replacement import Replacement
 
 
 class Switch(Protocol):
@@ -37,7 +37,7 @@ def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] |
     return layers
 
 
-class Replaced(Around):
+class ForwardFunction(Replacement):
     """Replacement of a layer's ``forward`` by another function of the layer."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -48,26 +48,26 @@ class Replaced(Around):
         return self.forward(self.layer, *args, **kwargs)
 
 
-class Instead(Switch):
-    """Base class of switches that give each layer another ``forward``, which does not call the original."""
+class ForwardSwitch(Switch):
+    """Base class of switches that give each layer another ``forward``: a function, which does not call the original."""
 
     forward: ClassVar[Callable[..., Tensor]]  # a staticmethod: it is bound to the layer, not to the switch
 
     def put_on(self, layer: nn.Module) -> None:
-        Replaced(layer, self.forward)
+        ForwardFunction(layer, self.forward)
 
     def take_off(self, layer: nn.Module) -> None:
-        Replaced.take_off(layer)
+        ForwardFunction.take_off(layer)
 
 
-class Wrapping(Switch):
-    """Base class of switches that put an ``around`` on each layer's ``method``."""
+class MethodSwitch(Switch):
+    """Base class of switches that put a ``replacement`` on each layer's ``method``, which can call the original."""
 
-    around: ClassVar[type[Around]]
+    replacement: ClassVar[type[Replacement]]
     method: ClassVar[str] = "forward"
 
     def put_on(self, layer: nn.Module) -> None:
-        self.around(layer, self.method)
+        self.replacement(layer, self.method)
 
     def take_off(self, layer: nn.Module) -> None:
-        self.around.take_off(layer, self.method)
+        self.replacement.take_off(layer, self.method)

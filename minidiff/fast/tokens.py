@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import Instead
+from minidiff.fast.switch import ForwardSwitch
 from minidiff.models.attention import SpatialTransformer, to_tokens
 
 
@@ -32,7 +32,7 @@ def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(like.shape)
 
 
-class TokensInPlace(Instead):
+class Tokens(ForwardSwitch):
     """Switch of every transformer over pictures, on processors that gain by it. CPU only."""
 
     device = "cpu"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import Wrapping
-from minidiff.models.around import PREPARING, Around
+from minidiff.fast.switch import MethodSwitch
+from minidiff.models.replacement import PREPARING, Replacement
 
 NARROWEST = 128  # channels: with fewer, the transforms cost more than is saved
 SMALLEST = 256 * 128  # pairs of channels
@@ -31,7 +31,7 @@ POSITIONS = 32 * 32  # pixels of the picture: with fewer, a packed convolution n
 TILES = 512  # at a time: their 16 numbers for some hundred channels stay in the cache
 
 
-class Winograd(Around):
+class WinogradConvolution(Replacement):
     """Replacement for the ``forward`` of one convolution; small pictures go to the original."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
@@ -68,10 +68,10 @@ class Winograd(Around):
         return whole if whole.shape[2:] == x.shape[2:] else whole[:, :, :height, :width].contiguous()
 
 
-class WinogradConvolutions(Wrapping):
+class Winograd(MethodSwitch):
     """Switch of 3 x 3 convolutions with many channels, used on large pictures. CPU and float32, without AVX512."""
 
-    around = Winograd
+    replacement = WinogradConvolution
     device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.errors import ConfigError
-from minidiff.models.around import Around
+from minidiff.models.replacement import Replacement
 
 Weights = Mapping[str, Callable[[], Tensor]]
 
@@ -40,7 +40,7 @@ class Slot:
         self.here = value is not self.rest
 
 
-class Turn(Around):
+class Turn(Replacement):
     """Method of a part (``forward``, ``state_dict``) that loads the part's weights and keeps them until it returns."""
 
     outermost = True

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from minidiff import cli, fast
 from minidiff.errors import ConfigError
-from minidiff.fast.deep import DeepCache, Reusing, later
-from minidiff.fast.merge import TokenMerging, finest, groups, merged, targets, unmerged
+from minidiff.fast.deep import CachedUNet, Deep, later
+from minidiff.fast.merge import Merge, finest, groups, merged, targets, unmerged
 from minidiff.fast.switch import put_on
 from minidiff.models.attention import Attention, SpatialTransformer
 from minidiff.models.unet import UNet
@@ -221,16 +221,16 @@ def test_reused_features_are_nearer_than_none(sd: StableDiffusion) -> None:
     x, noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(1, 4, 8, 8)
     near = x + 0.05 * noise
     want = unet(near, 480, context)
-    put_on(DeepCache(2), [unet])
+    put_on(Deep(2), [unet])
     reusing = unet.forward
-    assert isinstance(reusing, Reusing)
+    assert isinstance(reusing, CachedUNet)
     unet(x, 500, context)
     found = unet(near, 480, context)
     deep = reusing.kept().deep
     none = reusing.shallow(torch.zeros_like(deep), near, 480, context, None, None)
     unet(x.flip(3), 999, sd.encode_prompt(["a dog"])[0])
     foreign = reusing.shallow(reusing.kept().deep, near, 480, context, None, None)
-    DeepCache(2).take_off(unet)
+    Deep(2).take_off(unet)
     error = (found - want).norm()
     assert error > 0
     assert error < 0.5 * (none - want).norm()
@@ -240,7 +240,7 @@ def test_reused_features_are_nearer_than_none(sd: StableDiffusion) -> None:
 @torch.no_grad()
 def test_a_sample_that_stays_is_answered_with_the_same_bits(sd: StableDiffusion) -> None:
     """The same sample at the same time: kept features are those that the whole UNet would make."""
-    reusing = Reusing(sd.unet, 2)
+    reusing = CachedUNet(sd.unet, 2)
     for more in ({}, ODD):
         x = torch.randn(2, 4, more.get("height", 64) // 8, more.get("width", 64) // 8)
         given = (x, 500, torch.randn(2, 5, 16), None, None)
@@ -338,7 +338,7 @@ def test_equal_tokens_merge_without_loss(sd: StableDiffusion) -> None:
     coarse = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     x, context = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), torch.randn(2, 5, 16)
     want = transformer(x, context)
-    switch = TokenMerging(0.75)
+    switch = Merge(0.75)
     put_on(switch, [sd.unet])
     assert_close(transformer(x, context), want, COPIES)
     other = torch.randn(2, 16, 8, 8)

@@ -59,7 +59,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What the switch has compiled, with the compiler taken out."""
     found: list[int] = []
     monkeypatch.setattr(torch, "compile", counting(found))
-    monkeypatch.setattr("minidiff.fast.compiled.check_compiler", lambda: None)
+    monkeypatch.setattr("minidiff.fast.compile.check_compiler", lambda: None)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minidiff.config import Level, text
-from minidiff.fast.compiled import CompiledUNet
+from minidiff.fast.compile import Compile
 from minidiff.models.unet import UNet
 from tests.support.tiny import UNET, redraw
 from tests.tolerances import COMPILED, assert_close
@@ -27,7 +27,7 @@ def test_compiled_is_equal_and_goes_away_again(tmp_path: Path, monkeypatch: pyte
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
     times = (981, 1)
     plain = [unet(x, t, context) for t in times]
-    switch = CompiledUNet()
+    switch = Compile()
     switch.put_on(unet)
     for t, want in zip(times, plain, strict=True):
         assert_close(unet(x, t, context), want, COMPILED)

@@ -50,7 +50,7 @@ def _as_on_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every switch applies to tiny layers, on any processor."""
     monkeypatch.setattr("minidiff.fast.packed.SMALLEST", 1)
     monkeypatch.setattr("minidiff.fast.linear.SMALLEST", 1)
-    monkeypatch.setattr("minidiff.fast.attention.MANY", 1)
+    monkeypatch.setattr("minidiff.fast.many_keys.MANY", 1)
     for name in ("NARROWEST", "SMALLEST", "POSITIONS"):
         monkeypatch.setattr(f"minidiff.fast.winograd.{name}", 1)
     monkeypatch.setattr("minidiff.fast.attention.chosen", {})

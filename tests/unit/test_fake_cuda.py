@@ -31,8 +31,8 @@ from minidiff.config import (
     VAEConfig,
     text,
 )
-from minidiff.fast.deep import DeepCache
-from minidiff.fast.merge import TokenMerging
+from minidiff.fast.deep import Deep
+from minidiff.fast.merge import Merge
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
@@ -190,7 +190,7 @@ def test_text_encoder(card: AbstractContextManager[Any], config: CLIPTextConfig,
         check_result(out.pooled, (2, config.projection or 24), dtype)
 
 
-@pytest.mark.parametrize("switch", [DeepCache(2), TokenMerging(0.5)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("switch", [Deep(2), Merge(0.5)], ids=lambda s: type(s).__name__)
 def test_approximations(card: AbstractContextManager[Any], switch: Switch) -> None:
     """A whole call and one that reuses it, of an odd size: no value is waited for, nothing is copied."""
     unet = build(card, UNet, UNETS["sd1"], torch.float16)

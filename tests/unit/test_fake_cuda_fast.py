@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import fast
-from minidiff.fast.channels_last import Innermost
+from minidiff.fast.channels_last import ChannelsLastConvolution
+from minidiff.fast.halves import SplitUNet
 from minidiff.fast.offload import Offloaded
-from minidiff.fast.smaller import Halves
 from minidiff.models.clip import CLIPText
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
@@ -95,17 +95,17 @@ def test_a_sampler_that_waits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
             next(sd.steps("a cat", steps=2, sampler=Waiting(), seed=0))
 
 
-def waiting_conv(self: Innermost, x: Tensor) -> Any:
+def waiting_conv(self: ChannelsLastConvolution, x: Tensor) -> Any:
     return self.inner(x if bool(x.isfinite().all()) else x.nan_to_num())
 
 
-def copying_unet(self: Halves, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def copying_unet(self: SplitUNet, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return self.inner(x.cpu().cuda(), *args, **kwargs)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
     ("kind", "planted", "message"),
-    [(Innermost, waiting_conv, "the host waits"), (Halves, copying_unet, "copy inside the loop")],
+    [(ChannelsLastConvolution, waiting_conv, "the host waits"), (SplitUNet, copying_unet, "copy inside the loop")],
 )
 def test_a_switch_that_waits_is_caught(kind: Any, planted: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kind, "__call__", planted)

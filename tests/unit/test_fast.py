@@ -15,12 +15,12 @@ from minidiff import fast
 from minidiff.adapters import lora
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import ConfigError
-from minidiff.fast import feedforward, onednn, winograd
-from minidiff.fast.feedforward import FeedForwardInBlocks
-from minidiff.fast.packed import PackedConvolutions
-from minidiff.fast.remember import PromptMemory
+from minidiff.fast import blocks, onednn, winograd
+from minidiff.fast.blocks import Blocks
+from minidiff.fast.memory import Memory
+from minidiff.fast.packed import Packed
 from minidiff.fast.switch import put_on
-from minidiff.fast.winograd import WinogradConvolutions
+from minidiff.fast.winograd import Winograd
 from minidiff.models.attention import FeedForward, TransformerBlock
 from minidiff.pipeline import StableDiffusion
 from tests.support.tiny import tiny_ddpm, tiny_sd
@@ -58,6 +58,12 @@ def drawn(pipe: StableDiffusion, prompt: str = "a horse", output: str = "tensor"
     return found
 
 
+def test_a_switch_is_the_class_of_its_name_in_the_file_of_its_name() -> None:
+    for name, switch in fast.ALL.items():
+        kind = type(switch)
+        assert (kind.__module__, kind.__name__) == (f"minidiff.fast.{name}", name.title().replace("_", ""))
+
+
 # --- equal in result -------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +96,7 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
     conv = layer()
     x = torch.randn(2, conv.in_channels, side, side)
     plain, weight = conv(x), conv.weight.detach().clone()
-    parts = put_on(PackedConvolutions(), [conv])
+    parts = put_on(Packed(), [conv])
     assert parts == [conv]
     packed = conv(x)
     assert conv.weight.is_mkldnn
@@ -104,7 +110,7 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
     # Another size than the one that it was packed for
     other = torch.randn(1, conv.in_channels, side + 4, side + 2)
     assert_close(conv(other), nn.functional.conv2d(other, weight, conv.bias, conv.stride, conv.padding), PACKED)
-    PackedConvolutions().take_off(conv)
+    Packed().take_off(conv)
     assert torch.equal(conv.weight, weight)
     assert torch.equal(conv(x), plain)
 
@@ -117,7 +123,7 @@ def test_packed_convolutions_in_bfloat16() -> None:
     x = torch.randn(1, 320, 8, 8).bfloat16()
     exact = copy.deepcopy(conv).double()(x.double())
     plain = (conv(x) - exact).norm()
-    assert put_on(PackedConvolutions(), [conv]) == [conv]
+    assert put_on(Packed(), [conv]) == [conv]
     assert (conv(x) - exact).norm() <= NO_FARTHER * plain
     assert conv.weight.is_mkldnn
 
@@ -134,11 +140,11 @@ def test_winograds_convolutions_at_every_kind_of_size(
     conv = nn.Conv2d(128, 256, 3, padding=1, bias=bias)
     x = torch.randn(2, 128, *size)
     plain = conv(x)
-    assert put_on(WinogradConvolutions(), [conv]) == [conv]
+    assert put_on(Winograd(), [conv]) == [conv]
     assert_close(conv(x), plain, WINOGRAD)
     assert conv(x).is_contiguous()
     assert torch.equal(conv(x[1:]), conv(x)[1:]), "a picture's bits do not depend on the batch it is in"
-    WinogradConvolutions().take_off(conv)
+    Winograd().take_off(conv)
     assert torch.equal(conv(x), plain)
 
 
@@ -150,7 +156,7 @@ def test_winograds_convolutions_are_near_the_truth(width: int, out: int, monkeyp
     conv = nn.Conv2d(width, out, 3, padding=1)
     x = torch.randn(1, width, 32, 32)
     exact = copy.deepcopy(conv).double()(x.double())
-    put_on(WinogradConvolutions(), [conv])
+    put_on(Winograd(), [conv])
     assert (conv(x) - exact).norm() <= WINOGRAD_TRUTH.relative * exact.norm()
 
 
@@ -158,7 +164,7 @@ def test_winograds_convolutions_are_near_the_truth(width: int, out: int, monkeyp
 def test_where_winograds_convolutions_pay(width: int, avx512: bool, on: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "pays", lambda *_: avx512)
     conv = nn.Conv2d(width, 640, 3, padding=1)
-    assert put_on(WinogradConvolutions(), [conv]) == [conv] * on
+    assert put_on(Winograd(), [conv]) == [conv] * on
 
 
 @torch.no_grad()
@@ -166,7 +172,7 @@ def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(onednn, "pays", lambda *_: False)
     conv = nn.Conv2d(256, 256, 3, padding=1)
     small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
-    switches = PackedConvolutions(), WinogradConvolutions()
+    switches = Packed(), Winograd()
     put_on(switches[0], [conv])
     packed = conv(small)
     calls: list[Tensor] = []
@@ -184,12 +190,12 @@ def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyP
 
 @torch.no_grad()
 def test_feed_forwards_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feedforward, "ROWS", 7)
+    monkeypatch.setattr(blocks, "ROWS", 7)
     torch.manual_seed(0)
     layer = FeedForward(32)
     x = torch.randn(2, 11, 32)
     kept, plain = x.clone(), layer(x)
-    put_on(FeedForwardInBlocks(), [layer])
+    put_on(Blocks(), [layer])
     assert_close(layer(x), plain, PACKED)
     assert torch.equal(x, kept)
     lying = x.transpose(0, 1).contiguous().transpose(0, 1)  # the same tokens, in another order in memory
@@ -295,7 +301,7 @@ def test_keys_and_values_are_computed_once_a_prompt(sd: StableDiffusion, monkeyp
 @torch.no_grad()
 def test_what_has_changed_is_computed_anew() -> None:
     block = TransformerBlock(16, 2, 16)
-    put_on(PromptMemory(), [block])
+    put_on(Memory(), [block])
     k, context = block.attn2.k, torch.randn(1, 5, 16)
 
     def fresh() -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from minidiff import fast
-from minidiff.fast import attention as blocks
-from minidiff.fast import onednn
+from minidiff.fast import attention as trial
+from minidiff.fast import blockwise as blocks
+from minidiff.fast import many_keys, onednn
 from minidiff.models.attention import Attention, Kernel, attention
 from tests.support.tiny import tiny_sd
 from tests.tolerances import BATCH, BLOCKS, NO_FARTHER, assert_close
@@ -18,7 +19,7 @@ from tests.tolerances import BATCH, BLOCKS, NO_FARTHER, assert_close
 
 @pytest.fixture(autouse=True)
 def _nothing_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "chosen", {})
+    monkeypatch.setattr(trial, "chosen", {})
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[float]:
@@ -29,7 +30,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[float]:
         asked.append(gain)
         return gain
 
-    monkeypatch.setattr(blocks, "speedup", speedup)
+    monkeypatch.setattr(trial, "speedup", speedup)
     return asked
 
 
@@ -115,11 +116,11 @@ def test_the_faster_one_is_taken(gain: float, kernel: Kernel, monkeypatch: pytes
     asked = answering(monkeypatch, gain)
     q, k, v = (heads(2, 2, 6, 8) for _ in range(3))
     for _ in range(3):
-        assert torch.equal(blocks.fastest(q, k, v, False), kernel(q, k, v, False))
+        assert torch.equal(trial.fastest(q, k, v, False), kernel(q, k, v, False))
     assert len(asked) == 1, "tried once"
     others = [(q[:1], k[:1], v[:1]), (q, k[:, :, :5], v[:, :, :5]), (q.double(), k.double(), v.double())]
     for n, given in enumerate(others):
-        blocks.fastest(*given, False)
+        trial.fastest(*given, False)
         assert len(asked) == 2 + n, "every shape and dtype for itself"
 
 
@@ -134,8 +135,8 @@ def test_a_trial_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
         shapes.append((*q.shape, k.shape[2]))
         return whole(q, k, v, causal)
 
-    monkeypatch.setattr(blocks, "blockwise", seen)
-    assert blocks.choose(*(heads(2, 4, 6, 8) for _ in range(3))) in (seen, attention)
+    monkeypatch.setattr(trial, "blockwise", seen)
+    assert trial.choose(*(heads(2, 4, 6, 8) for _ in range(3))) in (seen, attention)
     assert set(shapes) == {(1, 2, 3, 8, 6)}
 
 
@@ -143,9 +144,9 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Later positions hidden, or gradients wanted: torch's own, and no trial."""
     asked = answering(monkeypatch, 9.0)
     q, k, v = (heads(1, 2, 4, 8).requires_grad_() for _ in range(3))
-    assert torch.equal(blocks.fastest(q, k, v, False), attention(q, k, v, False))
+    assert torch.equal(trial.fastest(q, k, v, False), attention(q, k, v, False))
     with torch.no_grad():
-        assert torch.equal(blocks.fastest(q, k, v, True), attention(q, k, v, True))
+        assert torch.equal(trial.fastest(q, k, v, True), attention(q, k, v, True))
     assert asked == []
 
 
@@ -176,7 +177,7 @@ def test_tiles_of_bfloat16_are_left_to_torch(
     """A processor with AMX multiplies bfloat16 faster than float32, which torch's kernel makes use of."""
     monkeypatch.setattr(onednn, "pays", lambda *_: True)
     monkeypatch.setattr(onednn, "has_amx", lambda: amx)
-    assert blocks.ManyKeys().applies(Attention(16, 2).to(dtype)) == on
+    assert many_keys.ManyKeys().applies(Attention(16, 2).to(dtype)) == on
 
 
 @pytest.mark.parametrize(("keys", "kernel"), [(64, blocks.blockwise), (63, attention)])
@@ -185,8 +186,10 @@ def test_many_keys_go_in_blocks(keys: int, kernel: Kernel, monkeypatch: pytest.M
     """By their number alone: the same picture has the same bits on another day."""
     asked = answering(monkeypatch, 0.1)
     q, k, v = (heads(2, 2, n, 8).bfloat16() for n in (5, keys, keys))
-    assert torch.equal(blocks.by_keys(q, k, v, False), kernel(q, k, v, False))
-    assert torch.equal(blocks.by_keys(q, k[:, :, :5], v[:, :, :5], True), attention(q, k[:, :, :5], v[:, :, :5], True))
+    assert torch.equal(many_keys.by_keys(q, k, v, False), kernel(q, k, v, False))
+    assert torch.equal(
+        many_keys.by_keys(q, k[:, :, :5], v[:, :, :5], True), attention(q, k[:, :, :5], v[:, :, :5], True)
+    )
     assert asked == []
 
 
@@ -200,7 +203,7 @@ def test_on_by_itself(able: bool, dtype: torch.dtype, monkeypatch: pytest.Monkey
     sd.to(dtype=dtype)
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, Attention)]
     assert fast.optimize(sd)["many_keys"] == len(layers) * able
-    assert {m.kernel for m in layers} == {blocks.by_keys if able else attention}
+    assert {m.kernel for m in layers} == {many_keys.by_keys if able else attention}
     fast.restore(sd)
     assert {m.kernel for m in layers} == {attention}
 
@@ -217,7 +220,7 @@ def test_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
     fast.restore(sd)
     on = fast.optimize(sd, ("attention",))
     assert on["attention"] == len(layers["unet"]) - 1 + len(layers["vae"])
-    assert [m.kernel for m in layers["unet"][1:] + layers["vae"]] == [blocks.fastest] * on["attention"]
+    assert [m.kernel for m in layers["unet"][1:] + layers["vae"]] == [trial.fastest] * on["attention"]
     assert all(m.kernel is attention for m in layers["text_encoder"])
     found = sd.generate("a horse", steps=1, seed=0, output="latent", progress=False)
     assert len(asked) > 0

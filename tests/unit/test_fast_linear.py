@@ -10,10 +10,10 @@ from torch import nn
 
 from minidiff import fast
 from minidiff.fast import onednn
-from minidiff.fast.linear import ROWS, LinearByOneDNN, Product
+from minidiff.fast.linear import ROWS, Linear, OneDNNLinear
 from minidiff.fast.switch import put_on
-from minidiff.models.around import Around
 from tests.support.tiny import tiny_sd
+from minidiff.models.replacement import Replacement
 from tests.tolerances import BLOCKS
 
 
@@ -30,25 +30,25 @@ def test_layers_at_full_width(into: int, out: int, bias: bool) -> None:
     layer, x = nn.Linear(into, out, bias=bias), torch.randn(2, 77, into)
     exact = copy.deepcopy(layer).double()(x.double())
     plain, few = layer(x), layer(x[:1, : ROWS - 1])
-    assert put_on(LinearByOneDNN(), [layer]) == [layer]
+    assert put_on(Linear(), [layer]) == [layer]
     found = layer(x)
     assert found.shape == plain.shape
     assert (found - exact).norm() <= BLOCKS.relative * exact.norm()
     assert torch.equal(layer(x[:1, : ROWS - 1]), few), "few rows go the plain way"
     assert (layer(x.transpose(0, 1)) - exact.transpose(0, 1)).norm() <= BLOCKS.relative * exact.norm()
-    LinearByOneDNN().take_off(layer)
+    Linear().take_off(layer)
     assert torch.equal(layer(x), plain)
 
 
 @pytest.mark.usefixtures("_paying")
 def test_a_gradient_takes_the_plain_way() -> None:
     layer, x = nn.Linear(128, 128), torch.randn(64, 128)
-    put_on(LinearByOneDNN(), [layer])
+    put_on(Linear(), [layer])
     layer(x).sum().backward()
     assert layer.weight.grad is not None
 
 
-def stands(kind: type[Around], layer: nn.Module) -> bool:
+def stands(kind: type[Replacement], layer: nn.Module) -> bool:
     """Whether one of ``kind`` stands in for the layer's forward, alone or within others."""
     found = layer.__dict__.get("forward")
     while found is not None and not isinstance(found, kind):
@@ -63,6 +63,6 @@ def test_only_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None
     sd = tiny_sd()
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, nn.Linear)]
     assert fast.optimize(sd)["linear"] == len(layers) * pays
-    assert all(stands(Product, m) == pays for m in layers)
+    assert all(stands(OneDNNLinear, m) == pays for m in layers)
     fast.restore(sd)
     assert not any("forward" in m.__dict__ for m in layers)

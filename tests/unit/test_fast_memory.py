@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from minidiff import cli, fast, read_recipe
 from minidiff.config import TAESDConfig, VAEConfig
 from minidiff.errors import ConfigError
-from minidiff.fast.graphs import CudaGraphs
-from minidiff.fast.smaller import Halves, cut
+from minidiff.fast.graphs import Graphs
+from minidiff.fast.halves import SplitUNet, cut
 from minidiff.fast.switch import put_on
-from minidiff.fast.tiles import Tiles
+from minidiff.fast.vae_tiles import VaeTiles
 from minidiff.models.taesd import TAESD
 from minidiff.models.vae import VAE
 from minidiff.pipeline import StableDiffusion
@@ -116,7 +116,7 @@ def test_on_a_card_halves_wait_until_the_whole_does_not_fit() -> None:
         is_cuda = True  # type: ignore[assignment]
 
     small = Small()
-    Halves(small)
+    SplitUNet(small)
     two, four = (torch.ones(n, 1).as_subclass(OnACard) for n in (2, 4))
     small(two)
     assert small.tried == [2], "whole"
@@ -142,7 +142,7 @@ def test_every_pixel_of_every_size_has_its_place(size: tuple[int, int], side: in
     vae = Enlarging()
     z = torch.randn(2, 4, *size)
     whole = vae.decode(z)
-    tiles = Tiles(vae, side, overlap)
+    tiles = VaeTiles(vae, side, overlap)
     assert_close(vae.decode(z), whole, BLENDED)
     starts = tiles.starts(size[1])
     assert all(b - a <= side - overlap for a, b in pairwise(starts))
@@ -156,7 +156,7 @@ def vae_pair(config: VAEConfig, z: Tensor, **how: int) -> tuple[Tensor, Tensor]:
     redraw(vae)
     with torch.no_grad():
         whole = vae.decode(z)
-        Tiles(vae, **how)
+        VaeTiles(vae, **how)
         return whole, vae.decode(z)
 
 
@@ -281,8 +281,8 @@ def test_what_a_graph_answers_is_kept(sd: StableDiffusion, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-    (layer,) = put_on(CudaGraphs(), [sd.unet])
+    (layer,) = put_on(Graphs(), [sd.unet])
     assert asked == {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead"}
     assert torch.equal(drawn(sd, steps=6), plain)
-    CudaGraphs().take_off(layer)
+    Graphs().take_off(layer)
     assert torch.equal(drawn(sd, steps=6), plain)

@@ -12,7 +12,7 @@ from minidiff import fast
 from minidiff.config import text
 from minidiff.fast import onednn
 from minidiff.fast.switch import put_on
-from minidiff.fast.tokens import TokensInPlace
+from minidiff.fast.tokens import Tokens
 from minidiff.models.attention import SpatialTransformer
 from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS, NO_FARTHER
@@ -36,7 +36,7 @@ def test_layers_at_full_width(
     x, context = torch.randn(2, width, side, side + 2, dtype=dtype), torch.randn(2, 77, 768, dtype=dtype)
     exact = copy.deepcopy(layer).double()(x.double(), context.double())
     kept, plain = x.clone(), layer(x, context)
-    switch = TokensInPlace()
+    switch = Tokens()
     assert put_on(switch, [layer]) == [layer]
     innermost = x.contiguous(memory_format=torch.channels_last)
     for given in (x, innermost):

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from minidiff.errors import ConfigError
 from minidiff.fast.switch import Switch
-from minidiff.models.around import Around
+from minidiff.models.replacement import Replacement
 from minidiff.models.unet import UNet
 
 
-class CompiledUNet(Switch):
+class Compile(Switch):
     """Switch that compiles the whole UNet. Cannot be combined: the compiler does what the other switches do."""
 
     def applies(self, layer: nn.Module) -> bool:
@@ -32,13 +32,13 @@ class CompiledUNet(Switch):
 
     def put_on(self, layer: nn.Module) -> None:
         check_compiler()
-        Compiled(layer)
+        CompiledUNet(layer)
 
     def take_off(self, layer: nn.Module) -> None:
-        Compiled.take_off(layer)
+        CompiledUNet.take_off(layer)
 
 
-class Compiled(Around):
+class CompiledUNet(Replacement):
     """Replacement for the ``forward`` of the UNet."""
 
     def __init__(self, unet: nn.Module) -> None:

@@ -1,8 +1,7 @@
-"""The same work in smaller batches, which trades time for memory.
+"""The UNet on the two halves of a batch, one after the other, which trades time for memory.
 
-Activations grow with the batch. Guidance runs the UNet on two predictions per picture, and the VAE's last levels take a
-gigabyte per picture of 512 x 512 in float32. The pictures of a batch are independent, so it can be split; the bits of a
-picture are then those of the smaller batch.
+With guidance the UNet makes two predictions per picture, without the prompt and with it, in one batch. Activations grow
+with the batch, and its rows are independent, so it can be split; the bits are then those of the smaller batch.
 """
 
 from __future__ import annotations
@@ -12,36 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Wrapping
-from minidiff.models.around import Around
-from minidiff.models.taesd import TAESD
+from minidiff.fast.switch import MethodSwitch
+from minidiff.models.replacement import Replacement
 from minidiff.models.unet import UNet
-from minidiff.models.vae import VAE
-from minidiff.pipeline.denoise import check_cancelled
 
 
-class OneByOne(Around):
-    """The ``decode`` of a VAE."""
-
-    def __call__(self, z: Tensor) -> Tensor:
-        return torch.cat([self.one(z) for z in z.chunk(len(z))])
-
-    def one(self, z: Tensor) -> Tensor:
-        check_cancelled()
-        return self.inner(z)  # type: ignore[no-any-return]
-
-
-class VaeSlices(Wrapping):
-    """Switch of a VAE that decodes one picture at a time, each with the bits that it has alone."""
-
-    around = OneByOne
-    method = "decode"
-
-    def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, (VAE, TAESD))
-
-
-class Halves(Around):
+class SplitUNet(Replacement):
     """Replacement for the ``forward`` of a UNet: an even batch in two halves. On a card, only after it did not fit."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
@@ -61,10 +36,10 @@ class Halves(Around):
         return torch.cat([self.inner(part, *more, **named) for part, more, named in each])
 
 
-class GuidanceHalves(Wrapping):
+class Halves(MethodSwitch):
     """Switch of a UNet that predicts first without the prompt and then with it, instead of both in one batch."""
 
-    around = Halves
+    replacement = SplitUNet
 
     def applies(self, layer: nn.Module) -> bool:
         return isinstance(layer, UNet)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.config import check
-from minidiff.models.around import Around
+from minidiff.models.replacement import Replacement
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
 from minidiff.pipeline.denoise import check_cancelled
@@ -31,7 +31,7 @@ def tiled(pipe: Pipeline, side: int = 64) -> None:
     whole(pipe)
     try:
         pipe.approximations[NAME] = side
-        Tiles(pipe.parts["vae"], side, side // 4)
+        VaeTiles(pipe.parts["vae"], side, side // 4)
     except BaseException:
         surely(lambda: whole(pipe))
         raise
@@ -40,11 +40,11 @@ def tiled(pipe: Pipeline, side: int = 64) -> None:
 def whole(pipe: Pipeline) -> None:
     """Let ``pipe`` decode whole pictures again."""
     if NAME in pipe.approximations:
-        Tiles.take_off(pipe.parts["vae"], "decode")
+        VaeTiles.take_off(pipe.parts["vae"], "decode")
         pipe.approximations.pop(NAME, None)
 
 
-class Tiles(Around):
+class VaeTiles(Replacement):
     """The ``decode`` of a VAE."""
 
     def __init__(self, vae: nn.Module, side: int, overlap: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minidiff.fast.switch import Instead
+from minidiff.fast.switch import ForwardSwitch
 from minidiff.models.attention import FeedForward
 
 ROWS = 1024  # tokens at a time
@@ -26,7 +26,7 @@ def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
     return out
 
 
-class FeedForwardInBlocks(Instead):
+class Blocks(ForwardSwitch):
     """Switch of every feed-forward, used if there are more tokens than fit. CPU only: a card would wait for Python."""
 
     device = "cpu"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast.switch import Switch
-from minidiff.models.around import Around
 from minidiff.models.attention import TransformerBlock
+from minidiff.models.replacement import Replacement
 
 
-class PromptMemory(Switch):
+class Memory(Switch):
     """Switch of the key and value layers of every cross-attention, which cache their outputs. The same bits."""
 
     def applies(self, layer: nn.Module) -> bool:
@@ -28,12 +28,12 @@ class PromptMemory(Switch):
     def put_on(self, layer: nn.Module) -> None:
         assert isinstance(layer, TransformerBlock)
         for linear in (layer.attn2.k, layer.attn2.v):
-            Remembering(linear)
+            CachedLinear(linear)
 
     def take_off(self, layer: nn.Module) -> None:
         assert isinstance(layer, TransformerBlock)
         for linear in (layer.attn2.k, layer.attn2.v):
-            Remembering.take_off(linear)
+            CachedLinear.take_off(linear)
 
 
 class Known(NamedTuple):
@@ -48,7 +48,7 @@ class Known(NamedTuple):
         return self.x() is x and self.weight is weight and self.written == (x._version, weight._version)
 
 
-class Remembering(Around):
+class CachedLinear(Replacement):
     """Replacement for the ``forward`` of one linear layer."""
 
     def __init__(self, layer: nn.Module) -> None:

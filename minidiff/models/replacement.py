@@ -22,7 +22,7 @@ CHANGED = (
 )
 
 
-class Around(ABC):
+class Replacement(ABC):
     """Replacement for a method of a layer, ``forward`` or another, that can call the original as ``inner``.
 
     ``inner`` may itself be a replacement.
@@ -35,7 +35,7 @@ class Around(ABC):
         self.before: Any = layer.__dict__.get(name)
         self.inner = getattr(layer, name)
         above = self.before
-        if isinstance(above, Around) and above.outermost:
+        if isinstance(above, Replacement) and above.outermost:
             self.inner, self.before = above.inner, above.before
             above.inner = self
             above.before = self
