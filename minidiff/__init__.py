@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline.denoise import Run, Step
     from minidiff.pipeline.job import Prediction
     from minidiff.pipeline.opening import bundled, load
-    from minidiff.pipeline.picture import read_recipe, save_png
+    from minidiff.pipeline.png import read_recipe, save_png
     from minidiff.pipeline.request import Request, Sizes
     from minidiff.pipeline.stable_diffusion import StableDiffusion
     from minidiff.pipeline.unconditional import Unconditional
@@ -38,7 +38,7 @@ HOMES = {
     "pipeline.denoise": ("Run", "Step"),
     "pipeline.job": ("Prediction",),
     "pipeline.opening": ("bundled", "load"),
-    "pipeline.picture": ("read_recipe", "save_png"),
+    "pipeline.png": ("read_recipe", "save_png"),
     "pipeline.request": ("Request", "Sizes"),
     "pipeline.stable_diffusion": ("StableDiffusion",),
     "pipeline.unconditional": ("Unconditional",),
@@ -46,7 +46,12 @@ HOMES = {
 }
 
 # Modules that programs import by the name of an earlier release, and where they are now.
-ALIASES = {"conventions": "programs", "embeddings": "adapters.words", "lora": "adapters.lora"}
+ALIASES = {
+    "conventions": "programs",
+    "embeddings": "adapters.words",
+    "lora": "adapters.lora",
+    "pipeline.picture": "pipeline.png",
+}
 
 __all__ = [
     "Cancelled",
@@ -79,11 +84,11 @@ class _Aliases:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        old, dot, below = name.partition(".")
-        if package != __name__ or old not in ALIASES:
-            return None
-        return ModuleSpec(fullname, cast(Any, self), origin=f"{__name__}.{ALIASES[old]}{dot}{below}")
+        for old, new in ALIASES.items():
+            start = f"{__name__}.{old}"
+            if fullname == start or fullname.startswith(start + "."):
+                return ModuleSpec(fullname, cast(Any, self), origin=f"{__name__}.{new}{fullname[len(start) :]}")
+        return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(str(spec.origin))

@@ -27,7 +27,7 @@ from torch import Tensor  # noqa: E402
 
 import minidiff  # noqa: E402
 from minidiff.fast import probe  # noqa: E402
-from minidiff.pipeline.picture import to_pil  # noqa: E402
+from minidiff.pipeline.png import to_pil  # noqa: E402
 from minidiff.training import shapes  # noqa: E402
 
 

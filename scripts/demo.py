@@ -39,7 +39,7 @@ def picture(prompt: str, steps: int, seed: int, out: str) -> int:
     """Write the picture and the strip; 0, or 2 after one line on what the arguments have wrong."""
     import minidiff
     from minidiff.pipeline import BUNDLED_SCALE
-    from minidiff.pipeline.picture import label, to_pil
+    from minidiff.pipeline.png import label, to_pil
 
     warnings.showwarning = lambda message, *_: print(f"demo: {message}", file=sys.stderr)
     try:

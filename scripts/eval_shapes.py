@@ -100,7 +100,7 @@ def model_maker(args: argparse.Namespace) -> Make:
 
 def drawn_maker(kind: shapes.Kind, seed: int, count: int) -> Make:
     """The pictures that the data set itself draws for the prompts of ``kind``."""
-    from minidiff.pipeline.picture import to_pil, to_unit
+    from minidiff.pipeline.png import to_pil, to_unit
 
     scenes = shapes.items(seed, 0, count, kind)
 

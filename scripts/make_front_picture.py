@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import minidiff
-from minidiff.pipeline.picture import to_pil
+from minidiff.pipeline.png import to_pil
 
 PATH = Path(__file__).resolve().parent / "front_picture.webp"
 SIDE, GAP, CAPTION = 160, 12, 60  # pixels: of a picture as it is shown, between two, and of the text below

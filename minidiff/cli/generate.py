@@ -140,7 +140,7 @@ def run(args: Namespace) -> None:
     """Make the pictures and print their paths."""
     from minidiff.cli.output import Destination
     from minidiff.cli.repeat import check_family, open_recipe
-    from minidiff.pipeline.picture import label, to_pil
+    from minidiff.pipeline.png import label, to_pil
 
     for option in ("image", "mask", "recipe"):
         path = getattr(args, option)

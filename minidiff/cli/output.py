@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.picture import read_recipe, save_png
+from minidiff.pipeline.png import read_recipe, save_png
 from minidiff.storage.writing import check_place, numbered
 
 if TYPE_CHECKING:

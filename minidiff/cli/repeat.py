@@ -14,7 +14,7 @@ from minidiff.config import quote
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline.base import Pipeline
-from minidiff.pipeline.picture import read_recipe
+from minidiff.pipeline.png import read_recipe
 from minidiff.pipeline.recipe import Recipe, parse
 
 TILES = "vae_tiles"  # the approximation that has an option

@@ -14,7 +14,7 @@ import numpy as np
 
 from minidiff.config import check
 from minidiff.pipeline import StableDiffusion
-from minidiff.pipeline.pixels import open_picture
+from minidiff.pipeline.image_files import open_picture
 
 if TYPE_CHECKING:
     from PIL import Image

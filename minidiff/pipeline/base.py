@@ -25,7 +25,7 @@ from minidiff.pipeline.guidance import Conditioned
 from minidiff.pipeline.images import Opened, Pictures
 from minidiff.pipeline.job import Job
 from minidiff.pipeline.latents import Beginning, Sample
-from minidiff.pipeline.picture import label, to_pil, to_unit
+from minidiff.pipeline.png import label, to_pil, to_unit
 from minidiff.pipeline.recipe import Made, Recipe
 from minidiff.pipeline.request import Output, Request, options
 from minidiff.pipeline.rows import choose_rows, unguided

@@ -22,7 +22,7 @@ from minidiff.config import check, quote
 from minidiff.errors import ConfigError
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
-from minidiff.pipeline.pixels import complaint, open_picture, to_eight_bits
+from minidiff.pipeline.image_files import complaint, open_picture, to_eight_bits
 from minidiff.pipeline.recipe import Origin
 from minidiff.pipeline.request import Request, basename
 
@@ -93,7 +93,7 @@ def open_pictures(
     multiples of ``factor``.
 
     Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]. An image with
-    ``latent_channels`` is taken as latents. Pictures may have any mode, see :mod:`minidiff.pipeline.pixels`. Files are
+    ``latent_channels`` is taken as latents. Pictures may have any mode (:mod:`minidiff.pipeline.image_files`). Files are
     rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes, and
     :class:`CheckpointError` for a file that is missing or not a picture.
     """

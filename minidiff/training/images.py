@@ -25,7 +25,7 @@ from minidiff.config import check, quote, within
 from minidiff.console import warn
 from minidiff.console.progress import counted
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.pixels import formats, open_picture, suffixes, to_eight_bits
+from minidiff.pipeline.image_files import formats, open_picture, suffixes, to_eight_bits
 from minidiff.storage.reading import open_regular, read_text
 from minidiff.training.batch import Batch
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from minidiff.console.progress import Counter, check_progress
 from minidiff.errors import ConfigError
 from minidiff.pipeline import StableDiffusion
-from minidiff.pipeline.picture import save_png, to_pil, to_unit
+from minidiff.pipeline.png import save_png, to_pil, to_unit
 from minidiff.storage.checkpoint import write
 from minidiff.storage.files import lazy
 from minidiff.storage.writing import locked, sweep

@@ -31,8 +31,8 @@ import weights_convert
 from minidiff.cli import main
 from minidiff.errors import MinidiffError
 from minidiff.pipeline import images
-from minidiff.pipeline.picture import read_recipe
-from minidiff.pipeline.pixels import open_picture
+from minidiff.pipeline.image_files import open_picture
+from minidiff.pipeline.png import read_recipe
 from minidiff.training.images import ImageFolder
 from tests.support import convert_sources, fuzz_adapters
 from tests.support.tiny import tiny_sd

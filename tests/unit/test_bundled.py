@@ -25,7 +25,7 @@ from minidiff.pipeline import BUNDLED_SCALE, StableDiffusion
 from minidiff.pipeline.denoise import denoise
 from minidiff.pipeline.guidance import guide
 from minidiff.pipeline.job import Job, Prediction
-from minidiff.pipeline.picture import to_pil
+from minidiff.pipeline.png import to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.training import shapes
 from minidiff.training.captions import vocabulary

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minidiff.pipeline.picture import save_png, to_pil, to_unit
+from minidiff.pipeline.png import save_png, to_pil, to_unit
 from minidiff.training import shapes
 from minidiff.training.captions import BACKGROUNDS, COLOURS, SHAPES, SIZES, Facts, Named
 from minidiff.training.scenes import Scene, draw

@@ -9,6 +9,8 @@ import pytest
 
 from minidiff.pipeline import pixels
 from tests.support import fuzz_inputs
+from minidiff.pipeline import image_files
+from tests import fuzz_inputs
 
 CASES = 60
 
@@ -41,9 +43,9 @@ def of_kind(base: fuzz_inputs.Base, kind: str, many: int) -> set[str]:
 
 def test_a_careless_reader_is_caught(base: fuzz_inputs.Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """The harness itself: readers as they were are seen to start programs, and to lose colours."""
-    known = pixels.formats()
+    known = image_files.formats()
     with monkeypatch.context() as m:
-        m.setattr(pixels, "formats", lambda: [*known, "EPS"])
+        m.setattr(image_files, "formats", lambda: [*known, "EPS"])
         m.setattr(fuzz_inputs, "drawn", lambda rng: ("postscript", fuzz_inputs.POSTSCRIPT, None))
         assert any("something was started" in end for end in of_kind(base, "picture", 10))
     with monkeypatch.context() as m:

@@ -18,7 +18,7 @@ from minidiff import cli, fast
 from minidiff.errors import ConfigError
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.guidance import guide
-from minidiff.pipeline.picture import read_recipe
+from minidiff.pipeline.png import read_recipe
 from minidiff.pipeline.rows import rows_outside
 from minidiff.samplers import SAMPLERS, sampler_from_config
 from minidiff.schedule import NoiseSchedule

@@ -19,7 +19,7 @@ import minidiff
 from minidiff.errors import ConfigError
 from minidiff.pipeline import StableDiffusion, Unconditional, load, random_model
 from minidiff.pipeline.guidance import guide
-from minidiff.pipeline.picture import read_recipe, save_png, to_pil
+from minidiff.pipeline.png import read_recipe, save_png, to_pil
 from minidiff.samplers import SAMPLERS, sampler_from_config, sampler_to_config
 from tests.support import tiny
 from tests.tolerances import BATCH, Tolerance, assert_close

@@ -17,9 +17,9 @@ from minidiff.config import ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.attention import Attention, attention
 from minidiff.pipeline import from_parts, load, random_model
+from minidiff.pipeline.image_files import to_eight_bits
 from minidiff.pipeline.images import open_pictures
-from minidiff.pipeline.picture import read_recipe
-from minidiff.pipeline.pixels import to_eight_bits
+from minidiff.pipeline.png import read_recipe
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.rows import choose_rows
 from minidiff.precision import attention_in_float32

@@ -31,8 +31,9 @@ import torch
 from PIL import Image
 
 import minidiff
-from minidiff.pipeline.picture import to_pil
 from tests.support import tiny
+from minidiff.pipeline.png import to_pil
+from tests.unit import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import _judge

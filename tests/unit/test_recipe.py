@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from minidiff.errors import CheckpointError
 from minidiff.pipeline import png
-from minidiff.pipeline.picture import KEY, read_recipe
+from minidiff.pipeline.png import KEY, read_recipe
 from minidiff.pipeline.recipe import Made, Recipe, parse
 from minidiff.pipeline.request import Request
 from tests.support.tiny import tiny_sd

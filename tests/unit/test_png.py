@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minidiff.errors import CheckpointError
-from minidiff.pipeline.picture import KEY, label, read_recipe, save_png, to_pil, to_unit
+from minidiff.pipeline.png import KEY, label, read_recipe, save_png, to_pil, to_unit
 from tests.tolerances import assert_close
 
 PROMPTS = {

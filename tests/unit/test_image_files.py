@@ -18,7 +18,7 @@ from PIL import Image, features
 
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import images
-from minidiff.pipeline.pixels import FORMATS, formats, open_picture, suffixes, to_eight_bits
+from minidiff.pipeline.image_files import FORMATS, formats, open_picture, suffixes, to_eight_bits
 from minidiff.training.images import read as read_for_training
 
 GREY = np.arange(256, dtype=np.uint8).reshape(8, 32)
