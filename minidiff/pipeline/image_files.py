@@ -6,19 +6,22 @@ file, not from its name.
 
 Deep pictures are scaled to 8 bits, not clipped at 255 as by Pillow's own ``convert``. For a file of up to 16 bits,
 white is 65535. For a picture in memory, for 32 bits and for floats, white is the top of the narrowest usual range that
-holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for floats. Colour
-profiles are not applied.
+holds the values: 0..255, 0..65535 and 0..2**31 - 1 for whole numbers, 0..1, 0..255 and 0..65535 for floats.
+
+Frames beyond the first and colour profiles are not used; :func:`unused` says so.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minidiff.console import one_line
+from minidiff.console import one_line, warn
 from minidiff.errors import CheckpointError
+from minidiff.pipeline.colour_profile import is_srgb
 from minidiff.storage.reading import HEAD, content_of, open_regular
 
 if TYPE_CHECKING:
@@ -47,11 +50,12 @@ BITS, PHOTOMETRIC, SIGNED = 258, 262, 339  # TIFF's tags
 DEEP = 65535  # white in 16 bits
 
 
-def open_picture(path: Any, name: str = "picture") -> Image.Image:
+def open_picture(path: Any, name: str = "picture", tell: Callable[[str], object] | None = None) -> Image.Image:
     """Open a picture file as 8-bit RGB or L, rotated by its Exif orientation; see :func:`to_eight_bits`.
 
-    Only the first frame of an animation, or the first page, is read. ``name``: name of the path in messages. Raises
-    :class:`CheckpointError` for a file that is missing, damaged, or in none of ``FORMATS``.
+    ``name``: name of the path in messages. ``tell`` is called with each part of the file that is not used (see
+    :func:`unused`), by default a warning. Raises :class:`CheckpointError` for a file that is missing, damaged, or in
+    none of ``FORMATS``.
     """
     from PIL import Image
 
@@ -65,12 +69,18 @@ def open_picture(path: Any, name: str = "picture") -> Image.Image:
             with Image.open(file, formats=formats()) as opened:
                 opened.load()
                 turn = UPRIGHT.get(_orientation(opened))
-                image = to_eight_bits(opened)
-            return image if turn is None else image.transpose(Image.Transpose[turn])
+                image, parts = to_eight_bits(opened), list(unused(opened))
+            upright = image if turn is None else image.transpose(Image.Transpose[turn])
         except MemoryError:
             raise
         except Exception as e:  # Pillow's readers run into whatever a damaged file leads them to
             raise CheckpointError(f"{os.fspath(path)}: no readable picture ({complaint(e)})") from None
+    for part in parts:
+        if tell is None:
+            warn(f"{os.fspath(path)}: has {part}")
+        else:
+            tell(part)
+    return upright
 
 
 def formats() -> list[str]:
@@ -96,6 +106,27 @@ def complaint(e: BaseException) -> str:
     if isinstance(e, UnidentifiedImageError):
         return f"is none of {', '.join(formats())}"
     return one_line(e or type(e).__name__, 200)
+
+
+def unused(image: Image.Image) -> Iterator[str]:
+    """Yield a few words on each part of a picture that minidiff does not use: further frames or pages, a colour profile
+    other than sRGB.
+
+    Not on the further frames if the caller has chosen one (``image.seek``), nor on the small pictures that cameras put
+    behind a JPEG (MPO).
+    """
+    if image.format != "MPO" and image.tell() == 0 and _has_frames(image):
+        yield "more than one frame, of which only the first is used"
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and profile and not is_srgb(profile):
+        yield "a colour profile other than sRGB, which is ignored"
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a damaged second frame; the first is sound
+        return True
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidiff.config import check, quote
+from minidiff.console import warn
 from minidiff.errors import ConfigError
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
-from minidiff.pipeline.image_files import complaint, open_picture, to_eight_bits
+from minidiff.pipeline.image_files import complaint, open_picture, to_eight_bits, unused
 from minidiff.pipeline.recipe import Origin
 from minidiff.pipeline.request import Request, basename
 
@@ -93,7 +94,7 @@ def open_pictures(
     multiples of ``factor``.
 
     Each is a path, a PIL image, a list of these, or a tensor (N, channels, H, W) with values in [0, 1]. An image with
-    ``latent_channels`` is taken as latents. Pictures may have any mode (:mod:`minidiff.pipeline.image_files`). Files are
+    ``latent_channels`` is taken as latents. Pictures may have any mode (:mod:`.image_files`). Files are
     rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes, and
     :class:`CheckpointError` for a file that is missing or not a picture.
     """
@@ -145,11 +146,14 @@ def _picture(given: Any, name: str) -> Image.Image:
     kinds = "a path, a PIL image, a list of them, or a tensor (B, C, H, W)"
     check(isinstance(given, Image.Image), f"{name} must be {kinds}, got {type(given).__name__}")
     try:
-        return to_eight_bits(given)
+        image, parts = to_eight_bits(given), list(unused(given))
     except MemoryError:
         raise
     except Exception as e:  # of a file that was opened and is read only now, or of a mode that the library half knows
         raise ConfigError(f"{name} cannot be read ({complaint(e)})") from None
+    for part in parts:
+        warn(f"{name} has {part}")
+    return image
 
 
 def size_of(found: list[Image.Image] | Tensor) -> tuple[int, int]:

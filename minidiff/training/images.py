@@ -12,7 +12,7 @@ import json
 import os
 import unicodedata
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from posixpath import normpath
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -89,19 +89,23 @@ class ImageFolder:
         self.marks: dict[str, int] = {}
         keep = len(found) * 3 * size**2 <= memory
         rows: list[Tensor] = []
+        unused: dict[str, list[Path]] = {}
         for file in counted(found, "picture", show=progress, what="reading"):
+            parts: list[str] = []
             try:
-                row = read(file, size)
+                row = read_pixels(file, size, parts.append)
             except (CheckpointError, OSError):
                 self.broken.append(file)
                 continue
             self.files.append(file)
+            for part in parts:
+                unused.setdefault(part, []).append(file)
             self.marks[_name(file, self.path)] = zlib.crc32(
                 row.numpy().tobytes() + texts.get(file, "").encode(errors="surrogatepass")
             )
             if keep:
                 rows.append(row)
-        self._complain(len(found) + len(unread))
+        self._complain(len(found) + len(unread), unused)
         self.pixels = torch.stack(rows) if keep else None
         self.texts = [texts[file] for file in self.files] if captions else None
 
@@ -127,12 +131,16 @@ class ImageFolder:
             warn(f"{self.path / CAPTIONS}: {count}: {_first(self.absent)}", stacklevel=3)
         return read_captions(self.path, files, listed)
 
-    def _complain(self, found: int) -> None:
+    def _complain(self, found: int, unused: Mapping[str, Sequence[Path]]) -> None:
+        """Warn of pictures that are left out, and of parts of pictures that are not used."""
         names = _first(_name(f, self.path) for f in self.broken)
         count = f"{len(self.broken)} of {found} pictures cannot be read"
         check(bool(self.files), f"{self.path}: {count}: {names}; nothing is left to train on")
         if self.broken:
             warn(f"{self.path}: {count} and are left out: {names}", stacklevel=3)
+        for part, files in unused.items():
+            names = _first(_name(f, self.path) for f in files)
+            warn(f"{self.path}: {part}, in {len(files)} of {found} pictures: {names}", stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -148,7 +156,7 @@ class ImageFolder:
 
     def _read_again(self, file: Path) -> Tensor:
         try:
-            return read(file, self.size)
+            return read_pixels(file, self.size, lambda part: None)  # told when the run began
         except (CheckpointError, OSError) as e:
             raise CheckpointError(f"{file}: could be read when the run began, and now it cannot ({e})") from None
 
@@ -188,9 +196,12 @@ def _begins_like_one(file: Path) -> bool:
     return head.startswith(BEGINNINGS) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or boxed
 
 
-def read(path: Path, size: int) -> Tensor:
-    """Read a picture file as uint8 (3, size, size). Raises :class:`CheckpointError` if it is none, or damaged."""
-    return to_pixels(open_picture(path), size)
+def read_pixels(path: Path, size: int, tell: Callable[[str], object] | None = None) -> Tensor:
+    """Read a picture file as uint8 (3, size, size). ``tell`` is that of :func:`open_picture`.
+
+    Raises :class:`CheckpointError` if it is no picture, or damaged.
+    """
+    return to_pixels(open_picture(path, tell=tell), size)
 
 
 def to_pixels(image: Image.Image | Tensor | Any, size: int) -> Tensor:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import images
 from minidiff.pipeline.image_files import FORMATS, formats, open_picture, suffixes, to_eight_bits
-from minidiff.training.images import read as read_for_training
+from minidiff.training.images import ImageFolder, read_pixels
 
 GREY = np.arange(256, dtype=np.uint8).reshape(8, 32)
 COLOURS = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
@@ -213,7 +213,7 @@ def test_generation_masks_and_training_read_alike(tmp_path: Path) -> None:
         assert deep.pixels.equal(plain.pixels)
         assert deep.mask.equal(plain.mask)
         assert 0.4 < float(deep.mask.mean()) < 0.6
-        assert read_for_training(tmp_path / name, 64).equal(read_for_training(tmp_path / "plain.png", 64))
+        assert read_pixels(tmp_path / name, 64).equal(read_pixels(tmp_path / "plain.png", 64))
 
 
 def test_as_its_camera_says(tmp_path: Path) -> None:
@@ -241,13 +241,114 @@ def test_as_its_camera_says(tmp_path: Path) -> None:
         assert to_eight_bits(image).size == held.size
 
 
-def test_the_first_frame_of_an_animation(tmp_path: Path) -> None:
+def animation(path: Path) -> Path:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
-    for name in ("a.gif", "a.png", "a.webp", "a.tif"):
-        frames[0].save(
-            tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if name == "a.webp" else {})
-        )
-        assert open_picture(tmp_path / name).convert("RGB").getpixel((4, 4)) == (255, 0, 0), name
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **lossless)
+    return path
+
+
+def said(work: Callable[[], object]) -> list[str]:
+    """The warnings of ``work``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        work()
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_the_first_frame_of_an_animation(name: str, tmp_path: Path) -> None:
+    """And a line says that there are more."""
+    path = animation(tmp_path / name)
+    found: list[Image.Image] = []
+    line = f"{path}: has more than one frame, of which only the first is used"
+    assert said(lambda: found.append(open_picture(path))) == [line]
+    assert found[0].convert("RGB").getpixel((4, 4)) == (255, 0, 0)
+    assert said(lambda: images.open_pictures(path, None, None, None, 8, 4)) == [line]
+    with Image.open(path) as image:
+        line = "image has more than one frame, of which only the first is used"
+        assert said(lambda: images.open_pictures(image, None, None, None, 8, 4)) == [line]
+        image.seek(2)  # chosen by the caller
+        assert said(lambda: images.open_pictures(image, None, None, None, 8, 4)) == []
+    Image.new("RGB", (8, 8)).save(path)
+    assert said(lambda: open_picture(path)) == []
+
+
+def test_a_damaged_second_frame_is_no_reason_to_refuse_the_first(tmp_path: Path) -> None:
+    path = animation(tmp_path / "a.gif")
+    whole = path.read_bytes()
+    second = whole.index(b"\x21\xf9", whole.index(b"\x2c"))  # the extension before the second frame
+    path.write_bytes(whole[: second + 3])
+    with pytest.warns(UserWarning, match="more than one frame"):
+        assert open_picture(path).convert("RGB").getpixel((4, 4)) == (255, 0, 0)
+
+
+SRGB_COLORANTS = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))  # at D50
+P3_COLORANTS = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
+CURVES = {
+    "gamma 2.2": b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)),
+    "table": b"curv" + bytes(4) + struct.pack(">I5H", 5, 0, 3339, 14027, 34061, 65535),
+    "para": b"para" + bytes(4) + struct.pack(">HHiiiii", 3, 0, 157286, 62119, 3417, 5072, 2651),  # sRGB's, times 65536
+    "linear": b"curv" + bytes(8),
+    "gamma 1.8": b"curv" + bytes(4) + struct.pack(">IH", 1, round(1.8 * 256)),
+}
+
+
+def profile(colorants: Any, curve: bytes, space: bytes = b"RGB ") -> bytes:
+    """An ICC profile with a matrix and a curve, or for grey with a curve alone."""
+    tags = {b"kTRC": curve}
+    if space == b"RGB ":
+        tags = dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+        for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), colorants, strict=True):
+            tags[name] = b"XYZ " + bytes(4) + struct.pack(">3i", *(round(x * 2**16) for x in xyz))
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += struct.pack(">4sII", name, 132 + 12 * len(tags) + len(data), len(content))
+        data += content
+    head = struct.pack(">I4sI4s4s4s", 132 + len(table) + len(data), b"", 0x04000000, b"mntr", space, b"XYZ ")
+    return head.ljust(128, b"\0") + table + data
+
+
+PROFILES = {  # and True for sRGB
+    "pillow": (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), True),
+    "gamma 2.2": (profile(SRGB_COLORANTS, CURVES["gamma 2.2"]), True),
+    "table": (profile(SRGB_COLORANTS, CURVES["table"]), True),
+    "para": (profile(SRGB_COLORANTS, CURVES["para"]), True),
+    "grey": (profile((), CURVES["gamma 2.2"], b"GRAY"), True),
+    "linear": (profile(SRGB_COLORANTS, CURVES["linear"]), False),
+    "gamma 1.8": (profile(SRGB_COLORANTS, CURVES["gamma 1.8"]), False),
+    "grey 1.8": (profile((), CURVES["gamma 1.8"], b"GRAY"), False),
+    "p3": (profile(P3_COLORANTS, CURVES["para"]), False),
+    "lab": (profile(SRGB_COLORANTS, CURVES["para"]).replace(b"RGB ", b"Lab "), False),
+    "lab as well": (ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(), False),
+    "cut": (profile(SRGB_COLORANTS, CURVES["para"])[:-30], False),
+    "no profile": (b"nothing of the kind", False),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_colour_profile_other_than_srgb_is_ignored_and_a_line_says_so(name: str, tmp_path: Path) -> None:
+    icc, srgb = PROFILES[name]
+    for path in (tmp_path / "a.png", tmp_path / "a.jpg", tmp_path / "a.webp"):
+        Image.fromarray(COLOURS).save(path, icc_profile=icc)
+        line = f"{path}: has a colour profile other than sRGB, which is ignored"
+        assert said(lambda path=path: open_picture(path)) == ([] if srgb else [line])  # type: ignore[misc]
+    with Image.open(tmp_path / "a.png") as image:
+        lines = said(lambda: images.open_pictures(image, image, None, None, 8, 4))
+        assert len(lines) == (0 if srgb else 2), "the image's and the mask's"
+
+
+def test_training_says_the_same_in_a_line_for_all_of_a_kind(tmp_path: Path) -> None:
+    """Once, also where the pictures are read again at every step."""
+    for name in ("b.gif", "c.gif"):
+        animation(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", icc_profile=PROFILES["p3"][0])
+    sets: list[ImageFolder] = []
+    assert said(lambda: sets.append(ImageFolder(tmp_path, 8, memory=0))) == [
+        f"{tmp_path}: a colour profile other than sRGB, which is ignored, in 1 of 3 pictures: a.png",
+        f"{tmp_path}: more than one frame, of which only the first is used, in 2 of 3 pictures: b.gif, c.gif",
+    ]
+    assert said(lambda: sets[0].take([0, 1, 2])) == []
 
 
 def test_every_format_of_the_list_that_pillow_writes(tmp_path: Path) -> None:
@@ -321,7 +422,7 @@ def test_pictures_of_extreme_shapes(tmp_path: Path) -> None:
     for size in ((1, 1), (1, 3000), (60_000, 2), (65_535, 1)):
         Image.new("L", size, 77).save(tmp_path / "a.png")
         assert open_picture(tmp_path / "a.png").size == size
-        assert read_for_training(tmp_path / "a.png", 8).unique().tolist() == [77]
+        assert read_pixels(tmp_path / "a.png", 8).unique().tolist() == [77]
     Image.new("L", (60_000, 2)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match="60000 x 2 pixels is too small"):
         images.open_pictures(tmp_path / "a.png", None, None, None, 8, 4).resized()

@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "minidiff.philox": 2,
     "minidiff.pipeline.png": 2,
     "minidiff.pipeline.image_files": 2,
+    "minidiff.pipeline.colour_profile": 2,
     "minidiff.models": 3,
     "minidiff.noise": 3,
     "minidiff.precision": 3,
