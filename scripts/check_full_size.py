@@ -148,7 +148,7 @@ def compare_converted(work: Path) -> dict[str, Any]:
 
     from minidiff.storage import checkpoint
 
-    a, b = (checkpoint.read(work / f"{source}.minidiff.safetensors") for source in ("folder", "single"))
+    a, b = (checkpoint.open_checkpoint(work / f"{source}.minidiff.safetensors") for source in ("folder", "single"))
     assert a.file.lazy.keys() == b.file.lazy.keys()
     for name in a.file.lazy:
         assert torch.equal(a.file.lazy[name].load(), b.file.lazy[name].load()), name

@@ -63,7 +63,7 @@ def main() -> None:
         title = f"diffusers {diffusers.__version__}"
         side = theirs.Theirs(pipe, REQUEST, theirs.renamed(pairs), layers_of, title)
         found = recording.record(side, run_of(tiny_sd(), REQUEST))
-    recording.write(target, found)
+    recording.write_recording(target, found)
     print(f"{target}: {len(found.tape)} stages, {target.stat().st_size / 1000:.0f} kB")
 
 

@@ -39,13 +39,13 @@ from minidiff.storage import checkpoint
 from minidiff.storage.files import lazy
 from minidiff.training import scenes, shapes
 from minidiff.training.batch import Data
-from minidiff.training.begin import quiet
 from minidiff.training.captions import SHAPES, vocabulary
 from minidiff.training.data import ShapesStream
 from minidiff.training.loop import Trainer
 from minidiff.training.run import MODEL, STATE, train
 from minidiff.training.scenes import Scene, Thing
 from minidiff.training.settings import TrainConfig
+from minidiff.training.zero_init import zero_residual_branches
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSET = ROOT / "minidiff" / "assets" / "shapes.safetensors"
@@ -224,7 +224,7 @@ def new_model() -> StableDiffusion:
     pipe = random_model(config(), seed=0)
     assert isinstance(pipe, StableDiffusion)
     for part in pipe.parts.values():
-        quiet(part)
+        zero_residual_branches(part)
     # Latents begin with little noise in them, or the decoder would first learn to do without them.
     torch.nn.init.constant_(pipe.vae.quant.bias[pipe.vae.config.latent_channels :], -6)
     return pipe
@@ -264,7 +264,7 @@ def ship(pipe: StableDiffusion, path: Path) -> None:
         for name, part in pipe.parts.items()
         for key, weight in part.state_dict().items()
     }
-    checkpoint.write(path, pipe.config, tensors)
+    checkpoint.write_checkpoint(path, pipe.config, tensors)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -75,7 +75,7 @@ def open_source(
             report.dropped.append(("training state", len(found.others), f"no tensors: {', '.join(found.others[:4])}"))
         source = _original(found, report, ema, override, swap)
     else:
-        saved = checkpoint.read(path)
+        saved = checkpoint.open_checkpoint(path)
         report.family = saved.config.family
         source = Source(overlay(saved.config, override), saved.file.lazy, report)
         report.mapped = {n: sum(k.startswith(f"{n}.") for k in source.tensors) for n in checkpoint.build(saved.config)}
@@ -156,7 +156,7 @@ def convert(
     elif to == "original":
         source.report.hash = write_original(dst, source.config, tensors, source.report, existing)
     else:
-        source.report.hash = checkpoint.write(dst, source.config, tensors, existing)
+        source.report.hash = checkpoint.write_checkpoint(dst, source.config, tensors, existing)
     return replace(source.report, target=os.fspath(dst))
 
 

@@ -180,7 +180,7 @@ def _ends(tensors: Mapping[str, Lazy], name: str) -> list[str]:
 
 
 def _from_minidiff(path: Path, part: str) -> tuple[AnyConfig, Part, str]:
-    found = checkpoint.read(path)
+    found = checkpoint.open_checkpoint(path)
     config: AnyConfig | None = getattr(found.config, part)
     if config is None:
         raise CheckpointError(f"{path}: a minidiff file of family {found.config.family}, which has no {part}")

@@ -24,7 +24,7 @@ def describe(path: str | os.PathLike[str]) -> str:
 
     Raises :class:`CheckpointError` for anything that is not a sound minidiff file.
     """
-    found = checkpoint.read(path)
+    found = checkpoint.open_checkpoint(path)
     checkpoint.account(checkpoint.build(found.config), found.file.lazy, str(path))
     rows = [("file", str(path)), *describe_config(found.config), ("hash", found.hash or "none")]
     rows.append(("identity", identify(found.config, found.file.lazy)))  # what pictures call it
@@ -61,7 +61,7 @@ def check_tensors(path: str | os.PathLike[str]) -> str:
     Raises :class:`CheckpointError` if the content hash is not the one in the header, or for the first tensor (in the
     order of their names) that holds a NaN or an infinity.
     """
-    found = checkpoint.read(path)
+    found = checkpoint.open_checkpoint(path)
     wrong = []
     actual = content_hash(path)
     if actual != found.hash:

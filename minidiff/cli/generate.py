@@ -138,8 +138,8 @@ def add(commands: Any) -> None:
 
 def run(args: Namespace) -> None:
     """Make the pictures and print their paths."""
-    from minidiff.cli.output import Destination
-    from minidiff.cli.repeat import check_family, open_recipe
+    from minidiff.cli.output import Output
+    from minidiff.cli.replay import check_family, open_recipe
     from minidiff.pipeline.png import label, to_pil
 
     for option in ("image", "mask", "recipe"):
@@ -148,7 +148,7 @@ def run(args: Namespace) -> None:
             raise CheckpointError(f"--{option} {missing(path)}")
     recipe = None if args.recipe is None else open_recipe(args)
     asked = _asked(args, recipe)
-    destination = Destination(args.out, args.force)
+    output = Output(args.out, args.force)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
     device = device_of(args.device)
@@ -168,7 +168,7 @@ def run(args: Namespace) -> None:
     _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(job, progress=not args.quiet)
     for image in [label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]:
-        show(destination.save(image))
+        show(output.save(image))
 
 
 def _asked(args: Namespace, recipe: Recipe | None) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _remark(
     converted: bool,
 ) -> None:
     """Say on stderr what was chosen, and what may surprise. ``made``: the recipe of this run."""
-    from minidiff.cli.repeat import differences
+    from minidiff.cli.replay import differences
 
     precision = str(pipe.dtype).removeprefix("torch.")
     if converted and not args.quiet:

@@ -1,4 +1,4 @@
-"""Destination of pictures: their folder and names; another file is never silently overwritten."""
+"""Output files of pictures: their folder and names; another file is never silently overwritten."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-class Destination:
+class Output:
     """A folder, and a file name if one was given; without it each picture is named by its prompt and seed.
 
     ``out``: a file name (".png" may be left out), a folder, or None for the current one. A folder that does not exist

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from minidiff.config import check
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
-from minidiff.storage.low_memory import Turns
+from minidiff.storage.low_memory import LowMemory
 
 
-class Offloaded(Turns):
+class Offloaded(LowMemory):
     """Parts that came from the host, and return to it at the end."""
 
 
@@ -33,9 +33,9 @@ def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
     another way.
     """
     device = torch.device(device)
-    if isinstance(pipe.turns, Offloaded) and pipe.turns.device == device:
+    if isinstance(pipe.low_memory, Offloaded) and pipe.low_memory.device == device:
         return
-    check(pipe.turns is None, f"the parts of this model take turns on {pipe.device} already")
+    check(pipe.low_memory is None, f"the parts of this model take turns on {pipe.device} already")
     check(not pipe.__dict__.get("_fast"), "switches of fast.optimize are on; fast.restore(sd), then offload first")
     if pipe.device.type != "cpu":
         pipe.to("cpu")
@@ -44,9 +44,9 @@ def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
         for path, weight in part.named_parameters():
             weight.data = waiting(weight.data)
             weights[f"{name}.{path}"] = coming(weight, device)
-    pipe.turns = Offloaded(pipe.parts, weights, device)
+    pipe.low_memory = Offloaded(pipe.parts, weights, device)
     try:
-        pipe.turns.begin()
+        pipe.low_memory.install()
     except BaseException:
         surely(lambda: bring_back(pipe))
         raise
@@ -64,6 +64,6 @@ def coming(weight: nn.Parameter, device: torch.device) -> Callable[[], Tensor]:
 
 def bring_back(pipe: Pipeline) -> None:
     """Return all parts to the host, with their previous parameters."""
-    if isinstance(pipe.turns, Offloaded):
-        pipe.turns.end()
-        pipe.turns = None
+    if isinstance(pipe.low_memory, Offloaded):
+        pipe.low_memory.remove()
+        pipe.low_memory = None

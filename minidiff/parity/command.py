@@ -64,7 +64,7 @@ def run(args: Namespace, converter: Converter, device: torch.device | None) -> i
 
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     """Compare minidiff and the installed diffusers on a checkpoint; print the report, return the exit status."""
-    destination = _writable(args.html, args)
+    html = _writable(args.html, args)
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint}: no such file or folder")
     theirs.import_diffusers()  # before opening a large model
@@ -86,7 +86,7 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
         pairs = pair(pipe, reference, converter.module_names(pipe.config))
         about = {"model": f"{args.checkpoint} ({pipe.config.family})", **_about(pipe, request, args)}
         report = hold(pipe, reference, request, pairs, args, tell)
-    return show(replace(report, about=about), args, destination)
+    return show(replace(report, about=about), args, html)
 
 
 def hold(
@@ -139,7 +139,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
         request = replace(request, sampler=sampler_from_config({"name": name}))
     side = Ours(pipe, request, deep=LAYERS[args.layers], title=f"minidiff {VERSION}")
     found = recording.record(side, run_of(pipe, request))
-    recording.write(out, found, _existing(args))
+    recording.write_recording(out, found, _existing(args))
     if not args.quiet:
         size = out.stat().st_size / 1e6
         say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")
@@ -149,22 +149,22 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
 
 def compare(args: Namespace) -> int:
     """Compare two recordings; print the report, return the exit status."""
-    destination = _writable(args.html, args)
-    a, b = recording.read(args.a), recording.read(args.b)
-    judge = None if args.judge is None else recording.read(args.judge)
+    html = _writable(args.html, args)
+    a, b = recording.read_recording(args.a), recording.read_recording(args.b)
+    judge = None if args.judge is None else recording.read_recording(args.judge)
     report = recording.compare(a, b, args.tolerance, judge)
     about = {"A's file": str(args.a), "B's file": str(args.b), **report.about}
-    return show(replace(report, about=about), args, destination)
+    return show(replace(report, about=about), args, html)
 
 
-def show(report: Report, args: Namespace, destination: Path | None) -> int:
+def show(report: Report, args: Namespace, html: Path | None) -> int:
     """Print the report, write it as a page if requested, and return the exit status."""
     console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
-    if destination is not None:
-        with atomic(destination, _existing(args)) as file:
+    if html is not None:
+        with atomic(html, _existing(args)) as file:
             file.write(page(report).encode())
         if not args.quiet:
-            say(f"the report as a page: {destination}")
+            say(f"the report as a page: {html}")
     return EQUAL if report.equal else PARTED
 
 
@@ -206,8 +206,8 @@ def _request(args: Namespace, pipe: Pipe) -> Asked:
     config = pipe.vae.config
     height, width = (min(side * config.factor, max(LARGEST, config.factor)) for side in pipe.unet.config.sides)
     height, width = args.size or (height, width)
-    begun = pictures.starting_from(args, pipe, width, height)
-    return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **begun})
+    start = pictures.starting_from(args, pipe, width, height)
+    return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **start})
 
 
 def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:

@@ -33,7 +33,7 @@ STILL_THERE = 0.1
 UNJUDGED = ("/x", "/noise", "/added", "/latents", "/masked")
 
 
-class Runner(Protocol):
+class Side(Protocol):
     """A side that can be run repeatedly, and in float64.
 
     Not every value can be replaced: the internal state of a program (its plan, its history) stays its own.
@@ -83,7 +83,7 @@ class Row:
     judgement: Judgement | None = None
 
 
-def record(side: Runner) -> dict[str, Tensor]:
+def record(side: Side) -> dict[str, Tensor]:
     """Return the value of every stage, on the host, in the order of computation."""
     tape: dict[str, Tensor] = {}
 
@@ -95,7 +95,7 @@ def record(side: Runner) -> dict[str, Tensor]:
     return tape
 
 
-def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Difference], list[str]]:
+def chained(tape: Mapping[str, Tensor], side: Side) -> tuple[dict[str, Difference], list[str]]:
     """Run ``side`` by itself and compare it with ``tape``; return the differences and the names of all stages."""
     found: dict[str, Difference] = {}
     stages: list[str] = []
@@ -111,7 +111,7 @@ def chained(tape: Mapping[str, Tensor], side: Runner) -> tuple[dict[str, Differe
 
 
 def locally(
-    tape: Mapping[str, Tensor], side: Runner, wanted: Iterable[str], own: dict[str, Tensor] | None = None
+    tape: Mapping[str, Tensor], side: Side, wanted: Iterable[str], own: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Run ``side`` on the tape's values: return, for each of the stages ``wanted``, its value before it was replaced.
 
@@ -129,7 +129,7 @@ def locally(
 
 
 def find(
-    a: Runner, b: Runner, tolerance: float = 0.0, *, judge: bool = True, tell: Callable[[str], None] = lambda text: None
+    a: Side, b: Side, tolerance: float = 0.0, *, judge: bool = True, tell: Callable[[str], None] = lambda text: None
 ) -> tuple[list[Row], list[str], list[str]]:
     """Run both: return one row per common stage in a's order, and the stages that only a and only b have.
 
@@ -171,7 +171,7 @@ def line_up(
 
 
 def _judge(
-    tape: Mapping[str, Tensor], mine: Mapping[str, Tensor], a: Runner, b: Runner, stages: Iterable[str]
+    tape: Mapping[str, Tensor], mine: Mapping[str, Tensor], a: Side, b: Side, stages: Iterable[str]
 ) -> dict[str, Judgement]:
     truth_a, truth_b = (_truth(tape, side, stages) for side in (a, b))
     found = {}
@@ -183,7 +183,7 @@ def _judge(
     return found
 
 
-def _truth(tape: Mapping[str, Tensor], side: Runner, stages: Iterable[str]) -> dict[str, Tensor]:
+def _truth(tape: Mapping[str, Tensor], side: Side, stages: Iterable[str]) -> dict[str, Tensor]:
     """Run ``side`` on the tape's values in float64, as far as possible if a dtype is hard-coded."""
     own: dict[str, Tensor] = {}
     with side.wide(), suppress(RuntimeError, MinidiffError):

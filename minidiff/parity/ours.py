@@ -75,7 +75,7 @@ class Shown:
 
     def __init__(self, inner: Sampler[Any, Any], probe: Probe) -> None:
         self.inner, self.probe = inner, probe
-        self.begun = False
+        self.first_shown = False
         self.first: Tensor | None = None
 
     @property
@@ -95,13 +95,13 @@ class Shown:
 
     def scale_input(self, plan: Any, i: int, x: Tensor) -> Tensor:
         """Scale the sample that was shown, by the wrapped sampler."""
-        if not self.begun:
-            self.begun = True
+        if not self.first_shown:
+            self.first_shown = True
             x = self.first = self.probe.show("x", x, "start")
         return self.inner.scale_input(plan.inner, i, x)
 
     def denoised(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any) -> Tensor | None:
-        """The inner one's."""
+        """Return the wrapped sampler's estimate of x0, if it has one."""
         return self.inner.denoised(plan.inner, i, x, out, state)
 
     def step(self, plan: Any, i: int, x: Tensor, out: Tensor, state: Any, draw: Draw) -> tuple[Tensor, Any]:
@@ -126,5 +126,5 @@ class ShownPlan:
         return ShownPlan(self.inner.to(device), self.probe)
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
-        """The inner one's."""
+        """Return the wrapped plan's noisy picture, and show picture and noise."""
         return show_noising(self.probe, lambda x0, noise: self.inner.add_noise(x0, noise, i), x0, noise)

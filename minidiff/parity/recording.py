@@ -39,7 +39,7 @@ from torch import Tensor
 from minidiff.config import ModelConfig, check, quote, to_json
 from minidiff.errors import CheckpointError
 from minidiff.parity.difference import difference
-from minidiff.parity.engine import Judgement, Row, Runner, line_up
+from minidiff.parity.engine import Judgement, Row, Side, line_up
 from minidiff.parity.report import Report
 from minidiff.parity.taps import INPUT
 from minidiff.storage.files import TensorFile, lazy, write_tensors
@@ -64,7 +64,7 @@ class Recording:
         return str(self.run.get("program", "a program that does not say its name"))
 
 
-def record(side: Runner, run: Mapping[str, Any]) -> Recording:
+def record(side: Side, run: Mapping[str, Any]) -> Recording:
     """Run ``side`` and record its values, without inputs that are the unchanged output of an earlier stage."""
     tape: dict[str, Tensor] = {}
     recent: deque[Tensor] = deque(maxlen=RECENT)
@@ -79,7 +79,7 @@ def record(side: Runner, run: Mapping[str, Any]) -> Recording:
     return Recording(tape, {"program": side.title, **run})
 
 
-def write(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
+def write_recording(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
     """Write a recording, atomically. Raises :class:`CheckpointError` for a folder that does not exist.
 
     ``existing``: treatment of an existing file, see :func:`~minidiff.storage.writing.atomic`.
@@ -93,7 +93,7 @@ def write(path: str | os.PathLike[str], recording: Recording, existing: Existing
     write_tensors(path, {stage: lazy(value) for stage, value in recording.tape.items()}, header, existing)
 
 
-def read(path: str | os.PathLike[str]) -> Recording:
+def read_recording(path: str | os.PathLike[str]) -> Recording:
     """Open a recording.
 
     Raises :class:`CheckpointError` for a file that is missing, damaged or no recording, and for one whose list of

@@ -194,13 +194,13 @@ def shown(scheduler: Any, probe: Probe) -> Iterator[None]:
         result = call(probe.show("out", out), t, x, *args, **kwargs)
         return swap_first(result, lambda new: probe.show("x", new))[0]
 
-    wrapped: dict[str, Callable[..., Any]] = {"set_timesteps": set_timesteps, "add_noise": add_noise, "step": step}
-    for name, around in wrapped.items():
-        setattr(scheduler, name, _wrap(getattr(scheduler, name), around))
+    observers: dict[str, Callable[..., Any]] = {"set_timesteps": set_timesteps, "add_noise": add_noise, "step": step}
+    for name, observer in observers.items():
+        setattr(scheduler, name, _observed(getattr(scheduler, name), observer))
     try:
         yield
     finally:
-        for name in wrapped:
+        for name in observers:
             delattr(scheduler, name)  # restores the method of the class
 
 
@@ -213,11 +213,11 @@ class _Plan:
         self.sigmas = getattr(scheduler, "sigmas", None)
 
 
-def _wrap(method: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+def _observed(method: Callable[..., Any], observer: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(method).bind(*args, **kwargs)
-        return around(method, *bound.args, **bound.kwargs)
+        return observer(method, *bound.args, **bound.kwargs)
 
     return call
 

@@ -12,7 +12,7 @@ from minidiff.config import ModelConfig
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy
 from minidiff.storage.identity import identify
-from minidiff.storage.low_memory import Turns
+from minidiff.storage.low_memory import LowMemory
 
 if TYPE_CHECKING:
     from minidiff.pipeline.base import Pipeline
@@ -45,8 +45,8 @@ def build(
     pipe = kind(config, parts, hash)  # decides which modules stay in float32
     pipe.source = identify(config, tensors)
     if low_memory:
-        pipe.turns = Turns(parts, checkpoint.fetching(parts, tensors, device), device)
-        pipe.turns.begin()
+        pipe.low_memory = LowMemory(parts, checkpoint.fetching(parts, tensors, device), device)
+        pipe.low_memory.install()
     return pipe
 
 
@@ -59,7 +59,7 @@ def open_file(
     copy: bool,
 ) -> Own:
     """Open a minidiff file; the arguments are those of :func:`minidiff.load`. Raises :class:`CheckpointError`."""
-    found = checkpoint.read(path)
+    found = checkpoint.open_checkpoint(path)
     try:
         kind = choose(found.config, str(path))
         tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy

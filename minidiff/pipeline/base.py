@@ -24,7 +24,7 @@ from minidiff.pipeline.denoise import Progress, Run
 from minidiff.pipeline.guidance import Conditioned
 from minidiff.pipeline.images import Opened, Pictures
 from minidiff.pipeline.job import Job
-from minidiff.pipeline.latents import Beginning, Sample
+from minidiff.pipeline.latents import FirstSample, Sample
 from minidiff.pipeline.png import label, to_pil, to_unit
 from minidiff.pipeline.recipe import Made, Recipe
 from minidiff.pipeline.request import Output, Request, options
@@ -38,7 +38,7 @@ from minidiff.schedule import NoiseSchedule
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy, lazy
 from minidiff.storage.identity import identify
-from minidiff.storage.low_memory import Turns
+from minidiff.storage.low_memory import LowMemory
 from minidiff.version import VERSION
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Pipeline:
         self.unet = cast(UNet, parts["unet"])
         self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
         self.approximations: dict[str, Any] = {}  # active approximations, which change the result
-        self.turns: Turns | None = None  # set if the parts take turns in memory
+        self.low_memory: LowMemory | None = None  # set if the parts take turns in memory
         apply_policy(config, parts)
 
     @classmethod
@@ -122,7 +122,7 @@ class Pipeline:
             f"parts (parameters): {parts}; {str(self.dtype).removeprefix('torch.')} on {self.device}",
             f"sampler: {sampler}",
         ]
-        if self.turns is not None:
+        if self.low_memory is not None:
             lines.append("low memory: the parts take turns")
         if self.fast:
             lines.append(f"fast: {', '.join(self.fast)}")
@@ -155,7 +155,8 @@ class Pipeline:
         Raises :class:`ConfigError` if the parts take turns in memory (``low_memory``).
         """
         check(
-            self.turns is None, f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final"
+            self.low_memory is None,
+            f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final",
         )
         for part in self.parts.values():
             part.to(device=device, dtype=dtype)
@@ -164,7 +165,7 @@ class Pipeline:
 
     def save(self, path: str | os.PathLike[str]) -> str:
         """Write the model to one minidiff file and return its content hash. Raises :class:`CheckpointError`."""
-        self.hash = checkpoint.write(path, self.config, self._tensors())
+        self.hash = checkpoint.write_checkpoint(path, self.config, self._tensors())
         return self.hash
 
     def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
@@ -203,7 +204,7 @@ class Pipeline:
         conditioned = self._conditioned(request, program, shape)
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
         given = self._given(request.latents, shape)
-        first = self._first(Beginning(plan, rows, noised, noise.first, like, given), pictures, request)
+        first = self._first(FirstSample(plan, rows, noised, noise.first, like, given), pictures, request)
 
         return Job(
             plan=plan,
@@ -240,9 +241,9 @@ class Pipeline:
         """Return the model with its conditions, for samples of ``shape``."""
         raise NotImplementedError
 
-    def _first(self, beginning: Beginning, pictures: Pictures | None, request: Request) -> Sample:
+    def _first(self, first: FirstSample, pictures: Pictures | None, request: Request) -> Sample:
         """Return the first sample."""
-        return beginning.from_noise()
+        return first.from_noise()
 
     def _check_memory(self, shape: tuple[int, ...]) -> None:
         """Raise :class:`ConfigError` if samples of ``shape`` (B, C, h, w) do not fit into memory."""

@@ -48,8 +48,8 @@ def putting_back(plan: Any, clean: Tensor, noise: Tensor, mask: Tensor, last: in
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Common inputs of all first samples, for ``rows`` of ``plan``.
+class FirstSample:
+    """First sample of a run over ``rows`` of ``plan``: from noise, a picture, or a picture with a hole.
 
     Initial noise is ``given`` or drawn from ``draw``. A picture gets the noise of row ``noised``, in most programs the
     first row that is run. ``like`` is a tensor with the shape (B, C, h, w), dtype and device of the sample; its values

@@ -23,8 +23,8 @@ from minidiff.pipeline import images, prompts
 from minidiff.pipeline.entrance import Entrance
 from minidiff.pipeline.guidance import Conditioned, Conditions, predictor
 from minidiff.pipeline.images import Opened, Pictures
-from minidiff.pipeline.latents import Beginning, Sample
-from minidiff.pipeline.memory import check_fits
+from minidiff.pipeline.latents import FirstSample, Sample
+from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt
 from minidiff.pipeline.request import Request, Sizes, Text, check_sides
 from minidiff.programs import Program
@@ -171,14 +171,14 @@ class StableDiffusion(Entrance):
             text=True,
         )
 
-    def _first(self, beginning: Beginning, pictures: Pictures | None, request: Request) -> Sample:
+    def _first(self, first: FirstSample, pictures: Pictures | None, request: Request) -> Sample:
         """Return the first sample: noise, a noised picture, or a picture with a hole."""
         if pictures is None:
-            return beginning.from_noise()
+            return first.from_noise()
         handed_over = request.denoising_start is not None
         if pictures.mask is None:
-            return beginning.from_picture(pictures, self.vae, handed_over=handed_over)
-        return beginning.from_hole(
+            return first.from_picture(pictures, self.vae, handed_over=handed_over)
+        return first.from_hole(
             pictures,
             self.vae,
             strength=request.taken_strength,

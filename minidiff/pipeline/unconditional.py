@@ -16,7 +16,7 @@ from minidiff.pipeline.denoise import Progress, Run
 from minidiff.pipeline.guidance import Conditioned
 from minidiff.pipeline.images import Opened
 from minidiff.pipeline.job import Prediction
-from minidiff.pipeline.memory import check_fits
+from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.request import Output, Request, Seed, count, options
 from minidiff.programs import Program
 

@@ -166,7 +166,7 @@ def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dty
     return tensor.clone() if misplaced else tensor
 
 
-def write(
+def write_checkpoint(
     path: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy], existing: Existing = "replace"
 ) -> str:
     """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
@@ -183,11 +183,11 @@ def write(
 
 
 def is_minidiff(metadata: Mapping[str, str]) -> bool:
-    """Return True if a safetensors header was written by :func:`write`."""
+    """Return True if a safetensors header was written by :func:`write_checkpoint`."""
     return VERSION_KEY in metadata
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a minidiff file; no tensor is read.
 
     Raises :class:`CheckpointError` for anything but a minidiff file of a known version.

@@ -40,27 +40,27 @@ class Slot:
         self.here = value is not self.rest
 
 
-class Turn(Replacement):
+class LoadFirst(Replacement):
     """Method of a part (``forward``, ``state_dict``) that loads the part's weights and keeps them until it returns."""
 
     outermost = True
 
-    def __init__(self, layer: nn.Module, name: str, turns: Turns, turn: str) -> None:
-        self.turns, self.turn = turns, turn
+    def __init__(self, layer: nn.Module, name: str, low_memory: LowMemory, group: str) -> None:
+        self.low_memory, self.group = low_memory, group
         super().__init__(layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.turns.working:
-            self.turns.enter(self.turn)
+        with self.low_memory.working:
+            self.low_memory.load(self.group)
             return self.inner(*args, **kwargs)
 
 
-class Turns:
+class LowMemory:
     """Parts of a model that take turns on ``device``: calling a part loads its weights and frees those of the others.
 
     ``weights`` loads each by its name, "part.parameter", on ``device``, and may be called repeatedly; shapes and dtypes
-    are those of the current parameters of ``parts``. The text encoders of SDXL share a turn. Only one thread works at a
-    time, since there is memory for one part.
+    are those of the current parameters of ``parts``. The text encoders of SDXL are one group. Only one thread works at
+    a time, since there is memory for one part.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], weights: Weights, device: torch.device) -> None:
@@ -71,8 +71,8 @@ class Turns:
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
         self.methods: list[tuple[nn.Module, str, str]] = []
         for name, part in parts.items():
-            turn = name.removesuffix("_2")
-            self.slots.setdefault(turn, []).extend(
+            group = name.removesuffix("_2")
+            self.slots.setdefault(group, []).extend(
                 Slot(
                     part.get_submodule(path.rpartition(".")[0]),
                     path.rpartition(".")[2],
@@ -84,28 +84,28 @@ class Turns:
             for layer in part.modules():  # one or two tables that follow from the config: they stay
                 self.buffers += [(layer, key, buffer) for key, buffer in layer.named_buffers(recurse=False)]
             # A VAE is not called itself, but its encoder, its decoder and the convolutions beside them are.
-            self.methods += [(entrance, "forward", turn) for entrance in (part, *part.children())]
-            self.methods.append((part, "state_dict", turn))
+            self.methods += [(entrance, "forward", group) for entrance in (part, *part.children())]
+            self.methods.append((part, "state_dict", group))
 
-    def begin(self) -> None:
-        """Free the weights of every part. If an error is raised, :meth:`end` undoes it."""
+    def install(self) -> None:
+        """Free the weights of every part. If an error is raised, :meth:`remove` undoes it."""
         for layer, key, buffer in self.buffers:
             setattr(layer, key, buffer.to(self.device))
-        for layer, method, turn in self.methods:
-            Turn(layer, method, self, turn)
+        for layer, method, group in self.methods:
+            LoadFirst(layer, method, self, group)
         for slot in self._all():
             slot.put(slot.rest)
 
-    def enter(self, turn: str) -> None:
-        """Load the parts of ``turn``, and free those of another turn."""
-        if turn == self.now:
+    def load(self, group: str) -> None:
+        """Load the parts of ``group``, and free those of another."""
+        if group == self.now:
             return
-        self.leave()
-        for slot in self.slots[turn]:
+        self.free()
+        for slot in self.slots[group]:
             slot.put(slot.fetch())
-        self.now = turn
+        self.now = group
 
-    def leave(self) -> None:
+    def free(self) -> None:
         """Free the weights in memory."""
         self.now = None
         for slot in self._all():
@@ -116,10 +116,10 @@ class Turns:
                 if forget is not None:
                     forget()
 
-    def end(self) -> None:
+    def remove(self) -> None:
         """Restore the parameters of every part. Calling it twice is harmless."""
         for layer, method, _ in self.methods:
-            Turn.take_off(layer, method)
+            LoadFirst.take_off(layer, method)
         for slot in self._all():
             setattr(slot.layer, slot.name, slot.original)
         for layer, key, buffer in self.buffers:

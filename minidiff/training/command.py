@@ -65,7 +65,7 @@ def _run(
 ) -> Path | None:
     before = keeper.facts(folder) if args.resume else {}
     config = settings(args, before.get("settings", {}))
-    pipe, begun = begin(args, folder, before, config, open_model)
+    pipe, base_model = starting_model(args, folder, before, config, open_model)
     pipe.to(device, torch.float32)
     size = picture_size(args, pipe)
     data = open_data(args, args.data, pipe, config, size)
@@ -73,7 +73,7 @@ def _run(
     more = dict(resume=args.resume, held_out=held_out, progress=not args.quiet, keeper=keeper, alone=True)
     try:
         trainer = Trainer(pipe, data, config, ranks)
-        trainer.begun = begun
+        trainer.base_model = base_model
         with Stop(stopping if ranks.main else lambda: None) as stop:
             train(trainer, folder, stop=stop, **more)
     finally:
@@ -88,10 +88,11 @@ def stopping() -> None:
     say("stopping when this step is done and saved; --resume goes on from it (Ctrl-C once more: at once, unsaved)")
 
 
-def begin(
+def starting_model(
     args: Namespace, folder: Path, before: dict[str, Any], config: TrainConfig, open_model: Callable[[str], Pipe]
 ) -> tuple[Pipe, dict[str, str] | None]:
-    """Return the model that a run starts or resumes with, and the model it was initialized from: None for a new one.
+    """Return the model that a run starts or resumes with, and "path" and "hash" of the model it was initialized from,
+    None for a new one.
 
     For a resumed run, trained parts will be read from its state and frozen parts from the model beside it. If the run
     was killed before that model was written, frozen parts come from the model it began with. Raises
@@ -102,14 +103,14 @@ def begin(
         return pipe, {"path": os.path.abspath(args.model), "hash": pipe.hash}
     if not args.resume or args.config is not None:
         return new_model(args, config.seed), None
-    made, begun = from_json(ModelConfig, before["model"]), before.get("begun")
+    made, base_model = from_json(ModelConfig, before["model"]), before.get("begun")
     if (folder / MODEL).is_file():
-        return reopen(folder / MODEL, made), begun
-    if begun is not None:
-        pipe = open_model(begun["path"])
-        if pipe.hash != begun["hash"]:
-            raise CheckpointError(f"{begun['path']}: is not the model that this run began with; restore that one")
-        return pipe, begun
+        return reopen(folder / MODEL, made), base_model
+    if base_model is not None:
+        pipe = open_model(base_model["path"])
+        if pipe.hash != base_model["hash"]:
+            raise CheckpointError(f"{base_model['path']}: is not the model that this run began with; restore that one")
+        return pipe, base_model
     frozen = sorted(checkpoint.build(made).keys() - set(config.parts))
     if frozen and "begun" not in before:
         raise CheckpointError(
@@ -146,7 +147,7 @@ def settings(args: Namespace, before: dict[str, Any]) -> TrainConfig:
 
 def reopen(path: Path, config: ModelConfig) -> Pipe:
     """Return the model of a resumed run with its frozen parts; trained parts will be read from the state."""
-    found = checkpoint.read(path)
+    found = checkpoint.open_checkpoint(path)
     try:
         return assemble(config, found.file.lazy, "cpu", torch.float32, str(path))
     finally:

@@ -63,7 +63,7 @@ class Trainer:
         # Most gradients are below 6e-8, float16's smallest number: the loss is scaled up, the gradients down again.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.done = 0
-        self.begun: dict[str, str] | None = None  # "path" and "hash" of the model it began with; None for a new one
+        self.base_model: dict[str, str] | None = None  # "path" and "hash" of the model that weights came from, if any
 
     def steps(self) -> Iterator[Report]:
         """Train to the end of the run; yield a :class:`Report` after every step."""

@@ -23,7 +23,7 @@ from minidiff.console.progress import Counter, check_progress
 from minidiff.errors import ConfigError
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.png import save_png, to_pil, to_unit
-from minidiff.storage.checkpoint import write
+from minidiff.storage.checkpoint import write_checkpoint
 from minidiff.storage.files import lazy
 from minidiff.storage.writing import locked, sweep
 from minidiff.training.batch import Batch, Data
@@ -153,7 +153,7 @@ def export(trainer: Trainer, path: Path) -> None:
         tensors = {f"{n}.{k}": lazy(trainer.ranks.whole(t)) for n, state in states.items() for k, t in state.items()}
         if trainer.ranks.main:
             try:
-                write(path, config, tensors)
+                write_checkpoint(path, config, tensors)
             except OSError as e:
                 raise unsaved(e, trainer.done, path) from e
 

@@ -88,7 +88,7 @@ def facts(trainer: Trainer) -> dict[str, Any]:
     """Return everything that is not a tensor: progress, settings, the model's config and origin, the loss scale."""
     return {
         "done": trainer.done,
-        "begun": trainer.begun,
+        "begun": trainer.base_model,
         "settings": dataclasses.asdict(trainer.config),
         "model": dataclasses.asdict(trainer.pipe.config),
         "scaler": trainer.scaler.state_dict(),
@@ -126,10 +126,10 @@ def parse_facts(text: str, path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(text)
         from_json(TrainConfig, found["settings"])
         from_json(ModelConfig, found["model"])
-        begun = found.get("begun")
+        base_model = found.get("begun")
         known = isinstance(found["done"], int) and isinstance(found["scaler"], dict)
         known = known and isinstance(found.get("pictures", {}), dict)  # missing from states of older versions
-        known = known and (begun is None or all(isinstance(begun[key], str) for key in ("path", "hash")))
+        known = known and (base_model is None or all(isinstance(base_model[key], str) for key in ("path", "hash")))
     except (ValueError, KeyError, TypeError, ConfigError) as e:
         raise CheckpointError(f"{path}: its record of the run cannot be used ({e})") from None
     if not known:

@@ -148,7 +148,7 @@ def test_what_diffusers_cannot_do_is_one_line(run: Any, models: Path) -> None:
 def test_the_shipped_recording_is_what_the_script_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["script", str(tmp_path / "now.safetensors")])
     script.main()
-    shipped, now = recording.read(script.FIXTURE), recording.read(tmp_path / "now.safetensors")
+    shipped, now = recording.read_recording(script.FIXTURE), recording.read_recording(tmp_path / "now.safetensors")
     assert list(shipped.tape) == list(now.tape)
     assert {**shipped.run, "torch": None} == {**now.run, "torch": None}
     assert recording.compare(shipped, now, RECORDED.relative).equal

@@ -110,8 +110,8 @@ def unscaled(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:
 
 
 def row(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:
-    inner = start.Beginning._noisy
-    patch.setattr(start.Beginning, "_noisy", lambda self, *args: inner(replace(self, noised=self.noised - 1), *args))
+    inner = start.FirstSample._noisy
+    patch.setattr(start.FirstSample, "_noisy", lambda self, *args: inner(replace(self, noised=self.noised - 1), *args))
 
 
 def channels(pipe: StableDiffusion, patch: pytest.MonkeyPatch) -> None:

@@ -448,7 +448,7 @@ def read(name: str, path: Path) -> tuple[str, dict[str, Tensor]]:
     target = path.with_name("out.safetensors")
     override = None if name in ("folder", "minidiff.safetensors") else OVERRIDE
     weights_convert.convert(source, target, config=override)
-    found = checkpoint.read(target)
+    found = checkpoint.open_checkpoint(target)
     try:
         return str(found.config), {k: t.load().clone() for k, t in found.file.lazy.items()}
     finally:

@@ -17,7 +17,7 @@ from minidiff.config import CLIP_L, SD15, VAE_SD, ModelConfig, to_json
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble, load, random_model
 from minidiff.storage import checkpoint
-from minidiff.storage.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, read
+from minidiff.storage.checkpoint import CONFIG_KEY, VERSION_KEY, build, fill, is_minidiff, open_checkpoint
 from minidiff.storage.files import ALIGNMENT, HASH_KEY, HEADER_KEY, Lazy, TensorFile, content_hash, lazy, write_tensors
 from tests.support import tiny
 
@@ -60,8 +60,8 @@ def test_save_and_load_give_the_same_model(tmp_path: Path, make: Callable[[], St
 
 def test_one_model_is_one_file_whatever_the_order(tmp_path: Path, ddpm: Unconditional) -> None:
     entries = lazies(tensors_of(ddpm))
-    one = checkpoint.write(tmp_path / "a", tiny.DDPM, entries)
-    other = checkpoint.write(tmp_path / "b", tiny.DDPM, dict(reversed(entries.items())))
+    one = checkpoint.write_checkpoint(tmp_path / "a", tiny.DDPM, entries)
+    other = checkpoint.write_checkpoint(tmp_path / "b", tiny.DDPM, dict(reversed(entries.items())))
     assert one == other
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -220,7 +220,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, ddpm: Unconditional, wrong: str
     change(tensors)
     path = tmp_path / "a.safetensors"
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.write(path, tiny.DDPM, lazies(tensors))
+        checkpoint.write_checkpoint(path, tiny.DDPM, lazies(tensors))
     assert list(tmp_path.iterdir()) == []
     write_tensors(path, lazies(tensors), METADATA)
     messages = [str(caught.value)]
@@ -283,15 +283,15 @@ def test_a_header_without_a_config_or_hash(tmp_path: Path, ddpm: Unconditional) 
     path = tmp_path / "a"
     safetensors.torch.save_file(tensors_of(ddpm), path, {VERSION_KEY: "1"})
     with pytest.raises(CheckpointError, match="its config cannot be used"):
-        read(path)
+        open_checkpoint(path)
     safetensors.torch.save_file(tensors_of(ddpm), path, METADATA)
-    assert read(path).hash == ""
+    assert open_checkpoint(path).hash == ""
     assert load(path, "cpu").hash == ""
 
 
 def test_read_opens_without_reading(tmp_path: Path, ddpm: Unconditional) -> None:
     told = ddpm.save(tmp_path / "a")
-    found = read(tmp_path / "a")
+    found = open_checkpoint(tmp_path / "a")
     assert (found.config, found.hash) == (tiny.DDPM, told)
     assert found.file.lazy.keys() == tensors_of(ddpm).keys()
 
@@ -358,4 +358,4 @@ def test_a_changed_header_is_seen_when_the_file_is_opened(tmp_path: Path, ddpm: 
     assert data.count(b'\\"heads\\":3') == 1
     path.write_bytes(data.replace(b'\\"heads\\":3', b'\\"heads\\":1'))
     with pytest.raises(CheckpointError, match="header is not what minidiff wrote"):
-        read(path)
+        open_checkpoint(path)

@@ -418,7 +418,7 @@ def test_a_recipe_of_another_family_is_an_error(run: Run, tmp_path: Path) -> Non
 def test_recipes_of_before_models_had_an_identity(run: Run, models: Path, tmp_path: Path) -> None:
     """They name a minidiff file by its content hash, and an unconverted one not at all."""
     run("generate", "a fox", "--model", "text", "--steps", 2, "--seed", 1, "--out", "a.png", "--quiet")
-    for told in (checkpoint.read(models / "text.safetensors").hash, "", None):
+    for told in (checkpoint.open_checkpoint(models / "text.safetensors").hash, "", None):
         altered(tmp_path / "a.png", tmp_path / "old.png", model_hash=told)
         ended = run("generate", "--recipe", "old.png", "--model", "text", "--out", "b.png", "--force", "--quiet")
         assert ended == Ended(0, ["b.png"], [])
@@ -523,7 +523,7 @@ def test_info_of_a_model(run: Run, models: Path) -> None:
     assert ended.status == 0
     assert ended.err == []
     page = "\n".join(ended.out)
-    file = checkpoint.read(models / "text.safetensors")
+    file = checkpoint.open_checkpoint(models / "text.safetensors")
     for part in ("unet", "vae", "text_encoder"):
         tensors = [t for name, t in file.file.lazy.items() if name.startswith(part + ".")]
         count = sum(torch.Size(t.shape).numel() for t in tensors)
@@ -793,7 +793,7 @@ def test_convert_to_another_dtype(run: Run, tmp_path: Path) -> None:
     ended = run("convert", "text", "half.safetensors", "--dtype", "float16")
     assert ended.status == 0
     assert ended.err == []
-    hash = checkpoint.read(tmp_path / "half.safetensors").hash
+    hash = checkpoint.open_checkpoint(tmp_path / "half.safetensors").hash
     assert any(hash in line for line in ended.out)
     assert "float16" in run("info", "half.safetensors", "--check").out[-3]
     one_error(run("convert", "text", "half.safetensors"), "half.safetensors: already exists", "--force")

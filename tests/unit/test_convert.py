@@ -338,7 +338,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     done = run(folder, tmp_path / "out.safetensors", "--dtype", "float16")
     assert (done.returncode, done.stderr) == (0, "")
     assert "family    sd1" in done.stdout
-    assert checkpoint.read(tmp_path / "out.safetensors").config.unet == SD.unet
+    assert checkpoint.open_checkpoint(tmp_path / "out.safetensors").config.unet == SD.unet
 
 
 def test_command_ends_a_mistake_in_one_line(tmp_path: Path) -> None:

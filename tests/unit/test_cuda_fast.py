@@ -128,7 +128,7 @@ def test_offloaded_parts_are_not_there_together(sd: StableDiffusion) -> None:
     assert torch.cuda.memory_allocated() < min(sizes.values()) + 2**20
     assert torch.equal(made(sd), plain)
     assert most(sd) <= all_at_once - min(sizes.values())
-    pinned = [slot.original.is_pinned() for slots in sd.turns.slots.values() for slot in slots]  # type: ignore[union-attr]
+    pinned = [slot.original.is_pinned() for slots in sd.low_memory.slots.values() for slot in slots]  # type: ignore[union-attr]
     assert all(pinned)
     fast.restore(sd)
     assert {p.device.type for part in sd.parts.values() for p in part.parameters()} == {"cpu"}

@@ -678,7 +678,7 @@ def check_interruptions(name: str, count: int, seed: int) -> int:
 
 def check_plain(sd: StableDiffusion, before: dict[str, Tensor]) -> None:
     assert all(torch.equal(t, before[name]) for name, t in weights(sd).items())
-    assert (sd.fast, sd.approximations, sd.turns) == ((), {}, None)
+    assert (sd.fast, sd.approximations, sd.low_memory) == ((), {}, None)
     for part in sd.parts.values():
         for m in part.modules():
             assert not [*m._forward_hooks, *m._forward_pre_hooks, *m._state_dict_hooks]

@@ -115,7 +115,7 @@ def test_ddpm_makes_the_trip(tmp_path: Path) -> None:
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    found, wanted = weights_convert.open_source(tmp_path / "out"), checkpoint.read(path)
+    found, wanted = weights_convert.open_source(tmp_path / "out"), checkpoint.open_checkpoint(path)
     assert (found.config.unet, found.config.schedule) == (wanted.config.unet, wanted.config.schedule)
     for name, tensor in wanted.file.lazy.items():
         assert torch.equal(found.tensors[name].load(), tensor.load()), name
@@ -175,7 +175,7 @@ def test_a_short_token_table_is_written_out(tmp_path: Path) -> None:
     path = save(config, tmp_path / "short.safetensors")
     report = weights_convert.convert(path, tmp_path / "out", to="diffusers")
     assert "4 ids have a row of their own" in str(report)
-    short = checkpoint.read(path).file.lazy["text_encoder.token.weight"].load()
+    short = checkpoint.open_checkpoint(path).file.lazy["text_encoder.token.weight"].load()
     full = weights_convert.open_source(tmp_path / "out").tensors["text_encoder.token.weight"].load()
     assert full.shape == (49408, 16)
     rows = torch.zeros(49408, dtype=torch.int64)

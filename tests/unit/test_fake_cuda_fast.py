@@ -167,18 +167,18 @@ def test_offloaded_parts_come_once_and_the_steps_copy_nothing(card: Card, monkey
         assert {p.device.type for part in sd.parts.values() for p in part.parameters()} == {"cuda"}
         fast.restore(sd)
         assert {p.device.type for part in sd.parts.values() for p in part.parameters()} == {"cpu"}
-        assert sd.turns is None
+        assert sd.low_memory is None
 
 
 def test_a_part_that_comes_at_every_step_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the UNet is put away after each call."""
-    enter = Offloaded.enter
+    load = Offloaded.load
 
-    def forgetful(self: Offloaded, turn: str) -> None:
-        self.leave()
-        enter(self, turn)
+    def forgetful(self: Offloaded, group: str) -> None:
+        self.free()
+        load(self, group)
 
-    monkeypatch.setattr(Offloaded, "enter", forgetful)
+    monkeypatch.setattr(Offloaded, "load", forgetful)
     fake = fake_card()
     sd = on_the_host(fake, torch.float16)
     with on_card(fake, loop=False) as guard:

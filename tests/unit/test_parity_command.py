@@ -62,7 +62,7 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     assert (status, out) == (0, ["a.safetensors"])
     assert len(err) == 1
     recorded = (tmp_path / "a.safetensors").stat().st_size
-    stages = len(recording.read(tmp_path / "a.safetensors").tape)
+    stages = len(recording.read_recording(tmp_path / "a.safetensors").tape)
     assert err[0].startswith(f"minidiff: {stages:,} stages, {recorded / 1e6:.1f} MB; `minidiff parity compare`")
     run("parity", "record", models / "text.safetensors", "b.safetensors", *COMMON, "--quiet")
     status, out, err = run("parity", "compare", "a.safetensors", "b.safetensors")
@@ -71,10 +71,10 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     assert out[-1].startswith("equal: every value is equal at all ")
     assert any(line.startswith("run ") and "prompt 'a photo of an astronaut" in line for line in out)
 
-    found = recording.read(tmp_path / "b.safetensors")
+    found = recording.read_recording(tmp_path / "b.safetensors")
     tape = dict(found.tape)
     tape["step.1/x"] = tape["step.1/x"] * 1.01
-    recording.write(tmp_path / "c.safetensors", recording.Recording(tape, found.run))
+    recording.write_recording(tmp_path / "c.safetensors", recording.Recording(tape, found.run))
     status, out, err = run("parity", "compare", "a.safetensors", "c.safetensors", "--html", "r.html", "--quiet")
     assert status == 1
     assert err == []
@@ -98,7 +98,7 @@ def test_a_judge(run: Any, models: Path) -> None:
 def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -> None:
     run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, "--prompt", "a fox", "--seed", 7,
         "--sampler", "euler_ancestral", "--layers", "none")  # fmt: skip
-    found = recording.read(tmp_path / "a.safetensors")
+    found = recording.read_recording(tmp_path / "a.safetensors")
     said = {key: found.run[key] for key in ("prompt", "negative", "seed", "steps", "sampler", "width", "dtype")}
     assert said == {
         "prompt": "a fox",
@@ -120,7 +120,7 @@ def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path
     files = ("--image", "p.png", "--strength", "0.5")
     status, _, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, *files)
     assert (status, len(err)) == (0, 1)
-    found = recording.read(tmp_path / "a.safetensors")
+    found = recording.read_recording(tmp_path / "a.safetensors")
     assert found.run["strength"] == 0.5
     assert found.tape["encode/pixels"].shape == (1, 3, 16, 16)
     in_order = ("encode/pixels", "encode/vae/encoder", "encode/latents", "encode/added", "encode/noisy", "step.0/input")

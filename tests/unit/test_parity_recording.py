@@ -20,7 +20,16 @@ from minidiff import CheckpointError, ConfigError
 from minidiff.parity import recording
 from minidiff.parity.command import run_of
 from minidiff.parity.ours import Ours, asked
-from minidiff.parity.recording import RUN_KEY, STAGES_KEY, VERSION_KEY, Recording, compare, read, record, write
+from minidiff.parity.recording import (
+    RUN_KEY,
+    STAGES_KEY,
+    VERSION_KEY,
+    Recording,
+    compare,
+    read_recording,
+    record,
+    write_recording,
+)
 from minidiff.parity.report import outcome, reasons, text
 from minidiff.samplers import SAMPLERS
 from minidiff.storage.files import lazy, write_tensors
@@ -39,7 +48,7 @@ def ours(change: Callable[[Any], None] = lambda pipe: None, **options: Any) -> R
 
 
 def test_minidiff_repeats_the_recorded_run_of_diffusers() -> None:
-    reference = read(FIXTURE)
+    reference = read_recording(FIXTURE)
     assert reference.title.startswith("diffusers 0.42")
     report = compare(reference, ours(), RECORDED.relative)
     assert report.equal, text(report)
@@ -54,7 +63,7 @@ def test_a_slip_parts_from_the_recorded_run() -> None:
     def eps(pipe: Any) -> None:
         pipe.unet.mid.attn[0].norm.eps = 1e-3
 
-    report = compare(read(FIXTURE), ours(eps), RECORDED.relative)
+    report = compare(read_recording(FIXTURE), ours(eps), RECORDED.relative)
     assert report.first is not None
     assert report.first.stage == "step.0/unet/mid.attn.0.norm"
     said = "this module computes something else, and every stage before it is within the tolerance: weights, bias"
@@ -68,8 +77,8 @@ def test_the_fixture_is_small() -> None:
 def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
     tape = {"z/late": torch.randn(3, 2), "a/early": torch.arange(4), "m/half": torch.randn(2).half()}
     tape = {"start/x": torch.zeros(0), **tape}
-    write(tmp_path / "r.safetensors", Recording(tape, {"program": "mine", "steps": 3}))
-    found = read(tmp_path / "r.safetensors")
+    write_recording(tmp_path / "r.safetensors", Recording(tape, {"program": "mine", "steps": 3}))
+    found = read_recording(tmp_path / "r.safetensors")
     assert list(found.tape) == list(tape), "in the order of the run, not of the file"
     assert all(torch.equal(found.tape[s], t) and found.tape[s].dtype == t.dtype for s, t in tape.items())
     assert found.run == {"program": "mine", "steps": 3}
@@ -152,7 +161,7 @@ def header(stages: Any, **changes: str) -> dict[str, str]:
 def test_a_recording_that_lies_is_refused(given: dict[str, str], said: str, tmp_path: Path) -> None:
     path = raw(tmp_path / "r.safetensors", {"x": torch.zeros(2)}, **given)
     with pytest.raises(CheckpointError, match=said) as e:
-        read(path)
+        read_recording(path)
     assert "\n" not in str(e.value)
     assert str(path) in str(e.value)
 
@@ -160,19 +169,19 @@ def test_a_recording_that_lies_is_refused(given: dict[str, str], said: str, tmp_
 def test_a_tensor_that_is_not_listed_is_refused(tmp_path: Path) -> None:
     path = raw(tmp_path / "r.safetensors", {"x": torch.zeros(2), "y": torch.zeros(2)}, **header(["x"]))
     with pytest.raises(CheckpointError, match="stage 'y' is in the file, but not listed as a stage"):
-        read(path)
+        read_recording(path)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
-        read(tmp_path / "r.safetensors")
+        read_recording(tmp_path / "r.safetensors")
     (tmp_path / "r.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        read(tmp_path / "r.safetensors")
+        read_recording(tmp_path / "r.safetensors")
     whole = FIXTURE.read_bytes()
     (tmp_path / "r.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        read(tmp_path / "r.safetensors")
+        read_recording(tmp_path / "r.safetensors")
 
 
 def test_recordings_of_different_runs_are_not_compared() -> None:

@@ -118,7 +118,7 @@ def test_several_at_once_and_none(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     report = weights_convert.convert(model, out, swap=swap)
     for part, module in OTHER.parts.items():
-        lazies = checkpoint.read(out).file.lazy
+        lazies = checkpoint.open_checkpoint(out).file.lazy
         assert all(torch.equal(lazies[f"{part}.{k}"].load(), t) for k, t in module.state_dict().items())
         assert f"{part}: taken from {swap[part]} (diffusers layout)" in str(report)
     weights_convert.convert(model, tmp_path / "same.safetensors", swap={"vae": None})

@@ -38,7 +38,7 @@ def test_each_class_opens_its_own_kind(models: Path) -> None:
         opened = kind.load(path, "cpu", torch.bfloat16, low_memory=True)
         assert type(opened) is type(minidiff.load(path)) is kind
         assert opened.dtype == torch.bfloat16
-        assert opened.turns is not None
+        assert opened.low_memory is not None
         wrong = models / f"{other}.safetensors"
         with pytest.raises(CheckpointError) as e:
             kind.load(wrong)

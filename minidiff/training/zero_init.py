@@ -16,7 +16,7 @@ from minidiff.models.clip import Layer
 
 
 @torch.no_grad()
-def quiet(part: nn.Module) -> None:
+def zero_residual_branches(part: nn.Module) -> None:
     """Set the last layer of each residual branch of a UNet, VAE or text encoder to zero, in place."""
     for module in part.modules():
         for last in last_layers(module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from minidiff.pipeline import random_model
-from minidiff.training.begin import quiet
 from tests.support import tiny
+from minidiff.training.zero_init import zero_residual_branches
 from tests.tolerances import EXACT, assert_close
 
 
@@ -17,7 +17,7 @@ def test_quiet_blocks_pass_their_input_on() -> None:
     res, transformer, text = sd.unet.down[0].res[0], sd.unet.down[0].attn[0], sd.text_encoder
     assert not torch.equal(res(x, temb), x)
     for part in sd.parts.values():
-        quiet(part)
+        zero_residual_branches(part)
     assert_close(res(x, temb), x, EXACT)
     assert_close(transformer(x, context), x, EXACT)
     assert_close(sd.vae.decoder.mid(x), x, EXACT)
@@ -29,7 +29,7 @@ def test_a_quiet_network_learns_in_every_weight_that_can() -> None:
     """Silent is not dead: the zeros move at the first step, and what lies behind them at the second."""
     sd = random_model(tiny.SD, seed=0)
     unet = sd.unet.requires_grad_(True)
-    quiet(unet)
+    zero_residual_branches(unet)
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.5)
     wanted = torch.randn(2, 4, 8, 8)
     for _ in range(4):

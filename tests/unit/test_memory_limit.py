@@ -1,4 +1,4 @@
-"""Runs that cannot fit are refused before anything is made for them: memory.py."""
+"""Runs that cannot fit are refused before anything is made for them: memory_limit.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image
 from minidiff import StableDiffusion, Unconditional, fast
 from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
 from minidiff.errors import ConfigError
-from minidiff.pipeline import memory
 from tests.support.tiny import tiny_ddpm, tiny_sd
+from minidiff.pipeline import memory_limit
 
 CPU = torch.device("cpu")
 
@@ -38,13 +38,13 @@ def test_what_is_counted() -> None:
     area = 64 * 64
     unet = (3 * (320 + 640 / 4 + 1280 / 16 + 1280 / 64) + 2 * 320) * area
     decoder, pixels = 2 * 128 * 512 * 512, 3 * 512 * 512
-    assert memory.least(config, 1, 512, 512, 4, 1) == 4 * (decoder + pixels)
-    assert memory.least(config, 1, 512, 512, 2, 0) == 2 * unet + 4 * pixels
-    assert memory.least(config, 5, 512, 512, 4, 1) == 4 * (max(5 * unet, decoder) + 5 * pixels)
+    assert memory_limit.least(config, 1, 512, 512, 4, 1) == 4 * (decoder + pixels)
+    assert memory_limit.least(config, 1, 512, 512, 2, 0) == 2 * unet + 4 * pixels
+    assert memory_limit.least(config, 5, 512, 512, 4, 1) == 4 * (max(5 * unet, decoder) + 5 * pixels)
     alone = ModelConfig(family="ddpm", unet=SD15, schedule=ScheduleConfig())
-    assert memory.least(alone, 2, 64, 64, 4, 2) == 4 * 2 * unet
+    assert memory_limit.least(alone, 2, 64, 64, 4, 2) == 4 * 2 * unet
     tiny = ModelConfig(family="sd1", unet=SD15, vae=TAESDConfig(), schedule=ScheduleConfig())
-    assert memory.least(tiny, 1, 512, 512, 4, 1) == 4 * (2 * 64 * 512 * 512 + pixels)
+    assert memory_limit.least(tiny, 1, 512, 512, 4, 1) == 4 * (2 * 64 * 512 * 512 + pixels)
 
 
 def test_a_run_takes_more_than_what_is_counted(sd: StableDiffusion) -> None:
@@ -58,7 +58,7 @@ def test_a_run_takes_more_than_what_is_counted(sd: StableDiffusion) -> None:
     sd.generate("a", steps=1, seed=0, width=64, height=40)
     for hook in hooks:
         hook.remove()
-    assert memory.least(sd.config, 1, 40, 64, 4, 1) - 4 * 3 * 40 * 64 <= 4 * max(made)
+    assert memory_limit.least(sd.config, 1, 40, 64, 4, 1) - 4 * 3 * 40 * 64 <= 4 * max(made)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_models_without_text(ddpm: Unconditional) -> None:
 
 def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, against the memory that there is; slices and tiles need less of it."""
-    need = memory.least(sd.config, 6, 40, 32, 4, 6)
+    need = memory_limit.least(sd.config, 6, 40, 32, 4, 6)
     given: dict[str, Any] = {"steps": 1, "seed": 0, "height": 40, "width": 32, "num_images": 6, "output": "tensor"}
-    monkeypatch.setattr(memory, "MARGIN", 1)
-    monkeypatch.setattr(memory, "physical", lambda device: need)
+    monkeypatch.setattr(memory_limit, "MARGIN", 1)
+    monkeypatch.setattr(memory_limit, "physical", lambda device: need)
     plain = sd.generate("a", **given)
-    monkeypatch.setattr(memory, "physical", lambda device: need - 1)
+    monkeypatch.setattr(memory_limit, "physical", lambda device: need - 1)
     with pytest.raises(ConfigError, match="6 pictures of 32 x 40 need"):
         sd.generate("a", **given)
     fast.optimize(sd, ("vae_slices",))
@@ -106,7 +106,7 @@ def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.Monke
     fast.restore(sd)
     assert np.allclose(plain, sliced, atol=1e-4)
     small = Image.new("RGB", (16, 8))  # a picture smaller than the model's own size
-    monkeypatch.setattr(memory, "physical", lambda device: memory.least(sd.config, 1, 8, 16, 4, 1))
+    monkeypatch.setattr(memory_limit, "physical", lambda device: memory_limit.least(sd.config, 1, 8, 16, 4, 1))
     assert sd.generate("a", image=small, steps=2, seed=0, output="tensor").shape == (1, 3, 8, 16)
 
 
@@ -130,16 +130,16 @@ def test_the_limit_of_a_container(
 ) -> None:
     """Control groups of Linux, version 1 and 2, and what is above them: the narrowest counts."""
     (tmp_path / "cgroup").write_text(groups)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(memory_limit, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory_limit, "CGROUPS", tmp_path / "fs")
     for name, text in files.items():
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(text)
-    assert memory.limits() == wanted
+    assert memory_limit.limits() == wanted
     if wanted:
-        assert memory.physical(CPU) == min(wanted)
+        assert memory_limit.physical(CPU) == min(wanted)
     else:
-        assert memory.physical(CPU) > 2**28
+        assert memory_limit.physical(CPU) > 2**28
 
 
 def test_a_run_that_does_not_fit_into_its_container(
@@ -147,19 +147,19 @@ def test_a_run_that_does_not_fit_into_its_container(
 ) -> None:
     (tmp_path / "cgroup").write_text("0::/\n")
     (tmp_path / "memory.max").write_text("1000000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory_limit, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory_limit, "CGROUPS", tmp_path)
     with pytest.raises(ConfigError, match=r"a picture of 256 x 256 needs .* GB of memory at the least"):
         sd.generate("a", steps=1, width=256, height=256)
 
 
 def test_the_memory_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path / "none")
-    assert memory.limits() == []
-    assert memory.physical(CPU) > 2**28
+    monkeypatch.setattr(memory_limit, "CGROUP", tmp_path / "none")
+    assert memory_limit.limits() == []
+    assert memory_limit.physical(CPU) > 2**28
     if hasattr(os, "sysconf"):
         with open("/proc/meminfo") as file:
             kib = int(file.readline().split()[1])
-        assert abs(memory.physical(CPU) - kib * 1024) < 2**20
+        assert abs(memory_limit.physical(CPU) - kib * 1024) < 2**20
         monkeypatch.delattr(os, "sysconf")
-    assert memory.physical(CPU) == memory.UNKNOWN
+    assert memory_limit.physical(CPU) == memory_limit.UNKNOWN
