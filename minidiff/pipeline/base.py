@@ -31,7 +31,7 @@ from minidiff.pipeline.request import Output, Request, options
 from minidiff.pipeline.rows import choose_rows, unguided
 from minidiff.precision import apply_policy, check_finite
 from minidiff.programs import Program, img2img
-from minidiff.programs.program import ProgramSampler
+from minidiff.programs.program_sampler import ProgramSampler
 from minidiff.programs.streams import Streams
 from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule

@@ -24,7 +24,7 @@ from minidiff.pipeline.job import Keep, as_it_is
 
 
 class Sample(NamedTuple):
-    """The first sample (B, C, h, w), what becomes of the sample after each step, and further UNet channels
+    """First sample (B, C, h, w), what becomes of the sample after each step, and further UNet channels
     (B, 5, h, w) or None."""
 
     x: Tensor

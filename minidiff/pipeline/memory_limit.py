@@ -1,8 +1,8 @@
 """Check, before a run starts, that it can fit into the memory of this machine, or of this container.
 
-What is counted is what no order of the arithmetic can do without: the UNet's skips, which wait for the way up, and one
-layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Refused is
-only what cannot work: twice the memory that the system says it has leaves room for swapping.
+Counted is only the minimum that any order of the arithmetic needs: the UNet's skips, which are kept for the way up, and
+one layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Only
+what cannot work is refused: twice the memory that the system reports leaves room for swapping.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch
 from minidiff.config import ModelConfig, VAEConfig, check
 
 MARGIN = 2  # times the memory that there is
-UNKNOWN = 2**38  # bytes: what is taken where the system does not say
+UNKNOWN = 2**38  # bytes, assumed if the system does not say
 # Linux: the control groups of this process, and the folder of them all (containers and clusters limit memory by them).
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def physical(device: torch.device) -> int:
-    """Bytes of memory that this process may use and, on CUDA, of the card: some drivers lend one to the other."""
+    """Return the bytes of memory that this process may use, on CUDA with those of the card, since drivers lend one to
+    the other."""
     try:
         own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -36,8 +37,8 @@ def physical(device: torch.device) -> int:
 def limits() -> list[int]:
     """Return the bytes of memory that each control group of this process allows, of those that set a limit.
 
-    A limit holds for all groups below. A container may see the path of its group from outside, and mount it as the
-    root: so every folder on the way is asked, those that are not there aside.
+    A limit holds for all groups below. A container may see the path of its group from outside and mount it as the root,
+    so every folder on the way that exists is asked.
     """
     found = []
     with suppress(OSError):
@@ -57,8 +58,8 @@ def limits() -> list[int]:
 
 
 def least(config: ModelConfig, count: int, height: int, width: int, size: int, at_once: int) -> int:
-    """Bytes that ``count`` pictures of ``height`` x ``width`` pixels need at the least, in numbers of ``size`` bytes;
-    ``at_once``: so many of them are decoded together, 0 for none whole."""
+    """Return the bytes that ``count`` pictures of ``height`` x ``width`` pixels need at the least, in numbers of
+    ``size`` bytes; ``at_once`` of them are decoded together, 0 for none whole."""
     c, vae = config.unet, config.vae
     area = height * width if vae is None else (height // vae.factor) * (width // vae.factor)
     skips = sum((c.layers + 1) * level.channels * (area >> 2 * k) for k, level in enumerate(c.levels))

@@ -62,10 +62,9 @@ def texts_of(prompt: Text) -> list[str]:
 def encode(
     encoders: Sequence[Encoder], texts: Sequence[Sequence[str]], layer: Literal["last", "penultimate"], skip: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(context (P, L, sum of widths), pooled (P, D') of the last encoder) of P ``texts`` for each encoder; ``skip``:
-    read that many layers earlier.
+    """Encode P ``texts`` for each encoder: context (P, L, sum of widths), and the last encoder's pooled (P, D').
 
-    Raises :class:`ConfigError` for a ``skip`` that the encoders have not enough layers for.
+    ``skip``: read that many layers earlier. Raises :class:`ConfigError` for more layers than the encoders have.
     """
     contexts: list[Tensor] = []
     for (tokenizer, encoder), own in zip(encoders, texts, strict=True):
@@ -79,7 +78,7 @@ def encode(
 
 
 def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequence[str]) -> None:
-    """One line for the words that a model with a small vocabulary reads as gaps."""
+    """Warn, in one line, of words that a model with a small vocabulary reads as gaps."""
     kept = encoder.config.kept
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
@@ -90,7 +89,7 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
 
 
 def size_ids(config: ModelConfig, sizes: Sizes, height: int, width: int, score: float) -> list[float]:
-    """The numbers that the UNet of ``config`` is told: original size, crop, and target size or score."""
+    """Return the numbers that the UNet of ``config`` is told: original size, crop, and target size or score."""
     own = (height, width)
     shared = [*(sizes.original or own), *sizes.crop]
     if config.reads_score:

@@ -22,7 +22,7 @@ PICTURES = ("image", "mask")  # of these a recipe keeps the file's name and a ha
 
 
 class Origin(NamedTuple):
-    """A picture that a run began from: its file's name, None if it came from none, and a hash of its pixels."""
+    """Input picture of a run: the name of its file, None without one, and a hash of its pixels."""
 
     name: str | None
     hash: str | None
@@ -30,10 +30,10 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Where and with what a picture was made; None, or no entry, for what does not apply.
+    """Circumstances in which a picture was made: model, device, adapters, versions; None or empty if not applicable.
 
     ``place``, ``places``: position among the pictures that were drawn from one stream of noise. ``model``: the family.
-    ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: who chose the dtype, if not the caller.
+    ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: what chose the dtype, if not the caller.
     ``lora``: (file, strength), ``embedding``: (file, word), each with its hash at the same place of the list below.
     """
 
@@ -61,7 +61,8 @@ class Made:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What makes a picture again. ``request`` is for this one picture; ``pictures``: what it began from, by option."""
+    """Everything needed to make a picture again. ``request`` is for it alone; ``pictures``: those that it started from,
+    by option."""
 
     request: Request
     made: Made
@@ -87,7 +88,7 @@ class Recipe:
 
 
 def parse(found: Mapping[str, Any], source: str, kind: type[Request] = Request) -> tuple[Recipe, list[str]]:
-    """Return the recipe that ``found`` (parsed JSON) is, and the names in it that are not known.
+    """Return the recipe in ``found`` (parsed JSON), and the names in it that are not known.
 
     Raises :class:`CheckpointError`, naming ``source`` and the field, for a value of a wrong type or out of range.
     """

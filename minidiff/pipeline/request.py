@@ -523,7 +523,7 @@ class Request:
 
     @property
     def taken_strength(self) -> float:
-        """``strength``, or its default: 0.8, and 1 with a mask, as in the reference's inpainting pipelines (1 for
+        """Value of ``strength``, by default 0.8, and 1 with a mask, as in the reference's inpainting pipelines (1 for
         Stable Diffusion, 0.9999 for SDXL)."""
         return self.strength if self.strength is not None else 0.8 if self.mask is None else 1.0
 

@@ -1,10 +1,10 @@
 """Programs: the choices that the papers leave open, as minidiff, diffusers, CompVis, k-diffusion, AUTOMATIC1111 and
 ComfyUI make them.
 
-``profiles.py`` holds the data: the choices of each program with their source files, minidiff's own first.
-``read("a1111:karras")`` returns a :class:`Program`, which applies them: it chooses the noise levels of a sampler, draws
-the noise, decides when guidance is skipped and where image to image starts. It reproduces the choice of numbers, not
-their rounding: the arithmetic of a step is that of our own sampler.
+``profiles.py`` holds the data: the choices of each program with their source files, minidiff's own first. A new program
+is one more profile there. ``read("a1111:karras")`` returns a :class:`Program`, which applies them: it chooses the noise
+levels of a sampler, draws the noise, decides when guidance is skipped and where image to image starts. It reproduces
+the choice of numbers, not their rounding: the arithmetic of a step is that of our own sampler.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minidiff.errors import ConfigError
 from minidiff.philox import A100, Card
 from minidiff.programs import img2img
 from minidiff.programs.profiles import PROFILES, Method, Profile
-from minidiff.programs.program import LEVELS, ProgramSampler
+from minidiff.programs.program_sampler import LEVELS, ProgramSampler
 from minidiff.programs.streams import Streams, streams
 from minidiff.samplers import check_name, name_of, sampler_from_config, sampler_from_diffusers, sampler_to_config
 from minidiff.samplers.elsewhere import suggestion
@@ -33,8 +33,8 @@ DEVICES = ("cpu", "gpu", "nv")
 
 @dataclass(frozen=True)
 class Program:
-    """A program, and what the user chose where it offers a choice: ``scheduler`` (None: its default), ``device`` of the
-    noise ("cpu", "gpu", "nv" or None: its default), ``card`` whose CUDA stream it is on a GPU."""
+    """A program with the user's choices: ``scheduler`` (None: its default), ``device`` of the noise ("cpu", "gpu", "nv"
+    or None: its default), ``card`` whose CUDA stream is drawn on a GPU."""
 
     profile: Profile
     scheduler: str | None = None
@@ -160,10 +160,11 @@ def read(like: str | Program | None) -> Program:
 
 
 def checked(like: str, choice: str | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
-    """``choice`` as it is, if the program has that sampler and it those options; what else a run needs is the model's.
+    """Return ``choice`` unchanged if the program has that sampler, and the sampler those options.
 
-    Raises ConfigError as :func:`read` and :meth:`Program.sampler` do."""
-    convention = read(like)
+    Raises :class:`ConfigError` as :func:`read` and :meth:`Program.sampler` do.
+    """
+    program = read(like)
     if choice is not None:
-        convention.sampler(ScheduleConfig(), choice)
+        program.sampler(ScheduleConfig(), choice)
     return choice

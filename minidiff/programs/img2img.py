@@ -1,4 +1,4 @@
-"""Image to image: where a run enters the plan, for a strength, and which noise the picture gets.
+"""Image to image: the step at which a run enters the plan, for a strength, and the noise that the picture gets.
 
 Strength 1 ignores the picture, strength 0 keeps it. Programs agree on that and on little else.
 """
@@ -14,8 +14,8 @@ from minidiff.schedule import check_steps
 
 
 class Entry(NamedTuple):
-    """Where a run enters a plan of ``steps`` steps: it runs ``runs`` of them, from step ``first`` on, and the picture
-    has the noise of step ``noised``.
+    """Entry of a run into a plan of ``steps`` steps: it runs ``runs`` of them, from step ``first`` on, and the picture
+    gets the noise of step ``noised``.
 
     ``noised`` need not be ``first``: CompVis begins one row above. ``from_top``: ``first`` is counted in model calls
     from the top, also where a plan has more of them than steps (PNDM).
@@ -54,14 +54,17 @@ def whole(steps: int) -> Entry:
 
 
 def diffusers(steps: int, strength: float, total: int) -> Entry:
-    """int(steps * strength) steps, the last ones of a plan of ``steps``."""
+    """Return the entry for int(steps * strength) steps, the last ones of a plan of ``steps``."""
     runs = min(int(steps * strength), steps)
     return Entry(steps, steps - runs, runs, steps - runs, from_top=True)
 
 
 def ldm(steps: int, strength: float, total: int) -> Entry:
-    """int(strength * steps) steps from the bottom, noised as the row above them: that row must be there, so strength 1
-    fails where ``steps`` divides training's timesteps ``total`` (in CompVis' script by an IndexError)."""
+    """Return the entry for the last int(strength * steps) steps, noised as the row above them.
+
+    That row must exist. Raises :class:`ConfigError` for strength 1 if ``steps`` divides ``total``, the timesteps of
+    training (CompVis' script fails with an IndexError).
+    """
     rows, runs = len(range(0, total, total // steps)), int(strength * steps)
     if runs == rows:
         raise ConfigError(f"strength={strength}: ldm noises a picture as one row above the first of {rows}; use less")
@@ -69,19 +72,20 @@ def ldm(steps: int, strength: float, total: int) -> Entry:
 
 
 def a1111(steps: int, strength: float, total: int) -> Entry:
-    """One step more than int(strength * steps), with strength 0.999 at most."""
+    """Return the entry for one step more than int(strength * steps), with strength 0.999 at most."""
     runs = int(min(strength, 0.999) * steps) + 1
     return Entry(steps, steps - runs, runs, steps - runs)
 
 
 def a1111_strided(steps: int, strength: float, total: int) -> Entry:
-    """Rule for A1111's DDIM and PLMS: noised as one row above, as in ldm, and the step of timestep 1 is left out."""
+    """Return the entry for A1111's DDIM and PLMS: noised as one row above, as in ldm, and without the step of
+    timestep 1."""
     rows, kept = len(range(0, total, total // steps)), int(min(strength, 0.999) * steps)
     return Entry(steps, rows - kept, max(kept - 1, 0), rows - kept - 1)
 
 
 def comfyui(steps: int, strength: float, total: int) -> Entry:
-    """All ``steps``, the last ones of a plan of int(steps / strength)."""
+    """Return the entry for all ``steps``, the last ones of a plan of int(steps / strength)."""
     if strength > 0.9999:
         return Entry(steps, 0, steps, 0)
     if strength == 0:

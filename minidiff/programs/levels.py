@@ -46,8 +46,10 @@ class Table:
 
 
 def noise_table(kind: str, config: ScheduleConfig) -> Table:
-    """The table of ``config``: "float32" throughout; "rounded": alpha_bar in float64, then float32; "float64": sigma in
-    float64 too. Zero-SNR and curved schedules, which these programs build otherwise or not at all, are float32."""
+    """Return the table of ``config``: "float32" throughout; "rounded": alpha_bar in float64, then float32; "float64":
+    sigma in float64 too. Zero-SNR and curved schedules, which these programs build otherwise or not at all, are
+    float32.
+    """
     schedule = NoiseSchedule.from_config(config)
     even = config.beta_schedule in ("linear", "scaled_linear") and config.betas is None
     if kind == "float32" or not even or config.zero_snr:
@@ -64,52 +66,52 @@ def noise_table(kind: str, config: ScheduleConfig) -> Table:
 
 
 def strided(total: int, steps: int) -> list[int]:
-    """Falling timesteps: 1, 1 + c, 1 + 2c, ... from the last one down, for c = total // steps."""
+    """Return falling timesteps: ..., 1 + 2c, 1 + c, 1, for c = total // steps."""
     check_steps(steps, total)
     return [t + 1 for t in range(0, total, total // steps)][::-1]
 
 
 def uniform(table: Table, n: int) -> Tensor:
-    """k-diffusion: evenly from the last timestep to 0."""
+    """Space ``n`` levels evenly from the last timestep to 0, as k-diffusion does."""
     return table.at(torch.linspace(len(table.sigmas) - 1, 0, n, dtype=torch.float32, device="cpu"))
 
 
 def karras(table: Table, n: int) -> Tensor:
-    """Evenly in sigma ** (1/7) (Karras et al. 2022, equation 5)."""
+    """Space ``n`` levels evenly in sigma ** (1/7) (Karras et al. 2022, equation 5)."""
     low, high = (float(end) ** (1 / 7) for end in (table.sigmas[0], table.sigmas[-1]))
     ramp: Tensor = high + torch.linspace(0, 1, n, dtype=torch.float32, device="cpu") * (low - high)
     return ramp.pow(7.0)
 
 
 def exponential(table: Table, n: int) -> Tensor:
-    """Evenly in log sigma."""
+    """Space ``n`` levels evenly in log sigma."""
     low, high = (math.log(float(end)) for end in (table.sigmas[0], table.sigmas[-1]))
     return torch.linspace(high, low, n, dtype=torch.float32, device="cpu").exp()
 
 
 def simple(table: Table, n: int) -> Tensor:
-    """ComfyUI: every T / n-th from the top, cut to whole timesteps; the lowest timesteps are never reached."""
+    """Take every T / n-th level from the top, cut to whole timesteps (ComfyUI); the lowest ones are never reached."""
     apart = len(table.sigmas) / n
     return table.sigmas[[-(1 + int(i * apart)) for i in range(n)]]
 
 
 def normal(table: Table, n: int) -> Tensor:
-    """ComfyUI: as uniform, from its own table."""
+    """Space levels as :func:`uniform`, in ComfyUI's own table."""
     return uniform(table, n)
 
 
 def sgm_uniform(table: Table, n: int) -> Tensor:
-    """ComfyUI: n of the n + 1 points that divide the timesteps evenly, without the lowest."""
+    """Take n of the n + 1 points that divide the timesteps evenly, without the lowest (ComfyUI)."""
     return uniform(table, n + 1)[:-1]
 
 
 def ddim_uniform(table: Table, n: int) -> Tensor:
-    """ComfyUI: from timestep 1 up by T // n, as many as there are: more than n where n does not divide T."""
+    """Take every T // n-th level from timestep 1 up (ComfyUI): more than n if n does not divide T."""
     return table.sigmas[1 :: max(len(table.sigmas) // n, 1)].flip(0)
 
 
 def beta(table: Table, n: int) -> Tensor:
-    """ComfyUI: at the quantiles of a Beta(0.6, 0.6) distribution, rounded to whole timesteps, each once (Lee 2024)."""
+    """Take the quantiles of Beta(0.6, 0.6), rounded to whole timesteps, each once (ComfyUI; Lee 2024)."""
     shares = 1 - np.linspace(0, 1, n, endpoint=False)
     places = inverse_betainc(0.6, 0.6, shares) * (len(table.sigmas) - 1)
     t = np.floor(places + (0.5 + 1e-9)).astype(int).tolist()  # the median is a tie, which scipy's last bit rounds up
@@ -129,8 +131,11 @@ SCHEDULERS: dict[str, Callable[[Table, int], Tensor]] = {
 
 
 def levels(table: Table, scheduler: str, steps: int, discard: bool = False, last: float = 0.0) -> Tensor:
-    """(n + 1,) sigmas of ``steps``. ``discard``: one step more is scheduled, and its last sigma above 0 left out: the
-    methods that evaluate the middle of an interval (DPM2) stay away from the smallest sigmas."""
+    """Return the (n + 1,) falling sigmas of ``steps``, the last of which is ``last``.
+
+    ``discard``: schedule one step more, and leave out its last sigma above 0: methods that evaluate the middle of an
+    interval (DPM2) then stay away from the smallest sigmas. Raises :class:`ConfigError` if no sigma is left.
+    """
     check_steps(steps, len(table.sigmas) - discard)
     sigmas = SCHEDULERS[scheduler](table, steps + discard)
     sigmas = sigmas[:-1] if discard else sigmas

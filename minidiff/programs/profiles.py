@@ -1,8 +1,8 @@
-"""Details that the papers leave open, as five programs do them, as data: each fact with its source file.
+"""Details that the papers leave open, as minidiff and five other programs settle them: facts with their source files.
 
 Two programs that run "Euler, 20 steps, seed 1" on one checkpoint make different pictures, and neither is wrong: the
 papers do not say at which timesteps to stop, what the first noise is multiplied by, or which generator draws it. A
-:class:`Profile` lists what one program chose. ``value`` is what this package acts upon (levels.py, starts.py,
+:class:`Profile` lists the choices of one program. ``value`` is what this package acts upon (levels.py, img2img.py and
 streams.py say what each stands for), ``says`` is for people, ``source`` is the file and the commit or release in which
 it was read; a fact without one is printed as unverified.
 """
@@ -39,8 +39,8 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """Settings with which a program runs one of our samplers: the equivalent sampler, its options (ours, or a
-    scheduler config of diffusers), whether the last but one sigma is left out, and the last."""
+    """Settings with which a program runs a sampler: the equivalent one of ours, its options (ours, or a scheduler
+    config of diffusers), True for ``discard`` if the last but one sigma is left out, and the ``last`` sigma."""
 
     sampler: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,9 +50,9 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """One program. The facts are in the order in which a run meets them.
+    """Choices of one program. The facts are in the order in which a run meets them.
 
-    ``methods``: our names of samplers -> how it runs them. ``schedulers``: the schedules of sigma that it offers, its
+    ``methods``: the settings of each sampler, by our names. ``schedulers``: the schedules of sigma that it offers, its
     default first.
     """
 

@@ -13,8 +13,8 @@ from minidiff.programs.profiles import Profile
 
 
 class Streams(NamedTuple):
-    """``first`` draws the first noise of a run, ``later`` that of its steps. ``seeds``: one for each stream, or each
-    picture's; ``shared``: all pictures come from one stream."""
+    """Noise streams of a run: ``first`` draws its first noise, ``later`` that of its steps. ``seeds``: one for each
+    stream, or each picture's; ``shared``: all pictures come from one stream."""
 
     first: Source
     later: Source
@@ -42,10 +42,10 @@ class Streams(NamedTuple):
 
 
 def streams(profile: Profile, seed: int | Sequence[int] | None, count: int, device: str | None, card: Card) -> Streams:
-    """The streams of ``profile`` for ``count`` pictures. A list of seeds gives every picture a stream of its own.
+    """Return the streams of ``profile`` for ``count`` pictures. A list of seeds gives every picture its own stream.
 
-    ``device``: "cpu", "gpu" or "nv" where the user chose one, else the program's own. CUDA's stream is computed on the
-    CPU, for ``card``; "nv" is a1111's own way to do that, which knows no limit. Raises ConfigError as
+    ``device``: "cpu", "gpu" or "nv" if the user chose one, None for the program's own. CUDA's stream is computed on the
+    CPU, for ``card``; "nv" is a1111's own way to do that, for pictures of any size. Raises :class:`ConfigError` as
     :func:`noise.seeds_of` does.
     """
     shared = profile.order.value == "batch" and not isinstance(seed, Sequence)

@@ -1,4 +1,4 @@
-"""Conventions to look at: plans side by side, and the table of what each program chose."""
+"""Display of programs: plans side by side, and the table of the choices of each program."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from minidiff.programs.profiles import FIELDS, PROFILES, Source
 
 
 def plans(likes: Sequence[str], schedule: ScheduleConfig, choice: Mapping[str, Any], steps: int) -> str:
-    """The plan of one program in full, or those of several side by side."""
+    """Return the plan of one program in full, or those of several side by side, as text."""
     made = {like: read(like).sampler(schedule, choice).plan(None, steps) for like in likes}
     return str(made[likes[0]]) if len(made) == 1 else side_by_side(made)
 
 
 def side_by_side(plans: Mapping[str, Any]) -> str:
-    """Plans by name, row by row: what the model is told, and sigma, of each. A row ends in ``*`` where the printed
-    numbers differ, in ``~`` where only bits do that are not printed."""
+    """Return plans by name, row by row: timestep and sigma of each. A row ends in ``*`` if its printed numbers differ,
+    in ``~`` if only further bits do."""
     heads = [
         f"{name}: {len(plan)} model calls, x starts as noise * {plan.init_noise_sigma.item():.6g}"
         for name, plan in plans.items()
@@ -38,7 +38,7 @@ def side_by_side(plans: Mapping[str, Any]) -> str:
 
 
 def markdown() -> str:
-    """The table of all facts for the README beside it: a row for each field, a column for each program; the sources."""
+    """Return the table of all facts for the README beside it, a column for each program, and the sources."""
     sources: list[Source] = []
 
     def cell(name: str, field: str) -> str:

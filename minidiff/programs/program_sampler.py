@@ -1,4 +1,4 @@
-"""A sampler of ours that runs as another program runs its own: other noise levels, the same steps."""
+"""Sampler of ours that runs as another program runs its own: other noise levels, the same steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from minidiff.samplers.method import Levels, Plan, Sampler
 from minidiff.schedule import NoiseSchedule, check_steps
 
 LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_min", "sigma_max", "final_sigma"}
-"""Options that say which levels are visited: whoever gives one gets the sampler's own levels, not the program's."""
+"""Options that choose levels: with one of them the sampler's own levels are visited, not the program's."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ProgramSampler:
-    """A sampler as a program runs it: ``inner`` takes the steps, the plan is the program's. ``given``: the options that
-    the user chose. ``note``: how a picture's recipe names it, beside the program."""
+    """Sampler as a program runs it: ``inner`` takes the steps, the plan is the program's. ``given``: the options that
+    the user chose. ``note``: the sampler's entry in a picture's recipe."""
 
     profile: Profile
     name: str
@@ -69,8 +69,11 @@ class ProgramSampler:
         return self._told(inner.plan(self.table.schedule, sigmas=walk.tolist()))
 
     def _strided(self, steps: int) -> Any:
-        """DDIM and PLMS. For some steps (3, 9, 27, ...) the highest timestep is T, which there is not: CompVis fails,
-        a1111 takes T - 1. And a1111 makes no step from timestep 1."""
+        """Return the plan of DDIM or PLMS.
+
+        For some numbers of steps (3, 9, 27, ...) the highest timestep is T, which does not exist: CompVis fails, a1111
+        takes T - 1. a1111 makes no step from timestep 1.
+        """
         total = len(self.table.sigmas)
         times = strided(total, steps)
         if self.profile.name != "a1111":
@@ -79,7 +82,7 @@ class ProgramSampler:
         return without_last_row(self.inner.plan(self.table.schedule, timesteps=times))
 
     def _told(self, plan: Any) -> Any:
-        """``plan`` with the timesteps that the program tells the model, and its scale of the first noise."""
+        """Return ``plan`` with the timesteps that the program tells the model, and its scale of the first noise."""
         told = self.profile.told.value
         if told not in ("fractional", "nearest") or self.method.sampler in ("ddim", "pndm"):
             return plan
@@ -95,9 +98,10 @@ class ProgramSampler:
         return replace(plan, levels=plan.levels._replace(timesteps=way(sigmas), first=scale))
 
     def seeded(self, seeds: Sequence[int]) -> ProgramSampler:
-        """With the seed of the Brownian tree, where the program takes it from the run's.
+        """Return this sampler with the seed of the Brownian tree, if the program takes it from the run's.
 
-        Raises ConfigError for several pictures where each has a tree: ours has one for the batch."""
+        Raises :class:`ConfigError` for several pictures if each has a tree: ours has one for the batch.
+        """
         rule = self.profile.brownian.value
         mine = self.method.sampler == "dpmpp_sde" and self.given.get("noise_seed") is None
         if not mine or rule not in ("image", "batch"):
@@ -110,7 +114,7 @@ class ProgramSampler:
 
 
 def without_last_row(plan: Plan[Any]) -> Plan[Any]:
-    """``plan`` without its last model call. Raises ConfigError for a plan of one."""
+    """Return ``plan`` without its last model call. Raises :class:`ConfigError` for a plan of one."""
     check(len(plan) > 1, "a1111 leaves out the step of timestep 1: with one step nothing remains; use more steps")
     t, here, to, first, landing, *_ = plan.levels
     levels = Levels(t[:-1], here[:-1], to[:-1], first, None if landing is None else landing[:-1])
