@@ -37,7 +37,7 @@ class Summary:
 
 
 def in_turn(names: Sequence[str], rounds: int, run: Callable[[str], T]) -> dict[str, list[T]]:
-    """``run`` every name once a round; what it gave, by name.
+    """Call ``run`` with every name once a round; return the results by name.
 
     Whatever else the machine does falls on all of them. Each round begins one further, so that none always comes
     behind the same other.
@@ -51,7 +51,7 @@ def in_turn(names: Sequence[str], rounds: int, run: Callable[[str], T]) -> dict[
 
 
 def summarise(times: Mapping[str, Sequence[float]], against: str | None = None) -> list[Summary]:
-    """A row for each candidate, held against the one by the name ``against`` (the first by default)."""
+    """Return a row for each candidate, compared with the one named ``against`` (the first by default)."""
     base = times[next(iter(times)) if against is None else against]
     return [
         Summary(
@@ -66,7 +66,7 @@ def summarise(times: Mapping[str, Sequence[float]], against: str | None = None) 
 
 
 def spread(values: Sequence[float]) -> float:
-    """The distance between the quartiles; of fewer than three values, that between the ends."""
+    """Return the distance between the quartiles; of fewer than three values, that between the extremes."""
     if len(values) < 3:
         return max(values) - min(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -74,7 +74,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, figures to the right."""
+    """Format a Markdown table: the first column to the left, figures to the right."""
     rows = list(rows)
     width = max(len(row[0]) for row in (header, *rows))
     lines = [f"| {first:{width}} | {' | '.join(rest)} |" for first, *rest in (header, *rows)]
@@ -83,7 +83,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def grows(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent p of y ~ x ** p: the slope of the straight line through the logarithms."""
+    """Return the exponent p of y ~ x ** p: the slope of the straight line through the logarithms."""
     return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
 
 
@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
@@ -115,7 +115,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def version(package: str) -> str | None:
-    """The release of an installed package; None for one that is not there."""
+    """Return the release of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -146,7 +146,7 @@ def hints(huge_pages: Path = HUGE_PAGES) -> list[str]:
 
 
 def show_machine(facts: Mapping[str, Any], advice: Sequence[str]) -> None:
-    """Print both, once."""
+    """Print the machine's properties and the hints, once."""
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     for line in advice:
         print(f"hint: {line}")
@@ -154,7 +154,7 @@ def show_machine(facts: Mapping[str, Any], advice: Sequence[str]) -> None:
 
 
 def write_json(path: Path | None, args: argparse.Namespace, facts: Mapping[str, Any], **results: Any) -> None:
-    """Everything that was found, for another program; nothing without a ``path``."""
+    """Write all results for another program; do nothing without a ``path``."""
     if path is not None:
         content = {"arguments": vars(args), "machine": facts, **results}
         from minidiff.storage.writing import atomic
@@ -164,7 +164,7 @@ def write_json(path: Path | None, args: argparse.Namespace, facts: Mapping[str, 
 
 
 def progress(text: str) -> None:
-    """One line on stderr that the next one replaces."""
+    """Show one line on stderr that the next one replaces."""
     print(f"  {text:100}", end="\r", file=sys.stderr, flush=True)
 
 

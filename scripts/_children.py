@@ -23,7 +23,7 @@ STEPS = 20
 
 
 def picture(folder: str, dtype: str, steps: str, out: str) -> None:
-    """A picture with diffusers; DTYPE "default" says nothing about it."""
+    """Make a picture with diffusers; DTYPE "default" sets none."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -33,7 +33,7 @@ def picture(folder: str, dtype: str, steps: str, out: str) -> None:
 
 
 def ours(model: str, when: str) -> None:
-    """minidiff, as far as ``when``."""
+    """Run minidiff as far as ``when``."""
     import minidiff
 
     sd: Any = minidiff.load(model, device="cpu")
@@ -44,7 +44,7 @@ def ours(model: str, when: str) -> None:
 
 
 def theirs(folder: str, when: str) -> None:
-    """diffusers, as far as ``when``."""
+    """Run diffusers as far as ``when``."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(folder)
@@ -55,7 +55,7 @@ def theirs(folder: str, when: str) -> None:
 
 
 def imports(which: str) -> None:
-    """Nothing but the imports that ``ours`` or ``theirs`` makes."""
+    """Only make the imports of ``ours`` or ``theirs``."""
     if which == "ours":
         from minidiff import load  # noqa: F401
     else:
@@ -64,7 +64,7 @@ def imports(which: str) -> None:
 
 
 def pictures(model: str, count: str, steps: str) -> None:
-    """``count`` pictures in one batch, after a short one that warms up; an empty ``model`` is the bundled one."""
+    """Make ``count`` pictures in one batch, after a short one to warm up; an empty ``model`` is the bundled one."""
     import minidiff
 
     sd: Any = minidiff.load(model) if model else minidiff.bundled()
@@ -83,7 +83,7 @@ def recipe(path: str) -> None:
 
 
 def prepare(work: str, kind: str) -> None:
-    """A Stable Diffusion 1.5 with random weights: ``folder`` as diffusers writes it, and two minidiff files."""
+    """Write a Stable Diffusion 1.5 with random weights: ``folder`` as diffusers does, and two minidiff files."""
     from check_full_size import random_pipeline
 
     import weights_convert
@@ -98,12 +98,12 @@ def prepare(work: str, kind: str) -> None:
 
 
 def size(parts: Any) -> int:
-    """Bytes of all weights."""
+    """Return the bytes of all weights."""
     return sum(p.numel() * p.element_size() for part in parts for p in part.state_dict().values())
 
 
 def end_at(unet: Any, when: str) -> None:
-    """Let the process end where the first call of ``unet`` begins, or where it is done."""
+    """Let the process end when the first call of ``unet`` begins, or when it is done."""
     if when == "begun":
         unet.register_forward_pre_hook(lambda *_: end())
     else:
@@ -111,7 +111,7 @@ def end_at(unet: Any, when: str) -> None:
 
 
 def end(**facts: Any) -> None:
-    """Leave ``facts`` behind, and stop at once."""
+    """Print ``facts`` and end the process at once."""
     print(json.dumps(facts), flush=True)
     os._exit(0)
 

@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
 
 class PictureEncoder(nn.Module):
-    """(B, 3, 64, 64) -> (B, WIDTH). No pooling at the end: where a thing is matters."""
+    """Picture encoder, (B, 3, 64, 64) to (B, WIDTH). No pooling at the end, since the place of a thing matters."""
 
     def __init__(self) -> None:
         super().__init__()

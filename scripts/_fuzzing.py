@@ -22,7 +22,7 @@ ROOM = 64 << 20  # bytes
 
 
 def peak() -> int:
-    """The most memory that this process has had since :func:`forget`, in bytes; 0 where the system does not tell."""
+    """Return the peak memory of this process since :func:`forget`, in bytes; 0 if the system does not tell."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -30,7 +30,7 @@ def peak() -> int:
 
 
 def forget() -> int:
-    """Begin to measure anew; what the process has now."""
+    """Reset the peak; return the memory that the process has now."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
@@ -38,7 +38,7 @@ def forget() -> int:
 
 
 def watch(script: str, first: int, last: int, ends: Counter[str], faults: list[str], seconds: int = SECONDS) -> int:
-    """Start a worker of ``script`` at ``first`` and listen; the case to go on with, after its end or its death."""
+    """Start a worker of ``script`` at ``first`` and watch it; return the case to continue with after it has ended."""
     command = [sys.executable, str(Path(script).resolve()), "--worker", str(first), str(last)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
@@ -74,7 +74,7 @@ def watch(script: str, first: int, last: int, ends: Counter[str], faults: list[s
 
 
 def run(script: str, first: int, count: int, seconds: int = SECONDS) -> int:
-    """Watch workers of ``script`` until ``count`` cases are done; how many were faults, which are printed."""
+    """Watch workers of ``script`` until ``count`` cases are done; print faults and return their number."""
     start, ends, faults = time.perf_counter(), Counter[str](), list[str]()
     number, last = first, first + count
     while number < last:

@@ -53,7 +53,7 @@ RIM = 0.35  # a row or column belongs to a thing where it covers this share of a
 
 @dataclass(frozen=True)
 class Found:
-    """One thing in a picture. ``shape`` is None where no template fits; ``x``, ``y``, ``radius`` in pixels."""
+    """Thing in a picture. ``shape`` is None if no template fits; ``x``, ``y``, ``radius`` in pixels."""
 
     shape: str | None
     colour: str
@@ -64,14 +64,14 @@ class Found:
 
     @property
     def size(self) -> str | None:
-        """Small, medium or large; None far outside the three."""
+        """Nearest of small, medium and large; None far outside them."""
         if not SMALLEST <= self.radius <= LARGEST:
             return None
         return "small" if self.radius < SMALL_TO else "medium" if self.radius < MEDIUM_TO else "large"
 
     @property
     def place(self) -> str | None:
-        """The place that it is near, or None."""
+        """Nearest place of those with names, or None."""
         gaps = {place: math.hypot(self.x - x, self.y - y) for place, (x, y) in PLACES.items()}
         nearest = min(gaps, key=gaps.__getitem__)
         return nearest if gaps[nearest] <= NEAR else None
@@ -154,7 +154,7 @@ def see(pixels: Array) -> Seen:
 
 
 def connected(mask: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
-    """The pieces of ``mask`` that hang together along the pixels' sides, each as a mask."""
+    """Return the connected pieces of ``mask`` (along the sides of pixels), each as a mask."""
     left, pieces = {(int(y), int(x)) for y, x in np.argwhere(mask)}, []
     while left:
         piece, edge = np.zeros_like(mask), [left.pop()]
@@ -169,7 +169,7 @@ def connected(mask: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
 
 
 def grown(mask: npt.NDArray[np.bool_], by: int) -> npt.NDArray[np.bool_]:
-    """``mask`` and what lies within ``by`` pixels of it."""
+    """Return ``mask`` grown by ``by`` pixels."""
     for _ in range(by):
         padded = np.pad(mask, 1)
         mask = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
@@ -220,7 +220,7 @@ BLUR = (0.4, 0.9)  # pixels (standard deviation): as sharp as drawn, as soft as 
 
 
 def _cut_out(cover: Array, x: float, y: float, half: float) -> Array:
-    """``cover`` (64, 64) sampled at GRID x GRID points around (x, y), bilinearly; what lies outside is empty."""
+    """Sample ``cover`` (64, 64) at GRID x GRID points around (x, y), bilinearly; what lies outside is empty."""
     offsets = ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * half
     padded = np.pad(cover, 1)
 
@@ -259,7 +259,7 @@ def outline(shape: str, x: Array, y: Array) -> npt.NDArray[np.bool_]:
 
 @lru_cache(maxsize=1)
 def sharp() -> tuple[list[str], Array, list[tuple[float, float, float]]]:
-    """The shapes at several scales and offsets: names, covers (T, GRID, GRID), (dx, dy, scale) in half widths."""
+    """Draw the shapes at several scales and offsets: names, covers (T, GRID, GRID), (dx, dy, scale) in half widths."""
     fine = 4  # points across one point of the grid
     offsets = ((np.arange(GRID * fine) + 0.5) / (GRID * fine) * 2 - 1) * REACH
     y, x = np.meshgrid(offsets, offsets, indexing="ij")
@@ -291,7 +291,7 @@ def templates(half: int) -> tuple[list[str], Array, list[tuple[float, float, flo
 
 
 def judge(seen: Seen, facts: Facts) -> Verdict:
-    """Hold what is in a picture against what its caption says."""
+    """Compare the contents of a picture with its caption."""
     background = seen.background == facts.background
     orders = [seen.things, seen.things[::-1]] if len(facts.things) == 2 else [seen.things]
     if len(seen.things) != len(facts.things):
@@ -302,7 +302,7 @@ def judge(seen: Seen, facts: Facts) -> Verdict:
 
 
 def _merit(verdict: Verdict) -> tuple[bool, int]:
-    """Two things may be matched with the caption in either order: the one that explains more counts."""
+    """Return the merit of a match of two things with the caption; the order that explains more counts."""
     return verdict.right, sum(map(bool, (verdict.shape, verdict.colour, verdict.size, verdict.place)))
 
 

@@ -21,7 +21,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VE
 
 
 class Done(NamedTuple):
-    """A process that has ended well: its ``peak`` in bytes, and ``facts``, what its last line says if that is JSON."""
+    """Successful process: its ``peak`` in bytes, and ``facts``, its last line if that is JSON."""
 
     seconds: float
     peak: int
@@ -29,7 +29,7 @@ class Done(NamedTuple):
 
 
 def run(command: Sequence[str | Path]) -> Done:
-    """Run ``command`` to its end. One that fails ends this program with the last line of what it complained about."""
+    """Run ``command`` to its end. If it fails, this program ends with the last line of its error output."""
     if not hasattr(os, "wait4"):
         raise SystemExit("memory of processes is measured by wait4, which this system lacks; use Linux or macOS")
     env = {**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}

@@ -1,4 +1,4 @@
-"""From a bare Python to an environment in which minidiff runs: what demo.py and test.py share.
+"""Set-up of an environment in which minidiff runs, from a bare Python; shared by demo.py and test.py.
 
 A script calls :func:`enter` first. It returns only in the Python of an environment beside the checkout that has the
 package installed (editable); started with any other Python, it makes or completes that environment and runs the same
@@ -93,7 +93,7 @@ def prepare(home: Path, extra: str, pins: tuple[str, ...]) -> None:
 
 
 def create(home: Path, stamp: Path) -> None:
-    """A new, empty environment with pip; what a broken one left behind goes."""
+    """Create an empty environment with pip; remains of a broken one are removed."""
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         major, minor = sys.version_info[:2]
         sys.exit(
@@ -131,7 +131,7 @@ def install(home: Path, stamp: Path, done: list[str], extra: str, pins: tuple[st
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> int:
-    """Print and run a command in the checkout's root; its exit status, or ``INTERRUPTED`` after Ctrl-C.
+    """Print and run a command in the checkout's root; return its exit status, or ``INTERRUPTED`` after Ctrl-C.
 
     Ctrl-C reaches the command too: it is given time to clean up and to say so.
     """
@@ -149,7 +149,7 @@ def run(command: list[str], env: dict[str, str] | None = None) -> int:
 
 
 def interpreter(home: Path) -> Path:
-    """The Python of the environment ``home``."""
+    """Return the Python of the environment ``home``."""
     return home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
@@ -159,7 +159,7 @@ def inside(home: Path) -> bool:
 
 
 def version_of(python: Path) -> str | None:
-    """``sys.version`` of another interpreter, or None if it does not run (its base was removed, say)."""
+    """Return ``sys.version`` of another interpreter, or None if it does not run (its base was removed, say)."""
     try:
         asked = subprocess.run([str(python), "-c", "import sys; print(sys.version)"], capture_output=True, text=True)
     except OSError:
@@ -175,7 +175,7 @@ def fingerprint(version: str, extra: str, pins: tuple[str, ...]) -> str:
 
 
 def requirements(table: str) -> list[str]:
-    """The requirement strings of one list in pyproject.toml: "dependencies", or the name of an extra.
+    """Return the requirements of one list in pyproject.toml: "dependencies", or the name of an extra.
 
     Read with a regular expression, since Python 3.10 has no TOML reader.
     """

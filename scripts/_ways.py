@@ -1,4 +1,4 @@
-"""The ways in which one piece of work can be done: plain, with each switch, in diffusers, compiled, by OpenVINO."""
+"""Ways to do one piece of work: plain, with each switch, in diffusers, compiled, by OpenVINO."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"
 
 @dataclass
 class Way:
-    """One way to do the work. ``before`` and ``after`` put it in place and away again, and are not timed."""
+    """Way to do the work. ``before`` and ``after`` set it up and undo that, and are not timed."""
 
     name: str
     run: Callable[[], Tensor]
@@ -30,14 +30,14 @@ class Way:
 
 
 def ours(work: Work) -> Iterator[Way]:
-    """The plain model, each switch by itself, and all together."""
+    """Return the plain model, each switch by itself, and all together."""
     names = tuple(fast.SWITCHES)
     for some in dict.fromkeys(((), *((name,) for name in names), names)):
         yield switched(work, some)
 
 
 def switched(work: Work, names: tuple[str, ...]) -> Way:
-    """The model with these switches on."""
+    """Return the model with these switches on."""
     on: list[tuple[str, list[nn.Module]]] = []
 
     def before() -> None:
@@ -59,7 +59,7 @@ def eager(work: Work, theirs: nn.Module) -> Way:
 
 
 def frozen(name: str, module: nn.Module, work: Work) -> Way:
-    """Compiled, its weights taken for constants that may be folded and packed."""
+    """Compile with frozen weights, which may be folded and packed."""
     from torch._inductor import config
 
     compiled = torch.compile(module, dynamic=False)
@@ -73,7 +73,7 @@ def frozen(name: str, module: nn.Module, work: Work) -> Way:
 
 
 def openvino(work: Work, dtype: torch.dtype) -> Way:
-    """The same UNet in OpenVINO, converted in memory. It takes float32 weights and chooses its own precision inside,
+    """Convert the UNet to OpenVINO in memory. It takes float32 weights and chooses its own precision inside,
     which it is only asked for."""
     import openvino as ov
 
@@ -103,7 +103,7 @@ class Found:
 
 
 def tried(ways: list[Way], plain: Tensor, device: torch.device) -> dict[str, Found]:
-    """Every way once, outside the rounds."""
+    """Try every way once, outside the rounds."""
     found = {}
     for way in ways:
         outs: list[Tensor] = []
@@ -117,7 +117,7 @@ def tried(ways: list[Way], plain: Tensor, device: torch.device) -> dict[str, Fou
 
 
 def measured(ways: list[Way], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, by way; every way runs once a round."""
+    """Return the seconds of each call, by way; every way runs once a round."""
     named = {way.name: way for way in ways}
 
     def run(name: str) -> float:

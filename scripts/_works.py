@@ -1,4 +1,4 @@
-"""The work that is timed: one call of a UNet or one decoding with random weights, ours and the reference's.
+"""Timed work: one call of a UNet or one decoding with random weights, ours and the reference's.
 
 Both sides are modules that take the same inputs in the same order, and read the same weights: diffusers' model holds
 minidiff's tensors under its own names (the key map that exports folders), so both fit into memory, and their results
@@ -31,7 +31,7 @@ class Family(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Side of the pictures that it was trained on."""
+        """Side of the pictures that the family was trained on."""
         return self.unet.sample_size * self.vae.factor
 
 
@@ -87,7 +87,7 @@ class TheirDecoder(OurUNet):
 def unet_call(
     family: Family, size: int, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Work:
-    """One call of the UNet for pictures of ``size`` pixels a side; ``batch`` 2 is one picture with guidance."""
+    """Return the work of one UNet call for ``size`` x ``size`` pixels; ``batch`` 2 is one picture with guidance."""
     c, side = family.unet, size // family.vae.factor
     inputs = [
         torch.randn(batch, c.in_channels, side, side).to(device, dtype),
@@ -112,7 +112,7 @@ def unet_call(
 def decoding(
     family: Family, size: int, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Work:
-    """One decoding by the VAE."""
+    """Return the work of one decoding by the VAE."""
     c, side = family.vae, size // family.vae.factor
     model = filled(lambda: VAE(c), device, dtype)
     z = torch.randn(batch, c.latent_channels, side, side).to(device, dtype)
@@ -128,8 +128,8 @@ PARTS = {"unet": unet_call, "vae": decoding}
 
 
 def filled(make: Callable[[], nn.Module], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """A model with random weights (norms near 1, the others small). One stretch of noise is repeated: a billion draws
-    would take minutes."""
+    """Build a model with random weights (norms near 1, the others small). One stretch of noise is repeated: a billion
+    draws would take minutes."""
     with torch.device("meta"):
         shapes = make().state_dict()
     noise = 0.02 * torch.randn(2**20, dtype=torch.float32)
@@ -143,7 +143,7 @@ def filled(make: Callable[[], nn.Module], device: torch.device | str, dtype: tor
 
 
 def holding(make: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Module:
-    """A model that holds these very tensors."""
+    """Build a model that holds these very tensors."""
     with torch.device("meta"):
         model = make()
     model.load_state_dict(state, assign=True)
@@ -151,7 +151,7 @@ def holding(make: Callable[[], nn.Module], state: Mapping[str, Tensor]) -> nn.Mo
 
 
 def reference(config: UNetConfig | VAEConfig, model: nn.Module) -> nn.Module:
-    """diffusers' model of this config, holding the very tensors of ``model``."""
+    """Build diffusers' model of this config, which holds the very tensors of ``model``."""
     import diffusers
 
     from minidiff.storage.files import lazy
@@ -166,7 +166,7 @@ def reference(config: UNetConfig | VAEConfig, model: nn.Module) -> nn.Module:
 
 
 def counted(work: Work) -> tuple[Tensor, int]:
-    """One call: its result, and how many floating-point operations it took.
+    """Return the result of one call, and the number of its floating-point operations.
 
     The counter does not know the attention that a CPU runs; uncounted, a sixth of Stable Diffusion's would be missing.
     """
@@ -191,7 +191,7 @@ def ceiling(family: Family, size: int, batch: int, device: torch.device, dtype: 
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call; on a GPU, until its work is done."""
+    """Return the seconds of one call, on a GPU until its work is done."""
     wait(device)
     begun = time.perf_counter()
     run()

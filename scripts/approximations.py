@@ -46,7 +46,7 @@ SOLVERS = ("dpmpp_2m", "unipc")
 
 @dataclass
 class Row:
-    """One way to make the pictures: a model, what is put on it, and what ``generate`` is given."""
+    """Way to make the pictures: a model, its switches, and the arguments of ``generate``."""
 
     name: str
     sd: StableDiffusion
@@ -57,7 +57,7 @@ class Row:
 
 
 def rows(args: argparse.Namespace) -> list[Row]:
-    """The exact model first."""
+    """Return all rows, the exact model first."""
     sd = opened(args)
     exact: dict[str, Any] = {"steps": args.steps, "guidance_scale": args.scale}
     found = [Row(f"exact, {args.steps} steps", sd, exact)]
@@ -74,7 +74,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
 
 
 def opened(args: argparse.Namespace, dtype: torch.dtype | None = None, vae: str | None = None) -> StableDiffusion:
-    """The model that the command line names, in ``dtype``, or with another VAE."""
+    """Open the model that the command line names, in ``dtype``, or with another VAE."""
     if vae is not None:
         import weights_convert
 
@@ -86,7 +86,7 @@ def opened(args: argparse.Namespace, dtype: torch.dtype | None = None, vae: str 
 
 
 def make(row: Row, captions: Sequence[str], folder: Path, seed: int) -> None:
-    """One round of ``row``: its pictures in ``folder``, the seconds they took, and how many are right."""
+    """Make one round of ``row`` in ``folder``; return the seconds that it took, and how many pictures are right."""
     seconds = 0.0
 
     def timed(some: Sequence[str], first: int) -> list[Image.Image]:
@@ -114,7 +114,7 @@ def make(row: Row, captions: Sequence[str], folder: Path, seed: int) -> None:
 
 
 def psnr(found: Path, exact: Path) -> float | None:
-    """Decibels between the pictures of two folders; None where they are the same."""
+    """Return the decibels between the pictures of two folders; None if they are equal."""
     errors = []
     for path in sorted(exact.glob("*.png")):
         a, b = (np.asarray(Image.open(p), dtype=np.float64) for p in (path, found / path.name))
@@ -124,7 +124,7 @@ def psnr(found: Path, exact: Path) -> float | None:
 
 
 def report(found: Sequence[Row], root: Path, count: int) -> list[dict[str, Any]]:
-    """Print the table; its rows."""
+    """Print the table; return its rows."""
     print(f"| {'':30} | seconds a picture | speed | PSNR | prompts right |")
     print(f"|{'-' * 32}|---:|---:|---:|---:|")
     table = []
@@ -167,7 +167,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
-    """All rounds, with the pictures in folders of ``root``; the table's rows."""
+    """Make all rounds, with the pictures in folders of ``root``; return the table's rows."""
     root.mkdir(parents=True, exist_ok=True)
     found = rows(args)
     captions = [item.caption for item in shapes.items(args.seed, 0, args.prompts, args.set)]

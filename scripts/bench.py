@@ -90,7 +90,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """End with one line if something that was asked for can't be had here."""
+    """End with one line if something that was asked for is not available here."""
     if args.against:
         need("diffusers", "pip install '.[parity]', or leave out --against")
     if args.compiled and not any(map(shutil.which, COMPILERS)):
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def chosen(args: argparse.Namespace, work: Work, dtype: torch.dtype, size: int) -> list[Way]:
-    """The ways that were asked for, minidiff's plain one first."""
+    """Return the ways that were asked for, minidiff's plain one first."""
     kept = {"each": None, "all": ((), tuple(fast.SWITCHES)), "none": ((),)}[args.switches]
     ways = list(ours(work)) if kept is None else [switched(work, names) for names in kept]
     theirs = work.theirs() if args.against else None
@@ -128,7 +128,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 def figures(row: Summary, found: Found, flops: int, top: float) -> tuple[str, ...]:
-    """A row of the table."""
+    """Return a row of the table."""
     rate = flops / row.seconds
     difference = "0" if found.difference == 0 else f"{found.difference:.1e}"
     shown = (f"{row.seconds:.3f}", f"{row.spread:.3f}", f"{rate / 1e9:.0f}", f"{rate / top:.0%}", f"{row.speed:.2f}x")

@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def shapes(side: int) -> list[tuple[int, int, int, int]]:
-    """Heads, the width of each, queries, keys: of the UNet's levels, then of the VAE's middle."""
+    """Return (heads, width of each, queries, keys) of the UNet's levels, then of the VAE's middle."""
     found = []
     for i, level in enumerate((*SD15.levels[:-1], SD15.mid)):
         tokens = (side >> i) ** 2

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def made(args: argparse.Namespace, captions: list[str], dtype: torch.dtype) -> Tensor:
-    """A picture for each caption, (N, 3, H, W) in [0, 1]."""
+    """Make a picture for each caption, (N, 3, H, W) in [0, 1]."""
     sd = minidiff.bundled(dtype=dtype) if args.model is None else minidiff.load(args.model, dtype=dtype)
     assert isinstance(sd, minidiff.StableDiffusion)
     options = {"steps": args.steps, "guidance_scale": args.scale, "seed": 0, "output": "tensor"}
@@ -61,7 +61,7 @@ def made(args: argparse.Namespace, captions: list[str], dtype: torch.dtype) -> T
 
 
 def psnr(picture: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in decibels; infinite for equal pictures."""
+    """Return the peak signal-to-noise ratio in decibels; infinite for equal pictures."""
     error = (picture - truth).square().mean()
     return float(-10 * torch.log10(error))
 

@@ -1,4 +1,4 @@
-"""Whole commands, from the start of the process to its end: what somebody waits for, and how much memory it takes.
+"""Measure whole commands, from the start of the process to its end: time and peak memory.
 
     python scripts/bench_generate.py --work FOLDER                       # all tables
     python scripts/bench_generate.py --work FOLDER --tables defaults     # minidiff and diffusers as they come, to PNG
@@ -42,7 +42,7 @@ Runs = dict[str, list[Done]]
 
 
 class Case(NamedTuple):
-    """A command that is measured; ``warm`` is a shorter one, that reads and finds out the same."""
+    """Measured command; ``warm`` is a shorter one that reads and finds out the same."""
 
     name: str
     command: list[str]
@@ -80,7 +80,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(work: Path, kind: str) -> None:
-    """Make the model, unless it is there."""
+    """Make the model, unless it exists."""
     need("diffusers", "pip install '.[parity]', or take --tables bundled alone")
     mark = work / "ready.json"
     if mark.exists():
@@ -95,7 +95,7 @@ def prepare(work: Path, kind: str) -> None:
 
 
 def measured(cases: list[Case], rounds: int) -> Runs:
-    """Every case once a round, in turn, after a short run of each."""
+    """Run every case once a round, in turn, after a short run of each."""
     for case in cases:
         progress(f"{case.name}: warming up")
         run(case.warm)
@@ -113,7 +113,7 @@ def measured(cases: list[Case], rounds: int) -> Runs:
 
 
 def generate(args: argparse.Namespace, model: Path | None, prompt: str, out: Path, steps: int, *more: str) -> list[str]:
-    """The command of minidiff."""
+    """Return the command of minidiff."""
     source = ["--model", str(model)] if model is not None else []
     own = [prompt, *source, "--steps", str(steps), "--out", str(out), "--force", *more, *shlex.split(args.options)]
     return [sys.executable, "-m", "minidiff", "generate", *own]
@@ -124,7 +124,7 @@ def child(*words: object) -> list[str]:
 
 
 def commands(dtype: str) -> Callable[[argparse.Namespace], list[Case]]:
-    """Both sides from prompt to PNG, told to compute in ``dtype``; "default" tells neither."""
+    """Return the cases of both sides from prompt to PNG in ``dtype``; "default" sets none."""
 
     def cases(args: argparse.Namespace) -> list[Case]:
         model, out = args.work / "float32.safetensors", args.work / "ours.png"
@@ -137,7 +137,7 @@ def commands(dtype: str) -> Callable[[argparse.Namespace], list[Case]]:
 
 
 def until(when: str) -> Callable[[argparse.Namespace], list[Case]]:
-    """Both sides as far as ``when``, and for memory how much their imports take."""
+    """Return the cases of both sides as far as ``when``, and of their imports for the memory."""
 
     def cases(args: argparse.Namespace) -> list[Case]:
         found = {
@@ -156,7 +156,7 @@ def until(when: str) -> Callable[[argparse.Namespace], list[Case]]:
 
 
 def bundled(args: argparse.Namespace) -> list[Case]:
-    """The small model: one picture from the start of the process, and a batch without it."""
+    """Return the cases of the bundled model: one picture from the start of the process, and a batch without it."""
     out = Path(args.work, "bundled.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     single = [generate(args, args.model, SHAPE, out, steps) for steps in (args.steps, 1)]
@@ -171,14 +171,14 @@ FIRST, MANY = "the first picture, process start to PNG", f"{BATCH} pictures in o
 
 
 def show_commands(args: argparse.Namespace, runs: Runs) -> str:
-    """Time and memory of both, against diffusers; and what minidiff computed in."""
+    """Return the table of time and memory of both, relative to diffusers, and the dtype that minidiff used."""
     said = run(child("recipe", args.work / "ours.png")).facts
     note = f"\n\nminidiff computed in {said['dtype']}, {said['steps']} steps, {said['width']} x {said['height']}"
     return show_times(args, runs) + note
 
 
 def show_times(args: argparse.Namespace, runs: Runs) -> str:
-    """Time and memory of each, against the last."""
+    """Return the table of time and memory of each, relative to the last."""
     base = list(runs)[-1]
     rows = summarise(seconds(runs), base)
     peaks = {name: peak(runs, name) for name in runs}
@@ -196,7 +196,7 @@ def show_times(args: argparse.Namespace, runs: Runs) -> str:
 
 
 def show_load(args: argparse.Namespace, runs: Runs) -> str:
-    """Time until the model is there, and its memory beyond the imports beside the size of its weights."""
+    """Return the table of times to load, and memory beyond the imports relative to the size of the weights."""
     loads = {name: found for name, found in runs.items() if not name.startswith("imports")}
     rows = summarise(seconds(loads), list(loads)[-1])
     lines = []
@@ -209,7 +209,7 @@ def show_load(args: argparse.Namespace, runs: Runs) -> str:
 
 
 def show_bundled(args: argparse.Namespace, runs: Runs) -> str:
-    """Seconds to the first picture, and pictures a second."""
+    """Return the table of seconds to the first picture, and pictures a second."""
     batch = [done.facts["seconds"] for done in runs[MANY]]
     rows = (*summarise({FIRST: seconds(runs)[FIRST]}), *summarise({MANY: batch}))
     peaks = (peak(runs, FIRST), peak(runs, MANY))
@@ -230,7 +230,7 @@ def seconds(runs: Runs) -> dict[str, list[float]]:
 
 
 def peak(runs: Runs, name: str) -> float:
-    """The median of what its processes held at the most, in bytes."""
+    """Return the median of the peak memory of its processes, in bytes."""
     return statistics.median(done.peak for done in runs[name])
 
 

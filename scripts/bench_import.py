@@ -32,7 +32,7 @@ print(json.dumps([cpu, peak / 1e6]))
 
 
 def measure(statement: str) -> tuple[float, float]:
-    """CPU seconds and peak megabytes of an interpreter that runs ``statement``."""
+    """Return the CPU seconds and peak megabytes of an interpreter that runs ``statement``."""
     done = subprocess.run([sys.executable, "-c", statement + REPORT], check=True, capture_output=True, text=True)
     cpu, peak = json.loads(done.stdout)
     return cpu, peak

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def without_unet(device: torch.device) -> Any:
-    """A pipeline with Stable Diffusion 1.5's latents, whose UNet answers at once, for both halves of guidance."""
+    """Build a pipeline with Stable Diffusion 1.5's latents, whose UNet returns at once, for both halves of guidance."""
     config = minidiff.bundled().config
     pipe: Any = random_model(replace(config, unet=replace(config.unet, sample_size=SD15.sample_size))).to(device)
     ready = torch.randn(2, SD15.out_channels, SD15.sample_size, SD15.sample_size).to(device)
@@ -72,7 +72,7 @@ def without_unet(device: torch.device) -> Any:
 
 
 def seconds_a_call(pipe: Any, sampler: str, steps: int) -> float:
-    """One run, prompt encoded and plan made beforehand."""
+    """Return the seconds per call of one run, with the prompt encoded and the plan made beforehand."""
     run = pipe.steps("a red star", steps=steps, sampler=sampler, seed=0)
     wait(pipe.device)
     begun = time.perf_counter()

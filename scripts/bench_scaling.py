@@ -1,4 +1,4 @@
-"""Do time and memory grow as the work does? One call of Stable Diffusion 1.5's UNet at batch 1-8 and size 256-1024.
+"""Measure how time and memory grow with the work: Stable Diffusion 1.5's UNet at batch 1-8 and size 256-1024.
 
     python scripts/bench_scaling.py
     python scripts/bench_scaling.py --batches 1 2 --sizes 256 512 --rounds 3 --json scaling.json
@@ -63,13 +63,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(args: argparse.Namespace, size: int, batch: int) -> dict[str, Any]:
-    """One point, in a process of its own."""
+    """Measure one point in a process of its own."""
     options = ["--family", args.family, "--dtype", args.dtype, "--device", args.device, "--rounds", str(args.rounds)]
     return run([sys.executable, __file__, "--point", str(size), str(batch), *options]).facts
 
 
 def point(args: argparse.Namespace, size: int, batch: int) -> dict[str, Any]:
-    """In that process: FLOPs, the best time, and bytes held beyond what was there before the first call."""
+    """Measure in that process: FLOPs, the best time, and bytes beyond those before the first call."""
     sys.path.insert(0, str(ROOT))
     import torch
     from _works import DTYPES, FAMILIES, counted, timed, unet_call
@@ -86,7 +86,7 @@ def point(args: argparse.Namespace, size: int, batch: int) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes that this process holds now; where the system does not say, the most that it ever held."""
+    """Return the bytes that this process holds now; if the system does not say, the most that it ever held."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return highest()
@@ -96,14 +96,14 @@ def resident() -> int:
 
 
 def highest() -> int:
-    """The most bytes that this process ever held."""
+    """Return the most bytes that this process ever held."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show(points: list[dict[str, Any]]) -> str:
-    """The table of points along one way, each beside the first, and how they grow."""
+    """Print the table of points along one axis, each relative to the first, and how they grow."""
     first = points[0]
     lines = []
     for p in points:

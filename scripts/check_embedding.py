@@ -1,4 +1,4 @@
-"""The promises to a program that minidiff is a part of, at length; `tests/unit/test_embedding.py` has their short form.
+"""Check the promises to a program that embeds minidiff, at length; `tests/unit/test_embedding.py` has the short form.
 
     python scripts/check_embedding.py                          # 200 runs and 200 loads, 500 interruptions
     python scripts/check_embedding.py --runs 20 --interruptions 60 --seed 1

@@ -1,4 +1,4 @@
-"""A full-size Stable Diffusion 1.5, end to end, against diffusers: same tensors, same latents, what it costs.
+"""Compare a full-size Stable Diffusion 1.5, end to end, with diffusers: tensors, latents, time and memory.
 
     python scripts/check_full_size.py [--work FOLDER] [--keep]
 
@@ -55,7 +55,7 @@ PNDM = {
 
 
 def random_pipeline() -> Any:
-    """The reference model of the real shapes in float32, every parameter random."""
+    """Build the reference model of the real shapes in float32, with every parameter random."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -84,7 +84,7 @@ def random_pipeline() -> Any:
 
 
 def write_source(work: Path) -> dict[str, Any]:
-    """The reference model on disk, in both layouts, in float16."""
+    """Write the reference model to disk, in both layouts, in float16."""
     from safetensors.torch import save_file
 
     from tests.support.parity.ldm import original_sd1
@@ -97,7 +97,7 @@ def write_source(work: Path) -> dict[str, Any]:
 
 
 def judge_single_file(work: Path) -> dict[str, Any]:
-    """Diffusers reads the single file itself: the same tensors as in the folder?"""
+    """Check that diffusers reads the same tensors from the single file as from the folder."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -117,7 +117,7 @@ def judge_single_file(work: Path) -> dict[str, Any]:
 
 
 def convert(work: Path, source: str) -> dict[str, Any]:
-    """The production converter, as a user calls it."""
+    """Convert as a user does."""
     import weights_convert
 
     src = work / ("folder" if source == "folder" else "single.safetensors")
@@ -129,7 +129,7 @@ def convert(work: Path, source: str) -> dict[str, Any]:
 
 
 def disk(path: Path, size: int) -> float:
-    """Seconds to write ``size`` bytes and sync them: what no conversion can beat."""
+    """Return the seconds to write and sync ``size`` bytes, a lower bound for every conversion."""
     block = os.urandom(1 << 24)
     start = time.perf_counter()
     with open(path, "wb") as file:
@@ -143,7 +143,7 @@ def disk(path: Path, size: int) -> float:
 
 
 def compare_converted(work: Path) -> dict[str, Any]:
-    """The two converted files, tensor by tensor."""
+    """Compare the two converted files, tensor by tensor."""
     import torch
 
     from minidiff.storage import checkpoint
@@ -158,7 +158,7 @@ def compare_converted(work: Path) -> dict[str, Any]:
 
 
 def ours(work: Path, source: str, *, low_memory: bool = False) -> dict[str, Any]:
-    """minidiff, float32; with its parts in memory together, or in turns."""
+    """Run minidiff in float32, with its parts in memory together or in turns."""
     import torch
 
     import minidiff
@@ -174,7 +174,7 @@ def ours(work: Path, source: str, *, low_memory: bool = False) -> dict[str, Any]
 
 
 def theirs(work: Path) -> dict[str, Any]:
-    """diffusers, float32."""
+    """Run diffusers in float32."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -191,7 +191,7 @@ def theirs(work: Path) -> dict[str, Any]:
 
 
 def compare_latents(work: Path) -> dict[str, Any]:
-    """All results."""
+    """Compare all latents."""
     import torch
 
     reference = torch.load(work / "latents-diffusers.pt")
@@ -217,7 +217,7 @@ STAGES: dict[str, Callable[[Path], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """Run every stage as a process; 0 if all held."""
+    """Run every stage as a process; return 0 if all succeed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "full_size", help="where the files go")
     parser.add_argument("--keep", action="store_true", help="leave the files there; a source that is there is used")

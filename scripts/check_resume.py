@@ -1,4 +1,4 @@
-"""Kill a training run without warning, resume it, and hold its weights against those of a run that was never stopped.
+"""Kill a training run without warning, resume it, and compare its weights with those of an uninterrupted run.
 
     python scripts/check_resume.py            # a small pixel model on the procedural shapes, about a minute
 
@@ -21,7 +21,7 @@ OPTIONS = ["--data", "shapes", "--batch", "4", "--rate", "1e-3", "--seed", "5", 
 
 
 def command(folder: Path, steps: int, *more: str) -> list[str]:
-    """`minidiff train` of ``steps`` steps in ``folder``, with a checkpoint half way."""
+    """Return the command for ``steps`` steps in ``folder``, with a checkpoint half way."""
     given = ["--out", str(folder), "--steps", str(steps), "--save-every", str(steps // 2), *more]
     return [sys.executable, "-m", "minidiff", "train", *OPTIONS, *given]
 
@@ -33,7 +33,7 @@ def steps_done(folder: Path) -> int:
 
 
 def killed(folder: Path, steps: int) -> int:
-    """Start a run and kill it between its checkpoint and its end; the step after which it died."""
+    """Start a run and kill it between its checkpoint and its end; return the step after which it died."""
     with subprocess.Popen(command(folder, steps), cwd=ROOT) as process:
         while process.poll() is None and steps_done(folder) < steps // 2 + steps // 4:
             time.sleep(0.02)
@@ -42,7 +42,7 @@ def killed(folder: Path, steps: int) -> int:
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the model that a run left."""
+    """Return the SHA-256 of the model that a run left."""
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 

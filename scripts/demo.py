@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def picture(prompt: str, steps: int, seed: int, out: str) -> int:
-    """Write the picture and the strip; 0, or 2 after one line on what the arguments have wrong."""
+    """Write the picture and the strip; return 0, or 2 after one line on an error in the arguments."""
     import minidiff
     from minidiff.pipeline import BUNDLED_SCALE
     from minidiff.pipeline.png import label, to_pil
@@ -61,13 +61,13 @@ def picture(prompt: str, steps: int, seed: int, out: str) -> int:
 
 
 def some(views: list) -> list:
-    """The last of ``views`` and others at equal distances before it, ``VIEWS`` in all where there are as many."""
+    """Return the last of ``views`` and others at equal distances before it, ``VIEWS`` in all if there are as many."""
     count = min(VIEWS, len(views))
     return [views[(k + 1) * len(views) // count - 1] for k in range(count)]
 
 
 def strip(pictures: "list[Image]") -> "Image":
-    """Pictures side by side, enlarged."""
+    """Join pictures side by side, enlarged."""
     from PIL import Image
 
     width, height = (ENLARGED * side for side in pictures[0].size)

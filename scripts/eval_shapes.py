@@ -47,13 +47,13 @@ Make = Callable[[Sequence[str], int], "list[Image.Image]"]
 
 @dataclass(frozen=True)
 class Result:
-    """One set: the verdict on every picture, in the order of the prompts, and the seconds that making them took."""
+    """Result of one set: the verdict on every picture, in the order of the prompts, and the seconds to make them."""
 
     verdicts: tuple[Verdict, ...]
     seconds: float
 
     def score(self, column: str) -> float:
-        """The share of pictures right in ``column``, of those whose caption says something of it; NaN if none does."""
+        """Return the share of pictures right in ``column``, among those whose caption mentions it; NaN if none does."""
         said = [value for value in (getattr(v, column) for v in self.verdicts) if value is not None]
         return sum(said) / len(said) if said else float("nan")
 
@@ -74,7 +74,7 @@ def evaluate(make: Make, captions: Sequence[str], folder: Path, shuffle: bool = 
 
 
 def model_maker(args: argparse.Namespace) -> Make:
-    """Pictures from the model that the command line names."""
+    """Return a maker of pictures from the model that the command line names."""
     sd = minidiff.load(args.model) if args.model else minidiff.bundled()
     if not isinstance(sd, minidiff.StableDiffusion):
         raise ConfigError(f"{args.model} takes no prompt; a model of the shapes is wanted")
@@ -99,7 +99,7 @@ def model_maker(args: argparse.Namespace) -> Make:
 
 
 def drawn_maker(kind: shapes.Kind, seed: int, count: int) -> Make:
-    """The pictures that the data set itself draws for the prompts of ``kind``."""
+    """Return a maker of the pictures that the data set itself draws for the prompts of ``kind``."""
     from minidiff.pipeline.png import to_pil, to_unit
 
     scenes = shapes.items(seed, 0, count, kind)
@@ -111,7 +111,7 @@ def drawn_maker(kind: shapes.Kind, seed: int, count: int) -> Make:
 
 
 def grid(folder: Path, result: Result) -> Image.Image:
-    """The first pictures of a set, framed by what the judge says of them."""
+    """Join the first pictures of a set, in frames that show the verdict."""
     from PIL import Image
 
     rows, columns = GRID
@@ -128,7 +128,7 @@ def grid(folder: Path, result: Result) -> Image.Image:
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
-    """The grids one under another."""
+    """Stack the grids one under another."""
     from PIL import Image
 
     whole = Image.new("RGB", (sheets[0].width, sum(sheet.height + 10 for sheet in sheets) - 10), (255, 255, 255))

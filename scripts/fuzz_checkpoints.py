@@ -25,7 +25,7 @@ from _fuzzing import ROOM, forget, peak, run  # noqa: E402
 
 
 def work(first: int, last: int) -> None:
-    """A worker: every case on a line of its own before it starts, its end after it."""
+    """Run as a worker: print a line before each case, and its end after it."""
     import torch
 
     from tests.support import fuzz

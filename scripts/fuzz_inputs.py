@@ -28,7 +28,7 @@ LIMIT = 8 << 30  # of addresses beyond those of the start: a machine is not to b
 
 
 def work(first: int, last: int) -> None:
-    """A worker: every case on a line of its own before it starts, its end after it."""
+    """Run as a worker: print a line before each case, and its end after it."""
     import resource
 
     import torch

@@ -1,4 +1,4 @@
-"""Kill every command that writes, again and again, and look at what it leaves; and let two write at once.
+"""Kill every command that writes, again and again, and check what it leaves; and let two write at once.
 
     python scripts/kill_writers.py                      # 200 kills of each command, 200 pairs of each kind
     python scripts/kill_writers.py --kills 5 --pairs 5  # the short form
@@ -79,7 +79,7 @@ PIXELS = ModelConfig(
 
 
 class Wrong(AssertionError):
-    """Something that must not be."""
+    """Broken promise."""
 
 
 def need(condition: object, what: str) -> None:
@@ -92,7 +92,10 @@ def need(condition: object, what: str) -> None:
 
 
 def start(argv: list[str], said: Path, gate: int | None = None, die_at: int | None = None) -> int:
-    """A fork that runs the command; its number. It waits for ``gate``, and dies before operation ``die_at``."""
+    """Fork a process that runs the command; return its number.
+
+    It waits for ``gate``, and dies before operation ``die_at``.
+    """
     child = os.fork()
     if child:
         return child
@@ -111,7 +114,7 @@ def start(argv: list[str], said: Path, gate: int | None = None, die_at: int | No
 
 
 def die(at: int) -> None:
-    """Make operation number ``at`` of the module os the last thing that this process does not do."""
+    """Let this process die just before operation number ``at`` of the module os."""
     left = [at]
 
     def wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,12 +131,12 @@ def die(at: int) -> None:
 
 
 def finish(child: int) -> int:
-    """Wait for a fork; its status, negative for a signal."""
+    """Wait for a fork; return its status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Work:
-    """A folder to work in, with the models, and one command run in it."""
+    """Folder to work in, with the models, and one command run in it."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.place, self.said = root, root / "place", root / "said"
@@ -146,14 +149,14 @@ class Work:
             minidiff.save_png(Image.new("RGB", (8, 8), (60 * k, 128, 255 - 60 * k)), self.photos / f"{k}.png")
 
     def run(self, argv: list[str]) -> float:
-        """Let it be; the seconds that it took."""
+        """Run the command undisturbed; return the seconds that it took."""
         begun = time.monotonic()
         status = finish(start(argv, self.said))
         need(status == 0, f"{argv} ended with {status}: {self.said.read_text()}")
         return time.monotonic() - begun
 
     def kill(self, argv: list[str], seconds: float, draw: random.Random) -> bool:
-        """Let it be killed; whether it was, before it was done."""
+        """Run and kill the command; return True if it was killed before it was done."""
         if draw.random() < 0.5:
             return finish(start(argv, self.said, die_at=draw.randrange(60))) < 0
         child = start(argv, self.said)
@@ -162,17 +165,17 @@ class Work:
         return finish(child) < 0
 
     def left(self) -> list[str]:
-        """Hidden names in the place: of what was left half-written."""
+        """Return hidden names in the place: those of half-written files."""
         return sorted(p.name for p in self.place.rglob(".*"))
 
     def clear(self) -> None:
-        """An empty place."""
+        """Empty the place."""
         shutil.rmtree(self.place)
         self.place.mkdir()
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """The bytes of a file, or of every file in a folder, but for hidden ones."""
+    """Return the bytes of a file, or of every file in a folder except hidden ones."""
     found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return {str(p.relative_to(path)): p.read_bytes() for p in found if not p.name.startswith(".")}
 
@@ -181,7 +184,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def kill_generate(work: Work, kills: int, draw: random.Random) -> int:
-    """Pictures: those that are there are whole, and stay as they are."""
+    """Kill generate: existing pictures are whole, and stay as they are."""
     argv = ["generate", "a fox", "--model", str(work.model), "--steps", "1", "--num-images", "3", "--quiet"]
     argv += ["--seed", "7", "--out", f"{work.place}/"]
     seconds, killed = work.run(argv), 0
@@ -201,7 +204,7 @@ def kill_generate(work: Work, kills: int, draw: random.Random) -> int:
 
 
 def kill_file(argv: Callable[[Path], list[str]]) -> Callable[[Work, int, random.Random], int]:
-    """One file, written over an old one: it is the old or the new."""
+    """Kill a command that replaces a file: it is the old or the new one."""
 
     def kill(work: Work, kills: int, draw: random.Random) -> int:
         target, old, killed = work.place / "target.safetensors", b"what was there before", 0
@@ -220,7 +223,7 @@ def kill_file(argv: Callable[[Path], list[str]]) -> Callable[[Work, int, random.
 
 
 def kill_folder(work: Work, kills: int, draw: random.Random) -> int:
-    """A folder: it is not there, or whole."""
+    """Kill a command that writes a folder: it is missing or whole."""
     target, killed = work.place / "target", 0
     argv = ["convert", str(work.model), str(target), "--to", "diffusers"]
     seconds = work.run(argv)
@@ -236,7 +239,7 @@ def kill_folder(work: Work, kills: int, draw: random.Random) -> int:
 
 
 def kill_train(work: Work, kills: int, draw: random.Random) -> int:
-    """A run that is killed and resumed until it is done, again and again: it ends at the weights of an unbroken one."""
+    """Kill and resume a training run until it is done: it ends with the weights of an uninterrupted one."""
     target, killed = work.place / "run", 0
     config = ["--config", str(work.config)]
     argv = ["train", "--data", str(work.photos), "--out", str(target), "--quiet", "--device", "cpu"]
@@ -290,7 +293,7 @@ KILLS: dict[str, Callable[[Work, int, random.Random], int]] = {
 
 
 def both(work: Work, argv: list[str]) -> list[tuple[int, str]]:
-    """Two of the command at the same time: status and what was said of each."""
+    """Run the command twice at the same time; return status and output of each."""
     gate, hold = os.pipe()
     said = [work.root / "said-0", work.root / "said-1"]
     children = [start(argv, path, gate) for path in said]
@@ -301,7 +304,7 @@ def both(work: Work, argv: list[str]) -> list[tuple[int, str]]:
 
 
 def pair_generate(work: Work) -> None:
-    """Two that paint the same: none prints a path of the other's, and every picture is there."""
+    """Run two that make the same pictures: neither prints a path of the other's, and every picture exists."""
     argv = ["generate", "a fox", "--model", str(work.model), "--steps", "1", "--num-images", "2", "--quiet"]
     ends = both(work, [*argv, "--seed", "7", "--out", f"{work.place}/"])
     need([status for status, _ in ends] == [0, 0], f"{ends}")
@@ -313,7 +316,7 @@ def pair_generate(work: Work) -> None:
 
 
 def pair_of(*more: str, words: tuple[str, ...]) -> Callable[[Work], None]:
-    """Two that write one name: one does, the other says why not."""
+    """Run two that write one name: one succeeds, the other says why it does not."""
 
     def pair(work: Work) -> None:
         argv = [a.replace("MODEL", str(work.model)).replace("PLACE", str(work.place / "target")) for a in more]

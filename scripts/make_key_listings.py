@@ -25,7 +25,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 
 
 def listings() -> dict[str, str]:
-    """The text of every listing by its file's name."""
+    """Return the text of every listing by its file's name."""
     sources: dict[str, list[tuple[AnyConfig, Iterable[Module]]]] = {
         "diffusers_unet_sd1": [(c.SD15, keys_diffusers.unet(c.SD15))],
         "diffusers_unet_sdxl": [(c.SDXL, keys_diffusers.unet(c.SDXL))],

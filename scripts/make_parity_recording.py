@@ -35,12 +35,12 @@ TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "unk_to
 
 
 def layers_of(scope: str) -> bool:
-    """The UNet's layers in the first step; more would make the file large."""
+    """Select the UNet's layers in the first step; more would make the file large."""
     return scope == "step.0"
 
 
 def tiny_folder(folder: Path) -> Path:
-    """The tiny model as a folder that diffusers opens."""
+    """Write the tiny model as a folder that diffusers opens."""
     write_folder(folder)
     config = {**TOKENIZER, "bos_token": "<|startoftext|>", "eos_token": END}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -48,7 +48,7 @@ def tiny_folder(folder: Path) -> Path:
 
 
 def reference(folder: Path) -> tuple[Any, dict[str, dict[str, str]]]:
-    """diffusers' pipeline of the tiny model, and which of its modules is which of minidiff's."""
+    """Return diffusers' pipeline of the tiny model, and the names of its modules by those of minidiff's."""
     pipe = theirs.open_pipeline(folder, torch.float32, "cpu")
     ours = tiny_sd()
     return pipe, pair(ours, pipe, module_names(ours.config))

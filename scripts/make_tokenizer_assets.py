@@ -1,4 +1,4 @@
-"""Makes the two tables of the tokenizer in ``minidiff/assets``; run it again only to follow a newer reference.
+"""Make the two tables of the tokenizer in ``minidiff/assets``; run it again only to follow a newer reference.
 
     python scripts/make_tokenizer_assets.py merges bpe_simple_vocab_16e6.txt.gz
     python scripts/make_tokenizer_assets.py unicode
@@ -27,12 +27,12 @@ MARK_OF = {"8.0": 0xA69E, "9.0": 0x1DFB, "10.0": 0x1DF6, "11.0": 0x7FD, "12.0": 
 
 
 def newest(sentinels: dict[str, int], known: Callable[[str], bool]) -> str:
-    """The newest version of Unicode whose character is ``known``."""
+    """Return the newest version of Unicode of which a character is ``known``."""
     return [version for version, c in sentinels.items() if known(chr(c))][-1]
 
 
 def ranges(chars: Iterable[str]) -> str:
-    """Characters as a line of hexadecimal ranges: ``41-5a 61-7a aa``."""
+    """Format characters as a line of hexadecimal ranges: ``41-5a 61-7a aa``."""
     runs: list[list[int]] = []
     for c in sorted(map(ord, chars)):
         if runs and runs[-1][1] == c - 1:
@@ -43,7 +43,7 @@ def ranges(chars: Iterable[str]) -> str:
 
 
 def lower_runs(lower: dict[int, int]) -> str:
-    """One-to-one lower cases as runs ``first-last/step:target of the first``; capitals often stand two apart."""
+    """Format one-to-one lower cases as runs ``first-last/step:target of the first``; capitals are often two apart."""
     runs: list[list[int]] = []  # first, last, step (0: not known yet), target of the first
     for c, to in sorted(lower.items()):
         if runs:
@@ -56,7 +56,7 @@ def lower_runs(lower: dict[int, int]) -> str:
 
 
 def in_class(pattern: str) -> set[str]:
-    """Every character that the library's regular expressions find in ``pattern``."""
+    """Return every character that the library's regular expressions find in ``pattern``."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
@@ -64,7 +64,7 @@ def in_class(pattern: str) -> set[str]:
 
 
 def composing() -> set[str]:
-    """Every character that the library's NFC can move, take apart or put together.
+    """Return every character that the library's NFC can move, take apart or put together.
 
     A mark of combining class above 1 goes behind U+0334 (class 1), one of class 1 to 229 goes before U+0300 (class
     230). All that composes stands in some decomposition.

@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def plot(curves: list[tuple[str, float, tuple[int, ...], list[float]]]) -> str:
-    """Error over steps, both logarithmic. Lines of one order have one colour, and a dashed line of that steepness."""
+    """Plot error over steps, both logarithmic. Lines of one order share a colour and a dashed line of that slope."""
     steps = [n for _, _, ns, _ in curves for n in ns]
     errors = [e for _, _, _, es in curves for e in es]
     low, high = math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))

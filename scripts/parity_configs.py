@@ -1,4 +1,4 @@
-"""Hold random configurations against diffusers: UNets, autoencoders, text encoders, tokenizers and whole pipelines.
+"""Compare random configurations with diffusers: UNets, autoencoders, text encoders, tokenizers, whole pipelines.
 
     python scripts/parity_configs.py                                     # 400 of each kind; case K is always the same
     python scripts/parity_configs.py --kind unet --first 0 --count 2000  # just these
@@ -30,7 +30,7 @@ SECONDS = 60  # for each of them, the imports included; far more than any needs
 
 
 def work(kind: str, first: int, last: int) -> None:
-    """A worker: a line of JSON for every case."""
+    """Run as a worker: print a line of JSON for every case."""
     import torch
 
     from tests.support.parity import configs
@@ -43,7 +43,7 @@ def work(kind: str, first: int, last: int) -> None:
 
 
 def hand_out(kind: str, first: int, last: int) -> list[tuple[str, str | None]]:
-    """One worker's cases: how each ended, and what to say of it if that is a fault."""
+    """Yield how each case of one worker ended, with a description if that is a fault."""
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", kind, str(first), str(last)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     why = ""

@@ -1,4 +1,4 @@
-"""Every sampler with every option, whole trajectories, bit for bit against diffusers: the full grid and its summary.
+"""Compare every sampler with every option, whole trajectories, bit for bit with diffusers; print a summary.
 
     python scripts/parity_grid.py [--only CLASS ...] [--every K] [--jobs N] [--record FILE]
 
@@ -80,7 +80,7 @@ def run(wanted: list[tuple[str, int]], jobs: int, record: Path | None) -> Iterat
 
 
 def work(name: str, number: int) -> Done:
-    """In a process of its own: all combinations of one config."""
+    """Compare all combinations of one config, in a process of its own."""
     import warnings
 
     import diffusers
@@ -111,6 +111,8 @@ def recorded(path: Path) -> dict[tuple[str, int], Done]:
 def summary(found: Done) -> int:
     """Print the table and the reasons; the exit status."""
     from tests.support.parity import grid
+    """Print the table and the reasons; return the exit status."""
+    from tests.parity import grid
 
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()

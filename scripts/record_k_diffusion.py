@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], str, int]] = {
 
 
 def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-    """The mean of x0 for a mixture of two equally likely Gaussians, seen with noise of deviation ``sigma`` (B,)."""
+    """Return the mean of x0 for a mixture of two equally likely Gaussians under noise of deviation ``sigma`` (B,)."""
     sigma = sigma.reshape(-1, *(1 for _ in x.shape[1:]))
     variance = SPREAD**2 + sigma**2
     low, high = MEANS
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def record(run: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any], seed: int) -> tuple[Tensor, Tensor]:
-    """(steps + 1, ...) samples, before every step and at the end, and (k, ...) the noises that were asked for."""
+    """Return the samples (steps + 1, ...) before every step and at the end, and the noises (k, ...) that were drawn."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -127,14 +127,14 @@ class Brownian:
 
 
 def spaced(sampling: ModuleType, spacing: str, steps: int) -> Tensor:
-    """k-diffusion's own sigmas, which it makes in float32, as float64: both sides then start from the same numbers."""
+    """Return k-diffusion's own sigmas, which it makes in float32, as float64, so that both sides start from the same."""
     space = {"karras": sampling.get_sigmas_karras, "exponential": sampling.get_sigmas_exponential}
     sigmas: Tensor = space[spacing](steps, LOW, HIGH)
     return sigmas.double()
 
 
 def load_sampling() -> ModuleType:
-    """``k_diffusion.sampling``, without what its package and torchdiffeq would import."""
+    """Import ``k_diffusion.sampling`` without the imports of its package and torchdiffeq."""
     found = importlib.util.find_spec("k_diffusion")
     if found is None or found.submodule_search_locations is None:
         sys.exit("k_diffusion is not installed: see the top of this file for the environment it needs")

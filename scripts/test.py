@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def check(commands: list[list[str]]) -> int:
-    """Run all of them, whatever fails, and say at the end how each went; 1 if any failed."""
+    """Run all checks, whatever fails, and report each at the end; return 1 if any failed."""
     # One thread a process: the bits of a sum depend on how many threads share it, and so on the number of workers.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     report, failed, begin = [], False, time.perf_counter()
@@ -54,13 +54,13 @@ def check(commands: list[list[str]]) -> int:
 
 
 def workers() -> list[str]:
-    """pytest's option for one worker a core, four at most: each loads its own PyTorch."""
+    """Return pytest's option for one worker a core, four at most: each loads its own PyTorch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ["-n", str(min(cores, 4))] if cores > 1 else []
 
 
 def without_reference() -> list[str]:
-    """pytest's option that leaves out the comparison with diffusers where its pinned release can't be installed."""
+    """Return pytest's option that skips the comparison with diffusers if its pinned release cannot be installed."""
     if sys.version_info >= (3, 11):
         return []
     print("tests/parity is left out: the releases of diffusers and transformers that it compares with need Python 3.11")
@@ -68,7 +68,7 @@ def without_reference() -> list[str]:
 
 
 def oldest() -> list[str]:
-    """The lower bound of every run-time dependency as the only version, and the newest of what runs the tests."""
+    """Return every run-time dependency pinned to its lower bound, and the newest versions of what runs the tests."""
     if sys.version_info >= (3, 13):
         sys.exit("--oldest needs Python 3.10, 3.11 or 3.12: the oldest numpy has no build for newer ones")
     pins = []

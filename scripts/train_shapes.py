@@ -1,4 +1,4 @@
-"""The recipe of the bundled model: from nothing to `minidiff/assets/shapes.safetensors`, on two CPU cores.
+"""Train the bundled model from scratch to `minidiff/assets/shapes.safetensors`, on two CPU cores.
 
     python scripts/train_shapes.py                   # everything; can be stopped, and goes on where it was
     python scripts/train_shapes.py --out out/shapes  # where the runs are kept (this is the default)
@@ -74,7 +74,7 @@ Stage = Callable[[StableDiffusion, Path], StableDiffusion]  # a model and a fold
 
 
 def stages() -> dict[str, Stage]:
-    """The trainings in their order, by the folder of each; every one begins with the averaged weights of the last.
+    """Return the trainings in their order, by folder; each starts from the averaged weights of the one before.
 
     What each was for, as it was found: 4, UNet and text encoder together, learned shapes and backgrounds, and none of
     the words for the thing in front. 5 taught the words. 6 and 7 began to use them, for colours. 8, one thing at a
@@ -120,30 +120,30 @@ def stages() -> dict[str, Stage]:
 
 
 class Singles:
-    """Pictures of one thing: what a UNet learns the words from."""
+    """Pictures of one thing, from which a UNet learns the words."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
-        """Pictures ``start`` .. ``start + count - 1``, none of them of a held-out triple."""
+        """Return pictures ``start`` .. ``start + count - 1``, none of them of a held-out triple."""
         return shapes.drawn(shapes.items(self.seed, start, count, "single"))
 
 
 class MostlySingles:
-    """Three pictures of four are of one thing, in place of two."""
+    """Training data with three pictures of four of one thing, instead of two."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
-        """Pictures ``start`` .. ``start + count - 1``: the even ones from the data set, the odd ones of one thing."""
+        """Return pictures ``start`` .. ``start + count - 1``: even ones from the data set, odd ones of one thing."""
         mixed, alone = (shapes.items(self.seed, start, count, kind) for kind in ("train", "single"))
         return shapes.drawn([(alone if (start + k) % 2 else mixed)[k] for k in range(count)])
 
 
 class HardSingles:
-    """As :class:`MostlySingles`, and each of one thing has the hardest of three captions.
+    """Training data as :class:`MostlySingles`; each picture of one thing has the hardest of three captions.
 
     What is hard is told by the caption alone, so that pictures of a caption stay as likely as they were.
     """
@@ -154,7 +154,7 @@ class HardSingles:
         self.seed = seed
 
     def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
-        """Pictures ``start`` .. ``start + count - 1``: the even ones from the data set, the odd ones of one thing."""
+        """Return pictures ``start`` .. ``start + count - 1``: even ones from the data set, odd ones of one thing."""
         n = self.CANDIDATES
         mixed, alone = shapes.items(self.seed, start, count), shapes.items(self.seed, n * start, n * count, "single")
         hardest = [max(alone[n * k : n * (k + 1)], key=self.hardness) for k in range(count)]
@@ -177,7 +177,7 @@ class Crowd:
         self.seed = seed
 
     def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
-        """Pictures ``start`` .. ``start + count - 1``, the even ones from the data set."""
+        """Return pictures ``start`` .. ``start + count - 1``, the even ones from the data set."""
         pixels, captions = shapes.batch(self.seed, start, count)
         rng = np.random.default_rng((self.seed, start))
         odd = [k for k in range(count) if (start + k) % 2]
@@ -185,7 +185,7 @@ class Crowd:
         return pixels, captions
 
     def crowd(self, rng: np.random.Generator) -> Scene:
-        """A dozen things anywhere, covering one another."""
+        """Draw a dozen things anywhere, covering one another."""
         colours = list(scenes.PALETTE)
         things = [
             Thing(
@@ -197,7 +197,7 @@ class Crowd:
 
 
 def config() -> ModelConfig:
-    """Stable Diffusion's parts at a hundredth of the size; the text encoder keeps the tokens of the captions alone."""
+    """Return the config: Stable Diffusion's parts at a hundredth of the size, with only the tokens of the captions."""
     tokenizer = Tokenizer()
     known = {i for word in (*vocabulary(), ",") for i in tokenizer.encode(word)}
     kept = tuple(sorted(known | {tokenizer.start, tokenizer.end}))
@@ -220,7 +220,7 @@ def config() -> ModelConfig:
 
 
 def new_model() -> StableDiffusion:
-    """The model before any training."""
+    """Build the model before any training."""
     pipe = random_model(config(), seed=0)
     assert isinstance(pipe, StableDiffusion)
     for part in pipe.parts.values():
@@ -231,7 +231,7 @@ def new_model() -> StableDiffusion:
 
 
 def run(settings: TrainConfig, data: Data, pipe: StableDiffusion, folder: Path) -> StableDiffusion:
-    """One training, or the rest of one, in ``folder``; the model with its averaged weights."""
+    """Run one training, or the rest of one, in ``folder``; return the model with its averaged weights."""
     for part in (pipe.unet, pipe.vae):
         part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     print(f"{'+'.join(settings.parts)}: {settings.steps} steps of {settings.batch} in {folder}", flush=True)
@@ -242,7 +242,7 @@ def run(settings: TrainConfig, data: Data, pipe: StableDiffusion, folder: Path) 
 
 
 def words(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
-    """The text encoder learns which words look like what (see _contrast.py); begun anew if it is stopped."""
+    """Train the text encoder on what words look like (see _contrast.py), from the start if it was stopped."""
     path = folder / MODEL
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
