@@ -103,7 +103,7 @@ def highest() -> int:
 
 
 def show(points: list[dict[str, Any]]) -> str:
-    """Print the table of points along one axis, each relative to the first, and how they grow."""
+    """Return the table of points along one axis, each relative to the first, and how they grow."""
     first = points[0]
     lines = []
     for p in points:

@@ -109,10 +109,9 @@ def recorded(path: Path) -> dict[tuple[str, int], Done]:
 
 
 def summary(found: Done) -> int:
-    """Print the table and the reasons; the exit status."""
     from tests.support.parity import grid
+
     """Print the table and the reasons; return the exit status."""
-    from tests.parity import grid
 
     by_class: dict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()

@@ -127,7 +127,7 @@ class Brownian:
 
 
 def spaced(sampling: ModuleType, spacing: str, steps: int) -> Tensor:
-    """Return k-diffusion's own sigmas, which it makes in float32, as float64, so that both sides start from the same."""
+    """Return k-diffusion's own sigmas, which it makes in float32, as float64: both sides start from the same."""
     space = {"karras": sampling.get_sigmas_karras, "exponential": sampling.get_sigmas_exponential}
     sigmas: Tensor = space[spacing](steps, LOW, HIGH)
     return sigmas.double()

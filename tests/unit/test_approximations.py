@@ -23,8 +23,8 @@ from minidiff.fast.switch import put_on
 from minidiff.models.attention import Attention, SpatialTransformer
 from minidiff.models.unet import UNet
 from minidiff.pipeline import StableDiffusion
-from tests.support import tiny
 from minidiff.pipeline.png import read_recipe, save_png
+from tests.support import tiny
 from tests.tolerances import Tolerance, assert_close
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))  # at the end: see test_eval_shapes.py

@@ -12,8 +12,8 @@ from minidiff import fast
 from minidiff.fast import onednn
 from minidiff.fast.linear import ROWS, Linear, OneDNNLinear
 from minidiff.fast.switch import put_on
-from tests.support.tiny import tiny_sd
 from minidiff.models.replacement import Replacement
+from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from minidiff.pipeline import pixels
-from tests.support import fuzz_inputs
 from minidiff.pipeline import image_files
-from tests import fuzz_inputs
+from tests.support import fuzz_inputs
 
 CASES = 60
 

@@ -15,8 +15,8 @@ from PIL import Image
 from minidiff import StableDiffusion, Unconditional, fast
 from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
 from minidiff.errors import ConfigError
-from tests.support.tiny import tiny_ddpm, tiny_sd
 from minidiff.pipeline import memory_limit
+from tests.support.tiny import tiny_ddpm, tiny_sd
 
 CPU = torch.device("cpu")
 

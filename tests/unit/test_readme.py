@@ -31,9 +31,8 @@ import torch
 from PIL import Image
 
 import minidiff
-from tests.support import tiny
 from minidiff.pipeline.png import to_pil
-from tests.unit import tiny
+from tests.support import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import _judge

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from minidiff.pipeline import random_model
-from tests.support import tiny
 from minidiff.training.zero_init import zero_residual_branches
+from tests.support import tiny
 from tests.tolerances import EXACT, assert_close
 
 
