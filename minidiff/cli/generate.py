@@ -154,9 +154,9 @@ def run(args: Namespace) -> None:
     device = device_of(args.device)
     dtype = probed(args.model, device) if args.dtype == "auto" else dtype_of(args.dtype)
     # One run, text encoder to UNet to VAE: none is needed twice. Adapters change a model that is in memory.
-    turns = not (args.lora or args.embedding)
+    low_memory = not (args.lora or args.embedding)
     named = str(choice["name"]) if isinstance(choice, Mapping) else choice
-    pipe, converted = open_model(args.model, device, dtype, sampler=named, low_memory=turns, **parts_of(args))
+    pipe, converted = open_model(args.model, device, dtype, sampler=named, low_memory=low_memory, **parts_of(args))
     if choice is None and args.set:  # of the checkpoint's own sampler, which is known only now
         choice = _changed(pipe.config.sampler, args.set)
     pipe.dtype_chosen = "auto" if args.dtype == "auto" and dtype is not None else None  # Python would take another

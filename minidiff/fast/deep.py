@@ -68,7 +68,7 @@ class CachedUNet(Replacement):
         self.here = threading.local()  # state of this thread: its cache outside of a run, and what a call has seen
         self.handles: list[RemovableHandle] = []
         super().__init__(unet)
-        forward_pre_hook(level.res[-1], self.look, self.handles)
+        forward_pre_hook(level.res[-1], self.record_input, self.handles)
 
     def __call__(
         self,
@@ -101,7 +101,7 @@ class CachedUNet(Replacement):
         found: Kept = mine.setdefault(self, Kept()) if run is not None else mine.setdefault("kept", Kept())
         return found
 
-    def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the input of the last ResBlock if :meth:`whole` asks for it."""
         seen: list[Tensor] | None = getattr(self.here, "seen", None)
         if seen is not None:

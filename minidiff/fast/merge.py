@@ -42,7 +42,7 @@ class Merge(Switch):
         handles = self.handles[layer] = []
         for transformer in finest(layer):
             merging = Merging(self.ratio)
-            forward_pre_hook(transformer, merging.look, handles)
+            forward_pre_hook(transformer, merging.record_size, handles)
             for block in transformer.blocks:
                 assert isinstance(block, TransformerBlock)
                 forward_pre_hook(block.attn1, merging.before, handles)
@@ -72,7 +72,7 @@ class Merging(threading.local):
     def __init__(self, ratio: float) -> None:
         self.ratio = ratio
 
-    def look(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_size(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the size of the picture, which cannot be told from its tokens."""
         self.size = args[0].shape[-2:]
 

@@ -20,7 +20,7 @@ from minidiff import console
 from minidiff.config import ModelConfig
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.parity import names, pictures, recording, theirs
+from minidiff.parity import names, recording, start_images, theirs
 from minidiff.parity.engine import find
 from minidiff.parity.ours import PROMPT, Asked, Ours, asked
 from minidiff.parity.page import page
@@ -206,7 +206,7 @@ def _request(args: Namespace, pipe: Pipe) -> Asked:
     config = pipe.vae.config
     height, width = (min(side * config.factor, max(LARGEST, config.factor)) for side in pipe.unet.config.sides)
     height, width = args.size or (height, width)
-    start = pictures.starting_from(args, pipe, width, height)
+    start = start_images.start_images(args, pipe, width, height)
     return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **start})
 
 

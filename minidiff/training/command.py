@@ -23,7 +23,7 @@ from minidiff.storage.reading import read_object
 from minidiff.training.batch import Data
 from minidiff.training.data import FirstOf, PictureSet, ShapesStream, Shuffled, TorchvisionSet
 from minidiff.training.distributed import Replicas, is_main, local_device, started_by_torchrun
-from minidiff.training.images import ImageFolder
+from minidiff.training.image_folder import ImageFolder
 from minidiff.training.latents import CachedLatents
 from minidiff.training.loop import Trainer
 from minidiff.training.ranks import Alone

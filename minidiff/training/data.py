@@ -1,8 +1,8 @@
 """Sets of pictures, and the endless shuffled streams made of them.
 
-A set is finite and returns any of its pictures by index: a folder (images.py), a torchvision data set, the beginning of
-a stream, or a set whose latents were computed beforehand (latents.py). ``Shuffled`` deals every picture once per epoch,
-in an order that depends on the seed and the epoch alone.
+A set is finite and returns any of its pictures by index: a folder (image_folder.py), a torchvision data set, the
+beginning of a stream, or a set whose latents were computed beforehand (latents.py). ``Shuffled`` deals every picture
+once per epoch, in an order that depends on the seed and the epoch alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minidiff.errors import ConfigError
 from minidiff.models.vae import DiagonalGaussian
 from minidiff.training.batch import Batch, Data
 from minidiff.training.changes import marks_of
-from minidiff.training.images import to_pixels
+from minidiff.training.image_folder import to_pixels
 from minidiff.training.settings import MOST_STEPS
 
 

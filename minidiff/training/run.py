@@ -102,7 +102,7 @@ def _train(
                 if not last and trainer.ranks.any(stop()):  # or the request came while that was written
                     break
             if c.sample_every and (last or report.step % c.sample_every == 0):
-                look(trainer, folder, held_out, journal)
+                write_samples(trainer, folder, held_out, journal)
     finally:
         counter.__exit__()
         if journal is not None:
@@ -158,7 +158,7 @@ def export(trainer: Trainer, path: Path) -> None:
                 raise unsaved(e, trainer.done, path) from e
 
 
-def look(trainer: Trainer, folder: Path, held_out: Data | None, journal: Journal | None) -> None:
+def write_samples(trainer: Trainer, folder: Path, held_out: Data | None, journal: Journal | None) -> None:
     """Write a grid of samples and the loss on held-out data, both with the averaged weights.
 
     Only the main process has a ``journal``, and writes.

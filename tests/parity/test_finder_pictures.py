@@ -15,7 +15,7 @@ import torch
 import weights_convert
 from minidiff import cli
 from minidiff.models.vae import VAE
-from minidiff.parity import pictures, theirs
+from minidiff.parity import start_images, theirs
 from minidiff.parity.command import pair
 from minidiff.parity.report import outcome, reasons
 from minidiff.pipeline import StableDiffusion, images, prompts
@@ -28,8 +28,8 @@ from tests.support.parity.pairs import picture
 from weights_convert.module_names import module_names
 
 KINDS = ("refiner", "inpaint", "sdxl_inpaint")
-PICTURE = replace(REQUEST, image=pictures.picture(None, 32, 24), strength=0.8)
-MASKED = replace(PICTURE, mask=pictures.mask(None, 32, 24))
+PICTURE = replace(REQUEST, image=start_images.image(None, 32, 24), strength=0.8)
+MASKED = replace(PICTURE, mask=start_images.mask(None, 32, 24))
 
 
 @pytest.fixture(scope="module")

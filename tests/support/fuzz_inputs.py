@@ -33,7 +33,7 @@ from minidiff.errors import MinidiffError
 from minidiff.pipeline import images
 from minidiff.pipeline.image_files import open_picture
 from minidiff.pipeline.png import read_recipe
-from minidiff.training.images import ImageFolder
+from minidiff.training.image_folder import ImageFolder
 from tests.support import convert_sources, fuzz_adapters
 from tests.support.tiny import tiny_sd
 

@@ -370,7 +370,7 @@ def test_reading_other_layouts_changes_nothing_of_the_process(tmp_path: Path) ->
 def test_reading_pictures_to_train_on_changes_nothing_of_the_process(tmp_path: Path) -> None:
     from PIL import Image
 
-    from minidiff.training.images import ImageFolder
+    from minidiff.training.image_folder import ImageFolder
 
     for k in range(20):
         Image.new("RGB", (64, 64), (k, 0, 0)).save(tmp_path / f"{k}.png")

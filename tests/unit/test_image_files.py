@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, features
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import images
 from minidiff.pipeline.image_files import FORMATS, formats, open_picture, suffixes, to_eight_bits
-from minidiff.training.images import ImageFolder, read_pixels
+from minidiff.training.image_folder import ImageFolder, read_pixels
 
 GREY = np.arange(256, dtype=np.uint8).reshape(8, 32)
 COLOURS = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minidiff import cli
-from minidiff.parity import pictures, recording
+from minidiff.parity import recording, start_images
 from tests.support.convert_sources import write_ddpm
 from tests.support.tiny import tiny_ddpm, tiny_sd
 
@@ -116,7 +116,7 @@ def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -
 
 def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path) -> None:
     """In the tiny model's case because it is asked for; a model that cannot do without gets one that is made."""
-    pictures.picture(None, 40, 40).save(tmp_path / "p.png")
+    start_images.image(None, 40, 40).save(tmp_path / "p.png")
     files = ("--image", "p.png", "--strength", "0.5")
     status, _, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, *files)
     assert (status, len(err)) == (0, 1)
@@ -134,16 +134,16 @@ def test_the_made_picture_and_mask_never_change() -> None:
     """Recorded: a recording of today is held against one that another release made."""
     made = {(32, 24): ("0725b25de8b6c7a2", "4769cbbdfcaa1170"), (256, 256): ("14849f2a8400feb5", "ff60d1c42efbc65f")}
     for size, hashes in made.items():
-        pair = pictures.picture(None, *size), pictures.mask(None, *size)
+        pair = start_images.image(None, *size), start_images.mask(None, *size)
         assert tuple(hashlib.sha256(np.asarray(p).tobytes()).hexdigest()[:16] for p in pair) == hashes, size
 
 
 def test_the_made_picture_and_mask_show_much() -> None:
     for width, height in ((32, 24), (256, 256)):
-        image = torch.tensor(np.asarray(pictures.picture(None, width, height)))
+        image = torch.tensor(np.asarray(start_images.image(None, width, height)))
         assert image.shape == (height, width, 3)
         assert min(len(image[..., c].unique()) for c in range(3)) >= min(height // 2, 100)
-        shades = torch.tensor(np.asarray(pictures.mask(None, width, height)))
+        shades = torch.tensor(np.asarray(start_images.mask(None, width, height)))
         assert shades.shape == (height, width)
         black, grey, white = (shades == 0).sum(), ((shades > 0) & (shades < 255)).sum(), (shades == 255).sum()
         assert min(black, grey, white) > shades.numel() / 20

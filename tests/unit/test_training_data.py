@@ -17,7 +17,7 @@ from minidiff.errors import CheckpointError, ConfigError
 from minidiff.training import changes
 from minidiff.training.batch import Batch
 from minidiff.training.data import FirstOf, ShapesStream, Shuffled, TorchvisionSet, normalised
-from minidiff.training.images import ImageFolder, to_pixels
+from minidiff.training.image_folder import ImageFolder, to_pixels
 from minidiff.training.latents import CachedLatents
 from tests.support.tiny import tiny_sd
 from tests.tolerances import assert_close

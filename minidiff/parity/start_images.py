@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def starting_from(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> dict[str, Any]:
+def start_images(args: Namespace, pipe: StableDiffusion, width: int, height: int) -> dict[str, Any]:
     """Return ``image``, ``mask`` and ``strength`` of a run from the options of these names.
 
     Missing ones are synthesized if the model needs them; a run from noise alone has none.
@@ -29,11 +29,11 @@ def starting_from(args: Namespace, pipe: StableDiffusion, width: int, height: in
     if not (masked or args.image is not None or pipe.config.reads_score):
         check(args.strength is None, "--strength says how much of a picture may change: give an --image too")
         return {}
-    made = {"image": picture(args.image, width, height), "mask": mask(args.mask, width, height) if masked else None}
+    made = {"image": image(args.image, width, height), "mask": mask(args.mask, width, height) if masked else None}
     return {**made, "strength": args.strength}
 
 
-def picture(path: str | None, width: int, height: int) -> Image.Image:
+def image(path: str | None, width: int, height: int) -> Image.Image:
     """Return the file as an RGB picture of that size, or the synthetic one without a file.
 
     Raises :class:`CheckpointError` for a file that is missing or no picture.
