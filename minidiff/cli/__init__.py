@@ -31,7 +31,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` (without the program's name; by default the process's own); the exit status.
+    """Run the command line ``argv`` (without the program's name; by default the process's own); return the exit status.
 
     0 is success, 2 a mistake in what was asked for, 1 another failure (or, of ``parity``, a difference), 130 Ctrl-C,
     143 SIGTERM.

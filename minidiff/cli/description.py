@@ -75,7 +75,7 @@ def check_tensors(path: str | os.PathLike[str]) -> str:
 
 
 def first_not_finite(tensors: Mapping[str, Lazy]) -> tuple[str, str] | None:
-    """(name, "3 NaN and 1 infinite values of 64") of the first tensor that is not finite; reads them one by one."""
+    """Return (name, "3 NaN and 1 infinite values of 64") of the first tensor that is not finite."""
     for name in sorted(tensors):
         tensor = tensors[name].load()
         if not all_finite(tensor):
@@ -85,7 +85,7 @@ def first_not_finite(tensors: Mapping[str, Lazy]) -> tuple[str, str] | None:
 
 
 def size_table(tensors: Mapping[str, Lazy]) -> str:
-    """Tensors, parameters, bytes and dtypes by part ("unet.conv_in.weight" belongs to "unet"), with their sum."""
+    """Return tensors, parameters, bytes and dtypes by part ("unet" of "unet.conv_in.weight"), with their sum."""
     parts: dict[str, list[Lazy]] = {}
     for name, tensor in tensors.items():
         parts.setdefault(name.partition(".")[0], []).append(tensor)
@@ -98,7 +98,7 @@ def size_table(tensors: Mapping[str, Lazy]) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """(name, text) rows with the texts one below another, one line each whatever a file may say."""
+    """Format (name, text) rows with the texts one below another, one line each whatever a file may say."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {one_line(text)}" for name, text in rows)

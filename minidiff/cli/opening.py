@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def device_of(name: str | None) -> torch.device | None:
-    """The device by that name. Raises :class:`ConfigError` if there is none."""
+    """Return the device by that name. Raises :class:`ConfigError` if there is none."""
     if name is None:
         return None
     import torch
@@ -34,7 +34,7 @@ def device_of(name: str | None) -> torch.device | None:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype by that name; None for "auto" and none."""
+    """Return the dtype by that name; None for "auto" and none."""
     import torch
 
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -55,7 +55,7 @@ def probed(path: str | None, device: torch.device | None) -> torch.dtype | None:
 
 
 def parts_of(args: Namespace) -> dict[str, Any]:
-    """The options that choose weights, a variant and parts from elsewhere, and say what the model predicts."""
+    """Return the options that choose weights, a variant and parts from elsewhere, and say what the model predicts."""
     swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}
     return {"variant": args.variant, "swap": swap, "prediction": args.prediction}
 
@@ -71,7 +71,7 @@ def open_model(
     sampler: str | None = None,
     low_memory: bool = False,
 ) -> tuple[StableDiffusion | Unconditional, bool]:
-    """A pipeline from any file or folder that minidiff or weights_convert knows, and whether it was converted.
+    """Open any file or folder that minidiff or weights_convert knows; return the pipeline, and True if converted.
 
     Without a path it is the bundled one. ``sampler``: what the run uses, for a file that says of none. ``low_memory``:
     its parts take turns.

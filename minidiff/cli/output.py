@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """A folder, and a file name if one was given; without it each picture is named by its prompt and seed.
+    """Output folder, and a file name if one was given; without it each picture is named by its prompt and seed.
 
     ``out``: a file name (".png" may be left out), a folder, or None for the current one. A folder that does not exist
     must end with a slash; it is created with the first picture. ``force``: replace a file that existed before (of a

@@ -1,4 +1,4 @@
-"""``--recipe``: a picture made again, from what its recipe says and what it cannot hold.
+"""Replay of a picture (``--recipe``), from its recipe and from what a recipe cannot hold.
 
 The picture that a run began from, adapters, learned words and the model (if it is not the bundled one) must be given
 again. What differs from the first run is said.

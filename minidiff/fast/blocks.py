@@ -18,7 +18,7 @@ ROWS = 1024  # tokens at a time
 
 
 def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
-    """:meth:`FeedForward.forward`."""
+    """Compute :meth:`FeedForward.forward`, ``ROWS`` tokens at a time."""
     out = x.new_empty(x.shape)  # in rows, whatever the layout of x
     for tokens, made in zip(torch.split(x.flatten(0, 1), ROWS), torch.split(out.flatten(0, 1), ROWS), strict=True):
         value, gate = self.gate(tokens).chunk(2, dim=-1)

@@ -19,7 +19,7 @@ from minidiff.models.unet import UNet
 
 
 class RecordedUNet(Replacement):
-    """The ``forward`` of the UNet."""
+    """Replacement for the ``forward`` of the UNet."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.compiled = torch.compile(getattr(layer, name), fullgraph=True, dynamic=False, mode="reduce-overhead")

@@ -16,7 +16,7 @@ from minidiff.models.blocks import ResBlock
 
 
 def res_block(self: ResBlock, x: Tensor, temb: Tensor | None = None) -> Tensor:
-    """:meth:`ResBlock.forward`."""
+    """Compute :meth:`ResBlock.forward`, in memory that is no longer needed."""
     h = self.conv1(F.silu(self.norm1(x), inplace=True))
     if self.time is not None and temb is not None:
         h = h.add_(self.time(F.silu(temb))[:, :, None, None])

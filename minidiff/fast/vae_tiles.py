@@ -45,7 +45,7 @@ def whole(pipe: Pipeline) -> None:
 
 
 class VaeTiles(Replacement):
-    """The ``decode`` of a VAE."""
+    """Replacement for the ``decode`` of a VAE."""
 
     def __init__(self, vae: nn.Module, side: int, overlap: int) -> None:
         self.side, self.overlap = side, overlap
