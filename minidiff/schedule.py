@@ -169,7 +169,6 @@ def spaced(
     offset: int = 0,
     *,
     whole: bool = True,
-    like_diffusers: bool = False,
 ) -> NDArray[Any]:
     """Return the timesteps to visit, falling: int64 (steps,), or float32 if not ``whole`` (Lin 2023, table 2).
 
@@ -180,20 +179,17 @@ def spaced(
     * trailing: 999, 979, ..., 19. The upper end of every interval; preferable for few steps and zero terminal SNR.
     * linspace: 999, 979 (978.6), ..., 0. Both ends included.
 
-    ``like_diffusers`` reproduces two slips of the reference: a single step of linspace is timestep 0 instead of the
-    last one, and trailing has one row too many, at timestep -1, for 62 step counts below 1000 (61 is the first).
     Raises ConfigError for ``steps`` that are not a whole number in 1..train_steps, or for an unknown spacing.
     """
     n = check_steps(steps, train_steps)
     if spacing == "leading":
         t = np.arange(n)[::-1] * (train_steps // n) + float(offset)
     elif spacing == "trailing":
-        t = np.round(np.arange(train_steps, 0, -(train_steps / n))) - 1
-        t = t if like_diffusers else t[:n]
+        t = np.round(np.arange(train_steps, 0, -(train_steps / n)))[:n] - 1
     else:
         one_of(("leading", "trailing", "linspace"), spacing=spacing)
         t = np.linspace(0, train_steps - 1, n)[::-1]
-        if n == 1 and not like_diffusers:
+        if n == 1:
             t = np.array([train_steps - 1.0])
         t = np.round(t) if whole else t
     return t.astype(np.int64 if whole else np.float32)

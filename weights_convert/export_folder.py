@@ -20,7 +20,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.clip import rows
 from minidiff.samplers import sampler_from_config
 from minidiff.samplers.diffusers.classes import READERS
-from minidiff.samplers.diffusers.write import passed_to_call, sampler_to_diffusers
+from minidiff.samplers.diffusers.config import passed_to_call, sampler_to_diffusers
 from minidiff.storage.checkpoint import build
 from minidiff.storage.files import Lazy, write_tensors
 from minidiff.storage.writing import atomic, atomic_folder

@@ -26,7 +26,7 @@ from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers import sampler_to_config, schedule_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
-from minidiff.samplers.diffusers.read import read_sampler, unknown_fields
+from minidiff.samplers.diffusers.config import read_sampler, unknown_fields
 from minidiff.storage.files import Lazy
 from minidiff.storage.reading import read_object
 from weights_convert.component import read_component

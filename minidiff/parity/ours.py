@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Ours:
     def run(self, tap: Tap) -> None:
         """Run from prompt to pixels."""
         probe, pipe, r = Probe(tap, self.deep), self.pipe, self.request
-        shown = replace(r, sampler=Shown(pipe.sampler(r.sampler), probe))
+        shown = replace(r, sampler=cast(Sampler[Any, Any], Shown(pipe.sampler(r.sampler), probe)))
         if r.draw_like_diffusers:
             assert isinstance(r.seed, int)
             shown = replace(shown, seed=None, generator=torch.Generator().manual_seed(r.seed))

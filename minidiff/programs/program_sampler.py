@@ -65,7 +65,7 @@ class ProgramSampler:
         walk = levels(self.table, self.scheduler or default, steps, self.method.discard, self.method.last)
         inner = self.inner
         if self.method.sampler == "unipc" and "solver_order" not in self.given:
-            inner = replace(inner, solver_order=max(1, min(3, len(walk) - 2)))  # type: ignore[type-var]
+            inner = replace(inner, solver_order=max(1, min(3, len(walk) - 2)))  # type: ignore[call-arg]
         return self._told(inner.plan(self.table.schedule, sigmas=walk.tolist()))
 
     def _strided(self, steps: int) -> Any:
@@ -110,7 +110,7 @@ class ProgramSampler:
             raise ConfigError(
                 f"{self.profile.name} gives each picture of {self.name} a Brownian tree; make them one by one"
             )
-        return replace(self, inner=replace(self.inner, noise_seed=seeds[0]))  # type: ignore[type-var]
+        return replace(self, inner=replace(self.inner, noise_seed=seeds[0]))  # type: ignore[call-arg]
 
 
 def without_last_row(plan: Plan[Any]) -> Plan[Any]:

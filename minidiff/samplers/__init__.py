@@ -3,22 +3,20 @@
 A sampler chosen by name follows the mathematics, with defaults for Stable Diffusion. A sampler read from a
 scheduler_config.json does what diffusers does, including its slips (``like_diffusers``).
 
-``SAMPLERS`` has them all (registry.py); a method is imported on first use.
+``SAMPLERS`` has them all. Everything but the names is imported on first use, so a list of them needs no PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from minidiff.config import check, from_json, quote
 from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
 from minidiff.samplers.elsewhere import suggestion
-from minidiff.samplers.method import Draw, Levels, Method, Plan, Sampler
-from minidiff.samplers.registry import PLACES, SAMPLERS
+from minidiff.samplers.registry import PLACES, SAMPLERS, imported
 from minidiff.samplers.registry import name_of as name_of
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from minidiff.samplers.ddim import DDIM, DDIMInverse
     from minidiff.samplers.ddpm import DDPM
     from minidiff.samplers.deis import DEIS
-    from minidiff.samplers.diffusers.read import schedule_from_diffusers
+    from minidiff.samplers.diffusers.config import sampler_from_diffusers, schedule_from_diffusers
     from minidiff.samplers.diffusers.scheduler import Scheduler
     from minidiff.samplers.dpm_singlestep import DPMSolverSinglestep
     from minidiff.samplers.dpm_solver import DPMSolver, DPMSolver2MSDE, DPMSolver3MSDE, DPMSolverInverse
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     from minidiff.samplers.euler import Euler, EulerAncestral
     from minidiff.samplers.heun import DPM2, DPM2Ancestral, Heun
     from minidiff.samplers.lms import LMS
+    from minidiff.samplers.method import Draw, Levels, Method, Plan, Sampler
     from minidiff.samplers.pndm import IPNDM, PNDM
     from minidiff.samplers.sa_solver import SASolver
     from minidiff.samplers.unipc import UniPC
@@ -47,27 +46,17 @@ __all__ = [
     "schedule_from_diffusers",
 ]  # fmt: skip
 
-HOMES = {kind: file for file, kind in PLACES.values()} | {
-    "Scheduler": "diffusers.scheduler",
-    "schedule_from_diffusers": "diffusers.read",
+HOMES = {place.rsplit(".", 1)[1]: place for place in PLACES.values()} | {
+    "Scheduler": "diffusers.scheduler.Scheduler",
+    **{f"{what}_from_diffusers": f"diffusers.config.{what}_from_diffusers" for what in ("sampler", "schedule")},
+    **{name: f"method.{name}" for name in ("Draw", "Levels", "Method", "Plan", "Sampler")},
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'minidiff.samplers' has no attribute {name!r}")
-    return getattr(import_module(f"minidiff.samplers.{HOMES[name]}"), name)
-
-
-def sampler_from_diffusers(config: Mapping[str, Any]) -> Sampler[Any, Any]:
-    """Create a sampler from a ``scheduler_config.json``, given as a dict with ``_class_name`` and options.
-
-    Warns about options that no class of diffusers has, and ignores them. Raises UnsupportedError for an unknown class
-    and for flow matching, ConfigError for invalid options.
-    """
-    from minidiff.samplers.diffusers import read
-
-    return cast(Sampler[Any, Any], read.sampler_from_diffusers(config))
+    return imported(HOMES[name])
 
 
 def check_name(name: object, *, settable: bool = True) -> str:
@@ -94,7 +83,7 @@ def sampler_from_config(config: Mapping[str, Any]) -> Sampler[Any, Any]:
     unknown = [key for key in options if key not in fields]
     guess = near(unknown[0], fields) if unknown else ""
     check(not unknown, f"{name} has no option {', '.join(map(repr, unknown))}; it knows {', '.join(fields)}{guess}")
-    return cast(Sampler[Any, Any], from_json(kind, options))
+    return from_json(kind, options)
 
 
 def sampler_to_config(sampler: Any) -> dict[str, Any]:

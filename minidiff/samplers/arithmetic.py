@@ -18,17 +18,20 @@ def lambda_of(sigma: Tensor) -> Tensor:
     return torch.log(signal) - torch.log(noise)
 
 
-def rates(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (signal, noise) with noise / signal = ``sigma`` (any shape) and signal**2 + noise**2 = 1."""
-    signal = 1 / (sigma**2 + 1) ** 0.5
-    return signal, sigma * signal
+def rates(level: Tensor, space: Space = "sigma") -> tuple[Tensor, Tensor]:
+    """Return (signal, noise) at ``level`` (any shape), with signal**2 + noise**2 = 1: the roots of alpha_bar and
+    1 - alpha_bar. In the other spaces, ``level`` is sigma = noise / signal."""
+    if space == "alpha_bar":
+        return level**0.5, (1 - level) ** 0.5
+    signal = 1 / (level**2 + 1) ** 0.5
+    return signal, level * signal
 
 
 def noisy(space: Space, x0: Tensor, noise: Tensor, level: Tensor) -> Tensor:
     """Add ``noise`` to ``x0`` at ``level``, which broadcasts against both and has their dtype."""
     if space == "sigma":
         return x0 + noise * level
-    signal, amount = rates(level) if space == "lambda" else (level**0.5, (1 - level) ** 0.5)
+    signal, amount = rates(level, space)
     return signal * x0 + amount * noise
 
 

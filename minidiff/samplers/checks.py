@@ -42,14 +42,13 @@ def whole(method: Method[Any, Any], timesteps: Sequence[float], lowest: int | No
 def check_timesteps(method: Method[Any, Any], timesteps: Any, train_steps: int) -> None:
     """Raise ConfigError unless ``timesteps`` (a list or array) fall strictly and lie in 0..train_steps - 1.
 
-    The reference has a last row of -1 for some step counts of trailing spacing only (see ``spaced``)."""
+    The reference also has -1, in the last row for some step counts of trailing spacing."""
     t = [float(v) for v in timesteps]
     check(len(t) > 0, f"{method.name}: timesteps is empty")
     falls = all(a > b for a, b in pairwise(t))
     check(falls, f"{method.name}: timesteps must fall strictly, got {t[:6]}")
-    lowest = -1 if method.like_diffusers else 0
     hint = "; use fewer steps or steps_offset=0" if t[0] == train_steps else ""
-    inside = lowest <= t[-1] and t[0] <= train_steps - 1
+    inside = method.grid.lowest <= t[-1] and t[0] <= train_steps - 1
     check(
         inside, f"{method.name}: timesteps run from {t[0]:g} to {t[-1]:g}, the model knows 0 to {train_steps - 1}{hint}"
     )

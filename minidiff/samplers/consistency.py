@@ -33,7 +33,8 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.checks import check_no_pure_noise, check_timesteps, root, whole
-from minidiff.samplers.levels import Floats, OwnSigmas
+from minidiff.samplers.grid import Floats
+from minidiff.samplers.levels import OwnSigmas
 from minidiff.samplers.limits import Limited
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R, S
 from minidiff.samplers.options import POSITIVE, Rule

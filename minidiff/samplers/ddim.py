@@ -61,7 +61,7 @@ class DDIM(Timesteps[Row, Empty], Limited[Row, Empty]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         t, apart = self.visited(schedule, given)
-        landing = t - apart if self.like_diffusers else torch.cat([t[1:], (t[-1:] - apart).clamp(max=-1)])
+        landing = self.grid.landing(t, apart)
         to = alpha_bar_at(schedule, landing, self.set_alpha_to_one)
         return Levels(t, schedule.alphas_cumprod[t], to, unit(), landing)
 
@@ -96,9 +96,8 @@ class DDIMInverse(Timesteps[Row, Empty], Clipped[Row, Empty]):
         return at.x0_coef * x0 + at.direction * plan.epsilon(i, x, out), state
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        t, apart = self.visited(schedule, given)
-        t = t.flip(0)
-        before = t - apart if self.like_diffusers else torch.cat([torch.full_like(t[:1], -1), t[:-1]])
+        falling, apart = self.visited(schedule, given)
+        t, before = falling.flip(0), self.grid.landing(falling, apart).flip(0)
         here = alpha_bar_at(schedule, before, self.set_alpha_to_one)
         return Levels(t, here, schedule.alphas_cumprod[t], unit(), beside={"before": before})
 

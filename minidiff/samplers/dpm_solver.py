@@ -34,7 +34,8 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import earlier, meet, rates, upcast
 from minidiff.samplers.checks import usable
 from minidiff.samplers.ddpm import split_variance
-from minidiff.samplers.levels import CURVES, ClippedLambdas, Final, Floats, ends, to_timesteps
+from minidiff.samplers.grid import CURVES, Floats, to_timesteps
+from minidiff.samplers.levels import ClippedLambdas, Final, ends
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
 
@@ -189,8 +190,8 @@ class DPMSolverInverse(DPMSolver):
     def points(self, n: int, total: int, last: int) -> Floats:
         """Return n of the n + 1 points that divide the ``last`` timesteps, (n,), rising."""
         if self.spacing == "trailing":  # and without the top, on which the last step lands
-            like = self.like_diffusers
-            return super().points(n, total, last)[::-1] if like else super().points(n + 1, total, last)[:0:-1]
+            further = self.grid.further
+            return super().points(n + further, total, last)[further:][::-1]
         lowest = self.steps_offset if self.spacing == "leading" else 0
         return np.append(lowest, super().points(n, total, last)[:0:-1])
 

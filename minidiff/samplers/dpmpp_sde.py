@@ -22,7 +22,8 @@ from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import earlier, interleave
 from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.checks import check_finite
-from minidiff.samplers.levels import Floats, SpacedSigmas, sigma_table, to_timesteps
+from minidiff.samplers.grid import Floats, to_timesteps
+from minidiff.samplers.levels import SpacedSigmas, sigma_table
 from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
 from minidiff.samplers.options import Rule
 from minidiff.schedule import NoiseSchedule

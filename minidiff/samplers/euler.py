@@ -29,7 +29,8 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import meet, upcast
 from minidiff.samplers.checks import root
-from minidiff.samplers.levels import Final, Floats, Sigmas, SpacedSigmas, ends, to_timesteps
+from minidiff.samplers.grid import Floats, to_timesteps
+from minidiff.samplers.levels import Final, Sigmas, SpacedSigmas, ends
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R
 from minidiff.samplers.options import AboveZero, NotNegative
 from minidiff.schedule import NoiseSchedule

@@ -31,7 +31,8 @@ from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import interleave
 from minidiff.samplers.checks import rows_of
 from minidiff.samplers.euler import ancestral
-from minidiff.samplers.levels import SpacedSigmas, sigma_table, to_timesteps
+from minidiff.samplers.grid import to_timesteps
+from minidiff.samplers.levels import SpacedSigmas, sigma_table
 from minidiff.samplers.limits import Clipped
 from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule

@@ -1,35 +1,30 @@
 """Noise levels of a run: by timestep, by sigma, and by lambda.
 
-The training schedule defines one alpha_bar, and so one sigma, for every timestep. A run of n steps visits n of those
-levels (``spaced`` in schedule.py: leading, trailing, linspace), or levels between them that follow a curve in sigma:
-karras, exponential, beta. The computation is done by numpy on the host, in float64 where the reference uses float64.
-``table`` is the training schedule's sigma at every timestep, rising: sqrt((1 - alpha_bar) / alpha_bar).
+Each class builds :class:`~minidiff.samplers.method.Levels` from a number of steps, from timesteps or from sigmas, and
+has the options of that choice. The numbers come from grid.py, or with ``like_diffusers`` from diffusers/grid.py.
+``table`` is the training schedule's sigma at every timestep, rising.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from minidiff.config import check
 from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import Space, unit
-from minidiff.samplers.betainc import inverse_betainc
 from minidiff.samplers.checks import check_timesteps, whole
+from minidiff.samplers.grid import CURVES, Floats, SigmaSpacing, at_timesteps, to_timesteps
 from minidiff.samplers.limits import Limited, Thresholded
 from minidiff.samplers.method import Given, Levels, Method, Plan, R, S
 from minidiff.samplers.options import POSITIVE, AboveZero, Share
-from minidiff.schedule import NoiseSchedule, Spacing, check_steps, epsilon_from_x0, spaced, x0_from_epsilon
+from minidiff.schedule import NoiseSchedule, Spacing, check_steps, epsilon_from_x0, x0_from_epsilon
 
-Floats = NDArray[Any]
-SigmaSpacing = Literal["timesteps", "karras", "exponential", "beta"]
 Final = Literal["zero", "sigma_min"]
 """Where the last step lands: on 0, or on training's smallest sigma."""
 
@@ -49,12 +44,11 @@ class Timesteps(Method[R, S]):
 
     def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Tensor, int]:
         """Return (n,) int64 timesteps, falling, and the number of training's timesteps from one to the next."""
-        total, like = len(schedule), self.like_diffusers
-        t = (
-            spaced(self.spacing, total, given.steps or 0, self.steps_offset, like_diffusers=like)
-            if given.timesteps is None
-            else whole(self, given.timesteps)
-        )
+        total = len(schedule)
+        if given.timesteps is None:
+            t = self.grid.spaced(self.spacing, total, given.steps, self.steps_offset)
+        else:
+            t = whole(self, given.timesteps)
         check_timesteps(self, t, total)
         return torch.from_numpy(t), total // (given.steps or len(t))
 
@@ -82,50 +76,6 @@ def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
     alpha_bar = with_last(schedule, last_alpha_bar)
     sigmas: Floats = (((1 - alpha_bar) / alpha_bar) ** 0.5).numpy()
     return sigmas
-
-
-def at_timesteps(timesteps: Floats, table: Floats) -> Floats:
-    """Interpolate ``table`` at float32 ``timesteps``: (n,) float64."""
-    sigmas: Floats = np.interp(timesteps, np.arange(len(table)), table)
-    return sigmas
-
-
-def to_timesteps(sigmas: Floats, table: Floats, dtype: type[np.floating[Any]] = np.float64) -> Floats:
-    """Return the fractional timesteps, (n,), at which ``table`` has these sigmas, interpolated in log sigma.
-
-    Sigmas outside the table give the first or the last timestep."""
-    logs = np.log(table)
-    log_sigma = np.log(np.maximum(sigmas, np.asarray(1e-10, dtype=sigmas.dtype)))
-    below = np.cumsum(log_sigma[None] - logs[:, None] >= 0, axis=0).argmax(axis=0).clip(max=len(table) - 2)
-    low, high = logs[below], logs[below + 1]
-    share = np.clip((low - log_sigma) / (low - high), 0, 1)
-    low_t = below.astype(dtype)
-    t: Floats = (1 - share) * low_t + share * (low_t + 1)
-    return t
-
-
-def karras(low: float, high: float, n: int, rho: float = 7.0) -> Floats:
-    """Return (n,) float64 from ``high`` down to ``low``, even in sigma**(1/rho) (Karras et al. 2022, equation 5)."""
-    a, b = high ** (1 / rho), low ** (1 / rho)
-    sigmas: Floats = (a + np.linspace(0, 1, n) * (b - a)) ** rho
-    return sigmas
-
-
-def exponential(low: float, high: float, n: int) -> Floats:
-    """Return (n,) float64 from ``high`` down to ``low``, evenly spaced in log sigma."""
-    sigmas: Floats = np.exp(np.linspace(math.log(high), math.log(low), n))
-    return sigmas
-
-
-def beta(low: float, high: float, n: int, a: float = 0.6, b: float = 0.6) -> Floats:
-    """Return (n,) float64 from ``high`` down to ``low`` at the quantiles of a Beta(a, b) distribution, which puts more
-    steps at both ends (Lee et al. 2024, "Beta Sampling is All You Need")."""
-    sigmas: Floats = low + inverse_betainc(a, b, 1 - np.linspace(0, 1, n)) * (high - low)
-    return sigmas
-
-
-CURVES: dict[str, Callable[[float, float, int], Floats]] = {"karras": karras, "exponential": exponential, "beta": beta}
-"""Every :data:`SigmaSpacing` but "timesteps": (low, high, n) -> (n,) float64, falling."""
 
 
 def given_sigmas(sigmas: Sequence[float]) -> Floats:
@@ -180,12 +130,11 @@ class Sigmas(Method[R, S]):
 
     def times(self, table: Floats, given: Given) -> Floats:
         """Return the timesteps, (n,) float32: the given ones, or those of ``spacing``."""
-        like = self.like_diffusers
-        if given.timesteps is not None:
-            t: Floats = np.array(given.timesteps, dtype=np.float32)
+        if given.timesteps is None:
+            t = self.grid.spaced(self.spacing, len(table), given.steps, self.steps_offset, whole=False)
         else:
-            t = spaced(self.spacing, len(table), given.steps or 0, self.steps_offset, whole=False, like_diffusers=like)
-        check_timesteps(self, t, len(table) + like)
+            t = np.array(given.timesteps, dtype=np.float32)
+        check_timesteps(self, t, len(table) + self.grid.beyond)
         return t
 
     def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
@@ -210,8 +159,7 @@ class SpacedSigmas(Sigmas[R, S]):
     sigma_spacing: SigmaSpacing = "timesteps"
 
     def times(self, table: Floats, given: Given) -> Floats:
-        plain = given.timesteps is None or self.sigma_spacing == "timesteps"
-        check(plain, f"{self.name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}, give steps")
+        check_uncurved(self, given)
         return super().times(table, given)
 
     def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
@@ -310,19 +258,18 @@ class Lambdas(Thresholded[R, S]):
 
     def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
         """Return timesteps (n,), int64 or float32, and float32 sigmas (n + 1,)."""
-        times, like, above = given.timesteps, self.like_diffusers, self.final_sigma == "sigma_min"
-        landing = float(table[0]) if above else 0.0
+        times, above = given.timesteps, self.final_sigma == "sigma_min"
         if self.sigma_spacing == "timesteps":
-            t = whole(self, times) if times is not None else self.spaced(len(table), given.steps, last)
+            t = self.spaced(len(table), given.steps, last) if times is None else whole(self, times)
             check_timesteps(self, t[::-1] if self.rises else t, len(table))
-            sigmas, landing = at_timesteps(t, table), float(table[last - 1]) if self.rises else landing
+            sigmas, landing = at_timesteps(t, table), table[last - 1] if self.rises else table[0]
         else:
-            check(times is None, f"{self.name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}")
-            n = check_steps(given.steps, len(table))
-            curve = self.curve(n + (above and not like), table)  # one more, to land on
+            check_uncurved(self, given)
+            n, further = check_steps(given.steps, len(table)), self.grid.further if above else 0
+            curve = self.curve(n + further, table)
             sigmas, t = curve[:n], self.timesteps_of(curve[:n], table)
-            landing = float(curve[-1]) if above and (self.repeats or not like) else landing
-        return t, np.concatenate([sigmas, [landing]]).astype(np.float32)
+            landing = curve[-1] if further or self.repeats else table[0]
+        return t, np.append(sigmas, landing if above else 0.0).astype(np.float32)
 
     def spaced(self, total: int, steps: int | None, last: int) -> Floats:
         """Return (n,) int64 among the lowest ``last`` timesteps of ``total``. Raises ConfigError if rounding makes two
@@ -335,10 +282,8 @@ class Lambdas(Thresholded[R, S]):
 
     def points(self, n: int, total: int, last: int) -> Floats:
         """Return n of the n + 1 points that divide the ``last`` timesteps, (n,), falling."""
-        t: Floats
         if self.spacing == "trailing":
-            t = np.arange(last, 0, -((total if self.like_diffusers else last) / n)).round() - 1
-            return t if self.like_diffusers else t[:n]
+            return self.grid.trailing(total, last, n)
         if self.spacing == "leading":
             t = np.arange(n + 1) * (last // (n + 1)) + self.steps_offset
         else:
@@ -350,12 +295,9 @@ class Lambdas(Thresholded[R, S]):
         return CURVES[self.sigma_spacing](*ends(self, self.sigma_min, self.sigma_max, table), n)
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
-        """Return the timesteps at which training has these sigmas: float32, or whole numbers as in diffusers."""
-        t = to_timesteps(sigmas, table)
-        if not self.like_diffusers:
-            return t.astype(np.float32)
+        """Return the timesteps at which training has these sigmas, (n,)."""
         cut = self.cut_timesteps or self.sigma_spacing in ("exponential", "beta")
-        return (t if cut else t.round()).astype(np.int64)
+        return self.grid.of_curve(to_timesteps(sigmas, table), cut)
 
     def epsilon(self, plan: Plan[R], i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return the noise that the model sees in ``x``, after thresholding its x0 if that is enabled."""
@@ -380,6 +322,13 @@ class ClippedLambdas(Lambdas[R, S]):
         last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), self.lambda_min_clipped))
         check(last >= 1, f"lambda_min_clipped={self.lambda_min_clipped} clips every timestep of training")
         return last
+
+
+def check_uncurved(method: SpacedSigmas[Any, Any] | Lambdas[Any, Any], given: Given) -> None:
+    """Raise ConfigError for given timesteps together with a curve in sigma."""
+    kind = method.sigma_spacing
+    plain = given.timesteps is None or kind == "timesteps"
+    check(plain, f"{method.name}: timesteps can't be given with sigma_spacing={kind!r}, give steps")
 
 
 def ends(

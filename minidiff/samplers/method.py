@@ -19,11 +19,11 @@ tensors on the device would have to be fetched. A CUDA sample is multiplied by t
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from torch import Tensor
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import Space, lambda_of, meet, noisy, rates
+from minidiff.samplers.diffusers.grid import DIFFUSERS
+from minidiff.samplers.grid import OWN, Grid
 from minidiff.samplers.options import check_options
 from minidiff.schedule import NoiseSchedule, to_epsilon, to_x0
 
@@ -89,8 +91,8 @@ class Plan(Generic[R]):
     """Levels and coefficients of one run: row i belongs to the i-th model call.
 
     ``rows``: a NamedTuple of the method's own columns, (n, ...) each, tensors on the host or tuples. Computed from the
-    levels, (n,) each: ``signal`` and ``noise``, with x = signal * x0 + noise * epsilon if x has unit variance;
-    ``variance`` = sigma**2 + 1, its root ``in_scale``, and ``c_out``, for samples at the picture's own scale.
+    levels: ``signal`` and ``noise`` (n,), with x = signal * x0 + noise * epsilon if x has unit variance; and
+    ``from_noise``, True if x has no picture in the first row, so that its x0 is infinite until it is limited.
     """
 
     method: str
@@ -99,22 +101,14 @@ class Plan(Generic[R]):
     prediction: Prediction
     rows: R
     on_device: tuple[str, ...] = ()  # the columns that are used in matrix products with samples
-    from_noise: bool = field(init=False)  # x has no picture in the first row: its x0 is infinite until it is limited
+    from_noise: bool = field(init=False)
     signal: Tensor = field(init=False)
     noise: Tensor = field(init=False)
-    variance: Tensor = field(init=False)
-    in_scale: Tensor = field(init=False)
-    c_out: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        here = self.levels.here
-        variance = here**2 + 1
-        in_scale = variance**0.5
-        object.__setattr__(self, "from_noise", self.space == "alpha_bar" and bool(here[0] == 0))
-        signal, noise = (here**0.5, (1 - here) ** 0.5) if self.space == "alpha_bar" else rates(here)
-        made = {"signal": signal, "noise": noise, "variance": variance, "in_scale": in_scale, "c_out": -here / in_scale}
-        for name, column in made.items():
-            object.__setattr__(self, name, column)
+        signal, noise = rates(self.levels.here, self.space)
+        from_noise = self.space == "alpha_bar" and bool(self.levels.here[0] == 0)
+        vars(self).update(from_noise=from_noise, signal=signal, noise=noise)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -141,9 +135,8 @@ class Plan(Generic[R]):
     @property
     def alpha_bars(self) -> Tensor:
         """alpha_bar, the picture's share of the variance, at each row, (n,)."""
-        if self.space == "alpha_bar":
-            return self.levels.here
-        return 1 / self.variance if self.space == "sigma" else self.signal**2
+        here = self.levels.here
+        return {"alpha_bar": here, "sigma": 1 / (here**2 + 1), "lambda": self.signal**2}[self.space]
 
     def at(self, i: int) -> R:
         """Return row ``i`` of the method's columns."""
@@ -154,10 +147,11 @@ class Plan(Generic[R]):
         ``x``, at the picture's own scale, if it is not the row's."""
         if self.space != "sigma":
             return to_x0(self.prediction, x, out, self.signal[i], self.noise[i])
+        told = self.levels.here[i]
         if self.prediction == "epsilon":
-            return x - meet((self.levels.here[i] if sigma is None else sigma) * out, x)
+            return x - meet((told if sigma is None else sigma) * out, x)
         if self.prediction == "v_prediction":
-            return meet(out * self.c_out[i], x) + x / self.variance[i]
+            return meet(out * (-told / (told**2 + 1) ** 0.5), x) + x / (told**2 + 1)
         return out
 
     def epsilon(self, i: int, x: Tensor, out: Tensor) -> Tensor:
@@ -167,9 +161,8 @@ class Plan(Generic[R]):
     def to(self, device: torch.device | str) -> Plan[R]:
         """Return the plan with timesteps on ``device``, moved once before the loop. Coefficients stay on the CPU."""
         moved = {name: getattr(self.rows, name).to(device) for name in self.on_device}
-        plan = copy(self)  # everything computed from the levels stays unchanged
-        object.__setattr__(plan, "levels", self.levels._replace(timesteps=self.timesteps.to(device)))
-        object.__setattr__(plan, "rows", cast(Any, self.rows)._replace(**moved))
+        plan, rows = copy(self), cast(Any, self.rows)._replace(**moved)
+        vars(plan).update(rows=rows, levels=self.levels._replace(timesteps=self.timesteps.to(device)))
         return plan
 
     def add_noise(self, x0: Tensor, noise: Tensor, i: int) -> Tensor:
@@ -224,24 +217,6 @@ def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class Sampler(Protocol[R, S]):
-    """What a run needs of a sampler: five functions, described in :class:`Method`. ``i`` is a row of the plan; x and
-    out are (B, ...) tensors on one device."""
-
-    def plan(
-        self,
-        schedule: NoiseSchedule | None,
-        steps: int | None = None,
-        *,
-        timesteps: Numbers = None,
-        sigmas: Numbers = None,
-    ) -> Plan[R]: ...
-    def start(self) -> S: ...
-    def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor: ...
-    def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor | None: ...
-    def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> Next[S]: ...
-
-
 class Given(NamedTuple):
     """Input of a plan, exactly one of the three: ``steps``; ``timesteps`` of the model; ``sigmas``, one more than the
     number of steps. Both lists fall."""
@@ -252,7 +227,7 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Sampler[R, S]):
+class Method(ABC, Generic[R, S]):
     """Base class of the samplers. Its fields are the options, which are checked on construction.
 
     ``like_diffusers`` reproduces the deviations of the pinned reference from the mathematics; each method lists them.
@@ -276,6 +251,11 @@ class Method(Sampler[R, S]):
     def name(self) -> str:
         """Name of the class, for messages."""
         return type(self).__name__
+
+    @property
+    def grid(self) -> Grid:
+        """Choice of timesteps and sigmas."""
+        return DIFFUSERS if self.like_diffusers else OWN
 
     def plan(
         self,
@@ -336,7 +316,7 @@ class Method(Sampler[R, S]):
     def scale_input(self, plan: Plan[R], i: int, x: Tensor) -> Tensor:
         """Return the model input for sample ``x``. Models are trained on unit variance. If x is the picture plus noise
         (Euler), its variance is sigma**2 + 1, and x is divided by the root of that; otherwise it is returned as is."""
-        return x / plan.in_scale[i] if self.space == "sigma" else x
+        return x / (plan.levels.here[i] ** 2 + 1) ** 0.5 if self.space == "sigma" else x
 
     def limit(self, x0: Tensor) -> Tensor:
         """Return ``x0`` within the limits set by the options; see limits.py."""
@@ -350,6 +330,10 @@ class Method(Sampler[R, S]):
     def step(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S, draw: Draw) -> Next[S]:
         """Return the sample at the next row and the new state."""
 
+
+Sampler = Method
+"""Type of the samplers that pipelines take. At run time any object will do that has ``plan``, ``start``,
+``scale_input``, ``denoised`` and ``step``."""
 
 NOTHING = NoiseSchedule(torch.ones(1, dtype=torch.float32, device="cpu"))
 """Placeholder for the schedule of a method that defines its own levels."""

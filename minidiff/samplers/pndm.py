@@ -111,11 +111,11 @@ class PNDM(Timesteps[Row, State]):
         check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
         begin = (self._warm_up(grid, apart), grid[3:]) if self.runge_kutta else (grid[:2], grid[1:])
         t = torch.cat(begin)
+        landing = self.grid.landing(t, apart)
         if self.like_diffusers:
-            landing, halfway, above = t - apart, t - apart // 2, (t + apart).clamp(max=total - 1)
+            halfway, above = t - apart // 2, (t + apart).clamp(max=total - 1)
         else:
-            landing = halfway = torch.cat([t[1:], (t[-1:] - apart).clamp(max=-1)])
-            above = earlier(t)
+            halfway, above = landing, earlier(t)
         down, half = (alpha_bar_at(schedule, end, self.set_alpha_to_one) for end in (landing, halfway))
         beside = {"half": half, "up": schedule.alphas_cumprod[above]}
         return Levels(t, schedule.alphas_cumprod[t], down, unit(), landing, beside=beside)

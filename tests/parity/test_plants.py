@@ -36,12 +36,12 @@ PLANTS = {
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "steps_offset": (
-        "import minidiff.samplers.levels as m; inner = m.spaced\n"
+        "import minidiff.samplers.grid as m; inner = m.spaced\n"
         "m.spaced = lambda spacing, total, n, offset, **k: inner(spacing, total, n, 0, **k)",
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "sigma dtype": (
-        "import numpy as np, minidiff.samplers.levels as m; inner = m.karras\n"
+        "import numpy as np, minidiff.samplers.grid as m; inner = m.karras\n"
         "m.CURVES['karras'] = lambda low, high, n: inner(np.float32(low), np.float32(high), n).astype(np.float32)"
         " if n == 1 else ((np.float32(high) ** np.float32(1 / 7) + np.linspace(0, 1, n, dtype=np.float32)"
         " * (np.float32(low) ** np.float32(1 / 7) - np.float32(high) ** np.float32(1 / 7))) ** np.float32(7))",

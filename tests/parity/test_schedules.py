@@ -13,7 +13,8 @@ from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.samplers import schedule_from_diffusers
 from minidiff.samplers.betainc import betainc, inverse_betainc
-from minidiff.schedule import NoiseSchedule, betas, spaced, zero_terminal_snr
+from minidiff.samplers.diffusers.grid import DIFFUSERS
+from minidiff.schedule import NoiseSchedule, betas, zero_terminal_snr
 from tests.support.parity.axes import BETAS
 from tests.tolerances import Tolerance, assert_close
 
@@ -73,10 +74,10 @@ def test_spacings_for_every_number_of_steps(spacing, train_steps):
     )
     for n in range(1, train_steps + 1, 1 if train_steps < 1000 else 7):
         whole.set_timesteps(n)
-        ours = spaced(spacing, train_steps, n, 1, like_diffusers=True)
+        ours = DIFFUSERS.spaced(spacing, train_steps, n, 1)
         assert_close(torch.from_numpy(ours), whole.timesteps, where=f"{n} steps")
         fractions.set_timesteps(n)
-        ours = spaced(spacing, train_steps, n, 1, whole=False, like_diffusers=True)
+        ours = DIFFUSERS.spaced(spacing, train_steps, n, 1, whole=False)
         assert_close(torch.from_numpy(ours), fractions.timesteps, where=f"{n} steps")
 
 

@@ -12,7 +12,7 @@ from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import DDIM, PNDM, SAMPLERS, Euler, sampler_from_diffusers, schedule_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
-from minidiff.samplers.diffusers.write import passed_to_call, sampler_to_diffusers
+from minidiff.samplers.diffusers.config import passed_to_call, sampler_to_diffusers
 
 FORTY = ScheduleConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps=40)
 # Options that no field of the class stands for: follow from other things, or exist for samplers chosen by name alone.

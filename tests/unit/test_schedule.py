@@ -11,6 +11,7 @@ import torch
 from minidiff.config import ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.samplers.betainc import betainc, inverse_betainc
+from minidiff.samplers.diffusers.grid import DIFFUSERS
 from minidiff.schedule import (
     NoiseSchedule,
     epsilon_from_v,
@@ -57,9 +58,9 @@ def test_every_number_of_steps_gives_that_many_falling_rows(spacing):
 
 def test_slips_of_the_reference_are_repeated_only_on_request():
     assert spaced("linspace", 1000, 1).tolist() == [999]
-    assert spaced("linspace", 1000, 1, like_diffusers=True).tolist() == [0]
+    assert DIFFUSERS.spaced("linspace", 1000, 1, 0).tolist() == [0]
     assert len(spaced("trailing", 1000, 61)) == 61
-    assert spaced("trailing", 1000, 61, like_diffusers=True)[-2:].tolist() == [15, -1]
+    assert DIFFUSERS.spaced("trailing", 1000, 61, 0)[-2:].tolist() == [15, -1]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "5", True, None])

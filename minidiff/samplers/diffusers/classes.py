@@ -1,14 +1,14 @@
 """Fields of diffusers' scheduler classes: their names, their defaults, and the corresponding options here.
 
 ``READERS`` lists the fields of each class with the class's own defaults (they differ: by default DDIM clips and Euler
-uses linspace). ``OPTIONS`` lists the options that are not simply a field of the same name, with the way there and back;
-read.py and write.py apply both tables. A new class is one entry.
+uses linspace). ``OPTIONS`` lists the options that are not simply a field of the same name, with the way there and back,
+and ``refusals`` the settings that can't go together. config.py applies them. A new class is one entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -85,6 +85,10 @@ def _learned(variance: bool) -> dict[str, Any]:
     return {"variance_type": "learned_range" if variance else None}
 
 
+def _clip_denoised(clip: float | None) -> dict[str, Any]:
+    return {"clip_denoised": bool(clip)}
+
+
 def _past_end(c: Config) -> Any:
     return c["set_alpha_to_one" if c["set_alpha_to_zero"] is None else "set_alpha_to_zero"]
 
@@ -99,9 +103,7 @@ OPTIONS = (
     renamed("algorithm", "algorithm_type", "solver_type", words={"deis": "dpmsolver++"}),  # DPM-Solver
     renamed("algorithm", "algorithm_type"),
     optional("clip", "clip_sample", "clip_sample_range"),
-    Option(
-        "clip", ("clip_denoised",), lambda c: 1.0 if c["clip_denoised"] else None, lambda v: {"clip_denoised": bool(v)}
-    ),
+    Option("clip", ("clip_denoised",), lambda c: 1.0 if c["clip_denoised"] else None, _clip_denoised),
     switched("continuous", "timestep_type", "discrete", "continuous"),
     # the multistep DPM-Solver alone cuts
     Option("cut_timesteps", ("use_lu_lambdas",), lambda c: c["beta_schedule"] == "squaredcos_cap_v2", lambda v: {}),
@@ -120,10 +122,8 @@ OPTIONS = (
     Option("sigma_spacing", ("use_karras_sigmas",), _sigma_spacing, _sigma_flags),
     renamed("sigma_spacing", "sigma_schedule"),
     renamed("solver_order", "order"),
-    renamed(
-        "solver_type", "solver_type", "solver_p", words=dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")
-    ),  # UniPC
-    renamed("solver_type", "solver_type", words=dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")),
+    renamed("solver_type", "solver_type", "solver_p", words=dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")),
+    renamed("solver_type", "solver_type", words=dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")),  # all but UniPC
     renamed("spacing", "timestep_spacing"),
     optional("threshold", "thresholding", "dynamic_thresholding_ratio"),
     renamed("threshold_max", "sample_max_value"),
@@ -133,76 +133,66 @@ OPTIONS = (
 )
 
 
-# --- what the classes refuse: the reason why these fields can't go together, or None ----------------------------------
-
-
-def _unfit_for_dpm(c: Config) -> str | None:
-    if c["variance_type"] in LEARNED and c["prediction_type"] != "epsilon":
-        return f"variance_type={c['variance_type']!r} goes with prediction_type='epsilon' only"
-    if c["algorithm_type"] == "deis" and c.get("final_sigmas_type") == "zero":
-        return "algorithm_type='deis' needs final_sigmas_type='sigma_min'"
-    return None
-
-
-def _unfit_for_singlestep(c: Config) -> str | None:
-    if c["thresholding"] and c["algorithm_type"] == "dpmsolver":
-        return "thresholding raises with algorithm_type='dpmsolver' in diffusers 0.42.1: use 'dpmsolver++'"
-    return _unfit_for_dpm(c)
-
-
-def _unfit_for_deis(c: Config) -> None:
-    one_of(c, "algorithm_type", "deis", "dpmsolver", "dpmsolver++")
-    one_of(c, "solver_type", "logrho", "midpoint", "heun", "bh1", "bh2")
-
-
-def _unfit_for_unipc(c: Config) -> str | None:
-    if c["solver_p"] is not None:
-        return "a scheduler as solver_p is not supported: use its own predictor, solver_p=None"
-    flow = [name for name in ("use_dynamic_shifting", "shift_terminal") if c[name]]
-    return f"{flow[0]} belongs to flow matching: leave it out" if flow else None
-
-
-def _unfit_for_sa(c: Config) -> str | None:
-    if c["tau_func"] is not None:
-        return "a tau_func can't be read from a config: leave it out for the default, tau 1 in timesteps 200 to 800"
-    if c["variance_type"] in LEARNED:
-        return "a learned variance raises in diffusers 0.42.1, whose noise has its channels too: leave it out"
-    if c["thresholding"] and c["algorithm_type"] == "noise_prediction":
-        return "thresholding raises with noise_prediction in diffusers 0.42.1: use data_prediction"
-    return None
-
-
-def _unfit_for_edm(c: Config) -> str | None:
-    unfit = c["algorithm_type"] == "deis" and c["final_sigmas_type"] == "zero"
-    return "algorithm_type='deis' (read as dpmsolver++) needs final_sigmas_type='sigma_min'" if unfit else None
-
-
-def _unfit_for_ipndm(c: Config) -> str | None:
-    unfit = "trained_betas are the noise of every row here, whatever the number of steps; only the default is known"
-    return None if c["trained_betas"] is None else unfit
+def refusals(name: str, c: Config) -> Iterator[str]:
+    """Yield the reasons why class ``name`` can't be run with fields ``c``, here or in diffusers itself."""
+    learned, of = c.get("variance_type") in LEARNED, name.startswith
+    thresholds, algorithm = c.get("thresholding"), c.get("algorithm_type")
+    if of("DDPM") and c["variance_type"] == "fixed_large_log":
+        yield FIXED_LARGE_LOG
+    if of("DPMSolverSinglestep") and thresholds and algorithm == "dpmsolver":
+        yield "thresholding raises with algorithm_type='dpmsolver' in diffusers 0.42.1: use 'dpmsolver++'"
+    if of("DPMSolver") and learned and c["prediction_type"] != "epsilon":
+        yield f"variance_type={c['variance_type']!r} goes with prediction_type='epsilon' only"
+    if of(("DPMSolver", "EDMDPMSolver")) and algorithm == "deis" and c.get("final_sigmas_type") == "zero":
+        yield "algorithm_type='deis' (read as dpmsolver++) needs final_sigmas_type='sigma_min'"
+    if of("UniPC") and c["solver_p"] is not None:
+        yield "a scheduler as solver_p is not supported: use its own predictor, solver_p=None"
+    for key in ("use_dynamic_shifting", "shift_terminal"):
+        if c.get(key):
+            yield f"{key} belongs to flow matching: leave it out"
+    if of("SASolver") and c["tau_func"] is not None:
+        yield "a tau_func can't be read from a config: leave it out for the default, tau 1 in timesteps 200 to 800"
+    if of("SASolver") and learned:
+        yield "a learned variance raises in diffusers 0.42.1, whose noise has its channels too: leave it out"
+    if of("SASolver") and thresholds and algorithm == "noise_prediction":
+        yield "thresholding raises with noise_prediction in diffusers 0.42.1: use data_prediction"
+    if of("IPNDM") and c["trained_betas"] is not None:
+        yield "trained_betas are the noise of every row here, whatever the number of steps; only the default is known"
+    curves = [key for key in CURVES if c.get(key)]
+    if len(curves) > 1:
+        yield f"{' and '.join(curves)} exclude each other: keep one"
 
 
 # --- the classes ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Reader:
-    """Description of one scheduler class: the ``name`` of our sampler, and the class's own ``fields`` with defaults."""
+    """Description of one scheduler class.
 
-    name: str
-    fields: dict[str, Any]
-    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
-    more_betas: tuple[str, ...] = ()
-    refuse: Callable[[Config], str | None] = field(default=lambda c: None)
+    ``name``: that of our sampler. ``fields``: the class's own, with their defaults. ``predictions``: its
+    prediction types. ``betas``: its curves of betas. ``known``: the values of further fields, where all but a few are
+    refused.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *groups: Config,
+        predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample"),
+        more_betas: tuple[str, ...] = (),
+        known: Mapping[str, tuple[str, ...]] = {},
+        **own: Any,
+    ) -> None:
+        self.name = name
+        self.fields: dict[str, Any] = {key: default for group in (*groups, own) for key, default in group.items()}
+        self.predictions = predictions
+        self.betas = ("linear", "scaled_linear", "squaredcos_cap_v2", *more_betas)
+        self.known = known
 
     @property
     def sampler(self) -> type[Method[Any, Any]]:
         """Our sampler."""
         return SAMPLERS[self.name]
-
-    @property
-    def beta_schedules(self) -> tuple[str, ...]:
-        return ("linear", "scaled_linear", "squaredcos_cap_v2", *self.more_betas)
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
@@ -232,10 +222,20 @@ CURVES = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta
 ENDS = {"sigma_min": None, "sigma_max": None}
 TO_ZERO = {"final_sigmas_type": "zero"}
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "s_noise": 1.0}
-LAMBDA = CURVES | THRESHOLD | ENDS | {"lower_order_final": True}
+EULER = {"interpolation_type": "linear", "timestep_type": "discrete"}
+FINAL = {"lower_order_final": True}
+LAMBDA = CURVES | THRESHOLD | ENDS | FINAL
 VARIANCE = {"lambda_min_clipped": -INFINITE, "variance_type": None}
-DPM = LAMBDA | VARIANCE | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
-EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0, "sigma_schedule": "karras"} | TO_ZERO
+SECOND_ORDER = {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
+DPM = LAMBDA | VARIANCE | SECOND_ORDER
+DEIS_WORDS = {
+    "algorithm_type": ("deis", "dpmsolver", "dpmsolver++"),
+    "solver_type": ("logrho", "midpoint", "heun", "bh1", "bh2"),
+}
+UNIPC = {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None}
+SA = {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction", "tau_func": None}
+KARRAS = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
+EDM = KARRAS | TO_ZERO | {"sigma_schedule": "karras"}
 # common to LCM and TCD; alpha_to_one, spacing and offset have no effect on them in the reference
 DISTILLED = SD_BETAS | LIMITS | ZERO_SNR | LEADING | {"beta_schedule": "scaled_linear", "set_alpha_to_one": True}
 DISTILLED |= {"clip_sample": False, "original_inference_steps": 50, "strength": 1.0, "timestep_scaling": 10.0}
@@ -243,94 +243,52 @@ NO_SAMPLE = ("epsilon", "v_prediction")
 
 READERS: dict[str, Reader] = {
     "DDPMScheduler": Reader(
-        "ddpm",
-        LIMITS | ZERO_SNR | LEADING | {"variance_type": "fixed_small"},
-        more_betas=("laplace", "sigmoid"),
-        refuse=lambda c: FIXED_LARGE_LOG if c["variance_type"] == "fixed_large_log" else None,
+        "ddpm", LIMITS, ZERO_SNR, LEADING, variance_type="fixed_small", more_betas=("laplace", "sigmoid")
     ),
     "DDIMScheduler": Reader(
-        "ddim",
-        LIMITS | ZERO_SNR | LEADING | {"set_alpha_to_one": True, "eta": 0.0, "use_clipped_model_output": False},
+        "ddim", LIMITS, ZERO_SNR, LEADING, set_alpha_to_one=True, eta=0.0, use_clipped_model_output=False
     ),
-    "PNDMScheduler": Reader(
-        "pndm", LEADING | {"set_alpha_to_one": False, "skip_prk_steps": False}, predictions=NO_SAMPLE
+    "DDIMInverseScheduler": Reader(
+        "ddim_inverse", ZERO_SNR, LEADING, CLIP, set_alpha_to_one=True, set_alpha_to_zero=None
     ),
+    "PNDMScheduler": Reader("pndm", LEADING, predictions=NO_SAMPLE, set_alpha_to_one=False, skip_prk_steps=False),
+    "IPNDMScheduler": Reader("ipndm"),
     "EulerDiscreteScheduler": Reader(
         "euler",
-        ZERO_SNR
-        | LINSPACE
-        | CURVES
-        | ENDS
-        | TO_ZERO
-        | CHURN
-        | {"interpolation_type": "linear", "timestep_type": "discrete"},
+        ZERO_SNR,
+        LINSPACE,
+        CURVES,
+        ENDS,
+        TO_ZERO,
+        CHURN,
+        EULER,
         predictions=(*NO_SAMPLE, "sample", "original_sample"),
     ),
-    "EulerAncestralDiscreteScheduler": Reader("euler_ancestral", ZERO_SNR | LINSPACE, predictions=NO_SAMPLE),
-    "HeunDiscreteScheduler": Reader(
-        "heun", SD_BETAS | CURVES | LINSPACE | CLIP | {"clip_sample": False}, more_betas=("exp",)
+    "EulerAncestralDiscreteScheduler": Reader("euler_ancestral", ZERO_SNR, LINSPACE, predictions=NO_SAMPLE),
+    "HeunDiscreteScheduler": Reader("heun", SD_BETAS, CURVES, LINSPACE, CLIP, clip_sample=False, more_betas=("exp",)),
+    "LMSDiscreteScheduler": Reader("lms", CURVES, LINSPACE, order=4),
+    "KDPM2DiscreteScheduler": Reader("dpm2", SD_BETAS, CURVES, LINSPACE, predictions=NO_SAMPLE),
+    "KDPM2AncestralDiscreteScheduler": Reader("dpm2_ancestral", SD_BETAS, CURVES, LINSPACE, predictions=NO_SAMPLE),
+    "DPMSolverSDEScheduler": Reader(
+        "dpmpp_sde", SD_BETAS, CURVES, LINSPACE, predictions=NO_SAMPLE, noise_sampler_seed=None, s_noise=1.0
     ),
-    "LMSDiscreteScheduler": Reader("lms", CURVES | LINSPACE | {"order": 4}),
     "DPMSolverMultistepScheduler": Reader(
-        "dpmpp_2m",
-        DPM | ZERO_SNR | LINSPACE | TO_ZERO | {"euler_at_final": False, "use_lu_lambdas": False},
-        refuse=_unfit_for_dpm,
+        "dpmpp_2m", DPM, ZERO_SNR, LINSPACE, TO_ZERO, euler_at_final=False, use_lu_lambdas=False
     ),
-    "KDPM2DiscreteScheduler": Reader("dpm2", SD_BETAS | CURVES | LINSPACE, predictions=NO_SAMPLE),
-    "KDPM2AncestralDiscreteScheduler": Reader("dpm2_ancestral", SD_BETAS | CURVES | LINSPACE, predictions=NO_SAMPLE),
+    "DPMSolverSinglestepScheduler": Reader("dpmpp_2s", DPM, TO_ZERO, lower_order_final=False),
+    "DPMSolverMultistepInverseScheduler": Reader("dpmpp_2m_inverse", DPM, LINSPACE, euler_at_final=False),
     "DEISMultistepScheduler": Reader(
-        "deis",
-        LAMBDA | LINSPACE | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho"},
-        refuse=_unfit_for_deis,
+        "deis", LAMBDA, LINSPACE, SECOND_ORDER, algorithm_type="deis", solver_type="logrho", known=DEIS_WORDS
     ),
     "UniPCMultistepScheduler": Reader(
-        "unipc",
-        LAMBDA
-        | ZERO_SNR
-        | LINSPACE
-        | TO_ZERO
-        | {"solver_order": 2, "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None}
-        | {"use_dynamic_shifting": False, "shift_terminal": None},
-        refuse=_unfit_for_unipc,
+        "unipc", LAMBDA, ZERO_SNR, LINSPACE, TO_ZERO, UNIPC, use_dynamic_shifting=False, shift_terminal=None
     ),
-    "LCMScheduler": Reader("lcm", DISTILLED),
-    "TCDScheduler": Reader("tcd", DISTILLED | {"eta": 0.3}),
-    "DDIMInverseScheduler": Reader(
-        "ddim_inverse", ZERO_SNR | LEADING | CLIP | {"set_alpha_to_one": True, "set_alpha_to_zero": None}
-    ),
-    "EDMEulerScheduler": Reader("edm_euler", EDM | CHURN, predictions=NO_SAMPLE),
+    "SASolverScheduler": Reader("sa_solver", LAMBDA, VARIANCE, LINSPACE, SA),
+    "EDMEulerScheduler": Reader("edm_euler", EDM, CHURN, predictions=NO_SAMPLE),
     "EDMDPMSolverMultistepScheduler": Reader(
-        "edm_dpmpp_2m",
-        EDM
-        | THRESHOLD
-        | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}
-        | {"lower_order_final": True, "euler_at_final": False},
-        predictions=NO_SAMPLE,
-        refuse=_unfit_for_edm,
+        "edm_dpmpp_2m", EDM, THRESHOLD, SECOND_ORDER, FINAL, euler_at_final=False, predictions=NO_SAMPLE
     ),
-    "DPMSolverSinglestepScheduler": Reader(
-        "dpmpp_2s", DPM | TO_ZERO | {"lower_order_final": False}, refuse=_unfit_for_singlestep
-    ),
-    "DPMSolverMultistepInverseScheduler": Reader(
-        "dpmpp_2m_inverse", DPM | LINSPACE | {"euler_at_final": False}, refuse=_unfit_for_dpm
-    ),
-    "CMStochasticIterativeScheduler": Reader(
-        "cm",
-        {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "rho": 7.0}
-        | {"s_noise": 1.0, "clip_denoised": True},
-    ),
-    "IPNDMScheduler": Reader("ipndm", {}, refuse=_unfit_for_ipndm),
-    "SASolverScheduler": Reader(
-        "sa_solver",
-        LAMBDA
-        | VARIANCE
-        | LINSPACE
-        | {"predictor_order": 2, "corrector_order": 2, "algorithm_type": "data_prediction", "tau_func": None},
-        refuse=_unfit_for_sa,
-    ),
-    "DPMSolverSDEScheduler": Reader(
-        "dpmpp_sde",
-        SD_BETAS | CURVES | LINSPACE | {"noise_sampler_seed": None, "s_noise": 1.0},
-        predictions=NO_SAMPLE,
-    ),
+    "CMStochasticIterativeScheduler": Reader("cm", KARRAS, num_train_timesteps=40, s_noise=1.0, clip_denoised=True),
+    "LCMScheduler": Reader("lcm", DISTILLED),
+    "TCDScheduler": Reader("tcd", DISTILLED, eta=0.3),
 }

@@ -28,21 +28,18 @@ from minidiff.samplers.consistency import CM, LCM, TCD
 from minidiff.samplers.ddim import DDIM, DDIMInverse
 from minidiff.samplers.ddpm import DDPM
 from minidiff.samplers.dpm_solver import DPMSolverInverse
-from minidiff.samplers.dpmpp_sde import DPMSDE
 from minidiff.samplers.edm import MAX_STEPS, EDMEuler, EDMMultistep, Seen
 from minidiff.samplers.euler import Euler, EulerAncestral
-from minidiff.samplers.heun import DPM2, Heun
-from minidiff.samplers.levels import Lambdas, sigma_table
-from minidiff.samplers.lms import LMS
+from minidiff.samplers.levels import Lambdas, Sigmas, sigma_table
 from minidiff.samplers.method import NOTHING, Given, Levels, Method, Plan, Sampler
 from minidiff.samplers.pndm import IPNDM, PNDM
 from minidiff.samplers.sa_solver import SASolver
 from minidiff.schedule import NoiseSchedule
 
 
-class Fresh(NamedTuple):
-    """``plan`` has a row for each timestep of training; steps are possible only if ``steps`` is set. ``timesteps`` and
-    ``sigmas`` are those that the scheduler lists, or None."""
+class Listed(NamedTuple):
+    """What a scheduler shows. ``plan``: its rows; steps are possible only if ``steps`` is set. ``timesteps`` and
+    ``sigmas`` are those that it lists, or None."""
 
     plan: Plan[Any]
     steps: bool
@@ -50,80 +47,79 @@ class Fresh(NamedTuple):
     sigmas: Tensor | None
 
 
-def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Fresh:
-    """Return the state of ``sampler`` before the number of steps is set. Raises ConfigError if it has none."""
-    options = cast(Method[Any, Any], sampler)
+def listed(plan: Plan[Any]) -> Listed:
+    """Return what a scheduler shows of a run."""
+    return Listed(plan, True, plan.timesteps, None if plan.space == "alpha_bar" else plan.sigmas)
+
+
+def fresh(sampler: Sampler[Any, Any], schedule: NoiseSchedule | None) -> Listed:
+    """Return the state of ``sampler`` before the number of steps is set: a row for each timestep of training. Raises
+    ConfigError if it has none."""
+    options = sampler
     if not options.like_diffusers and hasattr(options, "steps_offset"):
         options = replace(cast(Any, options), steps_offset=0)  # which would lead beyond the last timestep
     total = MAX_STEPS if schedule is None else len(schedule)
-    falling = range(total - 1, -1, -1)
     if isinstance(options, DDPM):
-        return _walkable(options.plan(schedule, timesteps=falling))
-    if isinstance(options, (Heun, DPM2, IPNDM)):
-        return _walkable(options.plan(schedule, total))
-    if isinstance(options, (LMS, DPMSDE)):
-        known = options.schedule_of(schedule)
-        run = options.levels(known, Given(total, None, None))
-        made = _unwalked(options, run, options.rows(run, known.prediction), known.prediction)
-        return _walkable(made)._replace(steps=_usable(options, made))
-    if isinstance(options, Euler):
-        plain = replace(options, sigma_spacing="timesteps", interpolation="linear", final_sigma="zero", steps_offset=0)
-        return _walkable((plain if options.like_diffusers else options).plan(schedule, total))
-    if isinstance(options, EulerAncestral):
-        plan = replace(options, steps_offset=0).plan(schedule, total)
-        listed = _walkable(plan)
-        return listed._replace(timesteps=plan.timesteps.double()) if options.like_diffusers else listed
+        return _run(options, schedule, Given(timesteps=range(total - 1, -1, -1)))
+    if isinstance(options, Euler) and options.like_diffusers:
+        options = replace(
+            options, sigma_spacing="timesteps", interpolation="linear", final_sigma="zero", steps_offset=0
+        )
+    if isinstance(options, EulerAncestral) and options.like_diffusers:
+        run = _run(replace(options, steps_offset=0), schedule, Given(total))
+        return run._replace(timesteps=run.plan.timesteps.double())
+    if isinstance(options, (Sigmas, IPNDM)):
+        return _run(options, schedule, Given(total))
     if isinstance(options, CM):
         if not options.like_diffusers:
-            return _walkable(options.plan(schedule, options.train_steps))
+            return listed(options.plan(schedule, options.train_steps))
         s = options.karras(np.linspace(0, 1, options.train_steps))  # in float64; the last step lands on the last
         every = options.between(s, torch.from_numpy(np.append(s, s[-1:])), options.sigma_max)
-        return _walkable(options.plan_at(every, "epsilon"))._replace(sigmas=every.here)
+        return listed(options.plan_at(every, "epsilon"))._replace(sigmas=every.here)
     if isinstance(options, (EDMEuler, EDMMultistep)):
         prediction = (schedule or NOTHING).prediction
         if isinstance(options, EDMEuler):
             levels = options.landed(
                 options.sigmas_at(torch.arange(total + 1, dtype=torch.float64, device="cpu") / total)
             )
-            return _walkable(options.plan_at(options.between(levels, options.sigma_max), prediction))
+            return listed(options.plan_at(options.between(levels, options.sigma_max), prediction))
         levels = options.sigmas_at(torch.linspace(0, 1, total, dtype=torch.float32, device="cpu"))
         every = options.between(torch.cat([levels, torch.zeros_like(levels[:1])]), options.sigma_max)
         seen = Seen(options.wrapping(every.here, prediction))
-        return _walkable(_unwalked(options, every, seen))._replace(steps=False)
+        return listed(_plan(options, every, seen))._replace(steps=False)
     if isinstance(options, (DDIM, DDIMInverse, LCM, TCD, PNDM, Lambdas)):
-        return _listed(options, options.schedule_of(schedule))
+        return _unstepped(options, options.schedule_of(schedule))
     raise ConfigError("the scheduler has no timesteps yet: call set_timesteps(50) first")
 
 
-def _walkable(plan: Plan[Any]) -> Fresh:
-    return Fresh(plan, True, plan.timesteps, None if plan.space == "alpha_bar" else plan.sigmas)
-
-
-def _usable(method: Method[Any, Any], plan: Plan[Any]) -> bool:
-    """Return True if the rows can be run."""
+def _run(method: Method[Any, Any], schedule: NoiseSchedule | None, given: Given) -> Listed:
+    """Return a run over ``given``, without the steps if the method can't do so many."""
+    known = method.schedule_of(schedule)
+    at = method.levels(known, given)
+    plan = _plan(method, at, method.rows(at, known.prediction), method.predicts or known.prediction)
     try:
         method.require_usable(plan.rows)
     except ConfigError:
-        return False
-    return True
+        return listed(plan)._replace(steps=False)
+    return listed(plan)
 
 
-def _listed(method: Method[Any, Any], schedule: NoiseSchedule) -> Fresh:
+def _unstepped(method: Method[Any, Any], schedule: NoiseSchedule) -> Listed:
     """Return timesteps and noise levels without the possibility of a step."""
     upward = torch.arange(len(schedule), dtype=torch.int64, device="cpu")
     t = upward if isinstance(method, (DDIMInverse, DPMSolverInverse)) else upward.flip(0)
     alpha_bars = schedule.alphas_cumprod[t]
     if not isinstance(method, Lambdas):
-        plan = _unwalked(method, Levels(t, alpha_bars, alpha_bars, unit()))
-        return Fresh(plan, False, None if isinstance(method, PNDM) else t, None)
+        plan = _plan(method, Levels(t, alpha_bars, alpha_bars, unit()))
+        return Listed(plan, False, None if isinstance(method, PNDM) else t, None)
     table = torch.from_numpy(sigma_table(schedule, method.last_alpha_bar))
-    listed = table if method.like_diffusers else table[t]
+    shown = table if method.like_diffusers else table[t]
     put = ("alpha_bar", alpha_bars) if isinstance(method, SASolver) else None
-    plan = _unwalked(method, Levels(t.float(), listed, listed, unit(), sigmas=listed, put=cast(Any, put)))
-    return Fresh(plan, False, plan.timesteps, listed)
+    plan = _plan(method, Levels(t.float(), shown, shown, unit(), sigmas=shown, put=cast(Any, put)))
+    return Listed(plan, False, plan.timesteps, shown)
 
 
-def _unwalked(
+def _plan(
     method: Method[Any, Any], levels: Levels, rows: tuple[Any, ...] = (), prediction: Prediction = "epsilon"
 ) -> Plan[Any]:
     return Plan(method=method.name, space=method.space, levels=levels, prediction=prediction, rows=rows)

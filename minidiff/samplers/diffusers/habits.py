@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from minidiff.config import quote
 from minidiff.console.spelling import near
 from minidiff.errors import ConfigError
+from minidiff.samplers.diffusers.classes import SCHEDULE
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,18 +26,16 @@ ATTRIBUTES = {
     "num_train_timesteps": "write len(scheduler.schedule)",
     "num_inference_steps": "write len(scheduler.timesteps)",
     "get_velocity": "write scheduler.schedule.velocity(x0, noise, t)",
-    "set_begin_index": "step and add_noise find the row of the t they are given; leave it out",
-    "begin_index": "step and add_noise find the row of the t they are given; leave it out",
-    "step_index": "step and add_noise find the row of the t they are given; leave it out",
+    **dict.fromkeys(
+        ("set_begin_index", "begin_index", "step_index"),
+        "step and add_noise find the row of the t they are given; leave it out",
+    ),
+    "from_config": "write Scheduler.from_diffusers(config), whose '_class_name' says which sampler",
+    "from_pretrained": "write Scheduler.from_diffusers(json.load(open('scheduler_config.json')))",
     "save_pretrained": "minidiff.samplers.sampler_to_config(scheduler.sampler) is the sampler as JSON",
 }
 MAKE = "write Scheduler.from_diffusers({'_class_name': 'DDIMScheduler', ...}), or Scheduler(sampler, schedule)"
-MADE_BY_CONFIG = dict.fromkeys(
-    ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "config"),
-    MAKE,
-) | dict.fromkeys(("timestep_spacing", "steps_offset", "clip_sample", "config"), MAKE)
-FROM_CONFIG = "write Scheduler.from_diffusers(config), whose '_class_name' says which sampler"
-FROM_PRETRAINED = "write Scheduler.from_diffusers(json.load(open('scheduler_config.json')))"
+MADE_BY_CONFIG = dict.fromkeys((*SCHEDULE, "timestep_spacing", "steps_offset", "clip_sample", "config"), MAKE)
 STEP = {
     "return_dict": "step returns the sample itself (diffusers: .prev_sample): write x = scheduler.step(out, t, x)",
     "timestep": "write scheduler.step(out, t, x)",
@@ -61,6 +60,15 @@ def missing(kind: type, name: str) -> AttributeHint:
     """Return the error for attribute ``name`` of an object of ``kind``, with a replacement or the nearest name."""
     known = f": {ATTRIBUTES[name]}" if name in ATTRIBUTES else near(name, [n for n in dir(kind) if n[0] != "_"])
     return AttributeHint(f"{kind.__name__} has no {name}{known}")
+
+
+def absent(name: str) -> Callable[..., NoReturn]:
+    """Return a constructor that raises ConfigError with what to write instead of ``name``."""
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(f"Scheduler has no {name}: {ATTRIBUTES[name]}")
+
+    return staticmethod(refuse)
 
 
 def hinting(instead: dict[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -16,7 +16,7 @@ Before ``set_timesteps`` it has all of training's timesteps (fresh.py), which is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from minidiff.errors import ConfigError
 from minidiff.noise import Generators, source
 from minidiff.samplers.arithmetic import noisy
 from minidiff.samplers.diffusers import habits
-from minidiff.samplers.method import Method, Plan, Sampler
+from minidiff.samplers.diffusers.config import read_sampler, schedule_from_diffusers, warn_of_unknown
+from minidiff.samplers.diffusers.fresh import Listed, fresh, listed
+from minidiff.samplers.method import Plan, Sampler
 from minidiff.schedule import NoiseSchedule
 
-if TYPE_CHECKING:
-    from minidiff.samplers.diffusers.fresh import Fresh
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -48,30 +49,20 @@ class Scheduler:
         check(known, f"Scheduler needs a NoiseSchedule, got {quote(schedule)}: {habits.MAKE}")
         self.sampler = sampler
         self.schedule = schedule
-        self._plan: Plan[Any] | None = None  # the run started by set_timesteps
-        self._fresh: Fresh | None = None  # the state before set_timesteps
+        self._begun = False  # by set_timesteps
+        self._listed: Listed | None = None  # before that, created on first access
         self._latest: tuple[int, Tensor, Tensor, Any] | None = None  # inputs of the latest step
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> Scheduler:
         """Create a scheduler from a ``scheduler_config.json``, given as a dict. Raises as
         :func:`sampler_from_diffusers` does."""
-        from minidiff.samplers.diffusers.read import sampler_from_diffusers, schedule_from_diffusers
-
         check(isinstance(config, Mapping), f"config={quote(config)} must be a dict, as scheduler_config.json holds it")
-        sampler = cast(Sampler[Any, Any], sampler_from_diffusers(config))
-        return cls(sampler, NoiseSchedule.from_config(schedule_from_diffusers(config)))
+        warn_of_unknown(config)
+        return cls(read_sampler(config), NoiseSchedule.from_config(schedule_from_diffusers(config)))
 
-    @classmethod
-    def from_config(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise ConfigError: this is diffusers' name for :meth:`from_diffusers`, which reads the class from the
-        config."""
-        raise ConfigError(f"Scheduler has no from_config: {habits.FROM_CONFIG}")
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise ConfigError: folders are read by :func:`weights_convert.load`, configs by :meth:`from_diffusers`."""
-        raise ConfigError(f"Scheduler has no from_pretrained: {habits.FROM_PRETRAINED}")
+    from_config = habits.absent("from_config")
+    from_pretrained = habits.absent("from_pretrained")
 
     if not TYPE_CHECKING:  # type checkers should report unknown names themselves
 
@@ -79,7 +70,7 @@ class Scheduler:
             raise habits.missing(type(self), name)
 
     def __repr__(self) -> str:
-        steps = "before set_timesteps" if self._plan is None else f"{len(self._plan)} timesteps"
+        steps = f"{len(self.timesteps)} timesteps" if self._begun else "before set_timesteps"
         return f"Scheduler({self.sampler!r}, {steps})"
 
     @habits.hinting(habits.PLAN)
@@ -93,65 +84,51 @@ class Scheduler:
         """Start a new run with exactly one of steps, timesteps and sigmas. Raises ConfigError as ``sampler.plan``."""
         plan = self.sampler.plan(self.schedule, num_inference_steps, timesteps=timesteps, sigmas=sigmas)
         self._begin(plan)
-        self._plan = plan if device is None else plan.to(device)
+        self._begun, self._listed = True, listed(plan if device is None else plan.to(device))
 
     def _begin(self, plan: Plan[Any]) -> None:
         self._at: list[float] = plan.timesteps.tolist()
         self._next, self._state, self._latest = 0, self.sampler.start(), None
 
     @property
-    def _before(self) -> Fresh:
-        """State before ``set_timesteps``, created on first access."""
-        if self._fresh is None:
-            from minidiff.samplers.diffusers.fresh import fresh
+    def _now(self) -> Listed:
+        if self._listed is None:
+            self._listed = fresh(self.sampler, self.schedule)
+            self._begin(self._listed.plan)
+        return self._listed
 
-            self._fresh = fresh(self.sampler, self.schedule)
-            self._begin(self._fresh.plan)
-        return self._fresh
-
-    @property
-    def _rows(self) -> Plan[Any]:
-        """Plan with the current timesteps and noise levels, even if it has no steps."""
-        return self._before.plan if self._plan is None else self._plan
+    def _known(self, value: T | None, what: str) -> T:
+        """Return ``value``. Raises ConfigError, saying ``what`` is the case, if it is None."""
+        if value is None:
+            raise ConfigError(f"{type(self.sampler).__name__} {what}")
+        return value
 
     @property
     def plan(self) -> Plan[Any]:
         """Plan of the current run; print it. Raises ConfigError before ``set_timesteps`` if there is no run yet."""
-        if self._plan is None and not self._before.steps:
-            raise ConfigError(f"{self._name} can't step before it has timesteps: call set_timesteps(50) first")
-        return self._rows
+        plan = self._now.plan if self._now.steps else None
+        return self._known(plan, "can't step before it has timesteps: call set_timesteps(50) first")
 
     @property
     def timesteps(self) -> Tensor:
         """Timesteps, one for each model call, (n,)."""
-        if self._plan is not None:
-            return self._plan.timesteps
-        if self._before.timesteps is None:
-            raise ConfigError(f"{self._name} has no timesteps yet: call set_timesteps(50) first")
-        return self._before.timesteps
+        return self._known(self._now.timesteps, "has no timesteps yet: call set_timesteps(50) first")
 
     @property
     def init_noise_sigma(self) -> Tensor:
         """Factor of the first noise, 0-dim."""
-        return self._rows.init_noise_sigma
+        return self._now.plan.init_noise_sigma
 
     @property
     def sigmas(self) -> Tensor:
         """Sigmas, (n + 1,). Raises ConfigError if the method does not work in sigma. Before ``set_timesteps`` the
         methods in lambda have (n,), rising if they were read from a config of diffusers."""
-        sigmas: Tensor | None = getattr(self._plan, "sigmas", None) if self._plan is not None else self._before.sigmas
-        if sigmas is None:
-            raise ConfigError(f"{self._name} has no sigmas: it works with alpha_bar")
-        return sigmas
-
-    @property
-    def _name(self) -> str:
-        return type(self.sampler).__name__
+        return self._known(self._now.sigmas, "has no sigmas: it works with alpha_bar")
 
     @property
     def order(self) -> int:
         """Model calls per step."""
-        return cast(Method[Any, Any], self.sampler).order
+        return self.sampler.order
 
     @property
     def last_x0(self) -> Tensor | None:
@@ -164,7 +141,7 @@ class Scheduler:
     @habits.hinting(habits.SCALE)
     def scale_model_input(self, x: Tensor, t: Tensor | float) -> Tensor:
         """Return the model input for sample ``x`` at ``t``, one of ``timesteps``."""
-        plan = self._rows
+        plan = self._now.plan
         return self.sampler.scale_input(plan, self._row(t), x)
 
     @habits.hinting(habits.STEP)
@@ -204,41 +181,29 @@ class Scheduler:
         Methods that work in sigma or lambda accept the timesteps of the current run (before ``set_timesteps``: all of
         training's); the others accept any timestep of training."""
         times = (t if isinstance(t, Tensor) else torch.tensor(t, device="cpu")).reshape(-1)
-        plan = self._rows
+        plan = self._now.plan
         space = plan.levels.put[0] if plan.levels.put is not None else plan.space
-        if space == "alpha_bar":
-            if not cast(Method[Any, Any], self.sampler).own_levels:  # any timestep of training
-                return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
-            levels, find = plan.levels.here, self._first
-        else:
-            levels, find = self.sigmas, self._second
-        level = levels.to(x0.dtype)[[find(v) for v in times.tolist()]].to(x0.device)
+        if space == "alpha_bar" and not self.sampler.own_levels:  # any timestep of training
+            return cast(NoiseSchedule, self.schedule).add_noise(x0, noise, times)
+        levels, nth = (plan.levels.here, 0) if space == "alpha_bar" else (self.sigmas, 1)  # of two rows, the second
+        rows = [self._rows_of(t)[: nth + 1][-1] for t in times.tolist()]
+        level = levels.to(x0.dtype)[rows].to(x0.device)
         return noisy(space, x0, noise, level.reshape(-1, *(1 for _ in x0.shape[1:])))
 
     def _row(self, t: Tensor | float) -> int:
         """Return the row of ``t``: the first match after the row of the latest step, else the first of all. (PNDM has
-        one timestep twice.)"""
-        value = float(t)
-        begins = self._next == 0 or value not in self._at[self._next :]
-        if begins and self.order > 1:  # a run starts at the start of an interval
-            return self._second(value)
-        return self._find(value, self._next)
+        one timestep twice.) A run of intervals of several rows starts where an interval does."""
+        rows = self._rows_of(float(t))
+        later = [i for i in rows if i >= self._next]
+        begins = self._next == 0 or not later
+        return rows[:2][-1] if begins and self.order > 1 else (later or rows)[0]
 
-    def _second(self, value: float) -> int:
-        """Return the second of two rows of ``value``, or the only one."""
-        first = self._find(value, 0)
-        return self._find(value, first + 1) if value in self._at[first + 1 :] else first
-
-    def _first(self, value: float) -> int:
-        return self._find(value, 0)
-
-    def _find(self, value: float, first: int) -> int:
-        if value in self._at[first:]:
-            return self._at.index(value, first)
-        if value in self._at:
-            return self._at.index(value)
+    def _rows_of(self, t: float) -> list[int]:
+        """Return all rows of ``t``. Raises ConfigError if there are none."""
+        rows = [i for i, listed in enumerate(self._at) if listed == t]
         shown = ", ".join(f"{v:g}" for v in self._at[:4])
-        raise ConfigError(f"t={value:g} is none of the scheduler's timesteps ({shown}, ...): pass one of s.timesteps")
+        check(bool(rows), f"t={t:g} is none of the scheduler's timesteps ({shown}, ...): pass one of s.timesteps")
+        return rows
 
 
 def _randn(like: Tensor, generator: Generators | None) -> Tensor:
