@@ -12,7 +12,7 @@ from minidiff.config import ScheduleConfig, check
 from minidiff.errors import ConfigError
 from minidiff.programs.levels import Table, levels, noise_table, strided
 from minidiff.programs.profiles import Method, Profile
-from minidiff.samplers.method import Levels, Plan, Sampler
+from minidiff.samplers.method import Plan, Sampler
 from minidiff.schedule import NoiseSchedule, check_steps
 
 LEVELS = {"spacing", "steps_offset", "sigma_spacing", "interpolation", "sigma_min", "sigma_max", "final_sigma"}
@@ -116,6 +116,5 @@ class ProgramSampler:
 def without_last_row(plan: Plan[Any]) -> Plan[Any]:
     """Return ``plan`` without its last model call. Raises :class:`ConfigError` for a plan of one."""
     check(len(plan) > 1, "a1111 leaves out the step of timestep 1: with one step nothing remains; use more steps")
-    t, here, to, first, landing, *_ = plan.levels
-    levels = Levels(t[:-1], here[:-1], to[:-1], first, None if landing is None else landing[:-1])
-    return replace(plan, levels=levels, rows=type(plan.rows)(*(column[:-1] for column in plan.rows)))
+    rows = type(plan.rows)(*(column[:-1] for column in plan.rows))
+    return replace(plan, levels=plan.levels.part(slice(-1)), rows=rows)

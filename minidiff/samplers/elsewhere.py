@@ -46,10 +46,10 @@ def meant(name: str, own: Collection[str]) -> tuple[str, dict[str, Any]] | None:
     """Return the sampler, one of ``own``, and the options that other programs call ``name``; None if there is none."""
     from minidiff.samplers.diffusers.classes import READERS
 
+    classes: dict[str, Method] = {kind: (reader.name, {}) for kind, reader in READERS.items()}
+    theirs = {_plain(called): method for called, method in {**METHODS, **classes}.items() if method[0] in own}
+    methods: dict[str, Method] = {_plain(known): (known, {}) for known in own} | theirs
     plain = _plain(name)
-    ours: dict[str, Method] = {_plain(known): (known, {}) for known in own}
-    classes: dict[str, Method] = {_plain(kind): (reader.name, {}) for kind, reader in READERS.items()}
-    methods = {**ours, **{called: method for called, method in {**METHODS, **classes}.items() if method[0] in own}}
     if plain in methods:
         return methods[plain][0], dict(methods[plain][1])
     for ending, levels in LEVELS.items():
@@ -59,12 +59,6 @@ def meant(name: str, own: Collection[str]) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def absent(name: str, own: Collection[str]) -> str | None:
-    """Return the one of ``own`` that is nearest to a method not implemented here; None for any other name."""
-    found = ABSENT.get(re.sub(f"({'|'.join(LEVELS)})$", "", _plain(name)))
-    return found if found in own else None
-
-
 def suggestion(name: object, own: Collection[str], settable: bool = True) -> str:
     """Return the end of an error message about ``name`` with a suggestion from ``own``; "" if there is none.
 
@@ -72,8 +66,8 @@ def suggestion(name: object, own: Collection[str], settable: bool = True) -> str
     """
     found = meant(name, own) if isinstance(name, str) else None
     if found is None:
-        other = absent(name, own) if isinstance(name, str) else None
-        return near(name, own) if other is None else f"; it is not here, and {other} is the nearest"
+        other = ABSENT.get(re.sub(f"({'|'.join(LEVELS)})$", "", _plain(name))) if isinstance(name, str) else None
+        return f"; it is not here, and {other} is the nearest" if other in own else near(name, own)
     sampler, options = found
     if options and not settable:
         more = ", ".join(f"{option}={value}" for option, value in options.items())

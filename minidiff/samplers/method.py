@@ -177,9 +177,9 @@ class Plan(Generic[R]):
         if self.space == "alpha_bar":
             found |= {"sigma": ((1 - here) / here) ** 0.5, "to alpha_bar": to}
         else:
-            found |= {"to sigma": to} | (
-                {"lambda": lambda_of(here), "h": self.levels.h} if self.space == "lambda" else {}
-            )
+            found["to sigma"] = to
+        if self.space == "lambda":
+            found |= {"lambda": lambda_of(here), "h": self.levels.h}
         if landing is not None:
             found["to timestep"] = landing
         for part, name, column in _flat(self.rows):

@@ -129,10 +129,10 @@ def test_unknown_names_and_options_quote_the_known_ones():
     [
         (DDIM, {"spacing": "middle"}, "DDIM.spacing='middle' is none of leading"),
         (DDIM, {"eta": -0.5}, "eta=-0.5 must not be negative"),
-        (DDIM, {"eta": "1"}, "DDIM.eta='1' must be of type float"),
-        (DDIM, {"steps_offset": 1.5}, "steps_offset=1.5 must be of type int"),
-        (DDIM, {"steps_offset": True}, "steps_offset=True must be of type int"),
-        (DDIM, {"set_alpha_to_one": 1}, "set_alpha_to_one=1 must be of type bool"),
+        (DDIM, {"eta": "1"}, "DDIM.eta: expected float, got '1'"),
+        (DDIM, {"steps_offset": 1.5}, "steps_offset: expected int, got 1.5"),
+        (DDIM, {"steps_offset": True}, "steps_offset: expected int, got True"),
+        (DDIM, {"set_alpha_to_one": 1}, "set_alpha_to_one: expected bool, got 1"),
         (DDPM, {"clip": 0.0}, "clip=0.0 must be positive"),
         (DDPM, {"threshold": 99.5}, "threshold=99.5 is a fraction"),
         (DDPM, {"variance": "large"}, "variance='large' is none of fixed_small"),
@@ -501,7 +501,7 @@ def test_numbers_that_float32_can_not_work_with_are_refused_by_name():
         (DDIM, {"clip": float("nan")}, r"DDIM\.clip=nan must lie in"),
         (CM, {"s_noise": float("inf")}, r"CM\.s_noise=inf must lie in"),
         (DDIM, {"steps_offset": 2**63}, r"DDIM\.steps_offset=9223372036854775808 must lie in"),
-        (DDIM, {"eta": "x" * 500}, r"DDIM\.eta='x{40,60}\.\.\. must be of type float"),
+        (DDIM, {"eta": "x" * 500}, r"DDIM\.eta: expected float, got 'x{40,60}\.\.\."),
     ):
         with pytest.raises(ConfigError, match=words):
             sampler(**options)
