@@ -98,11 +98,10 @@ class DDIMInverse(Timesteps[Row, Empty], Clipped[Row, Empty]):
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         falling, apart = self.visited(schedule, given)
         t, before = falling.flip(0), self.grid.landing(falling, apart).flip(0)
-        here = alpha_bar_at(schedule, before, self.set_alpha_to_one)
-        return Levels(t, here, schedule.alphas_cumprod[t], unit(), beside={"before": before})
+        return Levels(t, alpha_bar_at(schedule, before, self.set_alpha_to_one), schedule.alphas_cumprod[t], unit())
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
-        check_no_pure_noise(self, at._replace(timesteps=at.beside["before"]), prediction)
+        check_no_pure_noise(self, at, prediction)
         divides = prediction == "sample" and bool((at.here == 1).any())
         wanted = "set_alpha_to_one=False, or epsilon or v"
         check(not divides, f"DDIMInverse: a picture without noise has no epsilon: {wanted}")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,19 +33,7 @@ from minidiff.schedule import NoiseSchedule, check_steps
 
 MAX_STEPS = 1000
 
-
-class Wrapping(NamedTuple):
-    """``c_in``, ``c_skip`` and ``c_out``, as above."""
-
-    c_in: Tensor
-    c_skip: Tensor
-    c_out: Tensor
-
-    def x0(self, x: Tensor, out: Tensor) -> Tensor:
-        """Return the picture that the model sees in ``x``, for one row, in the wider dtype."""
-        return self.c_skip * x + meet(self.c_out * out, x)
-
-
+Wrapping = namedtuple("Wrapping", "c_in c_skip c_out")
 Seen = namedtuple("Seen", "seen")
 """``seen``: the columns at sigma, where the model is called."""
 
@@ -75,6 +63,13 @@ class EDMOptions(OwnSigmas[R, S]):
             return Wrapping(c_in, torch.zeros_like(sigma), torch.ones_like(sigma))
         signed = sigma if prediction == "epsilon" else -sigma
         return Wrapping(c_in, self.sigma_data**2 / variance, signed * self.sigma_data / variance**0.5)
+
+    def picture(self, at: Wrapping, x: Tensor, out: Tensor) -> Tensor:
+        """Return the picture that the model sees in ``x``, limited, in the wider dtype."""
+        return self.limit(at.c_skip * x + meet(at.c_out * out, x))
+
+    def denoised(self, plan: Plan[Any], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
+        return self.picture(plan.at(i).seen, x, out)
 
     def scale_input(self, plan: Plan[Any], i: int, x: Tensor) -> Tensor:
         seen: Tensor = x * plan.at(i).seen.c_in
@@ -132,11 +127,11 @@ class EDMEuler(Churning[EulerRow], EDMOptions[EulerRow, Empty]):
 
     def step(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
-        return self.churned_step(at.churn, x, out, draw, lambda x: self.limit(at.hat.x0(x, out))), state
+        return self.churned_step(at.churn, x, out, draw, lambda x: self.picture(at.hat, x, out)), state
 
     def denoised(self, plan: Plan[EulerRow], i: int, x: Tensor, out: Tensor, state: Empty) -> Tensor:
         """Compute x0 from the sample that the model saw, before any churn."""
-        return self.limit(plan.at(i).seen.x0(upcast(x), out))
+        return super().denoised(plan, i, upcast(x), out, state)
 
     def rows(self, at: Levels, prediction: Prediction) -> EulerRow:
         churn = self.churn(at, len(at.here))
@@ -172,9 +167,6 @@ class EDMMultistep(EDMOptions[MultistepRow, Outputs]):
         outputs = (*state, x0)[-3:]
         after = multistep(at.step, x, outputs)
         return after + at.step.fresh * draw(x0) if self.sde else after, outputs
-
-    def denoised(self, plan: Plan[MultistepRow], i: int, x: Tensor, out: Tensor, state: Outputs) -> Tensor:
-        return self.limit(plan.at(i).seen.x0(x, out))
 
     def last(self, sigmas: Tensor) -> Tensor:
         return torch.tensor(self.sigma_min, dtype=torch.float32, device="cpu")

@@ -107,24 +107,22 @@ class PNDM(Timesteps[Row, State]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         grid, apart = self.visited(schedule, given)
-        n, total = given.steps or len(grid), len(schedule)
+        n, like = given.steps or len(grid), self.like_diffusers
         check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
-        begin = (self._warm_up(grid, apart), grid[3:]) if self.runge_kutta else (grid[:2], grid[1:])
-        t = torch.cat(begin)
+        if self.runge_kutta:  # three intervals of four rows: upper end, middle twice, lower end
+            upper, lower = grid[:3], grid[1:4]
+            middle = lower + (apart // 2 if like else (upper - lower) // 2)
+            t = torch.cat([torch.stack([upper, middle, middle, lower], dim=1).flatten(), grid[3:]])
+        else:
+            t = torch.cat([grid[:2], grid[1:]])
         landing = self.grid.landing(t, apart)
-        if self.like_diffusers:
-            halfway, above = t - apart // 2, (t + apart).clamp(max=total - 1)
+        if like:
+            halfway, above = t - apart // 2, (t + apart).clamp(max=len(schedule) - 1)
         else:
             halfway, above = landing, earlier(t)
         down, half = (alpha_bar_at(schedule, end, self.set_alpha_to_one) for end in (landing, halfway))
         beside = {"half": half, "up": schedule.alphas_cumprod[above]}
         return Levels(t, schedule.alphas_cumprod[t], down, unit(), landing, beside=beside)
-
-    def _warm_up(self, grid: Tensor, apart: int) -> Tensor:
-        """Return the timesteps of three Runge-Kutta intervals, (12,): upper end, middle twice, lower end."""
-        upper, lower = grid[:3], grid[1:4]
-        middle = lower + (apart // 2 if self.like_diffusers else (upper - lower) // 2)
-        return torch.stack([upper, middle, middle, lower], dim=1).flatten()
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         check(prediction != "sample", "PNDM combines epsilons: prediction='sample' is not possible, use ddim or euler")
