@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import lambda_of, meet, rates
 from minidiff.samplers.checks import usable
 from minidiff.samplers.dpm_solver import DPMOptions, exponentials
-from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
+from minidiff.samplers.method import Draw, History, Levels, Next, Plan
 
 Row = namedtuple("Row", "order x_coef d0 d1 d2 fresh r0 r1")
 """(n, 3) each, the entry k - 1 for steps of order k, which begin k - 1 rows before: a step is ``x_coef`` * x + ``d0`` *
@@ -28,15 +27,8 @@ D0 + ``d1`` * D1 + ``d2`` * D2 + ``fresh`` * noise; ``r0`` and ``r1`` are where 
 in the step. ``order`` (n,): that of each row, its place in the group."""
 
 
-class Group(NamedTuple):
-    """The latest outputs, oldest first, and the sample at the start of the group."""
-
-    outputs: Outputs = ()
-    base: Tensor | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class DPMSolverSinglestep(DPMOptions[Row, Group]):
+class DPMSolverSinglestep(DPMOptions[Row, History]):
     """Singlestep DPM-Solver. Options as in :class:`DPMOptions`, except algorithm "sde-dpmsolver", euler_at_final and
     sigma spacing "lu".
 
@@ -48,14 +40,14 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
     :class:`Lambdas`.
     """
 
-    initial = Group()
+    initial = History()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = self.algorithm != "sde-dpmsolver" and not self.euler_at_final and self.sigma_spacing != "lu"
         check(known, f"{self.name} has no algorithm 'sde-dpmsolver', euler_at_final or sigma_spacing 'lu'")
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Group, draw: Draw) -> Next[Group]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         """Compute in the dtype of ``x``."""
         m, at = self.convert(plan, i, x, out, state), plan.at(i)
         outputs = (*state.outputs, m)[-self.solver_order :]
@@ -65,17 +57,15 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
         after = at.x_coef[k] * base + meet(at.d0[k] * outputs[-order], base)
         if order > 1:
             r0, r1 = at.r0[k], at.r1[k]
-            d1 = (1.0 / r0) * (m - outputs[-order])
+            d1, d2 = (1.0 / r0) * (m - outputs[-order]), None
             if order == 3 and self.solver_type == "heun":
                 near = (1.0 / r1) * (outputs[-2] - outputs[-3])
-                d2 = 2.0 * (d1 - near) / (r0 - r1)
-                d1 = (r0 * near - r1 * d1) / (r0 - r1)
-                after = after + meet(at.d1[k] * d1, base) + meet(at.d2[k] * d2, base)
-            else:
-                after = after + meet(at.d1[k] * d1, base)
+                d1, d2 = (r0 * near - r1 * d1) / (r0 - r1), 2.0 * (d1 - near) / (r0 - r1)
+            after = after + meet(at.d1[k] * d1, base)
+            after = after if d2 is None else after + meet(at.d2[k] * d2, base)
         if self.algorithm.startswith("sde"):
             after = after + meet(at.fresh[k] * draw(m), base)
-        return after, Group(outputs, base)
+        return after, History(outputs, base)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         orders = self._orders(len(at.here))
@@ -87,14 +77,14 @@ class DPMSolverSinglestep(DPMOptions[Row, Group]):
         now = torch.arange(len(orders), device="cpu")
         first, second = (now - (k - 1)).clamp(min=0), (now - (k - 2)).clamp(min=0, max=len(orders) - 1)
         lambdas, h = lambda_of(at.here), lambda_of(at.to) - lambda_of(at.here)[first]
-        parts = exponentials(self.algorithm, rates(at.here[first]), rates(at.to), h, self.like_diffusers)
-        used = {"x_coef": parts.x_coef, "d0": parts.d0, "fresh": parts.fresh}
+        ends = rates(at.here[first]), rates(at.to)
+        x_coef, d0, midpoint, heun, d2, fresh = exponentials(self.algorithm, *ends, h, self.like_diffusers)
+        used = {"x_coef": x_coef, "d0": d0, "fresh": fresh}
         if k > 1:
-            midpoint = k == 2 and self.solver_type == "midpoint"
-            r0 = (lambdas - lambdas[first]) / h
-            used |= {"d1": parts.d1_midpoint if midpoint else parts.d1_heun, "r0": r0, "inverse": 1.0 / r0}
+            d1, r0 = midpoint if k == 2 and self.solver_type == "midpoint" else heun, (lambdas - lambdas[first]) / h
+            used |= {"d1": d1, "r0": r0, "inverse": 1.0 / r0}
         if k > 2:
-            used |= {"d2": parts.d2, "r1": (lambdas[second] - lambdas[first]) / h}
+            used |= {"d2": d2, "r1": (lambdas[second] - lambdas[first]) / h}
         found = usable(self, orders, k, used)
         return {name: found.get(name, torch.zeros_like(h)) for name in Row._fields[1:]}
 

@@ -212,14 +212,12 @@ class DPMSolverInverse(DPMSolver):
         return t[np.sort(seen)].astype(np.int64)
 
 
-Exponentials = namedtuple("Exponentials", "x_coef d0 d1_midpoint d1_heun d2 fresh")
-"""Factors of x, D0, D1 (for both solver types), D2 and fresh noise, (n,) each."""
-
 Rates = tuple[Tensor, Tensor]
 
 
-def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_diffusers: bool) -> Exponentials:
-    """Return the coefficients of steps of length ``h`` from one (signal, noise) to another, all (n,)."""
+def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_diffusers: bool) -> tuple[Tensor, ...]:
+    """Return the factors of x, D0, D1 (midpoint), D1 (heun), D2 and fresh noise in steps of length ``h`` from one
+    (signal, noise) to another, all (n,)."""
     (signal, noise), (to_signal, to_noise) = here, to
     sde, fresh = algorithm.startswith("sde"), torch.zeros_like(h)
     if algorithm.endswith("++"):
@@ -233,7 +231,7 @@ def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_d
     growth = torch.exp(u) - 1.0
     d0, d1_heun = -(scale * growth), -(scale * (growth / u - 1.0))
     half = -0.5 if sde and like_diffusers else 0.5
-    return Exponentials(x_coef, d0, 0.5 * d0, d1_heun, -(scale * ((growth - u) / u**2 - half)), fresh)
+    return x_coef, d0, 0.5 * d0, d1_heun, -(scale * ((growth - u) / u**2 - half)), fresh
 
 
 def multistep_rows(
@@ -242,15 +240,14 @@ def multistep_rows(
     """Return the rows for steps of length ``h`` (n,). Raises ConfigError if a coefficient in use is not finite."""
     last_is_first = method.euler_at_final or method.final_sigma == "zero"
     orders = highest_orders(len(h), method.solver_order, method.lower_order_final, last_is_first)
-    parts = exponentials(algorithm, here, to, h, method.like_diffusers)
+    x_coef, d0, d1_midpoint, d1_heun, d2, fresh = exponentials(algorithm, here, to, h, method.like_diffusers)
     h_0 = earlier(h)  # the first row has no history, and only keeps the length
     r0, r1 = h_0 / h, earlier(h_0) / h
-    d1 = parts.d1_midpoint if solver_type == "midpoint" else parts.d1_heun
-    share, inv_r = r0 / (r0 + r1), 1.0 / (r0 + r1)
-    third = {"d1_heun": parts.d1_heun, "d2": parts.d2, "inv_r1": 1.0 / r1, "share": share, "inv_r": inv_r}
+    d1, inv_r = d1_midpoint if solver_type == "midpoint" else d1_heun, 1.0 / (r0 + r1)
+    third = {"d1_heun": d1_heun, "d2": d2, "inv_r1": 1.0 / r1, "share": r0 / (r0 + r1), "inv_r": inv_r}
     return Multistep(
         order=orders,
-        **usable(method, orders, 1, {"x_coef": parts.x_coef, "d0": parts.d0, "fresh": parts.fresh}),
+        **usable(method, orders, 1, {"x_coef": x_coef, "d0": d0, "fresh": fresh}),
         **usable(method, orders, 2, {"d1": d1, "inv_r0": 1.0 / r0}),
         **usable(method, orders, 3, third),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.checks import check_finite
 from minidiff.samplers.grid import Floats, to_timesteps
 from minidiff.samplers.levels import SpacedSigmas, sigma_table
-from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
+from minidiff.samplers.method import Draw, Given, History, Levels, Next, Plan
 from minidiff.samplers.options import Rule
 from minidiff.schedule import NoiseSchedule
 
@@ -37,15 +37,8 @@ an increment of the path is divided by; ``first_part`` and ``second_part`` make 
 an interval) of two draws. ``path``: where each row's noise comes from, if there is a seed."""
 
 
-class State(NamedTuple):
-    """Inside an interval: the sample at its start, and the noise drawn there. Between intervals: None."""
-
-    base: Tensor | None = None
-    noise: Tensor | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class DPMSDE(SpacedSigmas[Row, State]):
+class DPMSDE(SpacedSigmas[Row, History]):
     """DPM++ SDE sampler. Options: those of :class:`SpacedSigmas`; ``s_noise`` multiplies the noise; ``noise_seed``:
     seed of the Brownian path, drawn as in torchsde, one for the whole batch (None: the path consists of the run's own
     draws).
@@ -55,13 +48,13 @@ class DPMSDE(SpacedSigmas[Row, State]):
     cannot be reproduced, neither there nor here.
     """
 
-    initial = State()
+    initial = History()
     order = 2
 
     s_noise: float = 1.0
     noise_seed: Annotated[int | None, Rule(lambda v: v >= 0, "must not be negative")] = None
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         """Compute in the dtype of ``x``."""
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)
         if i == len(plan) - 1:  # to sigma 0
@@ -71,9 +64,9 @@ class DPMSDE(SpacedSigmas[Row, State]):
         base = x if state.base is None else state.base
         noise = self._noise(at, x, state, draw)
         after = at.x_coef * base - at.x0_coef * x0 + noise * self.s_noise * at.sigma_up
-        return after, State() if i % 2 else State(x, noise)
+        return after, History() if i % 2 else History(base=x, noise=noise)
 
-    def _noise(self, at: Row, x: Tensor, state: State, draw: Draw) -> Tensor:
+    def _noise(self, at: Row, x: Tensor, state: History, draw: Draw) -> Tensor:
         """Return standard normal noise: the path's increment over the row's step, divided by the root of its length."""
         if at.path is not None:
             tree, low, high = at.path

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,39 +33,32 @@ from minidiff.samplers.euler import ancestral
 from minidiff.samplers.grid import to_timesteps
 from minidiff.samplers.levels import SpacedSigmas, sigma_table
 from minidiff.samplers.limits import Clipped
-from minidiff.samplers.method import Draw, Given, Levels, Next, Plan
+from minidiff.samplers.method import Draw, Given, History, Levels, Next, Plan
 from minidiff.schedule import NoiseSchedule
 
 HeunRow = namedtuple("HeunRow", "call dt")
 """``dt``: from sigma to that of the next row; 0 where an interval ends and the next begins."""
 
 
-class State(NamedTuple):
-    """Inside an interval: the sample at its start and the slope there. Between intervals: None."""
-
-    base: Tensor | None = None
-    slope: Tensor | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
-class Heun(SpacedSigmas[HeunRow, State], Clipped[HeunRow, State]):
+class Heun(SpacedSigmas[HeunRow, History], Clipped[HeunRow, History]):
     """Heun sampler. Options: those of :class:`SpacedSigmas` and :class:`Clipped`. n steps have 2n - 1 rows.
 
     ``like_diffusers``: the number of calls so far decides if a call starts or ends an interval, so that a run that
     starts at an odd row (img2img) makes no progress; without it that is an error. And see :class:`Sigmas`.
     """
 
-    initial = State()
+    initial = History()
     order = 2
     takes = ("steps", "timesteps")
 
-    def step(self, plan: Plan[HeunRow], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
+    def step(self, plan: Plan[HeunRow], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
-        if state.base is None or state.slope is None:
+        if state.base is None:
             if i % 2 and not self.like_diffusers:
                 raise ConfigError(f"Heun can't start at row {i}, where an interval ends: start at an even row")
-            return x + slope * plan.at(i).dt, State(x, slope)
-        return state.base + (state.slope + slope) / 2 * plan.at(i - 1).dt, State()
+            return x + slope * plan.at(i).dt, History((slope,), x)
+        return state.base + (state.outputs[0] + slope) / 2 * plan.at(i - 1).dt, History()
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         at = super().levels(schedule, given)
@@ -78,16 +70,13 @@ class Heun(SpacedSigmas[HeunRow, State], Clipped[HeunRow, State]):
         return HeunRow(call=call, dt=at.to - at.here)
 
 
-Base = Tensor | None
-"""In the middle of an interval, the sample at its start; at the start, None."""
-
 Row = namedtuple("Row", "dt sigma_up")
 """``dt``: factor of the slope, from the start of the interval; ``sigma_up``: factor of fresh noise at the end of an
 interval (0 unless ancestral)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPM2(SpacedSigmas[Row, Base]):
+class DPM2(SpacedSigmas[Row, Tensor | None]):
     """DPM2 sampler. Options: see :class:`SpacedSigmas`. In the middle of an interval, the state is the sample at its
     start.
 
@@ -100,7 +89,9 @@ class DPM2(SpacedSigmas[Row, Base]):
     order = 2
     initial = None
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Base, draw: Draw) -> Next[Base]:
+    def step(
+        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Tensor | None, draw: Draw
+    ) -> Next[Tensor | None]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         at = plan.at(i)
         if i % 2 == 0:
@@ -120,6 +111,7 @@ class DPM2(SpacedSigmas[Row, Base]):
             times = times.round()
         ends, s = torch.from_numpy(times), torch.from_numpy(sigmas.astype(np.float32))
         middle, to, up = self.split(s)
+        middle[-1] = s[-1]
         t = interleave(ends, torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)))
         here, to = interleave(s[:-1], middle), interleave(middle, to)
         listed = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
@@ -128,11 +120,9 @@ class DPM2(SpacedSigmas[Row, Base]):
         return self.between(t if put else t.float(), here, to, sigmas=listed, put=put, beside=beside)
 
     def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for each interval between the sigmas ``s`` (n + 1,) its middle (for the last one its end), the sigma
-        on which the step lands, and that of the fresh noise."""
-        middle = s.log().lerp(s.roll(1).log(), 0.5).exp()[1:]
-        middle[-1] = s[-1]
-        return middle, s[1:], torch.zeros_like(middle)
+        """Return for each interval between the sigmas ``s`` (n + 1,) its middle, the sigma on which the step lands, and
+        that of the fresh noise."""
+        return s[1:].log().lerp(s[:-1].log(), 0.5).exp(), s[1:], torch.zeros_like(s[1:])
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         start = at.here[0::2].repeat_interleave(2)[: len(at.here)]
@@ -151,7 +141,6 @@ class DPM2Ancestral(DPM2):
     def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         down, up = ancestral(self, s[:-1], s[1:])
         middle = s[:-1].log().lerp(down.log(), 0.5).exp()
-        middle[-1] = s[-1]
         lost = rows_of(~(middle[:-1] > 0))
         where = f"DPM2Ancestral: sigma_down rounds to 0 in interval {lost[:3]}, which then has no middle"
         check(not lost, f"{where} (diffusers: NaN); use more steps")

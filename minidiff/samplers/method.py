@@ -53,6 +53,16 @@ Outputs = tuple[Tensor, ...]
 """The latest outputs, converted to the quantity that a multistep method combines, oldest first."""
 
 
+class History(NamedTuple):
+    """State of the methods that step from a sample more than once. ``outputs``: the latest, converted, oldest first;
+    ``base``: the sample at the start of the interval, ``noise``: that drawn there, ``order``: that of the step."""
+
+    outputs: Outputs = ()
+    base: Tensor | None = None
+    noise: Tensor | None = None
+    order: int = 0
+
+
 class Levels(NamedTuple):
     """The noise levels of a run: alpha_bar, or sigma for the methods that work in sigma or lambda.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
 from operator import add, mul
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from minidiff.config import Prediction
 from minidiff.samplers.arithmetic import lambda_of, meet, rates
 from minidiff.samplers.checks import usable
 from minidiff.samplers.levels import ClippedLambdas
-from minidiff.samplers.method import Draw, Given, Levels, Next, Outputs, Plan
+from minidiff.samplers.method import Draw, Given, History, Levels, Next, Outputs, Plan
 from minidiff.samplers.options import NotNegative, Rule
 from minidiff.schedule import NoiseSchedule
 
@@ -42,18 +42,8 @@ outputs, latest first, with weights ``predict`` or, the new output being the fir
 order less one, the output. ``order`` and ``correct_order``: the highest of each row."""
 
 
-class State(NamedTuple):
-    """The latest outputs, oldest first; the (corrected) sample at the last row, the noise of the step from there, and
-    the order with which it is to be corrected."""
-
-    outputs: Outputs = ()
-    base: Tensor | None = None
-    noise: Tensor | None = None
-    order: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
-class SASolver(ClippedLambdas[Row, State]):
+class SASolver(ClippedLambdas[Row, History]):
     """SA-Solver. ``predictor_order`` and ``corrector_order``: 1 to 4 outputs. ``algorithm``: combine x0 (data) or
     epsilon (noise). ``tau`` applies where the timestep lies in ``tau_start``..``tau_end``, and is 0 elsewhere.
 
@@ -61,7 +51,7 @@ class SASolver(ClippedLambdas[Row, State]):
     last step does nothing; and noise is added to a picture at the alpha_bar of a whole timestep.
     """
 
-    initial = State()
+    initial = History()
 
     predictor_order: UpTo4 = 2
     corrector_order: UpTo4 = 2
@@ -74,7 +64,7 @@ class SASolver(ClippedLambdas[Row, State]):
     def predicts_x0(self) -> bool:
         return self.algorithm == "data_prediction"
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         """Compute in the dtype of ``x``. Noise is drawn at every step, even if tau is 0."""
         # from the sample that the model saw, before its correction
         m = self.denoised(plan, i, x, out, state) if self.predicts_x0 else self.epsilon(plan, i, x, out)
@@ -84,7 +74,7 @@ class SASolver(ClippedLambdas[Row, State]):
         outputs = (*state.outputs, m)[-max(self.predictor_order, self.corrector_order - 1) :]
         at, noise = plan.at(i), draw(out)
         after = walk(at, x, noise, at.predict, outputs, min(at.order, len(state.outputs) + 1))
-        return after, State(outputs, x, noise, min(at.correct_order, len(state.outputs) + 2))
+        return after, History(outputs, x, noise, min(at.correct_order, len(state.outputs) + 2))
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         at = super().levels(schedule, given)

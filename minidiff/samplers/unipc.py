@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import earlier, lambda_of, meet, rates
 from minidiff.samplers.checks import usable
 from minidiff.samplers.levels import Final, Lambdas
-from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan
+from minidiff.samplers.method import Draw, History, Levels, Next, Outputs, Plan
 from minidiff.samplers.options import UpTo3
 
 Row = namedtuple("Row", "order x_coef m_coef res_coef r1 r2 predict3 correct2 correct3 new2 new3")
@@ -36,16 +36,8 @@ Row = namedtuple("Row", "order x_coef m_coef res_coef r1 r2 predict3 correct2 co
 those of the new output in ``new2`` and ``new3``. ``order``: the highest of each row."""
 
 
-class State(NamedTuple):
-    """The latest outputs, oldest first; the (corrected) sample at the last row and the order of the step from there."""
-
-    outputs: Outputs = ()
-    base: Tensor | None = None
-    order: int = 0
-
-
 @dataclass(frozen=True, kw_only=True)
-class UniPC(Lambdas[Row, State]):
+class UniPC(Lambdas[Row, History]):
     """UniPC sampler. ``solver_order``: number of latest outputs that a step uses. ``solver_type``: B(h) as above.
     ``predict_x0``: combine x0 instead of epsilon. ``disable_corrector``: rows whose step is not corrected (0 for the
     first). ``final_sigma``: the last step lands on 0, or on training's smallest sigma. ``lower_order_final``: the last
@@ -56,7 +48,7 @@ class UniPC(Lambdas[Row, State]):
     threshold has no effect on steps with predict_x0=False.
     """
 
-    initial = State()
+    initial = History()
 
     solver_order: UpTo3 = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
@@ -75,7 +67,7 @@ class UniPC(Lambdas[Row, State]):
         instead = "limits x0, which predict_x0=False does not combine: give one of them"
         check(limits, f"threshold={self.threshold} {instead}")
 
-    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: State, draw: Draw) -> Next[State]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         """Compute in the dtype of ``x``."""
         # x0 (or epsilon) for the sample that the model saw, before its correction
         m = self.denoised(plan, i, x, out, state) if self.predict_x0 else plan.epsilon(i, x, out)
@@ -86,7 +78,7 @@ class UniPC(Lambdas[Row, State]):
         at = plan.at(i)
         order = min(at.order, len(state.outputs) + 1)
         check(order < 3 or m.dtype == x.dtype or not self.like_diffusers, OF_TWO_DTYPES)
-        return walk(at, x, outputs, predict(at, x, outputs, order)), State(outputs, x, order)
+        return walk(at, x, outputs, predict(at, x, outputs, order)), History(outputs, x, order=order)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, last = len(at.here), self.solver_order
