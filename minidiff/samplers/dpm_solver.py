@@ -217,7 +217,7 @@ Rates = tuple[Tensor, Tensor]
 
 def exponentials(algorithm: Algorithm, here: Rates, to: Rates, h: Tensor, like_diffusers: bool) -> tuple[Tensor, ...]:
     """Return the factors of x, D0, D1 (midpoint), D1 (heun), D2 and fresh noise in steps of length ``h`` from one
-    (signal, noise) to another, all (n,)."""
+    (signal, noise) to another, all (n,). ``u``, the exponent, is -h for x0 (-2h with fresh noise) and h for epsilon."""
     (signal, noise), (to_signal, to_noise) = here, to
     sde, fresh = algorithm.startswith("sde"), torch.zeros_like(h)
     if algorithm.endswith("++"):
