@@ -76,9 +76,8 @@ interval (0 unless ancestral)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPM2(SpacedSigmas[Row, Tensor | None]):
-    """DPM2 sampler. Options: see :class:`SpacedSigmas`. In the middle of an interval, the state is the sample at its
-    start.
+class DPM2(SpacedSigmas[Row, History]):
+    """DPM2 sampler. Options: see :class:`SpacedSigmas`.
 
     ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
     middles), although the sigmas are not; timesteps are float64 with every sigma spacing but "timesteps"; a picture
@@ -86,19 +85,17 @@ class DPM2(SpacedSigmas[Row, Tensor | None]):
     a run that starts in the middle of an interval gives a wrong result; here it is an error.)
     """
 
+    initial = History()
     order = 2
-    initial = None
 
-    def step(
-        self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Tensor | None, draw: Draw
-    ) -> Next[Tensor | None]:
+    def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
         at = plan.at(i)
         if i % 2 == 0:
-            return x + slope * at.dt, x
-        if state is None:
+            return x + slope * at.dt, History(base=x)
+        if state.base is None:
             raise ConfigError(f"{self.name} can't start at row {i}, the middle of an interval: use an even row")
-        return self.arrive(at, state + slope * at.dt, out, draw), None
+        return self.arrive(at, state.base + slope * at.dt, out, draw), History()
 
     def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
         """Return ``x`` at the end of an interval."""
