@@ -89,9 +89,10 @@ class DPMSDE(SpacedSigmas[Row, History]):
         now, after = -s[:-1].log(), -s[1:].log()
         middle = torch.exp(-(now + (after - now) * 0.5))
         here, to = interleave(s[:-1], middle), interleave(middle, torch.exp(-after))
+        to[-1] = s[-1]
         listed = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        put, beside = ("sigma", listed) if self.like_diffusers else None, {"end": interleave(s[1:], s[1:])}
-        return self.between(times if put else times.float(), here, to, sigmas=listed, put=put, beside=beside)
+        put = ("sigma", listed) if self.like_diffusers else None
+        return self.between(times if put else times.float(), here, to, sigmas=listed, put=put)
 
     def times(self, table: Floats, given: Given) -> Floats:
         t = super().times(table, given)
@@ -113,7 +114,7 @@ class DPMSDE(SpacedSigmas[Row, History]):
         coefs = {"x_coef": torch.exp(-down) / torch.exp(-now), "x0_coef": torch.expm1(now - down), "sigma_up": up}
         return Row(
             **{name: torch.cat([column[:-1], torch.zeros_like(column[-1:])]) for name, column in coefs.items()},
-            dt=at.beside["end"] - sigma,
+            dt=at.to - sigma,
             root_dt=length.sqrt(),
             first_part=(half / length) ** 0.5,
             second_part=(1 - half / length).clamp(min=0) ** 0.5,
@@ -124,7 +125,7 @@ class DPMSDE(SpacedSigmas[Row, History]):
         """Return where the noise of each row comes from, from its start to where it lands; the last row draws none."""
         if self.noise_seed is None:
             return (None,) * len(starts)
-        ends = torch.cat([at.here[0::2], at.beside["end"]])
+        ends = torch.cat([at.here[0::2], at.to[-1:]])
         positive = ends[ends > 0]
         tree = BrownianTree(positive.min().item(), positive.max().item(), self.noise_seed)
         rows = zip(starts[:-1], at.to[:-1].tolist(), strict=True)
