@@ -65,7 +65,7 @@ def multistep(at: Any, x: Tensor, outputs: Outputs) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DPMOptions(ClippedLambdas[R, S]):
-    """Base class of the multistep and the singlestep method.
+    """Base class of the multistep and the singlestep method. Options: those of :class:`ClippedLambdas`, and
 
     ``solver_order``: number of latest outputs that a step uses. ``algorithm``: the names with "++" combine x0, the
     others epsilon; "sde" adds fresh noise at every step. ``solver_type`` as above, for order 2. ``euler_at_final``: the
