@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.opening import device_of, dtype_of, open_model, parts_of, probed
+from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_of, probed
 from minidiff.cli.options import DTYPES, about, add_options, add_parts, add_set, given, sampler_list
 from minidiff.console import say, show
 from minidiff.errors import CheckpointError, ConfigError
@@ -163,7 +163,7 @@ def run(args: Namespace) -> None:
     if recipe is not None:
         check_family(args, recipe, pipe)
     _teach(pipe, args)
-    _equip(pipe, args)
+    _equip(pipe, args, large(args.model))
     job = pipe.run(_request(pipe, args, {**asked, "sampler": choice}))
     _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(job, progress=not args.quiet)
@@ -257,13 +257,14 @@ def _teach(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
             say(adapter)
 
 
-def _equip(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
-    """Apply the speed-ups, unless the plain model is asked for, and what trades time for memory."""
+def _equip(pipe: StableDiffusion | Unconditional, args: Namespace, measure: bool) -> None:
+    """Apply the speed-ups, unless the plain model is asked for, and what trades time for memory. ``measure``: try which
+    the processor gains by, if that is not known."""
     from minidiff import fast
 
     options = {"vae_slices": args.vae_slices, "halves": args.split_guidance}
     wanted = tuple(name for name, given in options.items() if given)
-    fast.optimize(pipe, wanted if args.plain else (*fast.SWITCHES, *wanted))
+    fast.optimize(pipe, wanted if args.plain else (*fast.SWITCHES, *wanted), trial=measure and not args.plain)
     if args.vae_tiles is not None:
         fast.tiled(pipe, args.vae_tiles)
 

@@ -54,6 +54,13 @@ def probed(path: str | None, device: torch.device | None) -> torch.dtype | None:
     return None if found == torch.float32 else found
 
 
+def large(path: str | None) -> bool:
+    """Return True for a model so large that a trial of what this processor is fast at pays for itself."""
+    from minidiff.fast import probe
+
+    return path is not None and probe.size_on_disk(path) >= probe.LARGE
+
+
 def parts_of(args: Namespace) -> dict[str, Any]:
     """Return the options that choose weights, a variant and parts from elsewhere, and say what the model predicts."""
     swap = {part: getattr(args, part) for part in PARTS if getattr(args, part) is not None}

@@ -11,18 +11,18 @@ switch "many_keys" is the class ``ManyKeys`` in ``many_keys.py``, and so for all
 processor's layout), :mod:`winograd` (convolutions with fewer products), :mod:`blocks` (feed-forwards on some tokens at
 a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), and if the processor gains by
 it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
-:mod:`many_keys` (attention in blocks of queries). All of them are exact: the same bits, or the same sums in another
-order, no farther from the true value or, in float32, within a few roundings of the plain layer's result
-(tests/tolerances.py).
+:mod:`many_keys` (attention by another kernel). Whether it gains is tried once a machine (:mod:`trial`). All of them are
+exact: the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few
+roundings of the plain layer's result (tests/tolerances.py).
 
-Some switches must be requested by name (``OPTIONAL``): :mod:`attention` (the faster of two kernels, by trial),
-:mod:`compile` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`halves`,
+Some switches must be requested by name (``OPTIONAL``): "attention" ("many_keys", tried now), :mod:`compile` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`halves`,
 :mod:`vae_slices`), and those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere.
 :func:`offload` is for cards with less memory than the model needs. Methods that change the result are never on by
 default: :mod:`deep` and :mod:`merge` (put on by :mod:`approximations`), and :mod:`vae_tiles`.
 
-The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` (the attention kernel),
-:mod:`onednn` (products by that library), :mod:`probe` (measures what is fast on this processor).
+The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` (attention kernels),
+:mod:`onednn` (products by that library), :mod:`probe` and :mod:`trial` (measure what is fast on this processor) and
+:mod:`machine` (keeps the results).
 
 A model with active switches cannot be trained, moved, copied, pickled or given adapters: restore it first, change it,
 and optimize it again. Several threads may use it, and get the same bits as one after the other. Switches must be put on
@@ -39,7 +39,6 @@ from minidiff.config import check
 from minidiff.console.spelling import near
 from minidiff.fast.approximations import approximate as approximate
 from minidiff.fast.approximations import exact
-from minidiff.fast.attention import Attention
 from minidiff.fast.blocks import Blocks
 from minidiff.fast.channels_last import ChannelsLast
 from minidiff.fast.compile import Compile
@@ -47,13 +46,14 @@ from minidiff.fast.graphs import Graphs
 from minidiff.fast.halves import Halves
 from minidiff.fast.inplace import Inplace
 from minidiff.fast.linear import Linear
-from minidiff.fast.many_keys import ManyKeys
+from minidiff.fast.many_keys import RANGES, ManyKeys
 from minidiff.fast.memory import Memory
 from minidiff.fast.offload import bring_back
 from minidiff.fast.offload import offload as offload
 from minidiff.fast.packed import Packed
 from minidiff.fast.switch import Switch, put_on
 from minidiff.fast.tokens import Tokens
+from minidiff.fast.trial import choices
 from minidiff.fast.vae_slices import VaeSlices
 from minidiff.fast.vae_tiles import tiled as tiled
 from minidiff.fast.vae_tiles import whole
@@ -74,7 +74,7 @@ SWITCHES: Mapping[str, Switch] = {
 }
 # Only on request. The gain of those for CUDA has not been measured.
 OPTIONAL: Mapping[str, Switch] = {
-    "attention": Attention(),
+    "attention": ManyKeys(),
     "compile": Compile(),
     "channels_last": ChannelsLast(),
     "graphs": Graphs(),
@@ -90,18 +90,19 @@ TF32 = (
 PLACES = ("unet", "vae")  # the text encoder runs once a picture
 
 
-def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dict[str, int]:
+def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES), *, trial: bool = False) -> dict[str, int]:
     """Put ``switches`` on all layers that they apply to, in place, and return the number of layers of each.
 
-    Active switches of ``pipe`` stay on; switches for another device have no effect. If interrupted, it leaves the plain
-    model. Raises :class:`ConfigError` for an unknown name, for "compile" or "graphs" together with another switch, and
+    Active switches of ``pipe`` stay on; switches for another device have no effect. What the processor gains by is read
+    from the user's cache, or follows a rule if it was never tried there; ``trial`` tries it, for at most 3 seconds, and
+    keeps the result for every later process. If interrupted, it leaves the plain model. Raises :class:`ConfigError` for an unknown name, for "compile" or "graphs" together with another switch, and
     for "compile" without a C++ compiler.
     """
     for name in switches:
         check(name != "tf32", TF32)
         check(name in ALL, f"{name!r} is not a switch of fast.optimize; those are {', '.join(ALL)}{near(name, ALL)}")
     on: dict[str, list[nn.Module]] = pipe.__dict__.get("_fast", {})
-    if not on.keys() >= set(switches):
+    if trial or not on.keys() >= set(switches):
         wanted = on.keys() | set(switches)
         for name in sorted(wanted & set(ALONE)):
             others = ", ".join(other for other in ALL if other in wanted and other != name)
@@ -110,11 +111,15 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES)) -> dic
         parts = [pipe.parts[name] for name in PLACES if name in pipe.parts]
         try:
             on = pipe.__dict__["_fast"] = {}
-            for name, switch in ALL.items():
-                if name in wanted:
-                    on[name] = []
-                    put_on(switch, parts if switch.device in (None, pipe.device.type) else [], on[name])
+            chosen = [_choices(pipe, part, trial or "attention" in wanted) for part in parts]
+            for name in (name for name in ALL if name in wanted):
+                on[name] = []
+                for part, choice in zip(parts, chosen, strict=True):
+                    switch = ALL[name].fit(choice)
+                    if switch is not None and switch.device in (None, pipe.device.type):
+                        put_on(switch, [part], on[name])
             pipe.fast = tuple(name for name, layers in on.items() if layers)
+            pipe.kernels = {name: way for name, way in chosen[0].items() if "many_keys" in pipe.fast and name in RANGES}
         except BaseException:
             surely(lambda: _take_off(pipe))
             raise
@@ -136,8 +141,13 @@ def _restore(pipe: Pipeline) -> None:
     bring_back(pipe)
 
 
+def _choices(pipe: Pipeline, part: nn.Module, measure: bool) -> dict[str, str]:
+    """Return the fastest ways for the dtype of ``part``; empty on another device than the CPU."""
+    return choices(next(part.parameters()).dtype, measure) if pipe.device.type == "cpu" else {}
+
+
 def _take_off(pipe: Pipeline) -> None:
-    pipe.fast = ()
+    pipe.fast, pipe.kernels = (), {}
     for name, layers in reversed(pipe.__dict__.get("_fast", {}).items()):
         for layer in layers:
             ALL[name].take_off(layer)

@@ -1,82 +1,65 @@
 """Attention in blocks of queries: two matrix products with a softmax in between.
 
 torch's own kernel never holds more than a small tile of scores, and multiplies tiles in its own loop. The library
-behind ``torch.bmm`` multiplies large matrices faster than that on some processors, and slower on others. Here a block
-has as many queries as the cache can hold scores for. Two switches use this kernel: :mod:`attention`, where a trial
-shows that it is faster, and :mod:`many_keys`, where that is known of the processor.
+behind the matrix products multiplies large matrices faster than that on some processors, and slower on others. Here a
+block has as many queries as the cache can hold scores for. :mod:`many_keys` uses these kernels where a trial on the
+processor has shown that they are faster.
 
-Scores are float32 for every dtype, as in torch's kernel: a product is rounded to the dtype of its factors, and scores
-of eight bits would make the error two to six times as large. So bfloat16 queries and keys are converted to float32,
-without loss, before they are multiplied; only the product of the softmax and the values is computed in bfloat16. (torch
-can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other threads, and without
-AMX it runs the same float32 kernel.)
+For bfloat16 there are three ways. torch's kernel keeps scores in float32. So does :class:`BlockKernel`, unless ``narrow``: a
+product is rounded to the dtype of its factors, so queries and keys are converted to float32, without loss, before they
+are multiplied. Narrow blocks multiply them as they are: their scores have 8 bits, which makes the error of a layer
+twice as large, and that of a whole UNet no larger. And :func:`in_float32` gives float32 copies to torch's kernel. (torch
+can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other threads.)
 """
 
 from __future__ import annotations
 
-from functools import partial
-from itertools import product
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minidiff.fast import onednn
+from minidiff.models.attention import attention
 
-ROWS = 512  # queries per block
-SCORES = 2**21  # scores per block, 8 MB in float32: a core's share of the last cache
-SMALL = 2**22  # multiplications per head and block: with fewer, calling a library per head costs more
-
-
-def block_of(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """Return the number of heads, and of queries of each, that are computed at once."""
-    heads, length = q.shape[1:3]
-    rows = min(ROWS, length)
-    return min(heads, max(1, SCORES // (rows * k.shape[2]))), rows
+COLUMNS = 16  # the product with the values is slow unless their width is a multiple of this
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d), block by block."""
-    assert not causal
-    pictures, heads, length, d = q.shape
-    seen = k.shape[2]
-    some, rows = block_of(q, k)
-    out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    small = rows * seen * d < SMALL
-    if onednn.pays() and q.dtype == torch.float32:
-        one_block = by_onednn
-    elif onednn.pays() and not small:
-        one_block = by_onednn_narrow
-    else:
-        one_block = partial(by_bmm, torch.empty(some * rows * seen, dtype=torch.float32, device=q.device))
-    for n in range(pictures):
-        keys, values = k[n].float().contiguous(), v[n].contiguous()
-        for h, i in product(range(0, heads, some), range(0, length, rows)):
-            block = q[n, h : h + some, i : i + rows].float()
-            out[n, h : h + some, i : i + rows] = one_block(block, keys[h : h + some], values[h : h + some])
-    return out
+def in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Compute :func:`~minidiff.models.attention.attention` in float32, and return it in the dtype of ``q``."""
+    return attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
 
 
-def by_bmm(memory: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute a block of queries (heads, rows, d), with its scores in ``memory`` (float32, large enough)."""
-    scores = memory[: q.shape[0] * q.shape[1] * k.shape[1]].view(*q.shape[:2], k.shape[1])
-    scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    torch.softmax(scores, dim=-1, out=scores)
-    return scores.to(v.dtype) @ v
+@dataclass(frozen=True)
+class BlockKernel:
+    """Kernel that computes attention in blocks of ``rows`` queries of one head, without gradients or causal mask.
 
+    ``narrow``: scores have the dtype of the queries, instead of float32.
+    """
 
-def by_onednn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the same, head by head, in memory that the products allocate."""
-    out = torch.empty_like(q)
-    for asked, keys, values, made in zip(q * q.shape[-1] ** -0.5, k, v, out, strict=True):
-        scores = onednn.product(asked, keys)
-        made.copy_(onednn.product(torch.softmax(scores, dim=-1, out=scores), values.t()))
-    return out
+    rows: int
+    narrow: bool = False
 
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d), block by block."""
+        if causal or torch.is_grad_enabled():
+            return attention(q, k, v, causal)
+        pictures, heads, length, d = q.shape
+        out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+        for n in range(pictures):
+            for h in range(heads):
+                self.head(q[n, h], k[n, h], v[n, h], out[n, h])
+        return out
 
-def by_onednn_narrow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the same for values of lower precision, in which the softmax is multiplied, all heads at once."""
-    weights = torch.empty(*q.shape[:2], k.shape[1], dtype=v.dtype, device=v.device)
-    for asked, keys, made in zip(q * q.shape[-1] ** -0.5, k, weights, strict=True):
-        scores = onednn.product(asked, keys)
-        made.copy_(torch.softmax(scores, dim=-1, out=scores))
-    return weights @ v
+    def head(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Compute one head into ``out`` (L, d), from q (L, d) and k and v (M, d)."""
+        d = q.shape[1]
+        dtype = q.dtype if self.narrow else torch.float32
+        asked = (q.float() * d**-0.5).to(dtype)
+        keys = k.to(dtype).contiguous()
+        values = torch.zeros(-(-d // COLUMNS) * COLUMNS, len(v), dtype=v.dtype, device=v.device)
+        values[:d] = v.t()
+        for i in range(0, len(q), self.rows):
+            scores = onednn.product(asked[i : i + self.rows], keys)
+            weights = torch.softmax(scores, dim=-1, out=scores).to(v.dtype)
+            out[i : i + self.rows] = onednn.product(weights, values)[:, :d]

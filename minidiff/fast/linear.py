@@ -1,15 +1,19 @@
-"""Linear layers by oneDNN instead of MKL, where oneDNN is faster (see :mod:`minidiff.fast.onednn`).
+"""Linear layers by oneDNN instead of MKL, where a trial shows that it is faster (:mod:`onednn`, :mod:`trial`).
 
 The weight is unchanged. In bfloat16 torch uses oneDNN already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import MethodSwitch
+from minidiff.fast.switch import OFF, ON, MethodSwitch
 from minidiff.models import attention
 from minidiff.models.replacement import Replacement
 
@@ -30,10 +34,11 @@ class OneDNNLinear(Replacement):
 
 
 class Linear(MethodSwitch):
-    """Switch of every large linear layer. CPU and float32 only, and only with AVX512."""
+    """Switch of every large linear layer. CPU and float32 only."""
 
     replacement = OneDNNLinear
     device = "cpu"
+    tried = "linear"
 
     def applies(self, layer: nn.Module) -> bool:
         return (
@@ -42,5 +47,14 @@ class Linear(MethodSwitch):
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32
-            and onednn.pays()
+            and onednn.available()
         )
+
+
+def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Set up a trial: the product into a feed-forward network at 32 x 32 tokens, by MKL and by oneDNN."""
+    x, weight = (torch.ones(shape, dtype=dtype, device="cpu") for shape in ((1024, 640), (2560, 640)))
+    found: dict[str, Callable[[], object]] = {OFF: partial(F.linear, x, weight)}
+    if dtype == torch.float32 and onednn.pays():
+        found[ON] = partial(onednn.product, x, weight)
+    return found

@@ -1,35 +1,120 @@
-"""Attention to many keys in blocks of queries (:mod:`blockwise`), on processors that are known to be faster that way.
+"""Attention to many keys by the kernel that is the fastest on this processor (:mod:`blockwise`).
 
-With AVX512, blocks of many keys win so often that nothing is tried (:mod:`onednn`): the choice depends on the processor
-and the number of keys alone, so the same machine always gives the same bits, and the switch is on by default.
+Which one that is depends on the processor and on the shape, and no rule tells: with AVX512, blocks were 1.6 times as
+fast as torch's kernel on one kind of processor, and half as fast on another. So it is tried once a machine
+(:mod:`trial`), for three shapes, one for each range of the number of keys; where nothing was tried, torch's own stays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from minidiff.fast import onednn
-from minidiff.fast.attention import Attention
-from minidiff.fast.blockwise import blockwise
-from minidiff.models.attention import attention
+from minidiff.fast import machine, onednn
+from minidiff.fast.blockwise import BlockKernel, in_float32
+from minidiff.fast.switch import Switch
+from minidiff.models.attention import Attention, Kernel, attention
 
-MANY = 64  # keys; with fewer, a block has too little work
-
-
-def by_keys(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Compute :func:`~minidiff.models.attention.attention`, in blocks if there are many keys."""
-    plain = causal or torch.is_grad_enabled() or k.shape[2] < MANY
-    return attention(q, k, v, causal) if plain else blockwise(q, k, v, causal)
+HEADS, QUERIES = 4, 512  # of a trial: enough for the rate, little enough for the time
+PLAIN = "torch"
 
 
-class ManyKeys(Attention):
-    """Switch of the same layers as :class:`Attention`, on processors with AVX512; in bfloat16 not with AMX."""
+class Range(NamedTuple):
+    """Numbers of keys, from ``least`` on, and the shape that stands for them in a trial."""
 
-    kernel = staticmethod(by_keys)
+    least: int
+    keys: int
+    width: int
+
+
+# Falling. Of Stable Diffusion at 512 x 512: its first two levels, and the prompt.
+RANGES: Mapping[str, Range] = {
+    "attention to 4096 keys": Range(2048, 4096, 40),
+    "attention to 1024 keys": Range(256, 1024, 80),
+    "attention to 77 keys": Range(64, 77, 40),
+}
+
+
+def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
+    """Return the candidates for attention to ``keys`` keys, by name; the plain one first.
+
+    Blocks have as many rows as a core's own cache holds scores for, or four times as many.
+    """
+    found: dict[str, Kernel] = {PLAIN: attention}
+    if not onednn.pays(dtype):  # multiplies no faster than torch's kernel
+        return found
+    narrow = (False,) if dtype == torch.float32 else (False, True)
+    if dtype != torch.float32:
+        found["float32"] = in_float32
+    for few in narrow:
+        rows = machine.private_cache() // (keys * (dtype.itemsize if few else torch.float32.itemsize))
+        for times in (1, 4):
+            block = BlockKernel(min(1024, max(32, 2 ** (rows * times).bit_length() // 2)), few)
+            found[f"{'narrow ' if few else ''}blocks of {block.rows}"] = block
+    return found
+
+
+def ways(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Set up the candidates of a range for a trial."""
+    of = RANGES[name]
+    q, k, v = (
+        torch.ones(1, n, HEADS, of.width, dtype=dtype, device="cpu").transpose(1, 2)
+        for n in (QUERIES, of.keys, of.keys)
+    )
+    return {called: partial(kernel, q, k, v, False) for called, kernel in kernels(of.keys, dtype).items()}
+
+
+@dataclass(frozen=True)
+class ByKeys:
+    """Kernel that leaves attention to the one chosen for its number of keys; ``chosen``: (least, kernel), falling."""
+
+    chosen: tuple[tuple[int, Kernel], ...]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        keys = k.shape[2]
+        kernel = next((kernel for least, kernel in self.chosen if keys >= least), attention)
+        return kernel(q, k, v, causal)
+
+
+@dataclass(frozen=True)
+class ManyKeys(Switch):
+    """Switch of every attention without a causal mask. CPU only: on CUDA torch's own kernel is fast.
+
+    ``choice``: for the name of each range, the name of its kernel; torch's own where it is missing.
+    """
+
+    def fit(self, choice: Mapping[str, str]) -> ManyKeys:
+        return ManyKeys(choice)
+
+    choice: Mapping[str, str] = field(default_factory=dict)
 
     def applies(self, layer: nn.Module) -> bool:
-        if not super().applies(layer):
-            return False
-        dtype = next(layer.parameters()).dtype
-        return onednn.pays(dtype) and not (dtype == torch.bfloat16 and onednn.has_amx())
+        return (
+            isinstance(layer, Attention)
+            and layer.kernel is attention
+            and not layer.causal
+            and layer.q.weight.device.type == "cpu"
+            and layer.q.weight.dtype in (torch.float32, torch.bfloat16)
+            and self.kernel(layer.q.weight.dtype) is not attention
+        )
+
+    def kernel(self, dtype: torch.dtype) -> Kernel:
+        """Return the kernel of a layer in ``dtype``."""
+        chosen = [
+            (of.least, kernels(of.keys, dtype).get(self.choice.get(name, PLAIN), attention))
+            for name, of in RANGES.items()
+        ]
+        return ByKeys(tuple(chosen)) if any(kernel is not attention for _, kernel in chosen) else attention
+
+    def put_on(self, layer: nn.Module) -> None:
+        assert isinstance(layer, Attention)
+        layer.kernel = self.kernel(layer.q.weight.dtype)
+
+    def take_off(self, layer: nn.Module) -> None:
+        assert isinstance(layer, Attention)
+        layer.kernel = attention

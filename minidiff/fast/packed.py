@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.fast import onednn
 from minidiff.fast.switch import Switch
 from minidiff.models.replacement import PREPARING, Replacement
 
@@ -26,7 +27,7 @@ class Packed(Switch):
 
     def applies(self, layer: nn.Module) -> bool:
         return (
-            torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+            onednn.available()
             and isinstance(layer, nn.Conv2d)
             and layer.kernel_size != (1, 1)  # a matrix product, whose plain kernel is as fast and more exact
             and layer.weight.numel() >= SMALLEST

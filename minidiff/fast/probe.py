@@ -10,14 +10,10 @@ done in seconds, most of which is the overhead of many operations, which is no f
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidiff.errors import MinidiffError
-from minidiff.storage.reading import read_object
-from minidiff.storage.writing import atomic
+from minidiff.fast import machine
 
 WORTH = 1.3  # times as fast; with less, it is not worth 16 bits of precision
 # Bytes on disk. Every Stable Diffusion has more, even in float16. Unconditional models have fewer; they take hundreds
@@ -41,7 +35,12 @@ HOPELESS = 3  # times as slow after two rounds: the rest is skipped
 
 def choice(bytes_on_disk: int) -> torch.dtype:
     """Return the command line's default dtype on a CPU: bfloat16 if it is faster for a model of that size."""
-    return torch.bfloat16 if bytes_on_disk >= LARGE and gain() >= WORTH else torch.float32
+    return dtype_of(gain()) if bytes_on_disk >= LARGE else torch.float32
+
+
+def dtype_of(gain: float) -> torch.dtype:
+    """Return the dtype of large models on a processor whose bfloat16 is ``gain`` times as fast as its float32."""
+    return torch.bfloat16 if gain >= WORTH else torch.float32
 
 
 def size_on_disk(path: str | os.PathLike[str]) -> int:
@@ -50,46 +49,27 @@ def size_on_disk(path: str | os.PathLike[str]) -> int:
     return sum(p.stat().st_size for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
 
 
-def gain() -> float:
-    """Return the speed of bfloat16 relative to float32 on this machine, from the cache or measured now."""
-    key, known = machine(), remembered()
-    if key not in known:
-        known[key] = measured()
-        with suppress(OSError, RuntimeError, MinidiffError):  # no home folder, a full disk
-            path = cache_file()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic(path) as file:
-                file.write(json.dumps(known, indent=1).encode())
-    return known[key]
+def gain(anew: bool = False) -> float:
+    """Return the speed of bfloat16 relative to float32 on this machine, from the cache or (``anew``: always) measured
+    now."""
+    key = machine.description()
+    known = None if anew else NOTES.all().get(key)
+    if known is None:
+        found = measured()
+        known = NOTES.keep(key, found, anew)
+        if known is None:  # nowhere to keep it
+            return found
+    return known
 
 
-def remembered() -> dict[str, float]:
-    """Return the contents of the cache file; empty if it is missing or invalid."""
-    with suppress(OSError, RuntimeError, ValueError, TypeError, MinidiffError):
-        known = {str(key): float(value) for key, value in read_object(cache_file()).items()}
-        return {key: value for key, value in known.items() if math.isfinite(value) and value > 0}
-    return {}
+def read(found: object) -> float:
+    """Return a gain from parsed JSON. Raises ValueError or TypeError for anything else."""
+    if not isinstance(found, (int, float)) or not 0 < found < math.inf:
+        raise ValueError(f"{found!r} is not a gain")
+    return float(found)
 
 
-def cache_file() -> Path:
-    """Return the path of the cache file in the user's cache folder. Raises RuntimeError for a user without a home."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / (
-            "Library/Caches" if sys.platform == "darwin" else ".cache"
-        )
-    return Path(base) / "minidiff" / "bfloat16.json"
-
-
-def machine() -> str:
-    """Return a description of everything that the measurement depends on."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+NOTES = machine.Notes("bfloat16.json", read)
 
 
 def measured() -> float:

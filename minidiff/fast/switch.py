@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -10,10 +10,18 @@ from torch import Tensor, nn
 from minidiff.models.replacement import Replacement
 
 
+OFF, ON = "off", "on"  # ways of a trial of a switch
+
+
 class Switch(Protocol):
     """Base class of the speed-ups. A switch keeps what it replaces, so that ``take_off`` can restore a layer."""
 
     device: ClassVar[str | None] = None  # type of device that it is for; None: all
+    tried: ClassVar[str | None] = None  # name of the trial that decides whether the processor gains by it
+
+    def fit(self, choice: Mapping[str, str]) -> Switch | None:
+        """Return the switch for a processor on which ``choice`` is the fastest; None if it does not gain there."""
+        return None if choice.get(self.tried or "") == OFF else self
 
     def applies(self, layer: nn.Module) -> bool:
         """Return True if ``layer``, not optimized yet, is one that this switch is for."""

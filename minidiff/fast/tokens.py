@@ -8,11 +8,14 @@ rearrange a picture before and after each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from minidiff.config import text
 from minidiff.fast import onednn
-from minidiff.fast.switch import ForwardSwitch
+from minidiff.fast.switch import OFF, ON, ForwardSwitch
 from minidiff.models.attention import SpatialTransformer, to_tokens
 
 
@@ -33,13 +36,27 @@ def as_picture(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class Tokens(ForwardSwitch):
-    """Switch of every transformer over pictures, on processors that gain by it. CPU only."""
+    """Switch of every transformer over pictures. CPU only; float32 and bfloat16."""
 
     device = "cpu"
+    tried = "tokens"
     forward = staticmethod(in_place)
 
     def applies(self, layer: nn.Module) -> bool:
         if not isinstance(layer, SpatialTransformer):
             return False
         weight = layer.norm.weight
-        return weight.device.type == "cpu" and onednn.pays(weight.dtype)
+        return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+
+
+def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Set up a trial: a transformer without blocks and a convolution after it, at 32 x 32 in both layouts."""
+    with torch.device("cpu"):
+        layer = SpatialTransformer(text(320, 8), 768, 32, linear=False)
+        layer.blocks = nn.ModuleList()
+        layer, after = layer.to(dtype), nn.Conv2d(320, 320, 3, padding=1).to(dtype)
+        x, context = torch.ones(1, 320, 32, 32, dtype=dtype), torch.ones(1, 77, 768, dtype=dtype)
+    found: dict[str, Callable[[], object]] = {OFF: lambda: after(layer(x, context))}
+    if onednn.pays(dtype):
+        found[ON] = lambda: after(in_place(layer, x, context))
+    return found

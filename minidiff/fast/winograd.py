@@ -18,11 +18,14 @@ UNet would gain 4 %, and a VAE would lose 8 %.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from minidiff.fast import onednn
-from minidiff.fast.switch import MethodSwitch
+from minidiff.fast.packed import PackedConvolution
+from minidiff.fast.switch import OFF, ON, MethodSwitch
 from minidiff.models.replacement import PREPARING, Replacement
 
 NARROWEST = 128  # channels: with fewer, the transforms cost more than is saved
@@ -69,10 +72,11 @@ class WinogradConvolution(Replacement):
 
 
 class Winograd(MethodSwitch):
-    """Switch of 3 x 3 convolutions with many channels, used on large pictures. CPU and float32, without AVX512."""
+    """Switch of 3 x 3 convolutions with many channels, used on large pictures. CPU and float32."""
 
     replacement = WinogradConvolution
     device = "cpu"
+    tried = "winograd"
 
     def applies(self, layer: nn.Module) -> bool:
         return (
@@ -85,8 +89,21 @@ class Winograd(MethodSwitch):
             and layer.in_channels * layer.out_channels >= SMALLEST
             and layer.weight.device.type == "cpu"
             and layer.weight.dtype == torch.float32
-            and not onednn.pays()
         )
+
+
+def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Set up a trial: a convolution of 320 channels at 32 x 32, packed and by Winograd's method. With AVX512 there is
+    none: what it may save is not worth its memory."""
+    found: dict[str, Callable[[], object]] = {OFF: lambda: None}
+    if dtype != torch.float32 or onednn.pays() or not onednn.available():
+        return found
+    with torch.device("cpu"):
+        packed, other = (nn.Conv2d(320, 320, 3, padding=1) for _ in range(2))
+        x = torch.ones(1, 320, 32, 32)
+    PackedConvolution(packed)
+    WinogradConvolution(other)
+    return {OFF: lambda: packed(x), ON: lambda: other(x)}
 
 
 def filters(weight: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Pipeline:
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
         self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
+        self.kernels: dict[str, str] = {}  # what "many_keys" chose on this processor
         self.approximations: dict[str, Any] = {}  # active approximations, which change the result
         self.low_memory: LowMemory | None = None  # set if the parts take turns in memory
         apply_policy(config, parts)
@@ -290,6 +291,7 @@ class Pipeline:
             dtype_chosen=self.dtype_chosen,
             device=self.device.type,
             fast=self.fast,
+            kernels=dict(self.kernels),
             approximate=dict(self.approximations),
             minidiff=VERSION,
             torch=str(torch.__version__),

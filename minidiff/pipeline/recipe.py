@@ -34,6 +34,7 @@ class Made:
 
     ``place``, ``places``: position among the pictures that were drawn from one stream of noise. ``model``: the family.
     ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: what chose the dtype, if not the caller.
+    ``kernels``: those of attention that :mod:`minidiff.fast` chose, by number of keys.
     ``lora``: (file, strength), ``embedding``: (file, word), each with its hash at the same place of the list below.
     """
 
@@ -49,6 +50,7 @@ class Made:
     dtype_chosen: str | None = None
     device: str | None = None
     fast: tuple[str, ...] = ()
+    kernels: dict[str, str] = field(default_factory=dict)
     approximate: dict[str, Any] = field(default_factory=dict)
     minidiff: str | None = None
     torch: str | None = None
