@@ -1,9 +1,9 @@
-"""Attention by torch's kernel and in blocks (`minidiff/fast/blockwise.py`), for every shape of Stable Diffusion 1.5.
+"""Every candidate for attention (`minidiff/fast/many_keys.py`), for every shape of Stable Diffusion 1.5.
 
     python scripts/bench_attention.py                            # 512 x 512 with guidance, float32
     python scripts/bench_attention.py --dtype bfloat16 --size 256
 
-Of both GFLOP/s, and which one `fast.optimize(sd, ("attention",))` takes. They run in turn; the best of each counts.
+GFLOP/s of each, and what `fast.optimize` takes on this machine (`minidiff probe`). They run in turn; the best counts.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 from minidiff.config import SD15, VAE_SD  # noqa: E402
-from minidiff.fast.attention import choose  # noqa: E402
-from minidiff.fast.blockwise import blockwise  # noqa: E402
-from minidiff.models.attention import attention  # noqa: E402
+from minidiff.fast import machine, many_keys, trial  # noqa: E402
 
 PROMPT = 77
 
@@ -34,9 +32,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print(f"{args.dtype}, {torch.get_num_threads()} threads")
-    print("| heads x width | queries | keys | torch, GFLOP/s | blocks, GFLOP/s | blocks are | taken |")
-    print("|---|---:|---:|---:|---:|---:|---|")
+    print(f"{args.dtype}, {machine.description()}")
+    print("| heads x width | queries | keys | GFLOP/s | taken |")
+    print("|---|---:|---:|---|---|")
     for heads, width, queries, keys in shapes(args.size // VAE_SD.factor):
         row(heads, width, queries, keys, args)
     return 0
@@ -59,16 +57,19 @@ def row(heads: int, width: int, queries: int, keys: int, args: argparse.Namespac
         torch.randn(args.batch, n, heads * width).to(dtype).unflatten(2, (heads, width)).transpose(1, 2)
         for n in (queries, keys, keys)
     )
-    best = [float("inf")] * 2
+    near = next((of.keys for of in many_keys.RANGES.values() if keys >= of.least), keys)  # whose candidates it has
+    kernels = many_keys.kernels(near, dtype)
+    best = dict.fromkeys(kernels, float("inf"))
     for _ in range(args.rounds):
-        for i, kernel in enumerate((attention, blockwise)):
+        for name, kernel in kernels.items():
             begun = time.perf_counter()
             kernel(q, k, v, False)
-            best[i] = min(best[i], time.perf_counter() - begun)
-    rates = [4 * args.batch * heads * queries * keys * width / seconds / 1e9 for seconds in best]
-    taken = "blocks" if choose(q, k, v) is blockwise else "torch's"
-    figures = f"{rates[0]:.0f} | {rates[1]:.0f} | {best[0] / best[1]:.2f}x as fast | {taken}"
-    print(f"| {heads} x {width} | {queries} | {keys} | {figures} |", flush=True)
+            best[name] = min(best[name], time.perf_counter() - begun)
+    flops = 4 * args.batch * heads * queries * keys * width
+    rates = ", ".join(f"{name} {flops / seconds / 1e9:.0f}" for name, seconds in best.items())
+    ways = ((of.least, trial.choices(dtype)[name]) for name, of in many_keys.RANGES.items())
+    taken = next((way for least, way in ways if keys >= least), many_keys.PLAIN)
+    print(f"| {heads} x {width} | {queries} | {keys} | {rates} | {taken} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
+
+import pytest
 
 # A shell script that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test
 # starts. Some tests are about Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what was measured on this machine out of the tests, and what tests measure out of the user's cache."""
+    folder = Path(tmp_path_factory.getbasetemp()) / "no-cache"
+    monkeypatch.setattr("minidiff.fast.machine.cache_folder", lambda: folder / "minidiff")

@@ -18,8 +18,8 @@ examples:
 def add(commands: Any) -> None:
     """Add the command with its options."""
     more = (
-        " The result is kept in the user's cache folder. `minidiff generate` measures once, for models of 1 GB and more, "
-        "and uses it; fast.optimize uses it for any model."
+        " The result is kept in the user's cache folder. `minidiff generate` measures once, for models of 1 GB and "
+        "more, and uses it; fast.optimize uses it for any model."
     )
     p = about(commands, "probe", "show which dtype and which kernels are the fastest on this processor", EXAMPLES, more)
     p.add_argument("--renew", action="store_true", help="measure again, and replace what was kept")

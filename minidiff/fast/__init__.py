@@ -15,10 +15,11 @@ it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the l
 exact: the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few
 roundings of the plain layer's result (tests/tolerances.py).
 
-Some switches must be requested by name (``OPTIONAL``): "attention" ("many_keys", tried now), :mod:`compile` (takes minutes at first, and cannot be combined), those that trade time for memory (:mod:`halves`,
-:mod:`vae_slices`), and those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere.
-:func:`offload` is for cards with less memory than the model needs. Methods that change the result are never on by
-default: :mod:`deep` and :mod:`merge` (put on by :mod:`approximations`), and :mod:`vae_tiles`.
+Some switches must be requested by name (``OPTIONAL``): "attention" ("many_keys", tried at once), :mod:`compile` (takes
+minutes at first, and cannot be combined), those that trade time for memory (:mod:`halves`, :mod:`vae_slices`), and
+those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsewhere. :func:`offload` is for cards with
+less memory than the model needs. Methods that change the result are never on by default: :mod:`deep` and :mod:`merge`
+(put on by :mod:`approximations`), and :mod:`vae_tiles`.
 
 The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` (attention kernels),
 :mod:`onednn` (products by that library), :mod:`probe` and :mod:`trial` (measure what is fast on this processor) and

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from minidiff.models.replacement import Replacement
 
-
 OFF, ON = "off", "on"  # ways of a trial of a switch
 
 
@@ -39,8 +38,9 @@ def put_on(switch: Switch, parts: Iterable[nn.Module], layers: list[nn.Module] |
     They are added to ``layers`` before anything is changed.
     """
     layers = [] if layers is None else layers
-    layers += [layer for part in parts for layer in part.modules() if switch.applies(layer)]
-    for layer in layers:
+    found = [layer for part in parts for layer in part.modules() if switch.applies(layer)]
+    layers += found
+    for layer in found:
         switch.put_on(layer)
     return layers
 

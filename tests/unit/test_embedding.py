@@ -37,11 +37,12 @@ from minidiff.adapters import words as embeddings
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.adapters.words import Word
 from minidiff.errors import ConfigError
-from minidiff.fast import onednn
+from minidiff.fast import machine, many_keys, onednn, trial
 from minidiff.pipeline import StableDiffusion
 from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
 
 THREADS = 8
+KERNEL = "blocks of 32"
 SWITCHES = ["packed", "winograd", "memory", "attention", "halves"]  # what keeps something between two calls
 
 
@@ -50,10 +51,13 @@ def _as_on_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every switch applies to tiny layers, on any processor."""
     monkeypatch.setattr("minidiff.fast.packed.SMALLEST", 1)
     monkeypatch.setattr("minidiff.fast.linear.SMALLEST", 1)
-    monkeypatch.setattr("minidiff.fast.many_keys.MANY", 1)
+    ranges = {name: of._replace(least=1) for name, of in many_keys.RANGES.items()}
+    monkeypatch.setattr(many_keys, "RANGES", ranges)
+    monkeypatch.setattr(machine, "private_cache", lambda: 1)  # the smallest blocks
+    chosen = {name: trial.Result(KERNEL, {KERNEL: 1.0}) for name in ranges}
+    monkeypatch.setattr(trial, "results", lambda dtype, measure=False: chosen)
     for name in ("NARROWEST", "SMALLEST", "POSITIONS"):
         monkeypatch.setattr(f"minidiff.fast.winograd.{name}", 1)
-    monkeypatch.setattr("minidiff.fast.attention.chosen", {})
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from minidiff import fast
 from minidiff.adapters import lora
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import ConfigError
-from minidiff.fast import blocks, onednn, winograd
+from minidiff.fast import blocks, winograd
 from minidiff.fast.blocks import Blocks
+from minidiff.fast.many_keys import ManyKeys
 from minidiff.fast.memory import Memory
 from minidiff.fast.packed import Packed
 from minidiff.fast.switch import put_on
@@ -59,8 +60,9 @@ def drawn(pipe: StableDiffusion, prompt: str = "a horse", output: str = "tensor"
 
 
 def test_a_switch_is_the_class_of_its_name_in_the_file_of_its_name() -> None:
-    for name, switch in fast.ALL.items():
-        kind = type(switch)
+    assert type(fast.ALL["attention"]) is ManyKeys, "the same, tried at once"
+    for name in fast.ALL.keys() - {"attention"}:
+        kind = type(fast.ALL[name])
         assert (kind.__module__, kind.__name__) == (f"minidiff.fast.{name}", name.title().replace("_", ""))
 
 
@@ -135,7 +137,6 @@ def test_winograds_convolutions_at_every_kind_of_size(
     size: tuple[int, int], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last one is done in four bands, of which the last is smaller."""
-    monkeypatch.setattr(onednn, "pays", lambda *_: False)
     torch.manual_seed(0)
     conv = nn.Conv2d(128, 256, 3, padding=1, bias=bias)
     x = torch.randn(2, 128, *size)
@@ -151,7 +152,6 @@ def test_winograds_convolutions_at_every_kind_of_size(
 @pytest.mark.parametrize(("width", "out"), [(320, 320), (1280, 640)])
 @torch.no_grad()
 def test_winograds_convolutions_are_near_the_truth(width: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda *_: False)
     torch.manual_seed(0)
     conv = nn.Conv2d(width, out, 3, padding=1)
     x = torch.randn(1, width, 32, 32)
@@ -160,16 +160,15 @@ def test_winograds_convolutions_are_near_the_truth(width: int, out: int, monkeyp
     assert (conv(x) - exact).norm() <= WINOGRAD_TRUTH.relative * exact.norm()
 
 
-@pytest.mark.parametrize(("width", "avx512", "on"), [(640, True, 0), (256, False, 1), (64, False, 0)])
-def test_where_winograds_convolutions_pay(width: int, avx512: bool, on: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda *_: avx512)
+@pytest.mark.parametrize(("width", "choice", "on"), [(640, "off", 0), (256, "on", 1), (64, "on", 0)])
+def test_where_winograds_convolutions_pay(width: int, choice: str, on: int) -> None:
     conv = nn.Conv2d(width, 640, 3, padding=1)
-    assert put_on(Winograd(), [conv]) == [conv] * on
+    switch = Winograd().fit({"winograd": choice})
+    assert ([] if switch is None else put_on(switch, [conv])) == [conv] * on
 
 
 @torch.no_grad()
 def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda *_: False)
     conv = nn.Conv2d(256, 256, 3, padding=1)
     small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
     switches = Packed(), Winograd()

@@ -1,37 +1,22 @@
-"""The attention kernel in blocks: equal in result to torch's own, and taken only where it is faster."""
+"""The attention kernels of `minidiff/fast`: equal in result to torch's own, and used where they were chosen."""
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+import minidiff
 from minidiff import fast
-from minidiff.fast import attention as trial
-from minidiff.fast import blockwise as blocks
-from minidiff.fast import many_keys, onednn
+from minidiff.fast import machine, many_keys, onednn, trial
+from minidiff.fast.blockwise import BlockKernel, in_float32
+from minidiff.fast.many_keys import RANGES, ByKeys, ManyKeys
 from minidiff.models.attention import Attention, Kernel, attention
 from tests.support.tiny import tiny_sd
-from tests.tolerances import BATCH, BLOCKS, NO_FARTHER, assert_close
-
-
-@pytest.fixture(autouse=True)
-def _nothing_chosen_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "chosen", {})
-
-
-def answering(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[float]:
-    """Every trial ends with ``gain``; the list has one entry for each."""
-    asked: list[float] = []
-
-    def speedup(plain: object, other: object) -> float:
-        asked.append(gain)
-        return gain
-
-    monkeypatch.setattr(trial, "speedup", speedup)
-    return asked
+from tests.tolerances import BATCH, BLOCKS, NARROW_SCORES, NO_FARTHER, assert_close
 
 
 def heads(pictures: int, count: int, length: int, d: int) -> Tensor:
@@ -59,18 +44,10 @@ WIDTHS = [  # dim, heads, tokens of the picture, (tokens, width) of the context
 
 @pytest.mark.parametrize(("dim", "count", "tokens", "context"), WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("pays", [True, False], ids=["onednn", "bmm"])
 @torch.no_grad()
 def test_layers_at_full_width(
-    dim: int,
-    count: int,
-    tokens: int,
-    context: tuple[int, int] | None,
-    pays: bool,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    dim: int, count: int, tokens: int, context: tuple[int, int] | None, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     torch.manual_seed(0)
     if dtype == torch.bfloat16:  # some processors take a second for each step of it
         tokens = min(tokens, 64)
@@ -81,153 +58,146 @@ def test_layers_at_full_width(
     exact = layer.double()(x.double(), None if seen is None else seen.double())
     layer, x, seen = layer.to(dtype), x.to(dtype), None if seen is None else seen.to(dtype)
     plain = layer(x, seen)
-    layer.kernel = blocks.blockwise
-    found = layer(x, seen)
-    if dtype == torch.float32:
-        assert off(found, plain) <= BLOCKS.relative
-    if dtype == torch.float32 and pays:  # oneDNN adds up in one go, torch's kernel in tiles
-        assert off(found, exact) <= BLOCKS.relative
-    else:
-        assert off(found, exact) <= NO_FARTHER * off(plain, exact), "no farther from the truth"
+    for kernel in (BlockKernel(128), in_float32):
+        layer.kernel = kernel
+        found = layer(x, seen)
+        if dtype == torch.float32:  # oneDNN adds up in one go, torch's kernel in tiles
+            assert off(found, plain) <= BLOCKS.relative
+            assert off(found, exact) <= BLOCKS.relative
+        else:
+            assert off(found, exact) <= NO_FARTHER * off(plain, exact), "no farther from the truth"
 
 
-@pytest.mark.parametrize(("rows", "scores"), list(product((1, 3, 100), (1, 20, 10_000))))
+@pytest.mark.parametrize("rows", [1, 3, 100])
 @torch.no_grad()
-def test_blocks_of_any_size(rows: int, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that do not come out even, too; one head at a time, some, and all."""
-    monkeypatch.setattr(blocks, "ROWS", rows)
-    monkeypatch.setattr(blocks, "SCORES", scores)
+def test_blocks_of_any_size(rows: int) -> None:
+    """Those that do not come out even, too."""
     torch.manual_seed(0)
-    for pictures, length, seen in ((2, 7, 5), (1, 1, 1), (3, 4, 7)):
-        q, k, v = heads(pictures, 3, length, 8), heads(pictures, 3, seen, 8), heads(pictures, 3, seen, 8)
+    for (pictures, length, seen), d in product(((2, 7, 5), (1, 1, 1), (3, 4, 7)), (8, 16, 20)):
+        q, k, v = heads(pictures, 3, length, d), heads(pictures, 3, seen, d), heads(pictures, 3, seen, d)
         before = [t.clone() for t in (q, k, v)]
-        found = blocks.blockwise(q, k, v, False)
+        found = BlockKernel(rows)(q, k, v, False)
         assert off(found, attention(q.double(), k.double(), v.double(), False)) <= BLOCKS.relative
         assert found.transpose(1, 2).is_contiguous(), "joined to tokens again without a copy"
         assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
-# --- which is taken --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("gain", "kernel"), [(1.1, blocks.blockwise), (1.09, attention)])
 @torch.no_grad()
-def test_the_faster_one_is_taken(gain: float, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = answering(monkeypatch, gain)
-    q, k, v = (heads(2, 2, 6, 8) for _ in range(3))
-    for _ in range(3):
-        assert torch.equal(trial.fastest(q, k, v, False), kernel(q, k, v, False))
-    assert len(asked) == 1, "tried once"
-    others = [(q[:1], k[:1], v[:1]), (q, k[:, :, :5], v[:, :, :5]), (q.double(), k.double(), v.double())]
-    for n, given in enumerate(others):
-        trial.fastest(*given, False)
-        assert len(asked) == 2 + n, "every shape and dtype for itself"
-
-
-@torch.no_grad()
-def test_a_trial_is_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(blocks, "ROWS", 3)
-    monkeypatch.setattr(blocks, "SCORES", 2 * 3 * 6)
-    whole = blocks.blockwise
-
-    def seen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        shapes.append((*q.shape, k.shape[2]))
-        return whole(q, k, v, causal)
-
-    monkeypatch.setattr(trial, "blockwise", seen)
-    assert trial.choose(*(heads(2, 4, 6, 8) for _ in range(3))) in (seen, attention)
-    assert set(shapes) == {(1, 2, 3, 8, 6)}
-
-
-def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later positions hidden, or gradients wanted: torch's own, and no trial."""
-    asked = answering(monkeypatch, 9.0)
-    q, k, v = (heads(1, 2, 4, 8).requires_grad_() for _ in range(3))
-    assert torch.equal(trial.fastest(q, k, v, False), attention(q, k, v, False))
-    with torch.no_grad():
-        assert torch.equal(trial.fastest(q, k, v, True), attention(q, k, v, True))
-    assert asked == []
-
-
-# --- bfloat16, by itself ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("small", [True, False], ids=["few products", "many"])
-@pytest.mark.parametrize("pays", [True, False], ids=["onednn", "bmm"])
-@torch.no_grad()
-def test_scores_of_bfloat16_lose_nothing(small: bool, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_in_float32_lose_nothing() -> None:
     """With values that tell one key from another, the result is as near as the softmax, rounded to 8 bits, allows."""
-    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
-    monkeypatch.setattr(blocks, "SMALL", 2**60 if small else 0)
     torch.manual_seed(0)
     q, k = (3 * heads(1, 2, n, 96).bfloat16() for n in (70, 96))
     one_hot = torch.eye(96, dtype=torch.bfloat16).expand(1, 2, 96, 96)  # the result is the softmax itself
     weights = torch.softmax(q.double() @ k.double().transpose(2, 3) * 96**-0.5, dim=-1)
-    found = blocks.blockwise(q, k, one_hot, False)
+    found = BlockKernel(32)(q, k, one_hot, False)
     assert off(found, weights) <= NO_FARTHER * off(weights.bfloat16(), weights)
 
 
-@pytest.mark.parametrize(
-    ("amx", "dtype", "on"), [(False, torch.bfloat16, True), (True, torch.bfloat16, False), (True, torch.float32, True)]
-)
-def test_tiles_of_bfloat16_are_left_to_torch(
-    amx: bool, dtype: torch.dtype, on: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A processor with AMX multiplies bfloat16 faster than float32, which torch's kernel makes use of."""
-    monkeypatch.setattr(onednn, "pays", lambda *_: True)
-    monkeypatch.setattr(onednn, "has_amx", lambda: amx)
-    assert many_keys.ManyKeys().applies(Attention(16, 2).to(dtype)) == on
-
-
-@pytest.mark.parametrize(("keys", "kernel"), [(64, blocks.blockwise), (63, attention)])
 @torch.no_grad()
-def test_many_keys_go_in_blocks(keys: int, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their number alone: the same picture has the same bits on another day."""
-    asked = answering(monkeypatch, 0.1)
-    q, k, v = (heads(2, 2, n, 8).bfloat16() for n in (5, keys, keys))
-    assert torch.equal(many_keys.by_keys(q, k, v, False), kernel(q, k, v, False))
-    assert torch.equal(
-        many_keys.by_keys(q, k[:, :, :5], v[:, :, :5], True), attention(q, k[:, :, :5], v[:, :, :5], True)
-    )
-    assert asked == []
+def test_narrow_scores_move_a_trained_unet_no_farther() -> None:
+    """A layer's error doubles; that of the bundled model's UNet does not, over the timesteps of a run."""
+    sd = minidiff.bundled(device="cpu")
+    context, _ = sd.encode_prompt(["a large red star on a blue background"])
+    unet = copy.deepcopy(sd.unet).bfloat16()
+    layers = [m for m in unet.modules() if isinstance(m, Attention)]
+    torch.manual_seed(0)
+    errors: dict[str, float] = {"plain": 0.0, "narrow": 0.0}
+    for t in (20, 500, 980):
+        x = torch.randn(1, *(unet.config.in_channels, 16, 16))
+        exact = sd.unet(x, torch.tensor(t), context)
+        for name, kernel in (("plain", attention), ("narrow", BlockKernel(64, narrow=True))):
+            for layer in layers:
+                layer.kernel = kernel
+            errors[name] += off(unet(x.bfloat16(), torch.tensor(t), context.bfloat16()), exact) ** 2
+    assert 0 < errors["narrow"] ** 0.5 <= NARROW_SCORES * errors["plain"] ** 0.5
 
 
-@pytest.mark.parametrize("able", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_on_by_itself(able: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the processor gains by it in that dtype."""
-    monkeypatch.setattr(onednn, "pays", lambda asked=torch.float32: able and asked == dtype)
-    monkeypatch.setattr(onednn, "has_amx", lambda: False)
+def test_what_they_are_not_for() -> None:
+    """Later positions hidden, or gradients wanted: torch's own."""
+    kernel = BlockKernel(2)
+    q, k, v = (heads(1, 2, 4, 8).requires_grad_() for _ in range(3))
+    assert torch.equal(kernel(q, k, v, False), attention(q, k, v, False))
+    kernel(q, k, v, False).sum().backward()
+    assert q.grad is not None
+    with torch.no_grad():
+        assert torch.equal(kernel(q, k, v, True), attention(q, k, v, True))
+
+
+# --- which is taken --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", trial.DTYPES, ids=str)
+def test_candidates_fit_the_cache(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda *_: True)
+    for size in (2**19, 2**21):
+        monkeypatch.setattr(machine, "private_cache", lambda size=size: size)
+        found = many_keys.kernels(4096, dtype)
+        assert next(iter(found)) == many_keys.PLAIN
+        assert found[many_keys.PLAIN] is attention
+        rows = size // (4096 * 4)
+        assert found[f"blocks of {rows}"] == BlockKernel(rows)
+        assert found[f"blocks of {4 * rows}"] == BlockKernel(4 * rows)
+        assert (found.get(f"narrow blocks of {2 * rows}") == BlockKernel(2 * rows, True)) == (dtype == torch.bfloat16)
+        assert ("float32" in found) == (dtype == torch.bfloat16)
+    monkeypatch.setattr(onednn, "pays", lambda *_: False)
+    assert list(many_keys.kernels(4096, dtype)) == [many_keys.PLAIN]
+
+
+@torch.no_grad()
+def test_each_number_of_keys_has_its_kernel() -> None:
+    """By their number alone, so that the same picture has the same bits on another day."""
+    kernel = ByKeys(((6, BlockKernel(3)), (4, in_float32)))
+    q = heads(1, 2, 5, 8).bfloat16()
+    for keys, other in ((7, BlockKernel(3)), (6, BlockKernel(3)), (5, in_float32), (4, in_float32), (3, attention)):
+        k, v = heads(1, 2, keys, 8).bfloat16(), heads(1, 2, keys, 8).bfloat16()
+        assert torch.equal(kernel(q, k, v, False), other(q, k, v, False))
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Let every range of keys have the kernel called ``way`` by the cache of this machine."""
+    found = {name: trial.Result(way, {way: 1.0}) for name in RANGES}
+    monkeypatch.setattr(trial, "results", lambda dtype, measure=False: found)
+
+
+@pytest.mark.parametrize("dtype", trial.DTYPES, ids=str)
+def test_on_where_it_was_chosen(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda *_: True)
+    monkeypatch.setattr(machine, "private_cache", lambda: 2**21)
     sd = tiny_sd()
     sd.to(dtype=dtype)
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, Attention)]
-    assert fast.optimize(sd)["many_keys"] == len(layers) * able
-    assert {m.kernel for m in layers} == {many_keys.by_keys if able else attention}
+    assert fast.optimize(sd)["many_keys"] == 0, "untried, torch's own stays"
+    assert sd.kernels == {}
     fast.restore(sd)
+    choose(monkeypatch, "blocks of 1024")  # a name that the first range does not have
+    assert fast.optimize(sd)["many_keys"] == len(layers)
+    want = ByKeys(((2048, attention), (256, BlockKernel(1024)), (64, BlockKernel(1024))))
+    assert {m.kernel for m in layers} == {want}
+    assert sd.kernels == dict.fromkeys(RANGES, "blocks of 1024")
+    assert sd.generate("a fox", steps=1, seed=0)[0].info["minidiff"].count("blocks of 1024") == 3, "the recipe has it"
+    fast.restore(sd)
+    assert sd.kernels == {}
     assert {m.kernel for m in layers} == {attention}
 
 
 def test_on_and_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name only; the text encoder keeps its kernel, and what has another one already is left alone."""
-    asked = answering(monkeypatch, 9.0)
+    """The text encoder keeps its kernel, and what has another one already is left alone."""
+    monkeypatch.setattr(onednn, "pays", lambda *_: True)
+    choose(monkeypatch, "blocks of 1024")
     sd = tiny_sd()
     plain = sd.generate("a horse", steps=1, seed=0, output="latent", progress=False)
     layers = {name: [m for m in part.modules() if isinstance(m, Attention)] for name, part in sd.parts.items()}
     special = layers["unet"][0]
-    special.kernel = lambda q, k, v, causal: attention(q, k, v, causal)
+    kept: Kernel = lambda q, k, v, causal: attention(q, k, v, causal)  # noqa: E731
+    special.kernel = kept
     assert "attention" not in fast.optimize(sd)
     fast.restore(sd)
     on = fast.optimize(sd, ("attention",))
     assert on["attention"] == len(layers["unet"]) - 1 + len(layers["vae"])
-    assert [m.kernel for m in layers["unet"][1:] + layers["vae"]] == [trial.fastest] * on["attention"]
+    assert all(isinstance(m.kernel, ByKeys) for m in layers["unet"][1:] + layers["vae"])
     assert all(m.kernel is attention for m in layers["text_encoder"])
     found = sd.generate("a horse", steps=1, seed=0, output="latent", progress=False)
-    assert len(asked) > 0
     assert_close(found, plain, BATCH)  # other kernels, as another size of batch picks
-    kept = special.kernel
     fast.restore(sd)
     assert special.kernel is kept
-    special.kernel = attention
-    assert all(m.kernel is attention for part in layers.values() for m in part)
-    assert torch.equal(sd.generate("a horse", steps=1, seed=0, output="latent", progress=False), plain)
+    assert not ManyKeys().applies(special)

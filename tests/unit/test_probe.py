@@ -15,7 +15,8 @@ from PIL import Image
 import minidiff
 from minidiff import cli, fast
 from minidiff.cli import opening
-from minidiff.fast import probe
+from minidiff.fast import machine, probe
+from minidiff.fast.machine import cache_folder
 from tests.support.tiny import tiny_sd
 
 
@@ -34,7 +35,7 @@ class Measured:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the answer is kept for the test, in a folder that does not exist yet."""
     path = tmp_path / "cache" / "minidiff" / "bfloat16.json"
-    monkeypatch.setattr(probe, "cache_file", lambda: path)
+    monkeypatch.setattr(machine, "cache_folder", lambda: path.parent)
     return path
 
 
@@ -51,9 +52,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
 def test_it_is_measured_once_a_machine(cache: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [probe.gain(), probe.gain()] == [2.0, 2.0]
     assert measured.asked == 1
-    here = probe.machine()
+    here = machine.description()
     assert json.loads(cache.read_text()) == {here: 2.0}
-    monkeypatch.setattr(probe, "machine", lambda: "another one")
+    monkeypatch.setattr(machine, "description", lambda: "another one")
     measured.answer = 0.5
     assert [probe.gain(), probe.gain()] == [0.5, 0.5]
     assert measured.asked == 2
@@ -67,25 +68,27 @@ def test_it_is_measured_once_a_machine(cache: Path, measured: Measured, monkeypa
 )
 def test_a_cache_that_makes_no_sense_is_written_anew(content: bytes, cache: Path, measured: Measured) -> None:
     cache.parent.mkdir(parents=True)
-    cache.write_bytes(content.replace(b"KEY", probe.machine().encode()))
+    cache.write_bytes(content.replace(b"KEY", machine.description().encode()))
     assert probe.gain() == 2.0
     assert measured.asked == 1
-    assert json.loads(cache.read_text()) == {probe.machine(): 2.0}
+    assert json.loads(cache.read_text()) == {machine.description(): 2.0}
 
 
 def test_nowhere_to_keep_it(tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "minidiff" / "bfloat16.json", tmp_path):  # below a file; a folder itself
-        monkeypatch.setattr(probe, "cache_file", lambda path=path: path)
-        assert probe.gain() == 2.0
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path / "file" / "minidiff")  # below a file
+    assert probe.gain() == 2.0
+    (tmp_path / "folder" / "bfloat16.json").mkdir(parents=True)
+    monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path / "folder")
+    assert probe.gain() == 2.0
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(probe, "cache_file", homeless)
+    monkeypatch.setattr(machine, "cache_folder", homeless)
     assert probe.gain() == 2.0
     assert measured.asked == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["bfloat16.json", "file", "folder"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="paths as posix has them")
@@ -105,8 +108,8 @@ def test_where_it_is_kept(
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/me", **environment}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(probe.sys, "platform", platform)
-    assert probe.cache_file() == Path(folder, "minidiff", "bfloat16.json")
+    monkeypatch.setattr(machine.sys, "platform", platform)
+    assert cache_folder() == Path(folder, "minidiff")
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -223,7 +226,7 @@ def test_the_command_line(
         assert np.array_equal(np.asarray(image), np.asarray(want))
 
     measured.answer = 0.1
-    monkeypatch.setattr(probe, "machine", lambda: "a slow one")
+    monkeypatch.setattr(machine, "description", lambda: "a slow one")
     assert made() == ("float32", None, "minidiff: computing in float32 on cpu (--dtype auto)")
     assert measured.asked == 2
 
