@@ -96,8 +96,10 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES), *, tri
 
     Active switches of ``pipe`` stay on; switches for another device have no effect. What the processor gains by is read
     from the user's cache, or follows a rule if it was never tried there; ``trial`` tries it, for at most 3 seconds, and
-    keeps the result for every later process. If interrupted, it leaves the plain model. Raises :class:`ConfigError` for an unknown name, for "compile" or "graphs" together with another switch, and
-    for "compile" without a C++ compiler.
+    keeps the result for every later process. If interrupted, it leaves the plain model.
+
+    Raises :class:`ConfigError` for an unknown name, for "compile" or "graphs" together with another switch, and for
+    "compile" without a C++ compiler.
     """
     for name in switches:
         check(name != "tf32", TF32)
