@@ -5,11 +5,12 @@ behind the matrix products multiplies large matrices faster than that on some pr
 block has as many queries as the cache can hold scores for. :mod:`many_keys` uses these kernels where a trial on the
 processor has shown that they are faster.
 
-For bfloat16 there are three ways. torch's kernel keeps scores in float32. So does :class:`BlockKernel`, unless ``narrow``: a
-product is rounded to the dtype of its factors, so queries and keys are converted to float32, without loss, before they
-are multiplied. Narrow blocks multiply them as they are: their scores have 8 bits, which makes the error of a layer
-twice as large, and that of a whole UNet no larger. And :func:`in_float32` gives float32 copies to torch's kernel. (torch
-can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other threads.)
+For bfloat16 there are three ways. torch's kernel keeps scores in float32. So does :class:`BlockKernel`, unless
+``narrow``: a product is rounded to the dtype of its factors, so queries and keys are converted to float32, without
+loss, before they are multiplied. Narrow blocks multiply them as they are: their scores have 8 bits, which makes the
+error of a layer twice as large, and that of a whole UNet no larger. And :func:`in_float32` gives float32 copies to
+torch's kernel. (torch can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other
+threads.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Matrix products by oneDNN, torch's library for convolutions, on processors where it is the faster one.
 
 For float32 matrix products torch calls MKL. On an AMD processor with AVX512, MKL reached 165 to 220 GFLOP/s, the rate
-of AVX2, and oneDNN 250 to 490; on an Intel processor with AMX the two were 70 to 110 and 90 to 125. With AVX2 alone neither
-is ahead. :mod:`trial` decides for a machine where it was tried; elsewhere the rule below does.
+of AVX2, and oneDNN 250 to 490; on an Intel processor with AMX the two were 70 to 110 and 90 to 125. With AVX2 alone
+neither is ahead. :mod:`trial` decides for a machine where it was tried; elsewhere the rule below does.
 """
 
 from __future__ import annotations
