@@ -24,11 +24,6 @@ from tests.support import tiny
 METADATA = {VERSION_KEY: checkpoint.VERSION, CONFIG_KEY: to_json(tiny.DDPM)}
 
 
-@pytest.fixture(scope="module")
-def ddpm() -> Unconditional:
-    return tiny.tiny_ddpm()
-
-
 def tensors_of(model: StableDiffusion | Unconditional) -> dict[str, Tensor]:
     return {f"{n}.{k}": t for n, part in model.parts.items() for k, t in part.state_dict().items()}
 

@@ -13,18 +13,12 @@ from minidiff.philox import Card, CudaStream
 from minidiff.programs import Convention, read
 from minidiff.programs.profiles import PROFILES
 from minidiff.samplers import sampler_from_config, sampler_from_diffusers
-from tests.support.tiny import tiny_sd
 from tests.tolerances import Tolerance, assert_close
 
 SHAPE = (2, 4, 8, 8)
 CPU = torch.device("cpu")
 SD15 = {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False}
 SCALED = Tolerance(1e-6, 1e-6, "the same noise, multiplied by the first sigma elsewhere")
-
-
-@pytest.fixture(scope="module")
-def sd():
-    return tiny_sd()
 
 
 def cpu(seed: int, *shape: int) -> Tensor:

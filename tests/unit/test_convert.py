@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,18 +31,6 @@ from weights_convert.openclip import TRANSPOSED
 
 ROOT = Path(__file__).resolve().parents[2]
 PNDM = {"name": "pndm", "set_alpha_to_one": False, "steps_offset": 1, "runge_kutta": False}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sources.write_folder(tmp_path_factory.mktemp("folder"))
-
-
-@pytest.fixture
-def copy(folder: Path, tmp_path: Path) -> Path:
-    """A folder that a test may spoil."""
-    shutil.copytree(folder, tmp_path / "copy")
-    return tmp_path / "copy"
 
 
 @pytest.fixture
@@ -105,8 +92,8 @@ def test_forms_are_inverse(form: Any, shape: tuple[int, ...]) -> None:
 # ---- layouts
 
 
-def test_diffusers_folder(folder: Path, tmp_path: Path) -> None:
-    report = weights_convert.convert(folder, tmp_path / "out.safetensors")
+def test_diffusers_folder(good: Path, tmp_path: Path) -> None:
+    report = weights_convert.convert(good, tmp_path / "out.safetensors")
     sd = load(tmp_path / "out.safetensors", device="cpu")
     assert isinstance(sd, StableDiffusion)
     assert_same_weights(sd, tiny_sd())
@@ -173,27 +160,27 @@ def test_a_pipeline_of_ddim_samples_by_ddim_whatever_its_scheduler_was(tmp_path:
     assert all(c.schedule.beta_end == 0.03 for c in found.values())
 
 
-def test_sharded(copy: Path) -> None:
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+def test_sharded(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     file.unlink()
     names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     where = {k: names[i % 2] for i, k in enumerate(tensors)}
     for name in names:
-        save_file({k: t for k, t in tensors.items() if where[k] == name}, copy / "unet" / name)
-    sources.write_json(copy / "unet" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": where})
-    assert_same_weights(weights_convert.load(copy, device="cpu"), tiny_sd())
+        save_file({k: t for k, t in tensors.items() if where[k] == name}, folder / "unet" / name)
+    sources.write_json(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": where})
+    assert_same_weights(weights_convert.load(folder, device="cpu"), tiny_sd())
 
 
-def test_load_is_convert_and_load(folder: Path, tmp_path: Path) -> None:
-    weights_convert.convert(folder, tmp_path / "out.safetensors")
-    direct, written = weights_convert.load(folder, device="cpu"), load(tmp_path / "out.safetensors", device="cpu")
+def test_load_is_convert_and_load(good: Path, tmp_path: Path) -> None:
+    weights_convert.convert(good, tmp_path / "out.safetensors")
+    direct, written = weights_convert.load(good, device="cpu"), load(tmp_path / "out.safetensors", device="cpu")
     assert direct.config == written.config
     assert_same_weights(direct, written)
 
 
-def test_minidiff_file_to_another_dtype(folder: Path, tmp_path: Path) -> None:
-    weights_convert.convert(folder, tmp_path / "a.safetensors")
+def test_minidiff_file_to_another_dtype(good: Path, tmp_path: Path) -> None:
+    weights_convert.convert(good, tmp_path / "a.safetensors")
     report = weights_convert.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bfloat16")
     assert (report.layout, report.family) == ("minidiff", "sd1")
     assert {t.dtype for t in TensorFile(tmp_path / "b.safetensors").lazy.values()} == {torch.bfloat16}
@@ -202,17 +189,17 @@ def test_minidiff_file_to_another_dtype(folder: Path, tmp_path: Path) -> None:
 # ---- options
 
 
-def test_dtypes_are_kept_unless_asked(copy: Path, tmp_path: Path) -> None:
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+def test_dtypes_are_kept_unless_asked(folder: Path, tmp_path: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({k: t.half() for k, t in load_file(file).items()}, file)
-    weights_convert.convert(copy, tmp_path / "kept.safetensors")
+    weights_convert.convert(folder, tmp_path / "kept.safetensors")
     kept = TensorFile(tmp_path / "kept.safetensors").lazy
     assert {k.split(".")[0]: t.dtype for k, t in kept.items()} == {
         "unet": torch.float32,
         "vae": torch.float16,
         "text_encoder": torch.float32,
     }
-    report = weights_convert.convert(copy, tmp_path / "half.safetensors", dtype=torch.float16)
+    report = weights_convert.convert(folder, tmp_path / "half.safetensors", dtype=torch.float16)
     half = TensorFile(tmp_path / "half.safetensors").lazy
     assert {t.dtype for t in half.values()} == {torch.float16}
     key = "unet.conv_in.weight"
@@ -250,8 +237,8 @@ def test_config_as_a_file(original: Path, tmp_path: Path) -> None:
     assert found.schedule == replace(SD.schedule, prediction="v_prediction")
 
 
-def test_config_corrects_a_folder_too(folder: Path) -> None:
-    found = weights_convert.open_source(folder, config={"unet": {"mid": {"heads": 1}}, "sampler": {"name": "ddim"}})
+def test_config_corrects_a_folder_too(good: Path) -> None:
+    found = weights_convert.open_source(good, config={"unet": {"mid": {"heads": 1}}, "sampler": {"name": "ddim"}})
     assert found.config.unet.mid.heads == 1
     assert found.config.unet.levels == SD.unet.levels
     assert found.config.sampler == {"name": "ddim"}
@@ -282,41 +269,41 @@ def test_outdated_schedulers_are_rewritten(found: dict[str, Any], changes: dict[
     assert rewrite(found) == changes
 
 
-def test_a_rewritten_scheduler_is_told(copy: Path) -> None:
+def test_a_rewritten_scheduler_is_told(folder: Path) -> None:
     old = {k: v for k, v in sources.SCHEDULER_JSON.items() if k != "steps_offset"}
-    sources.write_json(copy / "scheduler" / "scheduler_config.json", old)
-    found = weights_convert.open_source(copy)
+    sources.write_json(folder / "scheduler" / "scheduler_config.json", old)
+    found = weights_convert.open_source(folder)
     assert found.config.sampler["steps_offset"] == 1
     assert "steps_offset was absent, set to 1" in str(found.report)
 
 
-def test_content_filter_is_dropped_by_name(copy: Path) -> None:
+def test_content_filter_is_dropped_by_name(folder: Path) -> None:
     index = sources.INDEX | {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPFeatureExtractor"],
     }
-    sources.write_json(copy / "model_index.json", index)
-    dropped = weights_convert.open_source(copy).report.dropped
+    sources.write_json(folder / "model_index.json", index)
+    dropped = weights_convert.open_source(folder).report.dropped
     assert [name for name, _, _ in dropped] == ["safety_checker", "feature_extractor"]
 
 
-def test_a_junk_option_is_mentioned(copy: Path) -> None:
-    sources.write_json(copy / "unet" / "config.json", sources.UNET_JSON | {"sparkle": 3})
-    assert "sparkle is not an option of UNet2DConditionModel" in str(weights_convert.open_source(copy).report)
+def test_a_junk_option_is_mentioned(folder: Path) -> None:
+    sources.write_json(folder / "unet" / "config.json", sources.UNET_JSON | {"sparkle": 3})
+    assert "sparkle is not an option of UNet2DConditionModel" in str(weights_convert.open_source(folder).report)
 
 
-def test_opening_reads_no_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_no_tensor(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(self: TensorFile, name: str) -> Tensor:
         raise AssertionError(f"{name} was read")
 
     monkeypatch.setattr(TensorFile, "_load", read)
-    weights_convert.open_source(folder)
+    weights_convert.open_source(good)
 
 
-def test_detect(folder: Path, original: Path, tmp_path: Path) -> None:
-    weights_convert.convert(folder, tmp_path / "out.safetensors")
+def test_detect(good: Path, original: Path, tmp_path: Path) -> None:
+    weights_convert.convert(good, tmp_path / "out.safetensors")
     paths = {
-        folder: ("diffusers", "sd1"),
+        good: ("diffusers", "sd1"),
         original: ("original", "sd1"),
         tmp_path / "out.safetensors": ("minidiff", "minidiff"),
     }
@@ -334,8 +321,8 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_command(folder: Path, tmp_path: Path) -> None:
-    done = run(folder, tmp_path / "out.safetensors", "--dtype", "float16")
+def test_command(good: Path, tmp_path: Path) -> None:
+    done = run(good, tmp_path / "out.safetensors", "--dtype", "float16")
     assert (done.returncode, done.stderr) == (0, "")
     assert "family    sd1" in done.stdout
     assert checkpoint.open_checkpoint(tmp_path / "out.safetensors").config.unet == SD.unet

@@ -18,18 +18,6 @@ from minidiff import CheckpointError, ConfigError, MinidiffError, UnsupportedErr
 from tests.support import convert_sources as sources
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sources.write_folder(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    """A folder to spoil."""
-    shutil.copytree(good, tmp_path / "source")
-    return tmp_path / "source"
-
-
 def fails(src: Path, error: type[MinidiffError], *words: str, **options: Any) -> None:
     """Converting ``src`` raises ``error``, in one line with all ``words``, and writes nothing."""
     out = src.parent / "out"

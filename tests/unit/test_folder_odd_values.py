@@ -19,7 +19,6 @@ from minidiff.models.tokenizer import END, START
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers import Scheduler, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS, SCHEDULE
-from tests.support import convert_sources as sources
 from weights_convert import configs_diffusers as configs
 from weights_convert.component import read_component
 
@@ -48,11 +47,6 @@ MORE: dict[str, list[str]] = {
         *("extra_special_tokens", "additional_special_tokens", "tokenizer_class", "split_special_tokens"),
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sources.write_folder(tmp_path_factory.mktemp("folder"))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
     "text_encoder": "model.safetensors",
 }
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sources.write_folder(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    shutil.copytree(good, tmp_path / "source")
-    return tmp_path / "source"
 
 
 def named(file: str, variant: str) -> str:

@@ -29,11 +29,6 @@ TOLD_BY_TIMESTEPS = sorted(name for name, kind in SAMPLERS.items() if not kind.o
 MODEL: dict[str, Any] = {"seed": 3, "output": "latent", "progress": False}
 
 
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny.tiny_sd()
-
-
 @contextmanager
 def calls(sd: StableDiffusion) -> Iterator[list[int]]:
     """The batch size of every call of the UNet inside."""

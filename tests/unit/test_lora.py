@@ -71,11 +71,6 @@ SPELLINGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny.tiny_sd()
-
-
 def drawn(sd: StableDiffusion, layer: str, rank: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The halves of an update for ``layer``, large enough to be seen."""
     g = torch.Generator().manual_seed(seed)

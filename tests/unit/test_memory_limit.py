@@ -16,19 +16,8 @@ from minidiff import StableDiffusion, Unconditional, fast
 from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
 from minidiff.errors import ConfigError
 from minidiff.pipeline import memory_limit
-from tests.support.tiny import tiny_ddpm, tiny_sd
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny_sd()
-
-
-@pytest.fixture(scope="module")
-def ddpm() -> Unconditional:
-    return tiny_ddpm()
 
 
 def test_what_is_counted() -> None:

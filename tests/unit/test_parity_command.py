@@ -13,51 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff import cli
 from minidiff.parity import recording, start_images
+from tests.support.command import Run, one_error
 from tests.support.convert_sources import write_ddpm
-from tests.support.tiny import tiny_ddpm, tiny_sd
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call ``main`` in an empty folder: (status, lines on stdout, lines on stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*argv: object) -> tuple[int, list[str], list[str]]:
-        capsys.readouterr()
-        status = cli.main([str(a) for a in argv])
-        captured = capsys.readouterr()
-        return status, captured.out.splitlines(), captured.err.splitlines()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    tiny_sd().save(folder / "text.safetensors")
-    tiny_ddpm().save(folder / "plain.safetensors")
-    write_ddpm(folder / "ddpm")
-    return folder
-
-
-def one_error(ended: tuple[int, list[str], list[str]], *words: str) -> None:
-    """Status 2, nothing on stdout, and one line that has all of ``words``."""
-    status, out, err = ended
-    assert (status, out) == (2, []), ended
-    assert len(err) == 1, err
-    assert err[0].startswith("minidiff: error: ")
-    for word in words:
-        assert word in err[0]
 
 
 COMMON = ("--steps", 2, "--size", "16x16")
 
 
-def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
+def test_record_and_compare(run: Run, models: Path, tmp_path: Path) -> None:
     status, out, err = run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON)
     assert (status, out) == (0, ["a.safetensors"])
     assert len(err) == 1
@@ -85,7 +51,7 @@ def test_record_and_compare(run: Any, models: Path, tmp_path: Path) -> None:
     assert len(every) > len(tape) > len(out)
 
 
-def test_a_judge(run: Any, models: Path) -> None:
+def test_a_judge(run: Run, models: Path) -> None:
     for name, dtype in (("a", "float32"), ("b", "bfloat16"), ("c", "float64")):
         run("parity", "record", models / "plain.safetensors", f"{name}.safetensors", "--steps", 2, "--dtype", dtype)
     status, out, _ = run("parity", "compare", "a.safetensors", "b.safetensors", "--judge", "c.safetensors")
@@ -95,7 +61,7 @@ def test_a_judge(run: Any, models: Path) -> None:
     assert any("float32 in A, bfloat16 in B" in line for line in out)
 
 
-def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -> None:
+def test_a_recording_says_what_was_run(run: Run, models: Path, tmp_path: Path) -> None:
     run("parity", "record", models / "text.safetensors", "a.safetensors", *COMMON, "--prompt", "a fox", "--seed", 7,
         "--sampler", "euler_ancestral", "--layers", "none")  # fmt: skip
     found = recording.read_recording(tmp_path / "a.safetensors")
@@ -114,7 +80,7 @@ def test_a_recording_says_what_was_run(run: Any, models: Path, tmp_path: Path) -
     assert torch.equal(found.tape["plan/timesteps"].long(), torch.tensor([999, 0]))
 
 
-def test_a_run_that_begins_from_a_picture(run: Any, models: Path, tmp_path: Path) -> None:
+def test_a_run_that_begins_from_a_picture(run: Run, models: Path, tmp_path: Path) -> None:
     """In the tiny model's case because it is asked for; a model that cannot do without gets one that is made."""
     start_images.image(None, 40, 40).save(tmp_path / "p.png")
     files = ("--image", "p.png", "--strength", "0.5")
@@ -150,7 +116,7 @@ def test_the_made_picture_and_mask_show_much() -> None:
         assert (shades < 128).logical_and(shades > 76).any(), "a threshold elsewhere would make a difference"
 
 
-def test_help(run: Any) -> None:
+def test_help(run: Run) -> None:
     for argv, words in (
         (
             ("parity",),
@@ -167,7 +133,7 @@ def test_help(run: Any) -> None:
 
 
 def test_without_diffusers_one_line_says_what_to_install(
-    run: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = builtins.__import__
 
@@ -177,7 +143,8 @@ def test_without_diffusers_one_line_says_what_to_install(
         return inner(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    one_error(run("parity", models / "ddpm"), "diffusers is not installed", "pip install 'minidiff[parity]'", "compare")
+    folder = write_ddpm(tmp_path / "ddpm")
+    one_error(run("parity", folder), "diffusers is not installed", "pip install 'minidiff[parity]'", "compare")
     assert run("parity", "record", models / "plain.safetensors", "a.safetensors", "--steps", 1, "--quiet")[0] == 0
     assert run("parity", "compare", "a.safetensors", "a.safetensors")[0] == 0
 
@@ -195,7 +162,7 @@ def test_comparing_recordings_imports_no_peer(models: Path, tmp_path: Path) -> N
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_mistakes_are_one_line(run: Any, models: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(run: Run, models: Path, tmp_path: Path) -> None:
     text, plain = models / "text.safetensors", models / "plain.safetensors"
     one_error(run("parity", "compare", "no.safetensors", "b.safetensors"), "no.safetensors: no such file")
     one_error(run("parity", "compare", text, text), "no recording", "`minidiff parity record` makes one")

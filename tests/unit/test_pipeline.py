@@ -29,16 +29,6 @@ LATENT: dict[str, Any] = {**QUIET, "output": "latent"}
 ROUNDING = Tolerance(1e-4, 0.0, "1 * (c - u) + u is c but for its rounding")
 
 
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny.tiny_sd()
-
-
-@pytest.fixture(scope="module")
-def ddpm() -> Unconditional:
-    return tiny.tiny_ddpm()
-
-
 @pytest.fixture(params=sorted(SAMPLERS))
 def sampler(request: pytest.FixtureRequest) -> str:
     return str(request.param)

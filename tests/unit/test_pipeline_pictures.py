@@ -54,11 +54,6 @@ def made(config: ModelConfig) -> StableDiffusion:
 
 
 @pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny.tiny_sd()
-
-
-@pytest.fixture(scope="module")
 def xl() -> StableDiffusion:
     return tiny.tiny_xl()
 

@@ -16,7 +16,6 @@ from minidiff import StableDiffusion
 from minidiff.console import progress
 from minidiff.console.progress import Counter, check_progress, counted
 from minidiff.errors import ConfigError
-from tests.support.tiny import tiny_sd
 from tests.unit.test_training_loop import pixel_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +38,6 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny_sd()
 
 
 def stderr(monkeypatch: pytest.MonkeyPatch, stream: Any) -> Any:

@@ -15,7 +15,6 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.samplers import SAMPLERS, elsewhere, name_of, sampler_from_config, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS
 from minidiff.training.settings import TrainConfig
-from tests.support.tiny import tiny_sd
 from weights_convert import convert
 
 
@@ -104,11 +103,6 @@ def test_every_entry_leads_to_a_sampler_that_takes_it() -> None:
 def test_a_method_that_is_not_here_is_not_called_another_one() -> None:
     with pytest.raises(ConfigError, match="; it is not here, and dpmpp_2s is the nearest"):
         sampler_from_config({"name": "DPM++ 2S a Karras"})
-
-
-@pytest.fixture(scope="module")
-def sd() -> StableDiffusion:
-    return tiny_sd()
 
 
 def test_every_unknown_name_gets_a_guess(sd: StableDiffusion, tmp_path: object) -> None:

@@ -15,21 +15,11 @@ from minidiff import StableDiffusion, Unconditional, fast
 from minidiff import programs as conventions
 from minidiff.config import ScheduleConfig
 from minidiff.errors import CheckpointError
-from minidiff.pipeline import random_model
 from minidiff.samplers import SAMPLERS, Method, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
-from tests.unit.test_cli import PLAIN, TEXT
 from tests.unit.test_training_loop import Pictures
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    random_model(TEXT, seed=1).save(folder / "text.safetensors")
-    random_model(PLAIN, seed=1).save(folder / "plain.safetensors")
-    return folder
 
 
 def test_each_class_opens_its_own_kind(models: Path) -> None:

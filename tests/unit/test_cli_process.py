@@ -1,0 +1,66 @@
+"""The ``minidiff`` command in a process of its own: signals, pipes that close, full disks, encodings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import minidiff
+from tests.support.command import process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_ctrl_c(models: Path, tmp_path: Path, number: int, status: int, word: str) -> None:
+    model = str(models / "text.safetensors")
+    with process("generate", "a fox", "--model", model, "--steps", "999", "--sampler", "ddim", cwd=tmp_path) as p:
+        assert p.stderr is not None
+        seen = b""
+        deadline = time.monotonic() + 60
+        while b"step" not in seen and time.monotonic() < deadline:  # the bar counts: it is at work
+            seen += os.read(p.stderr.fileno(), 4096)
+        p.send_signal(number)
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == status, seen + err
+    assert out == b""
+    assert err.decode().splitlines()[-1] == f"minidiff: {word}"
+    assert "Traceback" not in (seen + err).decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and /dev/full")
+def test_stdout_that_closes_or_is_full(models: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    model = str(models / "text.safetensors")
+    env = {"PYTHONUNBUFFERED": ""}  # what a buffer still holds must not fail again when the interpreter ends
+    with process("info", model, cwd=tmp_path, stdout=write, env=env) as p:
+        os.close(write)
+        _, err = p.communicate(timeout=60)
+    assert (p.returncode, err) == (0, b"")
+    if not os.path.exists("/dev/full"):
+        return
+    with open("/dev/full", "wb") as full, process("info", model, cwd=tmp_path, stdout=full, env=env) as p:
+        _, err = p.communicate(timeout=60)
+    assert (p.returncode, err.decode()) == (1, "minidiff: error: No space left on device\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sets the locale by environment")
+def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
+    env = {"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"}
+    model = str(models / "text.safetensors")
+    argv = ("generate", "füchse" + " 猫" * 100, "--model", model, "--steps", "1", "--seed", "1", "--quiet")
+    with process(*argv, cwd=tmp_path, env=env) as p:
+        out, err = p.communicate(timeout=60)
+    assert p.returncode == 0, err
+    assert err.decode("ascii").startswith("minidiff: warning: ")
+    assert len(err.decode("ascii").splitlines()) == 1
+    (picture,) = tmp_path.iterdir()
+    assert out.decode("ascii").startswith("f\\xfcchse-\\u732b-")
+    assert minidiff.read_recipe(picture)["prompt"] == argv[1]
