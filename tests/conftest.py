@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what was measured on this machine out of the tests, and what tests measure out of the user's cache."""
+    """Keep what was measured on this machine and its load out of the tests, and what tests measure out of the cache."""
     folder = Path(tmp_path_factory.getbasetemp()) / "no-cache"
     monkeypatch.setattr("minidiff.fast.machine.cache_folder", lambda: folder / "minidiff")
+    monkeypatch.setattr("minidiff.fast.machine.LOAD", folder / "no load")

@@ -278,6 +278,7 @@ def _remark(
 ) -> None:
     """Say on stderr what was chosen, and what may surprise. ``made``: the recipe of this run."""
     from minidiff.cli.replay import differences
+    from minidiff.fast import machine
 
     precision = str(pipe.dtype).removeprefix("torch.")
     if converted and not args.quiet:
@@ -285,6 +286,9 @@ def _remark(
     if args.dtype == "auto" and not args.quiet:
         why = ": this processor is faster in it; --dtype float32 is more exact" if precision == "bfloat16" else ""
         say(f"computing in {precision} on {pipe.device} (--dtype auto{why if pipe.device.type == 'cpu' else ''})")
+    advice = machine.crowded() if pipe.device.type == "cpu" and not args.quiet else None
+    if advice is not None:
+        say(advice)
     if precision == "float16" and pipe.device.type == "cpu":
         say("float16 on the CPU can be a thousand times slower; --dtype float32 is safe", "warning")
     for difference in differences(recipe, made, pipe, args) if recipe is not None else ():

@@ -24,6 +24,7 @@ from minidiff.storage.writing import atomic, locked
 T = TypeVar("T")
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+LOAD = Path("/proc/loadavg")
 PRIVATE = 2**20  # bytes of a core's own cache where the system does not tell
 UNITS = {"K": 2**10, "M": 2**20}
 
@@ -46,6 +47,24 @@ def private_cache() -> int:
                 size = (cache / "size").read_text().strip()
                 return int(size[:-1]) * UNITS[size[-1]]
     return PRIVATE
+
+
+def crowded() -> str | None:
+    """Return one line of advice if more threads want to run than there are cores; None otherwise, or if unknown.
+
+    Where that is so, each of torch's threads waits actively for one that is not running, and a run can take ten times
+    as long. Both the threads that run now and the load of the last minute must say so.
+    """
+    with suppress(AttributeError, OSError, ValueError, IndexError):
+        now = int(LOAD.read_text().split()[3].partition("/")[0]) - 1  # without this one
+        others = min(now, round(os.getloadavg()[0]))
+        own, cores = torch.get_num_threads(), os.cpu_count() or 1
+        if others > 0 and 1 < own > cores - others:
+            return (
+                f"{others} other threads are running on {cores} cores, and {own} of this run would wait for each other; "
+                f"it is faster with OMP_NUM_THREADS={max(1, cores - others)}, or when they have ended"
+            )
+    return None
 
 
 def cache_folder() -> Path:

@@ -270,3 +270,46 @@ def test_the_command(
     cache.mkdir()
     assert cli.main(["probe"]) == 0
     assert "float32, by rule: the cache folder cannot be written" in capsys.readouterr().out
+
+
+# --- other work on the machine ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("running", "average", "cores", "advice"),
+    [
+        (3, 2.4, 4, "2 other threads are running on 4 cores, and 4 of this run"),
+        (3, 9.0, 4, "OMP_NUM_THREADS=2,"),
+        (30, 29.0, 4, "OMP_NUM_THREADS=1,"),
+        (1, 9.0, 4, None),  # it has ended
+        (9, 0.2, 4, None),  # it has only begun
+        (3, 2.4, 6, None),  # there is room
+    ],
+)
+def test_more_threads_than_cores(
+    running: int, average: float, cores: int, advice: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = tmp_path / "loadavg"
+    load.write_text(f"{average} 1.0 1.0 {running}/700 12345\n")
+    monkeypatch.setattr(machine, "LOAD", load)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (average, 1.0, 1.0), raising=False)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = machine.crowded()
+    assert (found is None) == (advice is None)
+    assert advice is None or advice in (found or "")
+    load.unlink()
+    assert machine.crowded() is None, "not every system tells"
+
+
+def test_a_crowded_machine_is_mentioned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_sd().save("m.safetensors")
+    monkeypatch.setattr(machine, "crowded", lambda: "it is crowded")
+    argv = ["generate", "a fox", "--model", "m.safetensors", "--steps", "1"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().err.count("it is crowded\n") == 1
+    assert cli.main([*argv, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
