@@ -61,8 +61,8 @@ def crowded() -> str | None:
         own, cores = torch.get_num_threads(), os.cpu_count() or 1
         if others > 0 and 1 < own > cores - others:
             return (
-                f"{others} other threads are running on {cores} cores, and {own} of this run would wait for each other; "
-                f"it is faster with OMP_NUM_THREADS={max(1, cores - others)}, or when they have ended"
+                f"{others} other threads are running on {cores} cores, and the {own} of this run would wait for each "
+                f"other; it is faster with OMP_NUM_THREADS={max(1, cores - others)}, or when they have ended"
             )
     return None
 

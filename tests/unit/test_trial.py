@@ -278,7 +278,7 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("running", "average", "cores", "advice"),
     [
-        (3, 2.4, 4, "2 other threads are running on 4 cores, and 4 of this run"),
+        (3, 2.4, 4, "2 other threads are running on 4 cores, and the 4 of this run"),
         (3, 9.0, 4, "OMP_NUM_THREADS=2,"),
         (30, 29.0, 4, "OMP_NUM_THREADS=1,"),
         (1, 9.0, 4, None),  # it has ended
