@@ -110,13 +110,13 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
         here, to = at.sigmas[:-1], at.sigmas[1:]
         return self.between(0.25 * here.log(), here, to, sigmas=at.sigmas)
 
-    def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
+    def sigmas_for(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
         if self.interpolation == "linear":
-            return super().curved(timesteps, table)
+            return super().sigmas_for(timesteps, table)
         n, high, low = len(timesteps), float(np.log(table[-1])), float(np.log(table[0]))
         even = torch.linspace(high, low, n + self.like_diffusers, dtype=torch.float32, device="cpu")
         sigmas: Floats = even.exp().numpy()
-        return self.bent(timesteps if self.like_diffusers else to_timesteps(sigmas, table), sigmas, table)
+        return self.respaced(timesteps if self.like_diffusers else to_timesteps(sigmas, table), sigmas, table)
 
     def times(self, table: Floats, given: Given) -> Floats:
         own = self.interpolation == "log_linear" and given.timesteps is not None and not self.like_diffusers

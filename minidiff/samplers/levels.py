@@ -102,6 +102,7 @@ class Sigmas(Method[R, S]):
 
     space: ClassVar[Space] = "sigma"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
+    sigma_spacing: ClassVar[SigmaSpacing] = "timesteps"
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
@@ -125,11 +126,12 @@ class Sigmas(Method[R, S]):
         if given.sigmas is not None:
             levels = given_sigmas(given.sigmas)
             return to_timesteps(levels[:-1], table), levels
-        times, sigmas = self.curved(self.times(table, given), table)
+        times, sigmas = self.sigmas_for(self.times(table, given), table)
         return times, np.append(sigmas, self.landing(table))
 
     def times(self, table: Floats, given: Given) -> Floats:
         """Return the timesteps, (n,) float32: the given ones, or those of ``spacing``."""
+        check_uncurved(self, given)
         if given.timesteps is None:
             t = self.grid.spaced(self.spacing, len(table), given.steps, self.steps_offset, whole=False)
         else:
@@ -137,12 +139,23 @@ class Sigmas(Method[R, S]):
         check_timesteps(self, t, len(table) + self.grid.beyond)
         return t
 
-    def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
+    def sigmas_for(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
         """Return timesteps and sigmas, (n,) each, of the run that would visit ``timesteps``."""
         sigmas = at_timesteps(timesteps, table)
         for row in np.flatnonzero(~(np.isfinite(sigmas) & (sigmas > 0))):
             raise ConfigError(f"sigma is {sigmas[row]:g} at row {row}: the betas leave no picture there, or no noise")
-        return timesteps, sigmas
+        return self.respaced(timesteps, sigmas, table)
+
+    def respaced(self, timesteps: Floats, sigmas: Floats, table: Floats) -> tuple[Floats, Floats]:
+        """Return ``timesteps`` and ``sigmas``, or as many along the chosen curve between the same ends."""
+        if self.sigma_spacing == "timesteps":
+            return timesteps, sigmas
+        curve = CURVES[self.sigma_spacing](*self.ends(sigmas), len(timesteps))
+        return to_timesteps(curve, table), curve
+
+    def ends(self, sigmas: Floats) -> tuple[float, float]:
+        """Return the lowest and the highest sigma of the curve: as set by the options, else those of ``sigmas``."""
+        return float(sigmas[-1]), float(sigmas[0])
 
     def landing(self, table: Floats) -> float:
         """Return the sigma on which the last step lands."""
@@ -156,25 +169,7 @@ class SpacedSigmas(Sigmas[R, S]):
     ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
     space them along a curve between the same ends."""
 
-    sigma_spacing: SigmaSpacing = "timesteps"
-
-    def times(self, table: Floats, given: Given) -> Floats:
-        check_uncurved(self, given)
-        return super().times(table, given)
-
-    def curved(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
-        return self.bent(*super().curved(timesteps, table), table)
-
-    def bent(self, timesteps: Floats, sigmas: Floats, table: Floats) -> tuple[Floats, Floats]:
-        """Return ``timesteps`` and ``sigmas``, or as many along the chosen curve between the same ends."""
-        if self.sigma_spacing == "timesteps":
-            return timesteps, sigmas
-        curve = CURVES[self.sigma_spacing](*self.ends(sigmas), len(timesteps))
-        return to_timesteps(curve, table), curve
-
-    def ends(self, sigmas: Floats) -> tuple[float, float]:
-        """Return the lowest and the highest sigma of the curve: as set by the options, else those of ``sigmas``."""
-        return float(sigmas[-1]), float(sigmas[0])
+    sigma_spacing: SigmaSpacing = "timesteps"  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +319,7 @@ class ClippedLambdas(Lambdas[R, S]):
         return last
 
 
-def check_uncurved(method: SpacedSigmas[Any, Any] | Lambdas[Any, Any], given: Given) -> None:
+def check_uncurved(method: Sigmas[Any, Any] | Lambdas[Any, Any], given: Given) -> None:
     """Raise ConfigError for given timesteps together with a curve in sigma."""
     kind = method.sigma_spacing
     plain = given.timesteps is None or kind == "timesteps"

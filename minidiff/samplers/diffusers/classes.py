@@ -169,9 +169,8 @@ def refusals(name: str, c: Config) -> Iterator[str]:
 class Reader:
     """Description of one scheduler class.
 
-    ``name``: that of our sampler. ``fields``: the class's own, with their defaults. ``predictions``: its
-    prediction types. ``betas``: its curves of betas. ``known``: the values of further fields, where all but a few are
-    refused.
+    ``name``: that of our sampler. ``fields``: the class's own, with their defaults. ``predictions``: its prediction
+    types. ``betas``: its curves of betas. ``known``: the values of further fields that are not refused.
     """
 
     def __init__(
@@ -222,7 +221,7 @@ CURVES = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta
 ENDS = {"sigma_min": None, "sigma_max": None}
 TO_ZERO = {"final_sigmas_type": "zero"}
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": None, "s_noise": 1.0}
-EULER = {"interpolation_type": "linear", "timestep_type": "discrete"}
+EULER = CURVES | ENDS | TO_ZERO | CHURN | {"interpolation_type": "linear", "timestep_type": "discrete"}
 FINAL = {"lower_order_final": True}
 LAMBDA = CURVES | THRESHOLD | ENDS | FINAL
 VARIANCE = {"lambda_min_clipped": -INFINITE, "variance_type": None}
@@ -254,15 +253,7 @@ READERS: dict[str, Reader] = {
     "PNDMScheduler": Reader("pndm", LEADING, predictions=NO_SAMPLE, set_alpha_to_one=False, skip_prk_steps=False),
     "IPNDMScheduler": Reader("ipndm"),
     "EulerDiscreteScheduler": Reader(
-        "euler",
-        ZERO_SNR,
-        LINSPACE,
-        CURVES,
-        ENDS,
-        TO_ZERO,
-        CHURN,
-        EULER,
-        predictions=(*NO_SAMPLE, "sample", "original_sample"),
+        "euler", ZERO_SNR, LINSPACE, EULER, predictions=(*NO_SAMPLE, "sample", "original_sample")
     ),
     "EulerAncestralDiscreteScheduler": Reader("euler_ancestral", ZERO_SNR, LINSPACE, predictions=NO_SAMPLE),
     "HeunDiscreteScheduler": Reader("heun", SD_BETAS, CURVES, LINSPACE, CLIP, clip_sample=False, more_betas=("exp",)),

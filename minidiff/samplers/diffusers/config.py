@@ -23,14 +23,12 @@ from minidiff.samplers.diffusers.classes import READERS, SCHEDULE, Config, Reade
 from minidiff.samplers.method import Method, Sampler
 from minidiff.schedule import MAX_BETA
 
-# Fields of schedulers that are not (yet) in READERS, and of old versions: ignored, as diffusers ignores them.
+# Fields of schedulers that are not in READERS (most of them for flow matching), and of old versions: ignored, as
+# diffusers ignores them.
 SIBLINGS = frozenset(
-    """algorithm_type clip_denoised disable_corrector euler_at_final lambda_min_clipped lower_order_final
-    noise_sampler_seed original_inference_steps predict_x0 predictor_order corrector_order rho s_max s_min sampling_eps
-    sigma_data sigma_schedule snr snr_shift_scale solver_order solver_p solver_type timestep_scaling use_lu_lambdas
-    flow_shift shift shift_terminal use_dynamic_shifting time_shift_type base_shift max_shift base_image_seq_len
-    max_image_seq_len invert_sigmas stochastic_sampling tau_func final_step_size_scale correct_steps tensor_format
-    timestep_values predict_epsilon use_flow_sigmas""".split()  # noqa: SIM905
+    """base_image_seq_len base_shift correct_steps final_step_size_scale flow_shift invert_sigmas max_image_seq_len
+    max_shift predict_epsilon s_max s_min sampling_eps shift snr snr_shift_scale stochastic_sampling tensor_format
+    time_shift_type timestep_values use_flow_sigmas""".split()  # noqa: SIM905
 )
 MOST = 10**6  # bound of all counts in a scheduler's config; training has 1,000 timesteps
 
