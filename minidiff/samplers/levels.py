@@ -102,7 +102,7 @@ class Sigmas(Method[R, S]):
 
     space: ClassVar[Space] = "sigma"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
-    sigma_spacing: ClassVar[SigmaSpacing] = "timesteps"
+    sigma_spacing = "timesteps"
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
@@ -169,7 +169,7 @@ class SpacedSigmas(Sigmas[R, S]):
     ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
     space them along a curve between the same ends."""
 
-    sigma_spacing: SigmaSpacing = "timesteps"  # type: ignore[misc]
+    sigma_spacing: SigmaSpacing = "timesteps"
 
 
 @dataclass(frozen=True, kw_only=True)
