@@ -9,7 +9,8 @@
 ``models/`` contains only the plain implementation. The faster ones are here and replace methods of single layers. The
 switch "many_keys" is the class ``ManyKeys`` in ``many_keys.py``, and so for all: :mod:`packed` (weights in the
 processor's layout), :mod:`winograd` (convolutions with fewer products), :mod:`blocks` (feed-forwards on some tokens at
-a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), and if the processor gains by
+a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), :mod:`shared_start` (what both
+halves of a guided batch have in common), and if the processor gains by
 it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
 :mod:`many_keys` (attention by another kernel). Whether it gains is tried once a machine (:mod:`trial`). All of them are
 exact: the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few
@@ -52,6 +53,7 @@ from minidiff.fast.memory import Memory
 from minidiff.fast.offload import bring_back
 from minidiff.fast.offload import offload as offload
 from minidiff.fast.packed import Packed
+from minidiff.fast.shared_start import SharedStart
 from minidiff.fast.switch import Switch, put_on
 from minidiff.fast.tokens import Tokens
 from minidiff.fast.trial import choices
@@ -72,6 +74,7 @@ SWITCHES: Mapping[str, Switch] = {
     "memory": Memory(),
     "tokens": Tokens(),
     "many_keys": ManyKeys(),
+    "shared_start": SharedStart(),
 }
 # Only on request. The gain of those for CUDA has not been measured.
 OPTIONAL: Mapping[str, Switch] = {
