@@ -48,10 +48,7 @@ class BrownianTree:
         top = Node(round(self.start, DIGITS), round(self.end, DIGITS), 0, 0, whole)
         a, b = (round(min(max(t, top.start), top.end), DIGITS) for t in (a, b))
         parts = [node.increment for node in self._cover(top, a, b)] or [torch.zeros_like(like)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return sum(parts[1:], parts[0])
 
     def _cover(self, node: Node, a: float, b: float) -> list[Node]:
         """Return the nodes that cover ``a``..``b``, from left to right: ``node`` itself, or parts of its halves."""

@@ -208,8 +208,7 @@ class DPMSolverInverse(DPMSolver):
         if not self.like_diffusers:
             return t.astype(np.float32)
         t = t.round() if self.sigma_spacing == "karras" else t
-        _, seen = np.unique(t, return_index=True)
-        return t[np.sort(seen)].astype(np.int64)
+        return np.array(list(dict.fromkeys(t.tolist()))).astype(np.int64)
 
 
 Rates = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -28,13 +28,10 @@ from minidiff.samplers.method import Draw, Given, History, Levels, Next, Plan
 from minidiff.samplers.options import Rule
 from minidiff.schedule import NoiseSchedule
 
-Path = tuple[BrownianTree, float, float]
-"""A Brownian path, and the interval of one of its increments."""
-
 Row = namedtuple("Row", "x_coef x0_coef sigma_up dt root_dt first_part second_part path")
 """A step is ``x_coef`` * x - ``x0_coef`` * x0 + ``sigma_up`` * noise; ``dt`` is for the last row. ``root_dt`` is what
 an increment of the path is divided by; ``first_part`` and ``second_part`` make the noise of an odd row (the middle of
-an interval) of two draws. ``path``: where each row's noise comes from, if there is a seed."""
+an interval) of two draws. ``path``: the Brownian path and interval of each row's noise, if there is a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ class DPMSDE(SpacedSigmas[Row, History]):
             path=self._path(at, start.tolist()),
         )
 
-    def _path(self, at: Levels, starts: list[float]) -> tuple[Path | None, ...]:
+    def _path(self, at: Levels, starts: list[float]) -> tuple[Any, ...]:
         """Return where the noise of each row comes from, from its start to where it lands; the last row draws none."""
         if self.noise_seed is None:
             return (None,) * len(starts)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -87,6 +88,7 @@ class DPM2(SpacedSigmas[Row, History]):
 
     initial = History()
     order = 2
+    fresh: ClassVar[bool] = False  # True if an interval ends with fresh noise
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: History, draw: Draw) -> Next[History]:
         slope = (x - self.denoised(plan, i, x, out, state)) / plan.levels.here[i]
@@ -95,11 +97,8 @@ class DPM2(SpacedSigmas[Row, History]):
             return x + slope * at.dt, History(base=x)
         if state.base is None:
             raise ConfigError(f"{self.name} can't start at row {i}, the middle of an interval: use an even row")
-        return self.arrive(at, state.base + slope * at.dt, out, draw), History()
-
-    def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        """Return ``x`` at the end of an interval."""
-        return x
+        after = state.base + slope * at.dt
+        return after + draw(out) * at.sigma_up if self.fresh else after, History()
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         table = sigma_table(schedule, self.last_alpha_bar)
@@ -131,9 +130,7 @@ class DPM2Ancestral(DPM2):
     """Ancestral DPM2. Options and ``like_diffusers``: see :class:`DPM2`. Noise is drawn at the end of every interval
     but the last."""
 
-    def arrive(self, at: Row, x: Tensor, out: Tensor, draw: Draw) -> Tensor:
-        after: Tensor = x + draw(out) * at.sigma_up
-        return after
+    fresh = True
 
     def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         down, up = ancestral(self, s[:-1], s[1:])
