@@ -1,4 +1,4 @@
-"""How equal is equal: every bound that a test may use, each with a name and a cause.
+"""Tolerances: every bound that a test may use, each with a name and a cause.
 
 ``EXACT`` is the default: the same bits. A looser bound is only for a place where the arithmetic itself differs
 (another order of summation, another precision), and its line here says which.

@@ -1,4 +1,4 @@
-"""Whole checkpoints that the reference wrote, in each of the forms in which they are found."""
+"""Checkpoints that the reference wrote, in every form in which they are published: the same tensors and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and converter in one assertion: tiny random twins of the reference, converted, give the same bits."""
+"""Models and converter together: tiny random models of the reference, converted, give equal outputs."""
 
 from __future__ import annotations
 

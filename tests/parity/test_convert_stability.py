@@ -47,7 +47,7 @@ def single(kind: str, pipe: Any) -> dict[str, torch.Tensor]:
 
 
 def told(kind: str) -> dict[str, Any]:
-    """What shapes can't tell of a twin."""
+    """The settings of a twin that shapes can't tell."""
     if kind in ("sd1", "inpaint", "lcm"):
         levels: dict[str, Any] = {"levels": [{"heads": 4}, {"heads": 4}, {}], "mid": {"heads": 4}}
         return {"unet": {**COMMON["unet"], **levels}, "vae": COMMON["vae"], "text_encoder": {"heads": 4}}

@@ -1,4 +1,4 @@
-"""What minidiff writes, in the hands of the reference: diffusers loads it without a word and makes the same latents."""
+"""Exported checkpoints, read by the reference: diffusers loads them without a warning and makes equal latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family out and in again, in both layouts: the reference loads what is written, and one model is one file."""
+"""Export and import of every family in both layouts: the reference loads the files, and the models come back equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``minidiff parity CHECKPOINT`` as a user runs it, with the installed diffusers on the other side."""
+"""``minidiff parity CHECKPOINT`` from the command line, against the installed diffusers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The finder on models that need a picture: SDXL's refiner, and those that inpaint; and on others that are given one.
+"""The finder of differences on runs from a picture: SDXL's refiner, inpainting models, and image to image.
 
 As in ``test_finder_plants.py``: without a slip every stage is equal, and a slip is named.
 """

@@ -1,4 +1,4 @@
-"""Does the finder name the right place? Ten slips that real reimplementations have made, and a few of its own.
+"""Planted errors whose place the finder must name: ten that real reimplementations have made, and a few others.
 
 Each is planted in a copy of minidiff's tiny model, which is then held against diffusers; what is asserted is the name
 of the stage at which the two are said to part.

@@ -1,4 +1,4 @@
-"""A user's first hour, with the built wheel and from a folder of their own: convert a checkpoint, make a picture."""
+"""The built wheel, installed and used from another folder: it converts a checkpoint and makes a picture."""
 
 from __future__ import annotations
 

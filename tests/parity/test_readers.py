@@ -167,7 +167,7 @@ def test_every_field_is_honoured_or_refused(name):
 
 
 def fails(c):
-    """Whether the reference raises, or gives what is not finite, where minidiff refuses."""
+    """True if the reference raises, or gives values that are not finite, where minidiff refuses."""
     try:
         reference(c)
         return not walk_reference(c, {"num_inference_steps": STEPS}, shape=SHAPE)

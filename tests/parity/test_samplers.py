@@ -1,4 +1,4 @@
-"""Every sampler, chained against diffusers: equal bits at every step. sampler_cases.py lists on what."""
+"""Every sampler against diffusers, step by step: equal bits. The cases are listed in ``sampler_cases.py``."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_trajectories(family: Family, c: Config) -> None:
 
 
 def has_middles(c: Config, *lengths: int) -> bool:
-    """Whether the reference's DPM2 has one in each interval; see the entry of its ancestral form."""
+    """True if the reference's DPM2 has one in each interval; see the entry of its ancestral form."""
     if "Ancestral" not in c["_class_name"] or "KDPM2" not in c["_class_name"]:
         return True
     ref = reference(c)
@@ -119,7 +119,7 @@ def test_refused(family: Family, refused: Refused) -> None:
 
 
 def is_finite(c: Config, given: dict[str, Any]) -> bool:
-    """Whether a run of the reference gives finite samples. Stops where it does not."""
+    """True if a run of the reference gives finite samples. Stops at the first that is not."""
     ref = reference(c)
     ref.set_timesteps(**given, **{k: v for k, v in c.items() if k == "strength"})
     x, options = torch.ones(1, 3, 2, 2), step_options(ref, c)

@@ -1,4 +1,4 @@
-"""Samplers against diffusers: what is special to one of them, beside the table of sampler_cases.py."""
+"""Samplers against diffusers: behaviour of single samplers that the table in ``sampler_cases.py`` does not cover."""
 
 from __future__ import annotations
 

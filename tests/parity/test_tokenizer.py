@@ -1,4 +1,4 @@
-"""Ids against transformers' CLIPTokenizer: every code point, a multilingual fuzz, tiny tables, folders of both layouts.
+"""Token ids against transformers' CLIPTokenizer: every code point, random text in many scripts, small vocabularies.
 
 The reference is built offline from the table that minidiff ships. Its backend is asked in batches, which is what makes
 all 1,112,064 code points a matter of seconds.

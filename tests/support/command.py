@@ -1,4 +1,4 @@
-"""Calls of the ``minidiff`` command for the tests: two small models, how a call ended, and pictures to look at."""
+"""Helpers to call the ``minidiff`` command and to check its output: two small models, results, errors and pictures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PLAIN = ModelConfig(
 
 
 class Ended(NamedTuple):
-    """How a call ended: its status and the lines that it wrote."""
+    """The result of a call: its status and the lines that it wrote."""
 
     status: int
     out: list[str]

@@ -1,4 +1,4 @@
-"""Checkpoints in other people's layouts, written by hand from the tiny model: what the converter's tests read."""
+"""Small checkpoints in the layouts of diffusers and of the original code, as input of the converter's tests."""
 
 from __future__ import annotations
 

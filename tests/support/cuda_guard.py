@@ -1,4 +1,4 @@
-"""What a CUDA card would refuse or wait for, found without one.
+"""A guard that finds, without a GPU, what a CUDA device would refuse or wait for.
 
 Torch's ``FakeTensorMode`` runs a program on tensors without data that claim to live on a card, and raises where a host
 tensor of rank 1 or more meets one of them. In places it is laxer than a card, and it says nothing about waiting.

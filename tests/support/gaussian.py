@@ -1,4 +1,4 @@
-"""Data whose exact solution is known: a Gaussian, and what a sampler makes of it, without drawing a single number.
+"""Gaussian data, for which the exact solution is known, and the error of a sampler on it, without random numbers.
 
 For data N(MEAN, SPREAD**2) the sample at (signal, noise) is N(signal * MEAN, (signal * SPREAD)**2 + noise**2), the
 model's x0 is a linear function of x, and the probability-flow equation keeps every sample at its own quantile: the
@@ -112,7 +112,7 @@ def plan_of(run: Run, n: int) -> tuple[Any, int]:
 
 
 def scales(plan: Any, i: int) -> tuple[float, float]:
-    """What the picture and its noise are multiplied by in the sample of row ``i``."""
+    """The factors of the picture and of its noise in the sample of row ``i``."""
     if plan.space == "sigma":
         return 1.0, float(plan.levels.here[i])
     if i < len(plan):
@@ -122,7 +122,7 @@ def scales(plan: Any, i: int) -> tuple[float, float]:
 
 
 def answer(plan: Any, i: int, x: Tensor, signal: float, noise: float, spread: float) -> Tensor:
-    """What a perfect model of the plan's kind says of ``x``."""
+    """The output of a perfect model of the plan's kind for ``x``."""
     x0 = x0_of(x, signal, noise, spread)
     if hasattr(plan.rows, "seen"):  # EDM's wrapping
         return (x0 - plan.rows.seen.c_skip[i] * x) / plan.rows.seen.c_out[i]
@@ -131,7 +131,7 @@ def answer(plan: Any, i: int, x: Tensor, signal: float, noise: float, spread: fl
 
 
 def measure(run: Run, n: int, change: Callable[[Any], Any] = lambda plan: plan) -> Result:
-    """What the sampler makes of the data with ``n`` intervals. ``change``: its plan, made into another."""
+    """The sampler's result on the data with ``n`` intervals. ``change``: its plan, made into another."""
     sampler = run.sampler()
     plan, rows = plan_of(run, n)
     plan = change(plan)

@@ -1,4 +1,4 @@
-"""Tiny models for the tests: the shape of their family in small, built in a fraction of a second."""
+"""Tiny models of each family for the tests, built in a fraction of a second."""
 
 from __future__ import annotations
 

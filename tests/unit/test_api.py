@@ -1,4 +1,4 @@
-"""Every public name with its signature, as tests/fixtures/api.txt has it: what programs outside may rely on.
+"""Every public name with its signature, compared with tests/fixtures/api.txt.
 
 A change here is a change for users: it belongs in the CHANGELOG, and names grow compatibly (new keyword arguments with
 defaults). Write the file anew with

@@ -1,4 +1,4 @@
-"""Approximations: off they change no bit, on they change the picture, and less than what is plainly wrong would."""
+"""Approximations: no bit changes when they are off, and the picture changes by a bounded amount when they are on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that ships: what is in its file, what it draws, and that every sampler gets that out of it.
+"""The bundled model: its file, its pictures, and every sampler on it.
 
 The judge is scripts/_judge.py, which sees the finished picture and the caption. How often one is right is measured
 by scripts/eval_shapes.py; here a few prompts with fixed seeds must be.
@@ -46,7 +46,7 @@ def sd() -> StableDiffusion:
 
 
 def right(pixels: Tensor, prompt: str) -> bool:
-    """Whether a picture (1, 3, 64, 64) in [0, 1] shows what ``prompt`` says."""
+    """True if a picture (1, 3, 64, 64) in [0, 1] shows what ``prompt`` says."""
     seen = _judge.see(np.asarray(to_pil(pixels)[0], dtype=np.float64))
     return _judge.judge(seen, _judge.parse(prompt)).right
 

@@ -1,4 +1,4 @@
-"""minidiff's own file: what is in it comes back, what is wrong with it is one line, nothing is copied in vain."""
+"""minidiff's own file format: the round trip, errors in one line for damaged files, and no needless copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the command writes: names of pictures, folders, links and pipes, and what is never replaced."""
+"""Output of the command: names of pictures, folders, links and pipes, and files that are never replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The UNet can be compiled: one graph without a break, that serves every timestep, and computes the same bits.
+"""Compilation of the UNet: one graph without a break for all timesteps, with equal bits.
 
 ``backend="eager"`` traces as any backend does and then runs the graph operator by operator, so what is tested is the
 tracing, in seconds and without a compiler. Inductor, which ``fast.optimize(sd, ("compile",))`` uses, fuses and sums in
@@ -56,7 +56,7 @@ def test_one_graph_serves_every_timestep() -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What the switch has compiled, with the compiler taken out."""
+    """The graphs that the switch has compiled, with the compiler replaced."""
     found: list[int] = []
     monkeypatch.setattr(torch, "compile", counting(found))
     monkeypatch.setattr("minidiff.fast.compile.check_compiler", lambda: None)

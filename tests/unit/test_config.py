@@ -1,4 +1,4 @@
-"""Configs: their JSON, and what a hostile or mistaken one is told."""
+"""Configs: the round trip through JSON, and the errors for wrong or hostile ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a source: the right class of error, one clear line, and nothing half-written."""
+"""Conversion of damaged and unsupported checkpoints: the right class of error, one clear line, nothing half-written."""
 
 from __future__ import annotations
 

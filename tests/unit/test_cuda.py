@@ -1,4 +1,4 @@
-"""What only a real card can show: rounding in half precision, its own generators, and that the loop never waits.
+"""Tests that need a CUDA device: half precision, the device's own generators, and a loop without synchronisation.
 
 ``test_fake_cuda.py`` runs on a card as well; together they are ``pytest -m cuda``. Without a card these tests are
 skipped, but for the rounding, which the CPU shows too: slowly, and in another order of summation.

@@ -1,4 +1,4 @@
-"""The loop: what a Step says, what a consumer may do to it, and what it leaves alone."""
+"""The denoising loop: the contents of a Step, the changes that a consumer may make, and what stays untouched."""
 
 from __future__ import annotations
 

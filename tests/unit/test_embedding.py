@@ -1,4 +1,4 @@
-"""What a program that minidiff is a part of may rely on: threads, the state of the process, cancelling, interruptions.
+"""minidiff inside another program: threads, the state of the process, cancelling and interruptions.
 
 Learned words, which are called embeddings too, are in ``test_embeddings.py``.
 """
@@ -89,7 +89,7 @@ def drawn(pipe: Any, request: dict[str, Any]) -> Tensor:
 
 
 def side_by_side(work: Callable[[int], Any], count: int = THREADS) -> list[Any]:
-    """What ``work`` of each number gives, all begun at one moment."""
+    """The results of ``work`` for each number, all started at the same moment."""
     start = threading.Barrier(count)
 
     def begin(k: int) -> Any:
@@ -309,7 +309,7 @@ def state() -> tuple[Any, ...]:
 
 @contextmanager
 def watched(look: Callable[[], Any]) -> Iterator[list[Any]]:
-    """What another thread sees meanwhile, each value once."""
+    """The values that another thread sees meanwhile, each once."""
     seen: list[Any] = [look()]
     ended = threading.Event()
 
@@ -603,7 +603,7 @@ class Interruption:
 
 
 def interrupted(work: Callable[[], Any], at: int) -> bool:
-    """Whether ``work`` was interrupted before it came to its end."""
+    """True if ``work`` was interrupted before its end."""
     before = sys.gettrace()
     sys.settrace(Interruption(at))
     try:

@@ -1,4 +1,4 @@
-"""Learned words: where a prompt has one, its vectors stand; the model keeps it; what does not fit is one clear line."""
+"""Textual inversion: learned words in prompts and in saved models, and errors in one line for what does not fit."""
 
 from __future__ import annotations
 

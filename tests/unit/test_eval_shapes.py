@@ -1,4 +1,4 @@
-"""The judge of pictures of shapes: right about drawn ones, also noisy and soft, and hard to please otherwise."""
+"""The judge of pictures of shapes: right about drawn pictures, also noisy and blurred ones, and strict otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS: tuple[shapes.Kind, ...] = ("train", *SETS)
 
 
 def seen(pixels: Tensor, folder: Path) -> list[_judge.Seen]:
-    """What the judge reads from each of ``pixels`` (B, 3, 64, 64), saved as PNG."""
+    """The judge's reading of each of ``pixels`` (B, 3, 64, 64), saved as PNG."""
     found = []
     for image in to_pil(to_unit(pixels)):
         save_png(image, folder / "picture.png")

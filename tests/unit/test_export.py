@@ -1,4 +1,4 @@
-"""Models written in other people's layouts, and what stands in the way, without the reference at hand."""
+"""Export to the layouts of diffusers and of the original code, and its errors, without the reference installed."""
 
 from __future__ import annotations
 

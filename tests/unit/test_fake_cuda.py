@@ -105,7 +105,7 @@ def variant_id(options: dict[str, Any]) -> str:
 
 @pytest.fixture(params=["fake", pytest.param("card", marks=ON_A_CARD)])
 def card(request: pytest.FixtureRequest) -> AbstractContextManager[Any]:
-    """What to enter to have a CUDA card: a fake one, or nothing where it is real."""
+    """Context that provides a CUDA device: a fake one, or nothing where it is real."""
     return fake_card() if request.param == "fake" else nullcontext()
 
 

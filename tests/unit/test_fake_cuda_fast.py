@@ -1,4 +1,4 @@
-"""The switches of ``minidiff.fast`` on a card made of nothing: the loop still waits for nobody.
+"""The switches of ``minidiff.fast`` on a fake CUDA device: the loop still never synchronises.
 
 The same guard as ``test_fake_cuda.py``, all samplers again, with guidance and without, and every switch that a card can
 have at once (but for compiling: there is nothing to compile for). Where there is a card, ``pytest -m cuda`` runs these

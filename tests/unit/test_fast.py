@@ -1,4 +1,4 @@
-"""Speed from outside: the same results, and the plain model whenever it is asked back."""
+"""The switches of ``minidiff.fast``: equal results, and the plain model again after ``restore``."""
 
 from __future__ import annotations
 

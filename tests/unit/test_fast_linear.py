@@ -49,7 +49,7 @@ def test_a_gradient_takes_the_plain_way() -> None:
 
 
 def stands(kind: type[Replacement], layer: nn.Module) -> bool:
-    """Whether one of ``kind`` stands in for the layer's forward, alone or within others."""
+    """True if one of ``kind`` replaces the layer's forward, alone or within others."""
     found = layer.__dict__.get("forward")
     while found is not None and not isinstance(found, kind):
         found = found.before

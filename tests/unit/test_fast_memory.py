@@ -1,4 +1,4 @@
-"""Less memory for some time: smaller batches, tiles, and switches for cards, as far as a CPU can show them."""
+"""Switches that trade time for memory: smaller batches, tiles and offloading, as far as a CPU can test them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers that read pixels where they lie: the same sums in another order, where the processor gains by it."""
+"""Attention on pixels without a copy: equal up to the order of the sums, used where the processor gains by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors that any reader understands, and what is read of them when."""
+"""Tensors on disk: safetensors files that any reader understands, mapped and read lazily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No value in a folder's JSON files ends in anything but a model or one line: wrong types, NaN, huge numbers, FIFOs."""
+"""Odd values in a folder's JSON files (wrong types, NaN, huge numbers, FIFOs): a model or an error of one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders with fp16 and other variants of their weights: which one is taken, and that it is said."""
+"""Folders with fp16 and other variants of their weights: the choice between them, and its report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add(folder: Path, variant: str, parts: tuple[str, ...] = tuple(FILES), by: f
 
 
 def value(source: weights_convert.conversion.Source, part: str, base: weights_convert.conversion.Source) -> float:
-    """By how much a part's first tensor is off the plain one."""
+    """The difference of a part's first tensor from the plain one."""
     key = next(k for k in base.tensors if k.startswith(f"{part}."))
     return round(float((source.tensors[key].load() - base.tensors[key].load()).mean()), 3)
 

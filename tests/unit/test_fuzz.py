@@ -1,4 +1,4 @@
-"""Short runs of the fuzz: damaged checkpoints, refused or read as they were; odd adapters and words."""
+"""Short fuzzing runs: damaged checkpoints are refused or read unchanged, and so are odd LoRA and embedding files."""
 
 from __future__ import annotations
 

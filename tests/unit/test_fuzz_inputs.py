@@ -34,7 +34,7 @@ def test_odd_inputs(base: fuzz_inputs.Base) -> None:
 
 
 def of_kind(base: fuzz_inputs.Base, kind: str, many: int) -> set[str]:
-    """How the first cases of a kind end."""
+    """The ends of the first cases of a kind."""
     numbers = [number for number in range(many * len(base.kinds)) if base.kind(number) == kind]
     return {base.try_case(number)[1] for number in numbers}
 

@@ -1,4 +1,4 @@
-"""Guidance on a part of the way: what is skipped, what stays the same, and how near the picture stays."""
+"""Guidance in an interval of the steps: the skipped model calls, equal cases, and the distance of the picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--help`` of every command, as tests/fixtures/help.txt has it: what changes there is seen in a review.
+"""``--help`` of every command, compared with tests/fixtures/help.txt so that a review shows every change.
 
 python -m tests.unit.test_help      # writes the file anew
 """

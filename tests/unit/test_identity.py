@@ -1,4 +1,4 @@
-"""The name of a model: the same wherever and in whatever it is opened, another for other weights."""
+"""The identity of a model: the same in every layout and place, another for other weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures from outside: every mode that Pillow has, every way a file can be odd, and what is no picture at all."""
+"""Reading of picture files: every mode of Pillow, odd and damaged files, and files that are no pictures."""
 
 from __future__ import annotations
 

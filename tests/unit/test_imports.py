@@ -1,4 +1,4 @@
-"""What `import minidiff` costs and which way its modules point (DESIGN, section 2: arrows point down only)."""
+"""The cost of ``import minidiff``, and the layers of its modules: imports point down only, without circles."""
 
 from __future__ import annotations
 

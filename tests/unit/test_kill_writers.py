@@ -1,4 +1,4 @@
-"""The short form of scripts/kill_writers.py, and that it sees what it is there to see."""
+"""A short run of scripts/kill_writers.py, and planted errors that it must find."""
 
 from __future__ import annotations
 

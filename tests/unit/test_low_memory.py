@@ -1,4 +1,4 @@
-"""Parts that take turns in memory: the same pictures, and never more than one of them there."""
+"""Low-memory models: equal pictures, with one part in memory at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def drawn(pipe: StableDiffusion | Unconditional, **options: Any) -> Tensor:
 
 
 def weight_bytes(pipe: StableDiffusion, name: str) -> int:
-    """What the weights of a part take in memory."""
+    """The bytes that the weights of a part take in memory."""
     return sum(p.untyped_storage().nbytes() for p in pipe.parts[name].parameters())
 
 

@@ -1,4 +1,4 @@
-"""Runs that cannot fit are refused before anything is made for them: memory_limit.py."""
+"""Refusal, in advance, of runs that need more memory than there is (``memory_limit.py``)."""
 
 from __future__ import annotations
 

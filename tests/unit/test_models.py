@@ -1,4 +1,4 @@
-"""The networks alone: shapes, sizes, names, and the places that are held open for others."""
+"""The networks: shapes, sizes, parameter names, and the places where other modules can be attached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read, not run: no step of a sampler, and nothing in the loop, fetches a value from a tensor.
+"""Static check of the source: no sampler step, and nothing in the loop, fetches a value from a tensor.
 
 A value asked for on the host makes it wait for the card, and a coefficient that is a Python float rounds elsewhere.
 ``cuda_guard.py`` sees it where a test runs the line; this finds it on every line that a step can reach.

@@ -1,4 +1,4 @@
-"""The noise of image k is the same bits in any batch, and a generator is used as diffusers uses it."""
+"""Noise: image k has the same bits in any batch, and generators are used as diffusers uses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a Gaussian, whose exact solution is known, the error of each sampler falls with its theoretical order.
+"""Order of accuracy: on Gaussian data the error of each sampler falls with its theoretical order.
 
 What is measured, and how, stands in ``gaussian.py``; ``scripts/order_of_accuracy.py`` prints and plots the same.
 """

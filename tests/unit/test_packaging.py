@@ -1,4 +1,4 @@
-"""The wheel that is built from this checkout: what it must hold, what it must not, and that it runs from elsewhere.
+"""The wheel built from this checkout: its contents, and a run from another folder.
 
 tests/parity/test_packaging.py converts and generates with it.
 """
@@ -50,7 +50,7 @@ def pip(*args: str, cwd: Path) -> None:
 
 
 def python(site: Path, cwd: Path, *args: str) -> str:
-    """What the running Python prints when it finds minidiff only in ``site``, started in ``cwd``."""
+    """The output of the running Python with minidiff in ``site`` alone, started in ``cwd``."""
     env = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Differences, names and ``parity.compare`` on modules small enough to know the answer."""
+"""``parity.compare`` and its differences on modules small enough for the answer to be known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings: what they hold, what is refused, and the shipped one of diffusers, which minidiff must repeat.
+"""Recordings: contents, errors, and the stored recording of diffusers, which minidiff must repeat.
 
 tests/fixtures/recording_sd1.safetensors was made by scripts/make_parity_recording.py; nothing of diffusers is needed
 here.

@@ -1,4 +1,4 @@
-"""What a report says of differences that are known: as text, and as a page with its picture."""
+"""Reports of known differences: as text, and as an HTML page with a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""diffusers as a side, with stand-ins for its pipelines: what they are told, and what is shown of them."""
+"""diffusers as one side of a comparison, with mocks of its pipelines: their arguments and their recorded values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA's stream on the CPU: Philox by its published answers, the layout by what owners of real cards have printed."""
+"""CUDA's random numbers on the CPU: Philox against published values, their layout against values from real GPUs."""
 
 from __future__ import annotations
 

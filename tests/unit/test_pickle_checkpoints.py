@@ -1,4 +1,4 @@
-"""Pickled checkpoints: what training left in them is passed over, and nothing in them is ever run."""
+"""Pickled checkpoints: objects left by training are skipped, and no code in them is ever run."""
 
 from __future__ import annotations
 

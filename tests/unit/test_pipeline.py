@@ -1,4 +1,4 @@
-"""Prompt to picture: what each argument does, what the recipe says, and what is refused before the UNet is asked."""
+"""The pipelines from prompt to picture: every argument, the recipe, and refusals before the first model call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and masks in, sizes, precision: what is refused, in one line and before the UNet is asked."""
+"""Pipelines given pictures, masks and sizes: their results, and refusals in one line before the first model call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers to pictures, and the recipe inside them."""
+"""PNG files: pixels from numbers, and the recipe inside."""
 
 from __future__ import annotations
 

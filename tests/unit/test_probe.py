@@ -1,4 +1,4 @@
-"""Which dtype the command line computes in: what is measured, what is remembered of it, and where it counts."""
+"""The dtype that the command line chooses: the measurement, its cache, and the commands that use it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Measured:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the answer is kept for the test, in a folder that does not exist yet."""
+    """The file that keeps the answer during a test, in a folder that does not exist yet."""
     path = tmp_path / "cache" / "minidiff" / "bfloat16.json"
     monkeypatch.setattr(machine, "cache_folder", lambda: path.parent)
     return path

@@ -1,4 +1,4 @@
-"""Progress goes where someone can see it, and nothing fails where nobody can: no stdout, no stderr, or closed ones."""
+"""The progress bar, and runs without stdout or stderr, or with closed ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
 
 
 class Cell(io.StringIO):
-    """What sys.stderr is in a notebook, which is no terminal."""
+    """``sys.stderr`` as it is in a notebook, which is no terminal."""
 
     __module__ = "ipykernel.iostream"
 

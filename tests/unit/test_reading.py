@@ -1,4 +1,4 @@
-"""Files from outside: regular files only, texts within a bound, contents told by their first bytes."""
+"""Reading of untrusted files: regular files only, texts of bounded length, formats told by the first bytes."""
 
 from __future__ import annotations
 

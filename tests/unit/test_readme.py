@@ -136,7 +136,7 @@ STAR = "a large red star on a blue background"
 
 
 def shows(picture: Any) -> bool:
-    """Whether a picture, PIL or tensor (1, 3, 64, 64) in [0, 1], shows the star, to a judge without learned model."""
+    """True if a picture, PIL or tensor (1, 3, 64, 64) in [0, 1], shows the star, to a judge without learned model."""
     picture = to_pil(picture)[0] if isinstance(picture, torch.Tensor) else picture
     seen = _judge.see(np.asarray(picture, dtype=np.float64))
     return _judge.judge(seen, _judge.parse(STAR)).right

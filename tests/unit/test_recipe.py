@@ -1,4 +1,4 @@
-"""Recipes from strangers: texts of a PNG without its pixels, fields with their types."""
+"""Recipes from untrusted files: the texts of a PNG without its pixels, and the types of the fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one list of options: what a field of a Request gives without another line changed; its stub, its rules.
+"""``Request``, the list of all options: everything that follows from a field, its stub and its rules.
 
 python -m tests.unit.test_request      # writes minidiff/pipeline/entrance.pyi anew
 """

@@ -1,4 +1,4 @@
-"""Whatever a sampler lets itself be planned for gives finite samples: what it can't do is refused by the plan."""
+"""Finite samples from every run that a sampler accepts; what it can't do is refused by the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of samplers: names, JSON, diffusers' configs, the familiar shell, and one clear line for what can't be."""
+"""Options of samplers: names, JSON, diffusers' configs, ``Scheduler``, and errors in one clear line."""
 
 from __future__ import annotations
 

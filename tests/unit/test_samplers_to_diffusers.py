@@ -1,4 +1,4 @@
-"""Samplers written as diffusers' scheduler configs: read back equal, or refused by the name of what is lost."""
+"""Samplers written as diffusers' scheduler configs: read back equal, or refused with the option that would be lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The noise schedule: closed forms, spacings, and what is refused."""
+"""The noise schedule: closed forms, spacings, and errors."""
 
 from __future__ import annotations
 

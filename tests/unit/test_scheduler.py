@@ -1,4 +1,4 @@
-"""``Scheduler`` before ``set_timesteps`` for samplers by name, and what it says to those who know diffusers'."""
+"""``Scheduler`` before ``set_timesteps`` for samplers by name, and its messages to users of diffusers."""
 
 from __future__ import annotations
 

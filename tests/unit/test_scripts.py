@@ -1,4 +1,4 @@
-"""The two commands of the README: what they install, when they do it again, and what they pass through.
+"""The scripts demo.py and test.py: what they install, when they install again, and the arguments they pass on.
 
 The installations here are real (an environment, pip), of a package that needs no download: a copy of scripts/_setup.py
 in a checkout of its own, whose build backend lies beside it.

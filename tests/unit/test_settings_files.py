@@ -1,4 +1,4 @@
-"""Settings that stand in files of their own: typed, of bounded length, and never waited for."""
+"""Settings files: checked types, bounded length, and no blocking on special files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The procedural data set: the same everywhere, drawn as described, and never a held-out triple."""
+"""The procedural data set of shapes: reproducible, drawn as its captions say, without the held-out combinations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single files as people have them: under other names, without a part, in float8, or no model at all."""
+"""Single files as they are published: under other key names, without a part, in float8, or no model at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A name that is not known is refused with the one it may have meant: spelling.py, samplers/elsewhere.py."""
+"""Unknown names are refused with a suggestion (``spelling.py``, ``samplers/elsewhere.py``)."""
 
 from __future__ import annotations
 

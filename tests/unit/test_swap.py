@@ -1,4 +1,4 @@
-"""Parts of a model from elsewhere: every form in which they lie about, and what does not fit."""
+"""Parts of a model from other files: every form in which they are published, and errors for those that do not fit."""
 
 from __future__ import annotations
 

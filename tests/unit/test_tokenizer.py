@@ -1,4 +1,4 @@
-"""The tokenizer without its reference: recorded ids, cutting and padding, other people's files, and bad ones."""
+"""The tokenizer without its reference: recorded ids, truncation and padding, files of other programs, damaged files."""
 
 from __future__ import annotations
 

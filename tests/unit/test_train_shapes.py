@@ -1,4 +1,4 @@
-"""What the recipe of the bundled model shows it: the streams of scripts/train_shapes.py, not the hours of training."""
+"""The training data of the bundled model: the streams of scripts/train_shapes.py, without the training itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``minidiff train`` from the command line: a run from nothing, going on with it, and what it says when it cannot."""
+"""``minidiff train``: training from scratch, resuming, and its error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data for training: the user's folders with all that may be wrong in them, shuffled streams, cached latents."""
+"""Training data: image folders with everything that may be wrong in them, shuffled streams, cached latents."""
 
 from __future__ import annotations
 

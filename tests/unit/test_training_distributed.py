@@ -1,4 +1,4 @@
-"""Two processes on gloo, started by torchrun as a user would, against one: the same examples, the same weights."""
+"""Distributed training: two processes on gloo, started by torchrun, give the same examples and weights as one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tensors(workplace: Path, out: str) -> dict[str, Tensor]:
 
 
 def single(workplace: Path) -> dict[str, Tensor]:
-    """What one process makes of the batch in one piece."""
+    """The result of one process on the whole batch."""
     if not (workplace / "joined").exists():
         launch(workplace, 1, "joined")
     return tensors(workplace, "joined")

@@ -1,4 +1,4 @@
-"""The loop and what it leaves on disk: accumulation, precision, resuming to the bit, and all that can go wrong."""
+"""The training loop and its checkpoints: accumulation, precision, resuming with equal bits, and failures."""
 
 from __future__ import annotations
 

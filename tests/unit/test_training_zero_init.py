@@ -1,4 +1,4 @@
-"""Where training starts: every residual branch silent, everything else as it was drawn."""
+"""Initial weights of training: residual branches start at zero, everything else as it was drawn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user's own checks see: kinds and overloads of the public methods, gradients after loading, and repr."""
+"""The public types: classes and overloads as type checkers see them, gradients after loading, and repr."""
 
 from __future__ import annotations
 

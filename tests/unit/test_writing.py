@@ -1,4 +1,4 @@
-"""Files that are written: whole or not at all, and never in the place of another's."""
+"""Writing of files: whole or not at all, and never over a file that another program wrote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the samplers' options are tried with: each tuple is one axis, an entry of it the options of one setting.
+"""Values of the samplers' options to test: each tuple is one axis, each of its entries the options of one setting.
 
 The tests of a sampler combine some of them, so that every pair of settings appears (a covering sample); ``grid.py``
 takes their products.

@@ -1,4 +1,4 @@
-"""Every sampler with every option, against diffusers: what the grid holds, and how one point of it is tried.
+"""The grid of every sampler with every option, and the comparison of one of its points with diffusers.
 
 ``GRID`` lists for each scheduler class the configs to try: products of the axes in ``axes.py``, and of the class's own.
 Each config runs with every number of steps, or every list of timesteps or sigmas, in every dtype. ``outcomes`` tries
@@ -360,7 +360,7 @@ def _key(name: str, dtype: torch.dtype, shown: list[Tensor]) -> str:
 
 
 def _reference_fails(c: Config, given: dict[str, Any]) -> bool:
-    """Whether the reference alone raises, or gives numbers that are not finite."""
+    """True if the reference alone raises, or gives numbers that are not finite."""
     try:
         return not walk_reference(c, given, shape=SHAPE)
     except Exception:  # whatever it raises

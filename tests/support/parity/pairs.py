@@ -1,4 +1,4 @@
-"""Pairs: a pipeline of the reference, and ours read from the folder that it wrote; the same call on both.
+"""Pairs of pipelines: the reference's, and minidiff's read from the folder that it wrote, called alike.
 
 Noise comes from ``seeds``: one generator for the whole batch, or a list with one for each image, anew for every run.
 """

@@ -1,4 +1,4 @@
-"""What every sampler is compared with diffusers on: one table, an entry a scheduler class, run by test_samplers.py.
+"""Table of the cases in which ``test_samplers.py`` compares samplers with diffusers, one entry a scheduler class.
 
 The configs of a class are a covering sample of its options: every pair of settings appears. Each entry says for how
 many steps they run, which of them start at every row, which single runs come on top (999 steps, given timesteps), and

@@ -69,7 +69,7 @@ def step_options(ref: Any, c: Config) -> dict[str, Any]:
 
 
 def takes_generator(ref: Any) -> bool:
-    """Whether ``step`` of the reference draws noise."""
+    """True if ``step`` of the reference draws noise."""
     return "generator" in inspect.signature(ref.step).parameters
 
 
@@ -206,6 +206,6 @@ def compare_starts(c: Config, steps: int, every: int) -> None:
 
 
 def fits_in_half(c: Config) -> bool:
-    """Whether the sigmas of a solver in lambda lie in float16's range, x0 of an epsilon model included."""
+    """True if the sigmas of a solver in lambda lie in float16's range, x0 of an epsilon model included."""
     plan = sampler_from_diffusers(c).plan(NoiseSchedule.from_config(schedule_from_diffusers(c)), 20)
     return plan.space != "lambda" or bool(plan.sigmas.max() < LARGEST_IN_HALF)
