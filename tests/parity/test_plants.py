@@ -1,14 +1,17 @@
-"""Is the parity suite able to fail? Eight slips that real reimplementations have made, planted one by one.
+"""Planted errors that the parity tests must find: eight that real reimplementations have made, one at a time.
 
 Each runs in a process of its own: the code under test is patched, then the parity test that should notice is run, and
-must fail in its own assertion on numbers. Failing for another reason (a crash, nothing collected) is no proof.
+must fail in its own assertion on numbers. Failing for another reason (a crash, nothing collected) is no proof. The
+processes are forks of one that has imported the reference and nothing of minidiff.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,22 +66,61 @@ NOTHING = "pass"
 SEEN = "entries differ, by up to"  # what assert_close says
 
 
-def run(patch: str, test: str) -> subprocess.CompletedProcess[str]:
-    """One parity test in a fresh process in which ``patch`` was executed first."""
-    code = f"{patch}\nimport sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, f"tests/parity/{test}", "-x", "-p", "no:cacheprovider", "-n", "0"]
+# Reads a line of JSON for each test to run, (patch, arguments of pytest), and answers with its status and output.
+FORKS = """
+import json, os, sys, tempfile
+import diffusers.loaders, torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+for line in sys.stdin:
+    patch, arguments = json.loads(line)
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            exec(patch, {})
+            import pytest
+            status = pytest.main(arguments)
+            sys.stdout.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        print(json.dumps((status, output.read())), flush=True)
+"""
+Run = Callable[[str, str], tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run one parity test in a fresh process in which a patch was executed first: its status and output."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    env.pop("PYTEST_ADDOPTS", None)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-c", FORKS]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True) as forks:
+        assert forks.stdin is not None
+        assert forks.stdout is not None
+        ask, answers = forks.stdin, forks.stdout
+
+        def call(patch: str, test: str) -> tuple[int, str]:
+            arguments = [f"tests/parity/{test}", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+            print(json.dumps((patch, arguments)), file=ask, flush=True)
+            status, output = json.loads(answers.readline())
+            return status, output
+
+        yield call
+        ask.close()
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_slip_is_seen(name: str) -> None:
-    done = run(*PLANTS[name])
-    assert done.returncode == 1, f"{name} was not noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert SEEN in done.stdout, f"{name} failed, but not in the parity assertion:\n{done.stdout[-3000:]}"
+def test_a_planted_slip_is_seen(name: str, run: Run) -> None:
+    status, output = run(*PLANTS[name])
+    assert status == 1, f"{name} was not noticed:\n{output[-3000:]}"
+    assert SEEN in output, f"{name} failed, but not in the parity assertion:\n{output[-3000:]}"
 
 
-def test_without_a_slip_the_same_tests_pass() -> None:
-    done = run(NOTHING, "test_pipeline.py::test_the_checkpoints_own_sampler")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+def test_without_a_slip_the_same_tests_pass(run: Run) -> None:
+    status, output = run(NOTHING, "test_pipeline.py::test_the_checkpoints_own_sampler")
+    assert status == 0, output[-3000:]
