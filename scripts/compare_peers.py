@@ -1,0 +1,212 @@
+"""Compare minidiff with other ways to run Stable Diffusion from Python, and print the table of the README.
+
+    python scripts/compare_peers.py --peers FOLDER                        # all that are there
+    python scripts/compare_peers.py --peers FOLDER --only minidiff ComfyUI
+
+Every peer lives in an environment of its own, FOLDER/NAME, with a checkout of its source in FOLDER/NAME/source if it
+is no package; one that is not there is left out, with a line that says what to install. Needs the `parity` extra, which
+writes Stable Diffusion 1.5 with random weights as a folder and as an original single file (6 GB, kept in --work), and
+the peer diffusers, with which the others are compared. Everything measured is kept in a file, which a later start goes
+on from: delete it to begin anew. Each question is a process of its own on one thread, with no
+network; nothing in the table is written down here but the names. "equal" means equal bits; other differences are the
+largest one divided by the reference's standard deviation. Times are CPU seconds: the UNet's are measured in turn with
+diffusers in another process, and the median of the ratios counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _peers import PEERS, ROUNDS, SIDE, STEPS
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE, OURS = "diffusers", "minidiff"
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+CHILD = ROOT / "scripts" / "_peers.py"
+
+# What brings a peer into its environment, once `python -m venv FOLDER/NAME` has made it.
+INSTALL = {
+    "minidiff": "pip install CHECKOUT, a path to minidiff itself",
+    "diffusers": "pip install 'diffusers[torch]==0.42.1' transformers==5.23.0",
+    "ComfyUI": "a checkout of github.com/Comfy-Org/ComfyUI as SOURCE; pip install -r SOURCE/requirements.txt",
+    "refiners": "pip install a checkout of github.com/finegrain-ai/refiners (PyPI has a release of 2024)",
+    "CompVis": "a checkout of github.com/CompVis/stable-diffusion as SOURCE; pip install torch torchvision einops"
+    " omegaconf tqdm",
+    "stable-diffusion-pytorch": "a checkout of github.com/kjsman/stable-diffusion-pytorch as SOURCE;"
+    " pip install -r SOURCE/requirements.txt torchvision",
+}
+
+
+class Place:
+    """Where a peer is, and how it is asked."""
+
+    def __init__(self, name: str, peers: Path, work: Path) -> None:
+        self.name, self.work = name, work
+        self.python = peers / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        self.source = peers / name / "source"
+
+    def missing(self) -> str | None:
+        """The line that says what to install, or None."""
+        if self.python.exists() and (PEERS[self.name].package or self.source.exists()):
+            return None
+        return f"{self.name}: not in {self.python.parent.parent} (needed there: {INSTALL[self.name]})"
+
+    def command(self, stage: str) -> list[str]:
+        return [str(self.python), str(CHILD), self.name, stage, str(self.work), str(self.source)]
+
+    def ask(self, stage: str) -> dict[str, Any]:
+        """What the stage said; {"error": its last word} if it failed."""
+        done = subprocess.run(self.command(stage), env=ENV, capture_output=True, text=True, cwd=self.work)
+        print(f"  {self.name}, {stage}: {'done' if done.returncode == 0 else done.stderr[-2000:]}", file=sys.stderr)
+        if done.returncode != 0:
+            return {"error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+@contextmanager
+def at_hand(place: Place) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the peer's UNet."""
+    with subprocess.Popen(
+        place.command("timed"), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place.work
+    ) as child:
+        yield child
+        child.communicate()
+
+
+def call(child: subprocess.Popen[str], word: str = "") -> float:
+    """CPU seconds of one call there."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(word + "\n")
+    child.stdin.flush()
+    for line in child.stdout:
+        if line[0].isdigit():
+            return float(line)
+    raise SystemExit(f"{child.args} has ended")
+
+
+def ratio(ours: Place, theirs: Place) -> dict[str, float]:
+    """Seconds of a UNet call relative to diffusers, which runs in turn with it; for minidiff also with its switches."""
+    found = {}
+    with at_hand(ours) as a, at_hand(theirs) as b:
+        for what in ("plain", "switches") if ours.name == OURS else ("plain",):
+            call(a, what)
+            found[what] = statistics.median(call(a) / call(b) for _ in range(ROUNDS))
+    return found
+
+
+def measure(places: dict[str, Place], kept: Path) -> dict[str, dict[str, Any]]:
+    """Everything about every peer: {name: {stage: what it said}}. What ``kept`` holds is not measured again."""
+    known: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+
+    def fill(name: str, stage: str, how: Callable[[], dict[str, Any]]) -> None:
+        said = known.setdefault(name, {})
+        if stage not in said:
+            said[stage] = how()
+            kept.write_text(json.dumps(known, indent=1))
+
+    reference = places[REFERENCE]
+    fill(REFERENCE, "reference", lambda: reference.ask("reference"))
+    for name, place in places.items():
+        for stage in ("facts", "import", "folder", "single", "numbers"):
+            fill(name, stage, partial(place.ask, stage))
+        if name != REFERENCE:
+            fill(name, "timed", partial(ratio, place, reference))
+    if OURS in places:
+        fill(OURS, "like", lambda: places[OURS].ask("like"))
+    return {name: known[name] for name in places}
+
+
+def gap(value: float) -> str:
+    return "equal" if value == 0 else f"{value:.1e}"
+
+
+def yes(said: dict[str, Any]) -> str:
+    return "yes" if said.get("opens") else "" if said.get("missing") else "no"
+
+
+def column(name: str, found: dict[str, dict[str, Any]]) -> list[str]:
+    """A peer's cells, in the order of ROWS."""
+    said = found[name]
+    facts, brought, numbers = said["facts"], said["import"], said["numbers"]
+    reference, like = name == REFERENCE, found.get(OURS, {}).get("like", {})
+    times = said.get("timed", {})
+    speed = f"{times.get('plain', 1):.2f}" + (f", {times['switches']:.2f}" if "switches" in times else "")
+    return [
+        f"{facts['packages']} ({facts['megabytes']:.0f} MB)",
+        f"{facts['lines']:,}",
+        f"{brought['seconds']:.2f} s, {brought['modules']:,}",
+        str(len(facts["samplers"])),
+        yes(said["folder"]),
+        yes(said["single"]),
+        "reference" if reference else gap(numbers["unet"]),
+        "reference" if reference else gap(numbers["trajectory"]),
+        gap(like[name]) if name in like else "",
+        speed,
+    ]
+
+
+ROWS = (
+    "packages beside torch's own",
+    "lines of Python",
+    "import beyond torch's: CPU time, modules",
+    "samplers listed",
+    "paints from a diffusers folder, offline",
+    "paints from an original single file, offline",
+    f"UNet at {SIDE} x {SIDE}, against diffusers",
+    f"{STEPS} steps of DDIM, against diffusers",
+    "the same, against minidiff with `like=`",
+    "CPU time of that UNet call, diffusers = 1",
+)
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The README's table in Markdown."""
+    head = [f"{name} {said['facts']['version']}".strip() for name, said in found.items()]
+    cells = zip(ROWS, *(column(name, found) for name in found), strict=True)
+    lines = [["", *head], ["---"] * (len(found) + 1), *map(list, cells)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, default=ROOT / "out" / "peers", help="the folder of environments")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "full_size", help="where the checkpoints go")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="of the peers")
+    parser.add_argument("--json", type=Path, help="keep what is measured there, and go on from what it holds")
+    args = parser.parse_args()
+    places = {name: Place(name, args.peers.absolute(), args.work.absolute()) for name in PEERS}
+    asked = [name for name in PEERS if name in (*args.only, REFERENCE)]
+    for name in asked:
+        if line := places[name].missing():
+            print(line, file=sys.stderr)
+    there = {name: places[name] for name in asked if places[name].missing() is None}
+    if REFERENCE not in there:
+        return 1
+    if not (args.work / "single.safetensors").exists():
+        args.work.mkdir(parents=True, exist_ok=True)
+        stage = ["--work", str(args.work), "--stage", "write source with diffusers"]
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "check_full_size.py"), *stage], env=ENV, check=True)
+    print(table(measure(there, args.json or args.work / "peers.json")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
