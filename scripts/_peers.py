@@ -9,32 +9,23 @@ that a stage prints is JSON. Sockets are closed to all of them: what passes, pas
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.metadata
 import json
 import re
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 PROMPT, STEPS = "a photograph of an astronaut riding a horse", 4
-SIDE = 128  # pixels of the UNet call that is compared and timed
-PICTURE = 64  # pixels of the picture that shows whether a checkpoint opens
-ROUNDS = 5  # of calls that are timed
-STARTS = 3  # of interpreters whose imports are timed
+SIDE = 64  # pixels of what is compared
 
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 LEADING = {**DDIM, "steps_offset": 1, "set_alpha_to_one": False}  # as Stable Diffusion 1 ships
-
-# What runs after the import: CPU seconds of this process, and the number of modules.
-REPORT = "\nimport json, sys, time\nprint(json.dumps([time.process_time(), len(sys.modules)]))"
 
 
 class Missing(Exception):
@@ -58,8 +49,8 @@ class Peer:
     def samplers(self) -> list[str]:
         raise Missing
 
-    def picture(self, which: str) -> None:
-        """Paint one step from the "folder" or the "single" file."""
+    def picture(self, which: str) -> Any:
+        """Paint one step from the "folder" or the "single" file; PROMPT as its text encoder sees it, (1, 77, 768)."""
         raise Missing
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
@@ -94,8 +85,10 @@ class Minidiff(Peer):
 
         return weights_convert.load(self.path(which), device="cpu")
 
-    def picture(self, which: str) -> None:
-        self.opened(which).generate(PROMPT, steps=1, height=PICTURE, width=PICTURE, progress=False)
+    def picture(self, which: str) -> Any:
+        sd = self.opened(which)
+        sd.generate(PROMPT, steps=1, height=SIDE, width=SIDE, progress=False)
+        return sd.encode_prompt([PROMPT])[0]
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
         self.sd = self.opened("folder")
@@ -113,6 +106,8 @@ class Minidiff(Peer):
             sampler="ddim",
             steps=STEPS,
             guidance_scale=1.0,
+            height=SIDE,
+            width=SIDE,
             like=program,
             output="latent",
             progress=False,
@@ -128,7 +123,7 @@ class Diffusers(Peer):
 
         return [c.__name__.removesuffix("Scheduler") for c in PNDMScheduler().compatibles]
 
-    def picture(self, which: str) -> None:
+    def picture(self, which: str) -> Any:
         import torch
         from diffusers import StableDiffusionPipeline
 
@@ -136,7 +131,8 @@ class Diffusers(Peer):
             StableDiffusionPipeline.from_pretrained if which == "folder" else StableDiffusionPipeline.from_single_file
         )
         pipe = load(str(self.path(which)), torch_dtype=torch.float32)
-        pipe(PROMPT, num_inference_steps=1, height=PICTURE, width=PICTURE)
+        pipe(PROMPT, num_inference_steps=1, height=SIDE, width=SIDE)
+        return pipe.encode_prompt(PROMPT, "cpu", 1, do_classifier_free_guidance=False)[0]
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
         from diffusers import UNet2DConditionModel
@@ -182,7 +178,7 @@ class ComfyUI(Peer):
         given = ("ddim", "ddim_uniform", positive, negative, start)
         return sample(model, noise, steps, cfg, *given, disable_pbar=True, seed=0)
 
-    def picture(self, which: str) -> None:
+    def picture(self, which: str) -> Any:
         import torch
 
         sd = self.prepare()
@@ -192,8 +188,9 @@ class ComfyUI(Peer):
         else:
             model, clip, vae, _ = sd.load_checkpoint_guess_config(str(self.path(which)))
         prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")]
-        latents = self.sample(model, torch.randn(1, 4, PICTURE // 8, PICTURE // 8), 1, 7.5, *prompts)
+        latents = self.sample(model, torch.randn(1, 4, SIDE // 8, SIDE // 8), 1, 7.5, *prompts)
         vae.decode(latents)
+        return prompts[0][0][0]
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
         self.model = self.prepare().load_checkpoint_guess_config(
@@ -237,17 +234,15 @@ class Refiners(Peer):
             part.load_state_dict({k: v.to(torch.float32) for k, v in found.items()})
         return sd
 
-    def picture(self, which: str) -> None:
-        import torch
-
+    def picture(self, which: str) -> Any:
         sd = self.weights(which)
         sd.set_inference_steps(1)
         context = sd.compute_clip_text_embedding(text=PROMPT, negative_text="")
-        x = sd.init_latents((PICTURE, PICTURE))
+        x = sd.init_latents((SIDE, SIDE))
         for step in sd.steps:
             x = sd(x, step=step, clip_text_embedding=context)
-        assert isinstance(x, torch.Tensor)
         sd.lda.latents_to_image(x)
+        return context[1:]  # the negative prompt comes first
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
         model = self.weights("folder").unet
@@ -276,7 +271,8 @@ class CompVis(Peer):
     )
 
     def samplers(self) -> list[str]:
-        return sorted(p.stem for p in (self.source / "ldm/models/diffusion").glob("*") if p.stem in KNOWN_TO_COMPVIS)
+        there = {p.stem for p in (self.source / "ldm/models/diffusion").iterdir()}
+        return sorted(there - {"__init__", "__pycache__", "ddpm", "classifier"})  # these two are models
 
     def unet(self) -> Callable[[Any, Any, Any], Any]:
         from ldm.util import instantiate_from_config
@@ -307,9 +303,6 @@ class CompVis(Peer):
             **{k: torch.tensor(v, dtype=torch.float32) for k, v in tables.items()},
         )
         return OnTheCPU(model).sample(STEPS, 1, noise.shape[1:], context, verbose=False, x_T=noise)[0]
-
-
-KNOWN_TO_COMPVIS = ("ddim", "plms", "dpm_solver")
 
 
 class Kjsman(Peer):
@@ -399,12 +392,18 @@ def facts(peer: Peer) -> dict[str, Any]:
     site = Path(next(iter(importlib.metadata.distributions(name="torch"))).locate_file("")) if peer.package else None
     files = [f for part in peer.code for f in python_files((site or peer.source) / part)]
     return {
-        "version": importlib.metadata.version(peer.package) if peer.package else "",
+        "version": committed(peer.source) or importlib.metadata.version(peer.package),
         "packages": len(needed),
         "megabytes": sum(size(d) for d in needed) / 1e6,
         "lines": sum(1 for f in files for line in f.read_bytes().splitlines() if line.strip()),
         "samplers": peer.samplers(),
     }
+
+
+def committed(source: Path) -> str:
+    """The date of a checkout's commit, "" without one."""
+    done = subprocess.run(["git", "-C", str(source), "log", "-1", "--format=%cs"], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def python_files(path: Path) -> list[Path]:
@@ -438,18 +437,12 @@ def beyond_torch() -> list[importlib.metadata.Distribution]:
 
 
 def imported(peer: Peer) -> dict[str, Any]:
-    """CPU seconds and modules that the import adds to `import torch`, in fresh processes started in turn."""
-    place = f"import sys\nsys.path.insert(0, {str(peer.source)!r})\n"
-    both = (place + "import torch", place + "import torch\n" + peer.statement)
-    runs = [[fresh(code) for code in both] for _ in range(STARTS + 1)][1:]  # the first one writes byte code
-    added = [[full[i] - bare[i] for bare, full in runs] for i in range(2)]
-    return {"seconds": statistics.median(added[0]), "modules": round(statistics.median(added[1]))}
+    """The number of modules that the import loads beyond those of `import torch`."""
+    import torch  # noqa: F401
 
-
-def fresh(code: str) -> list[float]:
-    """The REPORT of a new process after ``code``."""
-    done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    before = set(sys.modules)
+    exec(peer.statement, {})
+    return {"modules": len(set(sys.modules) - before)}
 
 
 def inputs() -> tuple[Any, Any, Any]:
@@ -464,15 +457,19 @@ def inputs() -> tuple[Any, Any, Any]:
 def reference(peer: Diffusers) -> dict[str, Any]:
     """What all are compared with: diffusers' UNet, and its trajectory in the settings of each peer."""
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     # For peers that bring no reader of safetensors.
     single, prefix = load_file(peer.path("single")), "model.diffusion_model."
     torch.save({k.removeprefix(prefix): v for k, v in single.items() if k.startswith(prefix)}, peer.work / "unet.pt")
     del single
+    # Keys as in the published folders; since transformers 5 they are written without this prefix, and both are read.
+    text = peer.path("folder") / "text_encoder" / "model.safetensors"
+    words = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(text).items()}
+    save_file(words, text, metadata={"format": "pt"})
 
     unet, (x, t, context) = peer.unet(), inputs()
-    found = {"unet": unet(x, t, context)}
+    found = {"unet": unet(x, t, context), "prompt": peer.picture("folder")}
     for other in PEERS.values():
         same = [p.name for p in PEERS.values() if p.method == other.method and p.name in found]
         found[other.name] = found[same[0]] if same else peer.scheduled(unet, x[:1], context[:1], *other.method)
@@ -510,24 +507,14 @@ def apart(a: Any, b: Any) -> float:
     return 0.0 if a.equal(b) else max((a - b).abs().max() / b.std(), 5e-324).item()
 
 
-def timed(peer: Peer) -> dict[str, Any]:
-    """Answer each line of the input with the CPU seconds of one UNet call."""
-    unet, given = peer.unet(), inputs()
-    gc.collect()
-    for line in sys.stdin:
-        if line.strip() == "switches":
-            from minidiff import fast
-
-            fast.optimize(peer.sd)
-        begun = time.process_time()
-        unet(*given)
-        print(json.dumps(time.process_time() - begun), flush=True)
-    return {}
-
-
 def opens(peer: Peer, which: str) -> dict[str, Any]:
-    peer.picture(which)
-    return {"opens": True}
+    """Whether the peer opens that layout, every part of it: random weights of a part would go unnoticed in a picture
+    of random weights, so the prompt is compared.
+    """
+    import torch
+
+    wanted = torch.load(peer.work / "reference.pt")["prompt"]
+    return {"opens": apart(peer.picture(which).float(), wanted) < 1e-3}
 
 
 STAGES: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -538,7 +525,6 @@ STAGES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "reference": reference,
     "numbers": numbers,
     "like": liked,
-    "timed": timed,
 }
 
 
@@ -549,13 +535,13 @@ def closed(*_: Any, **__: Any) -> Any:
 def main(name: str, stage: str, work: str, source: str) -> None:
     socket.socket.connect = socket.getaddrinfo = closed  # type: ignore[assignment,method-assign]
     sys.path[0] = source  # in place of this folder
-    peer = PEERS[name](Path(work), Path(source))
-    if stage != "import":
-        import torch
+    import torch
 
-        torch.set_grad_enabled(False)
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
+    for fill in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_", "xavier_uniform_"):
+        setattr(torch.nn.init, fill, lambda tensor, *_, **__: tensor)  # all weights come from the checkpoint
+    peer = PEERS[name](Path(work), Path(source))
     try:
         said = STAGES[stage](peer)
     except Missing:

@@ -9,8 +9,7 @@ writes Stable Diffusion 1.5 with random weights as a folder and as an original s
 the peer diffusers, with which the others are compared. Everything measured is kept in a file, which a later start goes
 on from: delete it to begin anew. Each question is a process of its own on one thread, with no
 network; nothing in the table is written down here but the names. "equal" means equal bits; other differences are the
-largest one divided by the reference's standard deviation. Times are CPU seconds: the UNet's are measured in turn with
-diffusers in another process, and the median of the ratios counts.
+largest one divided by the reference's standard deviation.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _peers import PEERS, ROUNDS, SIDE, STEPS
+from _peers import PEERS, STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE, OURS = "diffusers", "minidiff"
@@ -80,38 +77,6 @@ class Place:
         return json.loads(done.stdout.splitlines()[-1])
 
 
-@contextmanager
-def at_hand(place: Place) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the peer's UNet."""
-    with subprocess.Popen(
-        place.command("timed"), env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place.work
-    ) as child:
-        yield child
-        child.communicate()
-
-
-def call(child: subprocess.Popen[str], word: str = "") -> float:
-    """CPU seconds of one call there."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(word + "\n")
-    child.stdin.flush()
-    for line in child.stdout:
-        if line[0].isdigit():
-            return float(line)
-    raise SystemExit(f"{child.args} has ended")
-
-
-def ratio(ours: Place, theirs: Place) -> dict[str, float]:
-    """Seconds of a UNet call relative to diffusers, which runs in turn with it; for minidiff also with its switches."""
-    found = {}
-    with at_hand(ours) as a, at_hand(theirs) as b:
-        for what in ("plain", "switches") if ours.name == OURS else ("plain",):
-            call(a, what)
-            found[what] = statistics.median(call(a) / call(b) for _ in range(ROUNDS))
-    return found
-
-
 def measure(places: dict[str, Place], kept: Path) -> dict[str, dict[str, Any]]:
     """Everything about every peer: {name: {stage: what it said}}. What ``kept`` holds is not measured again."""
     known: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
@@ -127,8 +92,6 @@ def measure(places: dict[str, Place], kept: Path) -> dict[str, dict[str, Any]]:
     for name, place in places.items():
         for stage in ("facts", "import", "folder", "single", "numbers"):
             fill(name, stage, partial(place.ask, stage))
-        if name != REFERENCE:
-            fill(name, "timed", partial(ratio, place, reference))
     if OURS in places:
         fill(OURS, "like", lambda: places[OURS].ask("like"))
     return {name: known[name] for name in places}
@@ -138,42 +101,34 @@ def gap(value: float) -> str:
     return "equal" if value == 0 else f"{value:.1e}"
 
 
-def yes(said: dict[str, Any]) -> str:
-    return "yes" if said.get("opens") else "" if said.get("missing") else "no"
+def opened(said: dict[str, Any]) -> str:
+    """Which of the two layouts gave a picture."""
+    found = [word for stage, word in (("folder", "folder"), ("single", "file")) if said[stage].get("opens")]
+    return " and ".join(found) or ("" if said["single"].get("missing") else "none")
 
 
 def column(name: str, found: dict[str, dict[str, Any]]) -> list[str]:
     """A peer's cells, in the order of ROWS."""
     said = found[name]
-    facts, brought, numbers = said["facts"], said["import"], said["numbers"]
-    reference, like = name == REFERENCE, found.get(OURS, {}).get("like", {})
-    times = said.get("timed", {})
-    speed = f"{times.get('plain', 1):.2f}" + (f", {times['switches']:.2f}" if "switches" in times else "")
+    facts, numbers, like = said["facts"], said["numbers"], found.get(OURS, {}).get("like", {})
+    own = name == REFERENCE
     return [
-        f"{facts['packages']} ({facts['megabytes']:.0f} MB)",
-        f"{facts['lines']:,}",
-        f"{brought['seconds']:.2f} s, {brought['modules']:,}",
+        f"{facts['packages']}, {facts['megabytes']:.0f} MB",
+        f"{facts['lines']:,}; {said['import']['modules']:,}",
         str(len(facts["samplers"])),
-        yes(said["folder"]),
-        yes(said["single"]),
-        "reference" if reference else gap(numbers["unet"]),
-        "reference" if reference else gap(numbers["trajectory"]),
+        opened(said),
+        "" if own else f"{gap(numbers['unet'])}; {gap(numbers['trajectory'])}",
         gap(like[name]) if name in like else "",
-        speed,
     ]
 
 
 ROWS = (
     "packages beside torch's own",
-    "lines of Python",
-    "import beyond torch's: CPU time, modules",
+    "lines of Python; modules that the import loads beside torch's",
     "samplers listed",
-    "paints from a diffusers folder, offline",
-    "paints from an original single file, offline",
-    f"UNet at {SIDE} x {SIDE}, against diffusers",
-    f"{STEPS} steps of DDIM, against diffusers",
-    "the same, against minidiff with `like=`",
-    "CPU time of that UNet call, diffusers = 1",
+    "paints offline from diffusers' folder, from the original single file",
+    f"UNet; {STEPS} steps of DDIM: against diffusers",
+    "these steps, against minidiff with `like=`",
 )
 
 
