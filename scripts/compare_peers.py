@@ -19,8 +19,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
 }
+OPENING = ("folder", "single")
 CHILD = ROOT / "scripts" / "_peers.py"
 
 # What brings a peer into its environment, once `python -m venv FOLDER/NAME` has made it.
@@ -43,7 +42,8 @@ INSTALL = {
     "minidiff": "pip install CHECKOUT, a path to minidiff itself",
     "diffusers": "pip install 'diffusers[torch]==0.42.1' transformers==5.23.0",
     "ComfyUI": "a checkout of github.com/Comfy-Org/ComfyUI as SOURCE; pip install -r SOURCE/requirements.txt",
-    "refiners": "pip install a checkout of github.com/finegrain-ai/refiners (PyPI has a release of 2024)",
+    "refiners": "a checkout of github.com/finegrain-ai/refiners as SOURCE;"
+    " pip install 'SOURCE[conversion]' torchvision",
     "CompVis": "a checkout of github.com/CompVis/stable-diffusion as SOURCE; pip install torch torchvision einops"
     " omegaconf tqdm",
     "stable-diffusion-pytorch": "a checkout of github.com/kjsman/stable-diffusion-pytorch as SOURCE;"
@@ -69,31 +69,31 @@ class Place:
         return [str(self.python), str(CHILD), self.name, stage, str(self.work), str(self.source)]
 
     def ask(self, stage: str) -> dict[str, Any]:
-        """What the stage said; {"error": its last word} if it failed."""
+        """What the stage said. A checkpoint that does not open is an answer, any other failure ends this program."""
+        print(f"{self.name}: {stage}", file=sys.stderr)
         done = subprocess.run(self.command(stage), env=ENV, capture_output=True, text=True, cwd=self.work)
-        print(f"  {self.name}, {stage}: {'done' if done.returncode == 0 else done.stderr[-2000:]}", file=sys.stderr)
-        if done.returncode != 0:
-            return {"error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
-        return json.loads(done.stdout.splitlines()[-1])
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        if stage not in OPENING:
+            raise SystemExit(f"{done.stderr}{self.name} failed in {stage}; what was measured is kept")
+        return {"opens": False, "error": done.stderr.strip().splitlines()[-1:]}
 
 
 def measure(places: dict[str, Place], kept: Path) -> dict[str, dict[str, Any]]:
     """Everything about every peer: {name: {stage: what it said}}. What ``kept`` holds is not measured again."""
     known: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
 
-    def fill(name: str, stage: str, how: Callable[[], dict[str, Any]]) -> None:
-        said = known.setdefault(name, {})
-        if stage not in said:
-            said[stage] = how()
-            kept.write_text(json.dumps(known, indent=1))
+    def ask(name: str, *stages: str) -> None:
+        for stage in stages:
+            if stage not in known.setdefault(name, {}):
+                known[name][stage] = places[name].ask(stage)
+                kept.write_text(json.dumps(known, indent=1))
 
-    reference = places[REFERENCE]
-    fill(REFERENCE, "reference", lambda: reference.ask("reference"))
-    for name, place in places.items():
-        for stage in ("facts", "import", "folder", "single", "numbers"):
-            fill(name, stage, partial(place.ask, stage))
-    if OURS in places:
-        fill(OURS, "like", lambda: places[OURS].ask("like"))
+    ask(REFERENCE, "reference")
+    for name in places:
+        ask(name, "facts", "import", *OPENING, "numbers")
+    if OURS in places:  # anew, since what it is held against may be new
+        known[OURS]["like"] = places[OURS].ask("like")
     return {name: known[name] for name in places}
 
 
