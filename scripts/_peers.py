@@ -215,37 +215,15 @@ class Refiners(Peer):
         ]
         return [n for n in kept if n not in ("Solver", "FrankenSolver")]  # the base, and a shell for diffusers' own
 
-    def weights(self, which: str) -> Any:
-        """Its model filled through its own conversion tables, in memory; it has no function that opens a checkpoint."""
-        import torch
-        from refiners.conversion.models import autoencoder_sd15, clip_text_sd15, unet_sd15
-        from refiners.foundationals.latent_diffusion import StableDiffusion_1
+    def unet(self) -> Callable[[Any, Any, Any], Any]:
+        """Filled through its own conversion table, in memory: it has no function that opens a checkpoint."""
+        from refiners.conversion.models.unet_sd15 import diffusers_recipe
+        from refiners.foundationals.latent_diffusion import SD1UNet
         from safetensors.torch import load_file
 
-        sd, tables = StableDiffusion_1(), (unet_sd15, autoencoder_sd15, clip_text_sd15)
-        for part, folder, table in zip(
-            (sd.unet, sd.lda, sd.clip_text_encoder), ("unet", "vae", "text_encoder"), tables, strict=True
-        ):
-            if which == "folder":
-                files, recipe = list((self.path(which) / folder).glob("*.safetensors")), table.diffusers_recipe
-            else:
-                files, recipe = [self.path(which)], table.civitai_recipe
-            found = recipe.translate_keys(load_file(files[0]))
-            part.load_state_dict({k: v.to(torch.float32) for k, v in found.items()})
-        return sd
-
-    def picture(self, which: str) -> Any:
-        sd = self.weights(which)
-        sd.set_inference_steps(1)
-        context = sd.compute_clip_text_embedding(text=PROMPT, negative_text="")
-        x = sd.init_latents((SIDE, SIDE))
-        for step in sd.steps:
-            x = sd(x, step=step, clip_text_embedding=context)
-        sd.lda.latents_to_image(x)
-        return context[1:]  # the negative prompt comes first
-
-    def unet(self) -> Callable[[Any, Any, Any], Any]:
-        model = self.weights("folder").unet
+        model = SD1UNet(in_channels=4)
+        found = diffusers_recipe.translate_keys(load_file(next((self.path("folder") / "unet").glob("*.safetensors"))))
+        model.load_state_dict({k: v.float() for k, v in found.items()})
 
         def call(x: Any, t: Any, context: Any) -> Any:
             model.set_timestep(t.reshape(1))
