@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,33 @@ from weights_convert.configs_out import config_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 PROMPT = "a red fox, sitting"
+
+
+Twin = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """The folder of a kind of twin, and the reference's pipeline that wrote it; made once, and changed by no test."""
+
+    @cache
+    def make(kind: str) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp(kind)
+        return folder, twins.folder_twin(folder, kind)
+
+    return make
+
+
+@pytest.fixture
+def twin(written: Callable[[str], tuple[Path, Any]], tmp_path: Path) -> Twin:
+    """Copy the folder of a kind of twin into the test's own, and give the reference's pipeline."""
+
+    def copy(kind: str) -> Any:
+        folder, pipeline = written(kind)
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return pipeline
+
+    return copy
 
 
 def edit(file: Path, **settings: Any) -> None:
@@ -54,8 +84,8 @@ def notes(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("named", ["PNDMScheduler", "NoSuchScheduler", ...])
-def test_the_index_decides_the_scheduler(tmp_path: Path, named: Any) -> None:
-    twins.folder_twin(tmp_path)
+def test_the_index_decides_the_scheduler(twin: Twin, tmp_path: Path, named: Any) -> None:
+    twin("sd1")
     edit(tmp_path / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
     edit(tmp_path / "scheduler" / "scheduler_config.json", _class_name=named)
     assert weights_convert.open_source(tmp_path).config.sampler["name"] == "euler"
@@ -64,8 +94,8 @@ def test_the_index_decides_the_scheduler(tmp_path: Path, named: Any) -> None:
     assert f"EulerDiscreteScheduler, as model_index.json says; scheduler_config.json names {said}" in notes(tmp_path)
 
 
-def test_an_unknown_option_of_a_scheduler_is_a_note(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path)
+def test_an_unknown_option_of_a_scheduler_is_a_note(twin: Twin, tmp_path: Path) -> None:
+    twin("sd1")
     edit(tmp_path / "scheduler" / "scheduler_config.json", my_extra=1)
     assert_close(*latents(tmp_path))
     assert "scheduler: 'my_extra' is no option of any scheduler; ignored" in notes(tmp_path)
@@ -73,12 +103,13 @@ def test_an_unknown_option_of_a_scheduler_is_a_note(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["0.6.0", "0.8.1", "0.8.0.dev0", "0.9.0", "0.9.0.dev0", "0.10.2", ...])
 @pytest.mark.parametrize("kind", ["sd1", "inpaint", "lcm", "sdxl"])
-def test_a_small_sample_size_of_old_versions_means_64(tmp_path: Path, kind: str, version: Any) -> None:
+def test_a_small_sample_size_of_old_versions_means_64(twin: Twin, tmp_path: Path, kind: str, version: Any) -> None:
     """In the pipelines of SD1 and SD2, in no other, and only where it is one number."""
-    reference = twins.folder_twin(tmp_path, kind)
+    reference = twin(kind)
     config = tmp_path / "unet" / "config.json"
     edit(config, _diffusers_version=version)
-    pipe: Any = type(reference).from_pretrained(tmp_path, safety_checker=None)
+    rest = {name: part for name, part in reference.components.items() if name not in ("unet", "scheduler")}
+    pipe: Any = type(reference).from_pretrained(tmp_path, **rest)
     found = weights_convert.open_source(tmp_path)
     size = pipe.unet.config.sample_size
     assert found.config.unet.sides == (size, size)
@@ -88,16 +119,16 @@ def test_a_small_sample_size_of_old_versions_means_64(tmp_path: Path, kind: str,
     assert weights_convert.open_source(tmp_path).config.unet.sides == (8, 8)
 
 
-def test_a_version_that_is_none_is_refused(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path)
+def test_a_version_that_is_none_is_refused(twin: Twin, tmp_path: Path) -> None:
+    twin("sd1")
     for version in ("", "new", None, 3):
         edit(tmp_path / "unet" / "config.json", _diffusers_version=version)
         with pytest.raises(CheckpointError, match="is no version"):
             weights_convert.open_source(tmp_path)
 
 
-def test_pictures_that_are_not_square(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path)
+def test_pictures_that_are_not_square(twin: Twin, tmp_path: Path) -> None:
+    twin("sd1")
     edit(tmp_path / "unet" / "config.json", sample_size=[8, 12])
     got, want = latents(tmp_path)
     assert got.shape == (1, 4, 8, 12)
@@ -106,8 +137,8 @@ def test_pictures_that_are_not_square(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["sample_size"] == [8, 12]
 
 
-def test_a_ddpm_that_is_not_square(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path, "ddpm")
+def test_a_ddpm_that_is_not_square(twin: Twin, tmp_path: Path) -> None:
+    twin("ddpm")
     edit(tmp_path / "unet" / "config.json", sample_size=[8, 16])
     sd: Any = weights_convert.load(tmp_path)
     assert sd.generate(steps=1, seed=0, output="tensor", progress=False).shape == (1, 3, 8, 16)
@@ -223,9 +254,9 @@ def test_a_folder_saved_after_textual_inversion(tmp_path: Path, layout: str) -> 
 
 
 @pytest.mark.parametrize("end", [49407, 2])
-def test_where_a_prompt_with_a_learned_word_is_pooled(tmp_path: Path, end: int) -> None:
+def test_where_a_prompt_with_a_learned_word_is_pooled(twin: Twin, tmp_path: Path, end: int) -> None:
     """With ``eos_token_id`` 2, as published, the reference pools where the largest id stands: at the learned word."""
-    twins.folder_twin(tmp_path, "sdxl")
+    twin("sdxl")
     for part in ("text_encoder", "text_encoder_2"):
         edit(tmp_path / part / "config.json", eos_token_id=end)
     pipe: Any = DiffusionPipeline.from_pretrained(tmp_path)
@@ -264,9 +295,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "file", "settings", "message"), REFUSED, ids=str)
 def test_settings_that_are_refused(
-    tmp_path: Path, kind: str, file: str, settings: dict[str, Any], message: str
+    twin: Twin, tmp_path: Path, kind: str, file: str, settings: dict[str, Any], message: str
 ) -> None:
-    twins.folder_twin(tmp_path, kind)
+    twin(kind)
     weights_convert.open_source(tmp_path)
     edit(tmp_path / file, **settings)
     with pytest.raises((UnsupportedError, CheckpointError), match=message):
@@ -282,14 +313,14 @@ def test_a_first_encoder_with_a_projection_is_refused(tmp_path: Path) -> None:
         weights_convert.open_source(tmp_path)
 
 
-def test_a_watermark_is_left_out_and_that_is_said(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path, "sdxl")
+def test_a_watermark_is_left_out_and_that_is_said(twin: Twin, tmp_path: Path) -> None:
+    twin("sdxl")
     edit(tmp_path / "model_index.json", add_watermarker=True)
     assert "minidiff adds no invisible watermark" in notes(tmp_path)
 
 
-def test_pndm_pipelines_have_a_scheduler_of_their_own(tmp_path: Path) -> None:
-    twins.folder_twin(tmp_path, "ddpm")
+def test_pndm_pipelines_have_a_scheduler_of_their_own(twin: Twin, tmp_path: Path) -> None:
+    twin("ddpm")
     edit(tmp_path / "model_index.json", _class_name="PNDMPipeline")
     assert weights_convert.open_source(tmp_path).config.sampler["name"] == "pndm"
 
