@@ -24,7 +24,7 @@ from tests.tolerances import EXACT, PIXELS_ELSEWHERE, assert_close
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "replay"
 CASES: list[dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
 PROBE = "6f20401560bf"  # where the pictures were made
-OF_THE_WRITER = {"minidiff", "torch"}  # fields that say which versions wrote a picture
+OF_THE_WRITER = {"minidiff", "torch", "fast"}  # fields that say which versions wrote a picture, and for which processor
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,7 @@ def test_a_picture_comes_back(case: dict[str, Any], tmp_path: Path) -> None:
         for recipe in (now, then):  # a word that is called as its file says is named since
             recipe["embedding"] = [name for name, _ in recipe.get("embedding", ())]
         assert {field: now.get(field) for field in shared} == {field: then[field] for field in shared}
+        assert bool(now.get("fast")) == bool(then.get("fast"))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["again"]], ids=lambda case: case["pictures"][0])
