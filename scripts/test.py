@@ -54,9 +54,10 @@ def check(commands: list[list[str]]) -> int:
 
 
 def workers() -> list[str]:
-    """Return pytest's option for one worker a core, four at most: each loads its own PyTorch."""
+    """Return pytest's options for one worker a core, four at most: each loads its own PyTorch. A worker that is done
+    takes over what another still has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["-n", str(min(cores, 4))] if cores > 1 else []
+    return ["-n", str(min(cores, 4)), "--dist", "worksteal"] if cores > 1 else []
 
 
 def without_reference() -> list[str]:

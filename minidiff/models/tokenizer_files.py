@@ -53,7 +53,11 @@ def read_tokenizer_json(path: Path) -> Table:
 
     Raises CheckpointError for a damaged file, and UnsupportedError if it prepares text differently from CLIP.
     """
-    data = read_object(path)
+    return _table_of(read_object(path), path)
+
+
+def _table_of(data: dict[str, Any], path: Path) -> Table:
+    """Return the table of a parsed ``tokenizer.json``; errors as in :func:`read_tokenizer_json`."""
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise CheckpointError(f"{path}: contains no byte-pair model with a vocabulary")
@@ -78,19 +82,20 @@ def tokenizer_config(folder: Path, *, pad: int | None = None, length: int | None
     """
     folder = Path(folder)
     whole, vocab_json, merges_txt = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    data = read_object(whole) if whole.exists() else {}
     if whole.exists():
-        vocab, merges = read_tokenizer_json(whole)
+        vocab, merges = _table_of(data, whole)
     elif vocab_json.exists() and merges_txt.exists():
         vocab, merges = read_vocab_and_merges(vocab_json, merges_txt)
     else:
         raise CheckpointError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt")
-    settings = _settings(folder)
+    settings = _settings(folder, data)
     pad_name = _name(settings.get("pad_token"), folder) or END
     known = {START, END, pad_name}
     special = _special_names(folder, settings) - known
     if special:
         raise UnsupportedError(f"{folder}: the tokenizer has added tokens, such as {quote(min(special))}; remove them")
-    words = _words(_all_added(folder, settings), known, len(vocab), folder)
+    words = _words(_all_added(folder, settings, data), known, len(vocab), folder)
     if pad_name not in vocab:
         raise CheckpointError(f"{folder}: the padding token {quote(pad_name)} is not in the vocabulary")
     public = (vocab, merges) == clip_table()
@@ -106,15 +111,15 @@ def tokenizer_config(folder: Path, *, pad: int | None = None, length: int | None
         raise UnsupportedError(f"{folder}: {e}") from None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Read ``tokenizer_config.json``, with the special tokens of the older file if the reference would read it too."""
+def _settings(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Read ``tokenizer_config.json``, with the special tokens of the older file if the reference would read it too, and
+    the sides of padding and truncation in ``data``, the parsed ``tokenizer.json``."""
     config, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = read_object(config) if config.exists() else {}
     if "added_tokens_decoder" not in settings and special.exists():
         settings |= read_object(special)
-    whole = folder / "tokenizer.json"
     for key, side in (("padding", "padding_side"), ("truncation", "truncation_side")):
-        found = read_object(whole).get(key) if whole.exists() else None
+        found = data.get(key)
         if isinstance(found, dict) and "direction" in found:
             settings.setdefault(side, str(found["direction"]).lower())
     for key, values in ONLY.items():
@@ -144,7 +149,7 @@ def _special_names(folder: Path, settings: dict[str, Any]) -> set[str]:
 Added = dict[int, tuple[str, bool]]  # id -> a token, and whether it is matched in the text like a learned word
 
 
-def _all_added(folder: Path, settings: dict[str, Any]) -> Added:
+def _all_added(folder: Path, settings: dict[str, Any], data: dict[str, Any]) -> Added:
     """Return the tokens that the folder adds to its table, from the settings or else the files of older versions."""
     whole, older, config = (folder / n for n in ("tokenizer.json", "added_tokens.json", "tokenizer_config.json"))
     if "added_tokens_decoder" in settings:
@@ -155,7 +160,7 @@ def _all_added(folder: Path, settings: dict[str, Any]) -> Added:
         return _added({"added_tokens": rows}, config)
     names = read_object(older) if older.exists() else {}
     rows = [{"content": name, "id": i} for name, i in names.items()]
-    return _added({"added_tokens": rows}, older) | (_added(read_object(whole), whole) if whole.exists() else {})
+    return _added({"added_tokens": rows}, older) | (_added(data, whole) if data else {})
 
 
 def _words(added: Added, known: set[str], first: int, folder: Path) -> tuple[tuple[str, int], ...]:
