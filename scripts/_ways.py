@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minidiff import fast
 from minidiff.fast.switch import put_on
+from minidiff.fast.trial import choices
 
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # in OpenVINO's words
 
@@ -37,11 +38,13 @@ def ours(work: Work) -> Iterator[Way]:
 
 
 def switched(work: Work, names: tuple[str, ...]) -> Way:
-    """Return the model with these switches on."""
+    """Return the model with these switches on, those that this processor gains by, with the kernels chosen for it."""
     on: list[tuple[str, list[nn.Module]]] = []
 
     def before() -> None:
-        on.extend((name, put_on(fast.SWITCHES[name], [work.ours])) for name in names)
+        for name in names:
+            switch = fast.SWITCHES[name].fit(taken(work))
+            on.append((name, [] if switch is None else put_on(switch, [work.ours])))
         if names:
             work.ours(*work.inputs)  # weights are packed, and the prompt is remembered, at the first call
 
@@ -52,6 +55,12 @@ def switched(work: Work, names: tuple[str, ...]) -> Way:
                 fast.SWITCHES[name].take_off(layer)
 
     return Way(f"minidiff, {'+'.join(names) or 'plain'}", lambda: work.ours(*work.inputs), before, after)
+
+
+def taken(work: Work) -> dict[str, str]:
+    """Return what was tried as the fastest on this processor, by name; tried now if it was not before."""
+    some = next(work.ours.parameters())
+    return choices(some.dtype, measure=True) if some.device.type == "cpu" else {}
 
 
 def eager(work: Work, theirs: nn.Module) -> Way:

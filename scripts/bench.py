@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from _bench import Summary, hints, machine, need, show_machine, summarise, table, write_json  # noqa: E402
-from _ways import Found, Way, eager, frozen, measured, openvino, ours, switched, tried  # noqa: E402
+from _ways import Found, Way, eager, frozen, measured, openvino, ours, switched, taken, tried  # noqa: E402
 from _works import DTYPES, FAMILIES, PARTS, Work, ceiling, counted  # noqa: E402
 
 from minidiff import fast  # noqa: E402
@@ -58,12 +58,18 @@ def main(argv: list[str] | None = None) -> int:
     rows = summarise(times, against)
     print(f"\n{args.family}, {args.part}, {size} x {size}, batch {args.batch}, {args.dtype}, {args.rounds} rounds")
     print(f"{flops / 1e12:.3f} TFLOP a call; a 3 x 3 convolution reaches {top / 1e9:.0f} GFLOP/s")
-    print(f"speed: against {against}; difference: from the plain model's result\n")
+    print(f"speed: against {against}; difference: from the plain model's result")
+    kernels = taken(work)
+    if args.switches != "none" and kernels:
+        print(f"tried on this processor (`minidiff probe`): {', '.join(f'{n}: {way}' for n, way in kernels.items())}")
+    print()
     print(table(HEADER, (figures(row, found[row.name], flops, top) for row in rows)))
     for way in ways:
         if "compiled" in way.name:
             print(f"\n{way.name}: its first call took {found[way.name].first:.0f} s")
-    write_json(args.json, args, facts, flops=flops, ceiling=top, against=against, rows=rows, first=found)
+    write_json(
+        args.json, args, facts, kernels=kernels, flops=flops, ceiling=top, against=against, rows=rows, first=found
+    )
     return 0
 
 
