@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from minidiff.config import text
 from minidiff.fast import onednn
+from minidiff.fast.inplace import res_block
+from minidiff.fast.packed import PackedConvolution
 from minidiff.fast.switch import OFF, ON, ForwardSwitch
 from minidiff.models.attention import SpatialTransformer, to_tokens
+from minidiff.models.blocks import ResBlock
 
 
 def in_place(self: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
@@ -50,13 +53,16 @@ class Tokens(ForwardSwitch):
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Set up a trial: a transformer without blocks and a convolution after it, at 32 x 32 in both layouts."""
+    """Set up a trial: a transformer without blocks and the ResBlock after it, whose convolutions gain by the layout, at
+    32 x 32."""
     with torch.device("cpu"):
         layer = SpatialTransformer(text(320, 8), 768, 32, linear=False)
         layer.blocks = nn.ModuleList()
-        layer, after = layer.to(dtype), nn.Conv2d(320, 320, 3, padding=1).to(dtype)
-        x, context = torch.ones(1, 320, 32, 32, dtype=dtype), torch.ones(1, 77, 768, dtype=dtype)
-    found: dict[str, Callable[[], object]] = {OFF: lambda: after(layer(x, context))}
+        layer, after = layer.to(dtype), ResBlock(320, 320, 32, 1e-5).to(dtype)
+        x, context = torch.ones(2, 320, 32, 32, dtype=dtype), torch.ones(2, 77, 768, dtype=dtype)
+    found: dict[str, Callable[[], object]] = {OFF: lambda: res_block(after, layer(x, context))}
     if onednn.pays(dtype):
-        found[ON] = lambda: after(in_place(layer, x, context))
+        PackedConvolution(after.conv1)
+        PackedConvolution(after.conv2)
+        found[ON] = lambda: res_block(after, in_place(layer, x, context))
     return found
