@@ -365,7 +365,7 @@ PEERS: dict[str, type[Peer]] = {p.name: p for p in (Minidiff, Diffusers, ComfyUI
 
 
 def facts(peer: Peer) -> dict[str, Any]:
-    """What the environment holds for this peer beyond torch and torchvision, its own lines, its samplers."""
+    """Count the environment of this peer beyond torch and torchvision, its own lines, its samplers."""
     needed = beyond_torch()
     site = Path(next(iter(importlib.metadata.distributions(name="torch"))).locate_file("")) if peer.package else None
     files = [f for part in peer.code for f in python_files((site or peer.source) / part)]
@@ -433,7 +433,7 @@ def inputs() -> tuple[Any, Any, Any]:
 
 
 def reference(peer: Diffusers) -> dict[str, Any]:
-    """What all are compared with: diffusers' UNet, and its trajectory in the settings of each peer."""
+    """Compute what all are compared with: diffusers' UNet, and its trajectory in the settings of each peer."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -456,7 +456,7 @@ def reference(peer: Diffusers) -> dict[str, Any]:
 
 
 def numbers(peer: Peer) -> dict[str, Any]:
-    """How far the UNet and the trajectory are from diffusers, relative to the standard deviation there."""
+    """Measure how far the UNet and the trajectory are from diffusers, relative to the standard deviation there."""
     import torch
 
     wanted, unet, (x, t, context) = torch.load(peer.work / "reference.pt"), peer.unet(), inputs()
@@ -467,7 +467,7 @@ def numbers(peer: Peer) -> dict[str, Any]:
 
 
 def liked(peer: Minidiff) -> dict[str, Any]:
-    """How far minidiff's `like=` is from what the program itself gave in ``numbers``."""
+    """Measure how far minidiff's `like=` is from what the program itself gave in ``numbers``."""
     import torch
 
     found, (x, _, context) = {}, inputs()

@@ -52,7 +52,7 @@ INSTALL = {
 
 
 class Place:
-    """Where a peer is, and how it is asked."""
+    """Place of a peer, and the way it is asked."""
 
     def __init__(self, name: str, peers: Path, work: Path) -> None:
         self.name, self.work = name, work
@@ -69,7 +69,7 @@ class Place:
         return [str(self.python), str(CHILD), self.name, stage, str(self.work), str(self.source)]
 
     def ask(self, stage: str) -> dict[str, Any]:
-        """What the stage said. A checkpoint that does not open is an answer, any other failure ends this program."""
+        """Return what the stage said. A checkpoint that does not open is an answer; other failures end the program."""
         print(f"{self.name}: {stage}", file=sys.stderr)
         done = subprocess.run(self.command(stage), env=ENV, capture_output=True, text=True, cwd=self.work)
         if done.returncode == 0:

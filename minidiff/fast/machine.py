@@ -97,7 +97,7 @@ class Notes(Generic[T]):
         found: dict[str, T] = {}
         with suppress(OSError, RuntimeError, MinidiffError):
             for key, value in read_object(self.path()).items():
-                with suppress(ValueError, TypeError):
+                with suppress(ValueError, TypeError, OverflowError):  # the last: a whole number beyond float
                     found[key] = self.read(value)
         return found
 

@@ -88,10 +88,10 @@ class ManyKeys(Switch):
     ``choice``: for the name of each range, the name of its kernel; torch's own where it is missing.
     """
 
+    choice: Mapping[str, str] = field(default_factory=dict)
+
     def fit(self, choice: Mapping[str, str]) -> ManyKeys:
         return ManyKeys(choice)
-
-    choice: Mapping[str, str] = field(default_factory=dict)
 
     def applies(self, layer: nn.Module) -> bool:
         return (

@@ -63,7 +63,14 @@ def test_it_is_measured_once_a_machine(cache: Path, measured: Measured, monkeypa
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, *(b'{"KEY": %s}' % x for x in (b'"fast"', b"NaN", b"-1", b"[2]"))],
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        *(b'{"KEY": %s}' % x for x in (b'"fast"', b"NaN", b"-1", b"[2]", b"1" + b"0" * 400)),
+    ],
     ids=lambda content: content[:12].decode("latin1"),
 )
 def test_a_cache_that_makes_no_sense_is_written_anew(content: bytes, cache: Path, measured: Measured) -> None:
