@@ -60,8 +60,9 @@ def crowded() -> str | None:
         others = min(now, round(os.getloadavg()[0]))
         own, cores = torch.get_num_threads(), os.cpu_count() or 1
         if others > 0 and 1 < own > cores - others:
+            some = "thread is" if others == 1 else "threads are"
             return (
-                f"{others} other threads are running on {cores} cores, and the {own} of this run would wait for each "
+                f"{others} other {some} running on {cores} cores, and the {own} of this run would wait for each "
                 f"other; it is faster with OMP_NUM_THREADS={max(1, cores - others)}, or when they have ended"
             )
     return None
