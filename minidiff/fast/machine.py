@@ -31,7 +31,8 @@ UNITS = {"K": 2**10, "M": 2**20}
 
 def description() -> str:
     """Return a description of everything that a measurement depends on: processor, instructions, threads, torch."""
-    name = platform.processor() or platform.machine()
+    # Windows sets the variable; platform.processor() would start a program, uname, on other systems
+    name = os.environ.get("PROCESSOR_IDENTIFIER") or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

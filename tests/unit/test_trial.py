@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -271,6 +272,14 @@ def test_the_command(
     cache.mkdir()
     assert cli.main(["probe"]) == 0
     assert "float32, by rule: the cache folder cannot be written" in capsys.readouterr().out
+
+
+def test_telling_which_machine_this_is_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(args))
+    monkeypatch.setattr(platform, "_uname_cache", None, raising=False)  # what platform has asked for before
+    assert machine.description()
+    assert started == []
 
 
 # --- other work on the machine ---------------------------------------------------------------------------------------
