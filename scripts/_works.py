@@ -87,10 +87,12 @@ class TheirDecoder(OurUNet):
 def unet_call(
     family: Family, size: int, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Work:
-    """Return the work of one UNet call for ``size`` x ``size`` pixels; ``batch`` 2 is one picture with guidance."""
+    """Return the work of one UNet call for ``size`` x ``size`` pixels; ``batch`` 2 is one picture with guidance: the
+    same sample twice."""
     c, side = family.unet, size // family.vae.factor
+    samples = torch.randn(-(-batch // 2), c.in_channels, side, side).to(device, dtype)
     inputs = [
-        torch.randn(batch, c.in_channels, side, side).to(device, dtype),
+        torch.cat([samples, samples])[:batch],
         torch.tensor(500).to(device),
         torch.randn(batch, TOKENS, c.context_dim or 1).to(device, dtype),
     ]

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class Update:
 
     def live(self, layer: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         """Return a forward hook for ``layer`` that adds the update to its output."""
-        weight = layer.get_parameter("weight")
+        weight = plain(layer)
         down, up, factor = self.down.to(weight), self.up.to(weight).flatten(1), self.factor(strength)
 
         def hook(layer: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -184,18 +184,18 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
             if live:
                 for adapter_name, name, layer, update, strength in each:
                     # An update that is too large to be fused would overflow the layer's output as well.
-                    require_finite(update.delta(layer.get_parameter("weight"), strength), f"{adapter_name}: {name}")
+                    require_finite(update.delta(plain(layer), strength), f"{adapter_name}: {name}")
                     forward_hook(layer, update.live(layer, strength), applied.hooks)
                 applied._note(parts, adapters)
                 return applied
             layers = {name: layer for _, name, layer, _, _ in each}
-            plain = {name: cast(nn.Parameter, layer.weight) for name, layer in layers.items()}
-            bent = dict(plain)
+            before = {name: plain(layer) for name, layer in layers.items()}
+            bent = dict(before)
             for adapter_name, name, _, update, strength in each:
                 weight = bent[name]
                 bent[name] = nn.Parameter(weight + update.delta(weight, strength), requires_grad=weight.requires_grad)
                 require_finite(bent[name], f"{adapter_name}: {name}")
-            applied.kept.update((name, (layer, plain[name])) for name, layer in layers.items())
+            applied.kept.update((name, (layer, before[name])) for name, layer in layers.items())
             for name, weight in bent.items():
                 layers[name].weight = weight
             applied._note(parts, adapters)
@@ -203,6 +203,12 @@ def apply(parts: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapter, floa
     except BaseException:
         applied.remove()
         raise
+
+
+def plain(layer: nn.Module) -> nn.Parameter:
+    """Return the weight of ``layer``, in rows if it is packed (:mod:`minidiff.fast.packed`)."""
+    weight = layer.get_parameter("weight")
+    return nn.Parameter(weight.detach().to_dense(), requires_grad=False) if weight.is_mkldnn else weight
 
 
 def fits(parts: Mapping[str, nn.Module], adapter: str, name: str, update: Update, strength: float) -> None:

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries: two matrix products with a softmax in between.
+"""Attention as two matrix products with a softmax in between, in blocks of queries or for all of them at once.
 
 torch's own kernel never holds more than a small tile of scores, and multiplies tiles in its own loop. The library
 behind the matrix products multiplies large matrices faster than that on some processors, and slower on others. Here a
@@ -9,8 +9,9 @@ For bfloat16 there are three ways. torch's kernel keeps scores in float32. So do
 ``narrow``: a product is rounded to the dtype of its factors, so queries and keys are converted to float32, without
 loss, before they are multiplied. Narrow blocks multiply them as they are: their scores have 8 bits, which makes the
 error of a layer twice as large, and that of a whole UNet no larger. And :func:`in_float32` gives float32 copies to
-torch's kernel. (torch can multiply float32 as bfloat16, but that is a setting of the whole process, which affects other
-threads.)
+torch's kernel. Where there are few keys, as those of a prompt, :func:`at_once` multiplies all heads in two calls; its
+scores are as narrow. (torch can multiply float32 as bfloat16, but that is a setting of the whole process, which affects
+other threads.)
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ COLUMNS = 16  # the product with the values is slow unless their width is a mult
 def in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Compute :func:`~minidiff.models.attention.attention` in float32, and return it in the dtype of ``q``."""
     return attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
+
+
+def at_once(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Compute :func:`~minidiff.models.attention.attention` of all queries at once; scores have the dtype of ``q``."""
+    if causal or torch.is_grad_enabled():
+        return attention(q, k, v, causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    return torch.softmax(scores, dim=-1, out=scores) @ v
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class BlockKernel:
         """Compute one head into ``out`` (L, d), from q (L, d) and k and v (M, d)."""
         d = q.shape[1]
         dtype = q.dtype if self.narrow else torch.float32
-        asked = (q.float() * d**-0.5).to(dtype)
+        asked = q.to(dtype) * d**-0.5
         keys = k.to(dtype).contiguous()
         values = torch.zeros(-(-d // COLUMNS) * COLUMNS, len(v), dtype=v.dtype, device=v.device)
         values[:d] = v.t()

@@ -16,34 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast import machine, onednn
-from minidiff.fast.blockwise import BlockKernel, in_float32
+from minidiff.fast.blockwise import BlockKernel, at_once, in_float32
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import Attention, Kernel, attention
 
-HEADS, QUERIES = 4, 512  # of a trial: enough for the rate, little enough for the time
+HEADS = 4  # of a trial: enough for the rate, little enough for the time
 PLAIN = "torch"
+FEW = 256  # keys whose scores for all queries and heads are small enough to be kept
 
 
 class Range(NamedTuple):
     """Numbers of keys, from ``least`` on, and the shape that stands for them in a trial."""
 
     least: int
+    queries: int
     keys: int
     width: int
 
 
 # Falling. Of Stable Diffusion at 512 x 512: its first two levels, and the prompt.
 RANGES: Mapping[str, Range] = {
-    "attention to 4096 keys": Range(2048, 4096, 40),
-    "attention to 1024 keys": Range(256, 1024, 80),
-    "attention to 77 keys": Range(64, 77, 40),
+    "attention to 4096 keys": Range(2048, 512, 4096, 40),
+    "attention to 1024 keys": Range(256, 512, 1024, 80),
+    "attention to 77 keys": Range(64, 4096, 77, 40),
 }
 
 
 def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
     """Return the candidates for attention to ``keys`` keys, by name; the plain one first.
 
-    Blocks have as many rows as a core's own cache holds scores for, or four times as many.
+    Blocks have as many rows as a core's own cache holds scores for, or four times as many. Few keys need no blocks.
     """
     found: dict[str, Kernel] = {PLAIN: attention}
     if not onednn.pays(dtype):  # multiplies no faster than torch's kernel
@@ -51,6 +53,8 @@ def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
     narrow = (False,) if dtype == torch.float32 else (False, True)
     if dtype != torch.float32:
         found["float32"] = in_float32
+    if keys <= FEW:
+        found["at once"] = at_once
     for few in narrow:
         rows = machine.private_cache() // (keys * (dtype.itemsize if few else torch.float32.itemsize))
         for times in (1, 4):
@@ -64,7 +68,7 @@ def ways(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     of = RANGES[name]
     q, k, v = (
         torch.ones(1, n, HEADS, of.width, dtype=dtype, device="cpu").transpose(1, 2)
-        for n in (QUERIES, of.keys, of.keys)
+        for n in (of.queries, of.keys, of.keys)
     )
     return {called: partial(kernel, q, k, v, False) for called, kernel in kernels(of.keys, dtype).items()}
 

@@ -33,7 +33,7 @@ def pays(dtype: torch.dtype = torch.float32) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute ``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,): (..., out).
 
-    float32 on the CPU only, without gradients.
+    On the CPU only, without gradients. ``weight`` may be packed (:mod:`packed`).
     """
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made

@@ -1,4 +1,4 @@
-"""Convolutions whose weights are stored in the layout that the processor's kernels read.
+"""Weights that are stored in the layout that the processor's kernels read: convolutions, and :mod:`linear` layers.
 
 oneDNN, which computes convolutions on a CPU, reads weights in its own blocked layout. torch keeps them in rows and has
 them rearranged in every call, which takes longer than the convolution if the picture is small and the weight large.
@@ -8,6 +8,7 @@ one, so no memory is lost, and converting it back restores the same bits, since 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -43,38 +44,35 @@ class Packed(Switch):
         PackedConvolution.take_off(layer)
 
 
-class PackedConvolution(Replacement):
-    """Replacement for the ``forward`` of one convolution."""
+class Packing(Replacement):
+    """Base class of replacements for the ``forward`` of a layer that store its weight in the processor's layout."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.trained = layer.get_parameter("weight").requires_grad
-        super().__init__(layer)
+        super().__init__(layer, name)
         # The layer's state dict (for saving, copying) has the plain weight.
         layer.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        assert isinstance(layer, nn.Conv2d)
-        weight = layer.weight
-        if not weight.is_mkldnn:  # at the first call, and after the layer was given another weight
-            weight = self.pack(layer, x)
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
-        )
-        return out
+    @abstractmethod
+    def arranged(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Return ``weight`` in the layout for an input like ``x``."""
 
-    def pack(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def packed(self, x: Tensor) -> Tensor:
+        """Return the packed weight, which replaces the plain one at the first call, and after the layer was given
+        another weight."""
+        weight = self.layer.get_parameter("weight")
+        return weight if weight.is_mkldnn else self.pack(x)
+
+    def pack(self, x: Tensor) -> Tensor:
         """Replace the layer's weight by a packed one, unless another thread just has; return the packed weight."""
         with PREPARING:
-            plain = layer.weight
+            plain = self.layer.get_parameter("weight")
             if plain.is_mkldnn:
                 return plain
-            packed = torch.ops.mkldnn._reorder_convolution_weight(
-                plain.detach(), layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
-            )
-            layer.weight = nn.Parameter(packed, requires_grad=False)
+            packed = nn.Parameter(self.arranged(plain.detach(), x), requires_grad=False)
+            self.layer.weight = packed
             plain.data = plain.data.new_empty(0)  # in low-memory mode, the weight's slot still holds it
-            return layer.weight
+            return packed
 
     def undo(self) -> None:
         for key, hook in list(self.layer._state_dict_hooks.items()):
@@ -83,6 +81,26 @@ class PackedConvolution(Replacement):
         weight = self.layer.get_parameter("weight")
         if weight.is_mkldnn:
             self.layer.weight = nn.Parameter(weight.detach().to_dense(), requires_grad=self.trained)
+
+
+class PackedConvolution(Packing):
+    """Replacement for the ``forward`` of one convolution."""
+
+    layer: nn.Conv2d
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, weight = self.layer, self.packed(x)
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
+        )
+        return out
+
+    def arranged(self, weight: Tensor, x: Tensor) -> Tensor:
+        layer = self.layer
+        found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+            weight, layer.padding, layer.stride, layer.dilation, layer.groups, tuple(x.shape)
+        )
+        return found
 
 
 def _plain_state(layer: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -53,7 +53,7 @@ def rule(dtype: torch.dtype) -> dict[str, str]:
     """Return what is taken untried, by name."""
     gains = onednn.pays(dtype)
     found = {
-        "linear": dtype == torch.float32 and gains,  # in bfloat16, torch uses oneDNN already
+        "linear": gains,
         "tokens": gains,
         "winograd": dtype == torch.float32 and not gains,
     }

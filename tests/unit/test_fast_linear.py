@@ -1,4 +1,4 @@
-"""Products by oneDNN: equal to MKL's but for the order of the sums, and taken only where they pay."""
+"""Linear layers by oneDNN: equal to MKL's but for the order of the sums, and taken only where they pay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from minidiff import fast
+from minidiff.adapters import lora
+from minidiff.adapters.lora import Adapter, Update
 from minidiff.fast import onednn
-from minidiff.fast.linear import ROWS, Linear, OneDNNLinear
+from minidiff.fast.linear import MANY, ROWS, Linear, PackedLinear
 from minidiff.fast.switch import put_on
 from minidiff.models.replacement import Replacement
 from tests.support.tiny import tiny_sd
@@ -41,11 +43,59 @@ def test_layers_at_full_width(into: int, out: int, bias: bool) -> None:
 
 
 @pytest.mark.usefixtures("_paying")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_weight_is_packed_for_many_rows(dtype: torch.dtype) -> None:
+    """Packed, it gives the same bits, for few rows too, and it is saved and restored as it was."""
+    torch.manual_seed(0)
+    layer = nn.Linear(320, 640).to(dtype)
+    weight, x = layer.weight.clone(), torch.randn(2, MANY // 2, 320).to(dtype)
+    put_on(Linear(), [layer])
+    few = layer(x[:1, : MANY - 1])
+    assert not layer.weight.is_mkldnn
+    found = layer(x)
+    assert layer.weight.is_mkldnn
+    assert torch.equal(found, onednn.product(x, weight, layer.bias))
+    assert torch.equal(layer(x[:1, : MANY - 1]), few)
+    assert layer(x[:1, :1]).shape == (1, 1, 640)
+    assert torch.equal(layer.state_dict()["weight"], weight)
+    layer.weight = nn.Parameter(2 * weight)
+    assert torch.equal(layer(x), onednn.product(x, 2 * weight, layer.bias)), "another weight is packed in turn"
+    with torch.enable_grad():
+        asked = x.clone().requires_grad_()
+        layer(asked).sum().backward()
+    assert asked.grad is not None
+    Linear().take_off(layer)
+    assert torch.equal(layer.weight, 2 * weight)
+
+
+@pytest.mark.usefixtures("_paying")
 def test_a_gradient_takes_the_plain_way() -> None:
     layer, x = nn.Linear(128, 128), torch.randn(64, 128)
     put_on(Linear(), [layer])
     layer(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.usefixtures("_paying")
+@pytest.mark.parametrize("live", [False, True])
+@torch.no_grad()
+def test_an_adapter_on_a_packed_layer(live: bool) -> None:
+    torch.manual_seed(0)
+    parts = {"unet": nn.ModuleDict({"q": nn.Linear(128, 128, bias=False)})}
+    layer, x = parts["unet"]["q"], torch.randn(2, MANY, 128)
+    adapter = Adapter("a", {"unet.q": Update(torch.randn(4, 128), torch.randn(128, 4))})
+    applied = lora.apply(parts, [(adapter, 0.5)], live=live)
+    wanted = layer(x)
+    applied.remove()
+    put_on(Linear(), [layer])
+    without = layer(x)
+    assert layer.weight.is_mkldnn
+    applied = lora.apply(parts, [(adapter, 0.5)], live=live)
+    found = layer(x)
+    assert (found - wanted).norm() <= BLOCKS.relative * wanted.norm()
+    applied.remove()
+    assert torch.equal(layer(x), without)
 
 
 def stands(kind: type[Replacement], layer: nn.Module) -> bool:
@@ -63,6 +113,6 @@ def test_only_where_it_pays(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None
     sd = tiny_sd()
     layers = [m for name in fast.PLACES for m in sd.parts[name].modules() if isinstance(m, nn.Linear)]
     assert fast.optimize(sd)["linear"] == len(layers) * pays
-    assert all(stands(OneDNNLinear, m) == pays for m in layers)
+    assert all(stands(PackedLinear, m) == pays for m in layers)
     fast.restore(sd)
     assert not any("forward" in m.__dict__ for m in layers)

@@ -112,7 +112,7 @@ def test_the_rule(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in trial.DTYPES:
         found = trial.rule(dtype)
         assert found["tokens"] == (ON if pays else OFF)
-        assert found["linear"] == (ON if pays and dtype == torch.float32 else OFF)
+        assert found["linear"] == (ON if pays else OFF)
         assert found["winograd"] == (ON if not pays and dtype == torch.float32 else OFF)
         assert {found[name] for name in found if "attention" in name} == {"torch"}
         assert found.keys() == trial.TRIALS.keys()
