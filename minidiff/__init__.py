@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minidiff import programs as conventions  # noqa: F401
     from minidiff.adapters import lora  # noqa: F401
     from minidiff.adapters import words as embeddings  # noqa: F401
+    from minidiff.adapters.control import Control, ControlModel
     from minidiff.errors import Cancelled, CheckpointError, ConfigError, MinidiffError, UnsupportedError
     from minidiff.pipeline.denoise import Run, Step
     from minidiff.pipeline.job import Prediction
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minidiff.schedule import NoiseSchedule
 
 HOMES = {
+    "adapters.control": ("Control", "ControlModel"),
     "errors": ("Cancelled", "CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
     "pipeline.denoise": ("Run", "Step"),
     "pipeline.job": ("Prediction",),
@@ -57,6 +59,8 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "ConfigError",
+    "Control",
+    "ControlModel",
     "MinidiffError",
     "NoiseSchedule",
     "Prediction",

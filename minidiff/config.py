@@ -217,6 +217,67 @@ DDPM_CAT256 = UNetConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(UNetConfig):
+    """Config of a ControlNet: that of the UNet whose way down it copies, and that of the network before its picture.
+
+    ``hint_widths``: every width after the first halves the side of the picture. ``bgr``: it reads blue, green, red.
+    ``pooled``: its outputs are averaged over the picture, so that it passes on what is there, not where (shuffle).
+    """
+
+    image_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    bgr: bool = False
+    pooled: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = len(self.hint_widths)
+        check(0 < levels <= MOST_LEVELS, f"{levels} widths before a ControlNet's picture: it has 1 to {MOST_LEVELS}")
+        within(1, WIDEST, image_channels=self.image_channels)
+        for width in self.hint_widths:
+            within(1, WIDEST, hint_widths=width)
+        check(self.guidance_dim is None, f"guidance_dim={self.guidance_dim}: a ControlNet reads no guidance scale")
+
+    @property
+    def factor(self) -> int:
+        """Number of pixels of its picture per latent along a side."""
+        return int(2 ** (len(self.hint_widths) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class T2IAdapterConfig:
+    """Config of a T2I-Adapter (Mou et al. 2023). ``channels``: width of each of its features, finest first.
+
+    ``factor``: side of the squares of pixels that it reads as one. ``kind``: "full" and "light" halve the side before
+    every feature but the first, "xl" once, before the third; "light" computes at a quarter of the width.
+    """
+
+    kind: Literal["full", "xl", "light"] = "full"
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers: int = 2
+    image_channels: int = 3
+    factor: int = 8
+
+    def __post_init__(self) -> None:
+        one_of(("full", "xl", "light"), kind=self.kind)
+        check(0 < len(self.channels) <= MOST_LEVELS, f"{len(self.channels)} features: it has 1 to {MOST_LEVELS}")
+        within(1, WIDEST, image_channels=self.image_channels)
+        within(1, 256, factor=self.factor)
+        within(1, MOST_BLOCKS // MOST_LEVELS, layers=self.layers)
+        for width in self.channels:
+            within(4 if self.kind == "light" else 1, WIDEST, channels=width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlConfig:
+    """Config of a control: a network beside a model, which reads a picture and steers it. ``family``: the models that
+    it is made for."""
+
+    family: str
+    control: ControlNetConfig | T2IAdapterConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAEConfig:
     """Config of the autoencoder between pixels and latents (Rombach et al. 2022, section 3.1, KL-regularized).
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minidiff.config import ModelConfig, VAEConfig
+from minidiff.config import ControlConfig, ModelConfig, UNetConfig, VAEConfig
 from minidiff.errors import MinidiffError
 from minidiff.models.attention import Attention, attention
 from minidiff.models.undo import forward_hook
@@ -27,15 +27,17 @@ def attention_in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tenso
     return attention(q.float(), k.float(), v.float(), causal).to(q.dtype)
 
 
-def apply_policy(config: ModelConfig, parts: Mapping[str, nn.Module]) -> None:
+def apply_policy(config: ModelConfig | ControlConfig, parts: Mapping[str, nn.Module]) -> None:
     """Give every part of a model the precision that its family needs, after its weights came or changed their dtype."""
-    unet = parts["unet"]
-    careful = config.unet.upcast_attention and _dtype(unet) == torch.float16
-    for module in unet.modules():
-        if isinstance(module, Attention) and module.kernel in (attention, attention_in_float32):
-            module.kernel = attention_in_float32 if careful else attention
-    if isinstance(config.vae, VAEConfig) and config.vae.upcast and _dtype(parts["vae"]) == torch.float16:
-        parts["vae"].float()
+    for name, part in parts.items():
+        own = getattr(config, name)
+        if isinstance(own, UNetConfig):
+            careful = own.upcast_attention and _dtype(part) == torch.float16
+            for module in part.modules():
+                if isinstance(module, Attention) and module.kernel in (attention, attention_in_float32):
+                    module.kernel = attention_in_float32 if careful else attention
+        if isinstance(own, VAEConfig) and own.upcast and _dtype(part) == torch.float16:
+            part.float()
 
 
 def _dtype(part: nn.Module) -> torch.dtype:

@@ -16,20 +16,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from minidiff.config import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig, quote
+from minidiff.config import (
+    CLIPTextConfig,
+    ControlNetConfig,
+    T2IAdapterConfig,
+    TAESDConfig,
+    UNetConfig,
+    VAEConfig,
+    quote,
+)
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.storage.checkpoint import MODELS
 from minidiff.storage.files import Lazy
 from minidiff.storage.reading import read_object
 from weights_convert import configs_diffusers as configs
 from weights_convert import keys_diffusers as keys
-from weights_convert import keys_taesd
+from weights_convert import keys_t2i, keys_taesd
 from weights_convert.engine import Drop, Module, Pair, Part, expand, translate
 from weights_convert.overlay import overlay
 from weights_convert.tensors import read_tensors
 
 NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig
+AnyConfig = UNetConfig | VAEConfig | TAESDConfig | CLIPTextConfig | T2IAdapterConfig  # ControlNetConfig is the first
 LARGEST = (
     "eos_token_id is 2, as in configs before mid-2023: pooled at the largest id, as the reference does, "
     "which is the wrong position if the prompt has a learned word; end_token=49407 in its config is the end of the text"
@@ -126,6 +134,8 @@ def _config(kind: str, options: configs.Options) -> AnyConfig:
         "AutoencoderTiny": configs.taesd,
         "CLIPTextModel": configs.clip,
         "CLIPTextModelWithProjection": configs.clip,
+        "ControlNetModel": configs.controlnet,
+        "T2IAdapter": configs.t2i_adapter,
     }
     if kind not in readers:
         named = quote(kind) if kind else "a class that it does not say"
@@ -140,6 +150,10 @@ def key_map(config: AnyConfig, tensors: Mapping[str, Lazy]) -> Iterator[Module]:
     """Return the key map for these tensors, whose variant is determined from their names and shapes."""
     if isinstance(config, TAESDConfig):
         return keys_taesd.taesd(config)
+    if isinstance(config, T2IAdapterConfig):
+        return keys_t2i.t2i_adapter(config)
+    if isinstance(config, ControlNetConfig):
+        return keys.controlnet(config)
     if isinstance(config, UNetConfig):
         return keys.unet(config, old_names=any(key.endswith(".query.weight") for key in tensors))
     if isinstance(config, VAEConfig):

@@ -14,7 +14,9 @@ from minidiff.config import (
     MOST_BLOCKS,
     Attention,
     CLIPTextConfig,
+    ControlNetConfig,
     Level,
+    T2IAdapterConfig,
     TAESDConfig,
     UNetConfig,
     VAEConfig,
@@ -194,6 +196,51 @@ def unet(options: Options) -> UNetConfig:
     """Translate the config of a UNet2DConditionModel or (by ``_class_name``) a UNet2DModel."""
     o = options
     conditional = o.get("_class_name", "UNet2DConditionModel") == "UNet2DConditionModel"
+    return UNetConfig(**_unet(o, conditional, mirrored=True))
+
+
+def controlnet(options: Options) -> ControlNetConfig:
+    """Translate the config of a ControlNetModel."""
+    o = options
+    o.get("_class_name", None)
+    order = o.get("controlnet_conditioning_channel_order", "rgb")
+    if order not in ("rgb", "bgr"):
+        o.refuse("controlnet_conditioning_channel_order", order)
+    return ControlNetConfig(
+        **_unet(o, conditional=True, mirrored=False),
+        image_channels=o.whole("conditioning_channels", 3),
+        hint_widths=tuple(o.wholes("conditioning_embedding_out_channels", [16, 32, 96, 256])),
+        bgr=order == "bgr",
+        pooled=o.flag("global_pool_conditions", False),
+    )
+
+
+ADAPTERS = {"full_adapter": "full", "full_adapter_xl": "xl", "light_adapter": "light"}
+
+
+def t2i_adapter(options: Options) -> T2IAdapterConfig:
+    """Translate the config of a T2IAdapter."""
+    o = options
+    o.get("_class_name", None)
+    kind = o.get("adapter_type", "full_adapter")
+    if not isinstance(kind, str) or kind not in ADAPTERS:
+        o.refuse("adapter_type", kind)
+    channels = o.wholes("channels", [320, 640, 1280, 1280])
+    if kind == "light_adapter":  # its last level has the width of the one before, and is not listed
+        channels = [*channels, channels[-1]]
+    if kind == "full_adapter_xl" and any(channels[i] != channels[i - 1] for i in range(3, len(channels))):
+        o.refuse("channels", channels)
+    return T2IAdapterConfig(
+        kind=ADAPTERS[kind],  # type: ignore[arg-type]
+        channels=tuple(channels),
+        layers=o.whole("num_res_blocks", 2),
+        image_channels=o.whole("in_channels", 3),
+        factor=o.whole("downscale_factor", 8),
+    )
+
+
+def _unet(o: Options, conditional: bool, mirrored: bool) -> dict[str, Any]:
+    """Return the fields of a UNetConfig; ``mirrored``: there is a way up."""
     channels = o.wholes("block_out_channels", [320, 640, 1280, 1280] if conditional else [224, 448, 672, 896])
     o.only(UNET_ONLY)
     o.only({"only_cross_attention": (False,)}, len(channels))
@@ -201,38 +248,41 @@ def unet(options: Options) -> UNetConfig:
         o.refuse("time_embedding_dim", o.get("time_embedding_dim", None))
     layers = o.one("layers_per_block", 2, len(channels))
     within(1, MOST_BLOCKS, layers_per_block=layers)
-    levels, mid, mid_layers = (_text_levels if conditional else _self_levels)(o, channels, layers)
+    if conditional:
+        levels, mid, mid_layers = _text_levels(o, channels, layers, mirrored)
+    else:
+        levels, mid, mid_layers = _self_levels(o, channels, layers)
     sin_first = not o.flag("flip_sin_to_cos", True)
     freq_shift = o.whole("freq_shift", 0)
     padding = o.whole("downsample_padding", 1)
     if padding not in (0, 1):
         o.refuse("downsample_padding", padding)
     height, width = o.sides("sample_size", 64)
-    return UNetConfig(
-        levels=levels,
-        mid=mid,
-        in_channels=o.whole("in_channels", 4 if conditional else 3),
-        out_channels=o.whole("out_channels", 4 if conditional else 3),
-        layers=layers,
-        mid_layers=mid_layers,
-        sin_first=sin_first,
-        freq_shift=freq_shift,
-        asymmetric_down=padding == 0,
-        groups=o.whole("norm_num_groups", 32),
-        eps=o.number("norm_eps", 1e-5),
-        sample_size=height,
-        sample_width=None if width == height else width,
-        upcast_attention=o.flag("upcast_attention", False),
+    return {
+        "levels": levels,
+        "mid": mid,
+        "in_channels": o.whole("in_channels", 4 if conditional else 3),
+        "out_channels": o.whole("out_channels", 4 if conditional else 3),
+        "layers": layers,
+        "mid_layers": mid_layers,
+        "sin_first": sin_first,
+        "freq_shift": freq_shift,
+        "asymmetric_down": padding == 0,
+        "groups": o.whole("norm_num_groups", 32),
+        "eps": o.number("norm_eps", 1e-5),
+        "sample_size": height,
+        "sample_width": None if width == height else width,
+        "upcast_attention": o.flag("upcast_attention", False),
         **(_conditions(o, sin_first, freq_shift, len(channels)) if conditional else {}),
-    )
+    }
 
 
 Ladder = tuple[tuple[Level, ...], Level, int]  # the levels, the middle block, and its number of ResBlocks
 
 
-def _text_levels(o: Options, channels: list[int], layers: int) -> Ladder:
+def _text_levels(o: Options, channels: list[int], layers: int, mirrored: bool) -> Ladder:
     n = len(channels)
-    kinds = _attention(o, CONDITIONAL_DOWN, ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n)
+    kinds = _attention(o, CONDITIONAL_DOWN, ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], n, mirrored)
     # Both names mean a number of heads; the second one came too late to replace the first.
     sizes = o.each("attention_head_dim", 8, n)
     heads = sizes if o.get("num_attention_heads", None) is None else o.each("num_attention_heads", None, n)
@@ -311,15 +361,18 @@ def _self_levels(o: Options, channels: list[int], layers: int) -> Ladder:
     return tuple(levels[:-1]), levels[-1], mid_layers
 
 
-def _attention(o: Options, names: Mapping[str, Attention], default: list[str], count: int) -> list[Attention]:
-    """Return each level's kind of attention from the names of its blocks; the way up must mirror the way down."""
-    mirror = [n.replace("Down", "Up") for n in reversed(default)]
-    down, up = o.names("down_block_types", default, count), o.names("up_block_types", mirror, count)
+def _attention(
+    o: Options, names: Mapping[str, Attention], default: list[str], count: int, mirrored: bool = True
+) -> list[Attention]:
+    """Return each level's kind of attention from the names of its blocks; a way up must mirror the way down."""
+    down = o.names("down_block_types", default, count)
     for kind in down:
         if kind not in names:
             o.refuse("down_block_types", kind)
-    if [n.replace("Down", "Up") for n in reversed(down)] != up:
-        o.refuse("up_block_types", up)
+    if mirrored:
+        up = o.names("up_block_types", [n.replace("Down", "Up") for n in reversed(default)], count)
+        if [n.replace("Down", "Up") for n in reversed(down)] != up:
+            o.refuse("up_block_types", up)
     return [names[kind] for kind in down]
 
 

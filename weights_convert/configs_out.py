@@ -10,7 +10,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minidiff.config import Attention, CLIPTextConfig, Level, TAESDConfig, UNetConfig, VAEConfig
+from minidiff.config import (
+    Attention,
+    CLIPTextConfig,
+    ControlNetConfig,
+    Level,
+    T2IAdapterConfig,
+    TAESDConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from minidiff.errors import MinidiffError, UnsupportedError
 from weights_convert import configs_diffusers as readers
 from weights_convert.component import AnyConfig
@@ -23,6 +32,10 @@ def config_json(config: AnyConfig) -> dict[str, Any]:
 
     Raises :class:`UnsupportedError` for a model that the reference's class cannot represent.
     """
+    if isinstance(config, ControlNetConfig):
+        return _checked(config, _controlnet(config), readers.controlnet)
+    if isinstance(config, T2IAdapterConfig):
+        return _checked(config, _t2i_adapter(config), readers.t2i_adapter)
     if isinstance(config, UNetConfig):
         found, read = (_text_unet if config.context_dim is not None else _plain_unet)(config), readers.unet
         return _checked(config, found, read)
@@ -106,6 +119,38 @@ def _text_unet(c: UNetConfig) -> dict[str, Any]:
         "transformer_layers_per_block": 1 if all(d == 1 for d in depths) else depths,
         "upcast_attention": c.upcast_attention,
         "use_linear_projection": c.linear_proj,
+    }
+
+
+NO_CONTROLNET = (  # options of UNets alone
+    "center_input_sample",
+    "out_channels",
+    "reverse_transformer_layers_per_block",
+    "sample_size",
+    "time_cond_proj_dim",
+    "up_block_types",
+)
+
+
+def _controlnet(c: ControlNetConfig) -> dict[str, Any]:
+    return {
+        **{key: value for key, value in _text_unet(c).items() if key not in NO_CONTROLNET},
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": c.image_channels,
+        "conditioning_embedding_out_channels": list(c.hint_widths),
+        "controlnet_conditioning_channel_order": "bgr" if c.bgr else "rgb",
+        "global_pool_conditions": c.pooled,
+    }
+
+
+def _t2i_adapter(c: T2IAdapterConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "T2IAdapter",
+        "adapter_type": next(name for name, kind in readers.ADAPTERS.items() if kind == c.kind),
+        "channels": list(c.channels[:-1] if c.kind == "light" else c.channels),
+        "downscale_factor": c.factor,
+        "in_channels": c.image_channels,
+        "num_res_blocks": c.layers,
     }
 
 

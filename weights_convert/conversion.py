@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minidiff.adapters.control import ControlModel
 from minidiff.config import ModelConfig, from_json, one_of
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.pipeline import StableDiffusion, Unconditional, assemble
+from minidiff.pipeline.assembly import build
 from minidiff.samplers import sampler_from_config
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy, all_finite
 from minidiff.storage.writing import Existing, check_place
+from weights_convert.control import ControlSource, read_control, write_control
 from weights_convert.detection import CONVERTED, Found, detect
 from weights_convert.export_folder import shard_size, write_folder
 from weights_convert.export_original import write_original
 from weights_convert.folder import read_folder
-from weights_convert.overlay import Choice, Override, merge, overlay, said
+from weights_convert.overlay import Choice, Override, merge, overlay, read_override, said
 from weights_convert.report import Report, Source
 from weights_convert.single import read_original
 from weights_convert.swap import Swaps
@@ -58,6 +61,8 @@ def open_source(
     """
     path, override = Path(src), said(config, prediction, sampler)
     found = detect(path)
+    if found.is_control:
+        raise CheckpointError(f"{path}: a {found.family}, which steers a model and is none; give it as a control")
     if found.layout != "minidiff" and found.family not in CONVERTED[found.layout]:
         why = "; ".join(found.evidence)
         raise UnsupportedError(
@@ -87,6 +92,22 @@ def open_source(
         clash = f"UNet makes {unet.out_channels} channels, the VAE reads {vae.latent_channels}"
         raise CheckpointError(f"{path}: the {clash}; the parts are from different models")
     return source
+
+
+def open_control(src: AnyPath, *, config: Override = None, variant: str | None = None, **others: Any) -> ControlSource:
+    """Recognize a ControlNet or T2I-Adapter and translate its config and names; no tensor is read.
+
+    ``config`` sets what shapes cannot tell, as fields of :class:`~minidiff.config.ControlConfig`; ``variant``: variant
+    of a folder's weights. Raises :class:`CheckpointError` and :class:`UnsupportedError` for problems of ``src``, and
+    :class:`ConfigError` for any of ``others``, the arguments of :func:`open_source` that are about models.
+    """
+    found = detect(src)
+    given = next((name for name, value in others.items() if value), None)
+    if given is not None:
+        raise ConfigError(f"{found.path}: {given} is given, which is for models; this is a {found.family}")
+    if not found.is_control:
+        raise CheckpointError(f"{found.path}: a {found.family} model, no control (a ControlNet or a T2I-Adapter)")
+    return read_control(found, read_override(config), variant)
 
 
 def _original(found: Found, report: Report, ema: bool, override: dict[str, Any], given: Swaps | None) -> Source:
@@ -141,12 +162,20 @@ def convert(
     if to != "diffusers":
         check_name(dst, to)
         check_place(dst, existing)
-    source = open_source(
-        src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
-    )
+    of_models = {"ema": ema, "swap": swap, "prediction": prediction, "sampler": sampler}
+    source: Source | ControlSource
+    if detect(src).is_control:
+        source = open_control(src, config=config, variant=variant, **of_models)
+    else:
+        source = open_source(
+            src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
+        )
     tensors = {name: _checked(name, t, str(src), target) for name, t in source.tensors.items()}
     if target is not None:
         source.report.notes.append(f"floating-point tensors converted to {str(target).removeprefix('torch.')}")
+    if isinstance(source, ControlSource):
+        source.report.hash = write_control(dst, to, source.config, tensors, existing, shard)
+        return replace(source.report, target=os.fspath(dst))
     tables = (source.config.tokenizer, source.config.tokenizer_2)
     words = [name for table in tables if table is not None for name, _ in table.added]
     if words and to != "minidiff":  # other projects keep them in separate files, and the model with the public table
@@ -173,12 +202,17 @@ def load(
     sampler: Choice = None,
     low_memory: bool = False,
     copy: bool = False,
-) -> StableDiffusion | Unconditional:
-    """Load any supported layout as a pipeline, converted in memory.
+) -> StableDiffusion | Unconditional | ControlModel:
+    """Load any supported layout as a pipeline, or a control beside one, converted in memory.
 
     ``device``, ``dtype``, ``low_memory`` and ``copy`` are those of :func:`minidiff.load`, which also describes what
     happens if the mapped file of a model is truncated. Raises what :func:`open_source` raises.
     """
+    if detect(src).is_control:
+        of_models = {"ema": ema, "swap": swap, "prediction": prediction, "sampler": sampler}
+        control = open_control(src, config=config, variant=variant, **of_models)
+        tensors = checkpoint.copied(control.tensors, low_memory) if copy else control.tensors
+        return build(ControlModel, control.config, tensors, device, dtype, os.fspath(src), "", low_memory)
     source = open_source(
         src, ema=ema, config=config, variant=variant, swap=swap, prediction=prediction, sampler=sampler
     )

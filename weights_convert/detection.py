@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.storage.checkpoint import is_minidiff
+from minidiff.storage.checkpoint import is_control, is_minidiff
 from minidiff.storage.files import Lazy
 from minidiff.storage.reading import read_object
-from weights_convert.keys_original import CLIP, GUIDANCE, UNET
+from weights_convert.keys_original import CLIP, CONTROL, GUIDANCE, UNET
 from weights_convert.report import page
 from weights_convert.single_schedule import evidence as marked
 from weights_convert.tensors import read_tensors
@@ -44,6 +44,18 @@ CONVERTED: dict[Layout, tuple[str, ...]] = {
 }
 
 
+# Controls: the class in a folder's config.json, and a key that only such a file has.
+CONTROLS = {"ControlNetModel": "controlnet", "T2IAdapter": "t2i-adapter"}
+CONTROL_KEYS: dict[str, tuple[str, Layout, str]] = {  # -> what it is, its layout, the prefix of its keys
+    f"{CONTROL}.input_hint_block.0.weight": ("controlnet", "original", CONTROL),
+    "input_hint_block.0.weight": ("controlnet", "original", ""),
+    "controlnet_cond_embedding.conv_in.weight": ("controlnet", "diffusers", ""),
+    "body.0.block1.weight": ("t2i-adapter", "original", ""),
+    "body.0.body.0.block1.weight": ("t2i-adapter", "original", ""),
+    "adapter.body.0.resnets.0.block1.weight": ("t2i-adapter", "diffusers", "adapter"),
+}
+
+
 @dataclass
 class Found:
     """Contents of a path; ``index`` is a folder's model_index.json, ``tensors`` a single file's."""
@@ -56,6 +68,11 @@ class Found:
     tensors: dict[str, Lazy] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)  # entries of a pickle that are not tensors
     metadata: dict[str, str] = field(default_factory=dict)  # of a safetensors header
+
+    @property
+    def is_control(self) -> bool:
+        """True for a ControlNet or a T2I-Adapter."""
+        return self.family in CONTROLS.values()
 
     def __str__(self) -> str:
         lines = [("path", str(self.path)), ("layout", self.layout), ("family", self.family)]
@@ -84,6 +101,8 @@ def _folder(path: Path) -> Found:
         names = ", ".join(sorted(p.name for p in path.iterdir())[:4]) or "nothing"
         raise CheckpointError(f"{path}: a folder with {names}, but no model_index.json or config.json: not a model")
     kind = read_object(path / "config.json").get("_class_name")
+    if kind in CONTROLS:
+        return Found(path, "diffusers", CONTROLS[kind], [f"config.json is that of a {kind}"])
     if kind == "UNet2DModel":
         return Found(path, "diffusers", "ddpm", ["config.json is that of a UNet2DModel"], {"unet": ["diffusers", kind]})
     raise CheckpointError(
@@ -129,9 +148,22 @@ def _variant(family: str, channels: int, guidance: bool = False) -> str:
 def _file(path: Path) -> Found:
     tensors, metadata, others = read_tensors(path)
     if is_minidiff(metadata):
-        return Found(path, "minidiff", "minidiff", ["its header is minidiff's"], metadata=metadata)
+        family = CONTROLS["ControlNetModel"] if is_control(metadata) else "minidiff"
+        return Found(path, "minidiff", family, ["its header is minidiff's"], metadata=metadata)
+    if "lora_controlnet" in tensors:
+        raise UnsupportedError(f"{path}: a Control-LoRA, the difference of a ControlNet from its model; it is not read")
+    control = next((key for key in CONTROL_KEYS if key in tensors), None)
+    if control is not None:
+        family, layout, _ = CONTROL_KEYS[control]
+        evidence = [f"has {quote(control)}"]
+        return Found(path, layout, family, evidence, tensors=tensors, others=others, metadata=metadata)
     family, evidence = _key_family(path, tensors)
     return Found(path, "original", family, evidence, tensors=tensors, others=others, metadata=metadata)
+
+
+def family_of_control(tensors: Mapping[str, Lazy]) -> tuple[str, str] | None:
+    """Return what kind of control these tensors are, and the prefix of its keys; None for no control."""
+    return next(((what, root) for key, (what, _, root) in CONTROL_KEYS.items() if key in tensors), None)
 
 
 def _key_family(path: Path, tensors: Mapping[str, Lazy]) -> tuple[str, list[str]]:

@@ -59,11 +59,8 @@ def write_folder(
     with atomic_folder(dst) as folder:
         for name, part in parts.items():
             (folder / name).mkdir()
-            _write_json(folder / name / "config.json", jsons[name])
             own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            theirs = restore(expand(_layout(part), meta_model(part)), own)
-            base = "model" if isinstance(part, CLIPTextConfig) else "diffusion_pytorch_model"
-            write_weights(folder / name, base, theirs, sharded)
+            _write_part(folder / name, part, jsons[name], own, sharded)
         for name in ("tokenizer", "tokenizer_2"):
             if getattr(config, name) is not None:
                 (folder / name).mkdir()
@@ -72,6 +69,24 @@ def write_folder(
         (folder / "scheduler").mkdir()
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         _write_json(folder / "model_index.json", index)
+
+
+def write_component(
+    dst: str | os.PathLike[str], config: AnyConfig, tensors: Mapping[str, Lazy], sharded: int | None = None
+) -> None:
+    """Write one network alone as the folder ``dst``. Raises as :func:`write_folder` does."""
+    found = config_json(config)
+    with atomic_folder(dst) as folder:
+        _write_part(folder, config, found, tensors, sharded)
+
+
+def _write_part(
+    folder: Path, part: AnyConfig, found: dict[str, Any], own: Mapping[str, Lazy], sharded: int | None
+) -> None:
+    _write_json(folder / "config.json", found)
+    theirs = restore(expand(_layout(part), meta_model(part)), own)
+    base = "model" if isinstance(part, CLIPTextConfig) else "diffusion_pytorch_model"
+    write_weights(folder, base, theirs, sharded)
 
 
 def write_weights(folder: Path, base: str, tensors: Mapping[str, Lazy], sharded: int | None = None) -> None:

@@ -1,15 +1,16 @@
 """Key maps of the UNets, the autoencoder and the text encoder of diffusers and transformers.
 
 Each function walks one of minidiff's configs in the order in which the model is built, and pairs names with those of
-``UNet2DConditionModel`` and ``UNet2DModel``, ``AutoencoderKL`` (with the names of its attention before and since early
-2023) and ``CLIPTextModel``.
+``UNet2DConditionModel`` and ``UNet2DModel``, ``ControlNetModel``, ``AutoencoderKL`` (with the names of its attention
+before and since early 2023) and ``CLIPTextModel``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minidiff.config import CLIPTextConfig, Level, UNetConfig, VAEConfig
+from minidiff.config import CLIPTextConfig, ControlNetConfig, Level, UNetConfig, VAEConfig
+from minidiff.models.unet import skip_widths
 from weights_convert.engine import CONV1X1, Drop, Module, join
 
 RES = (
@@ -63,6 +64,32 @@ CLIP_DROPS = (
 
 def unet(config: UNetConfig, *, old_names: bool = False) -> Iterator[Module]:
     """UNet2DConditionModel and UNet2DModel; ``old_names``: names of the self-attention before 2023."""
+    yield from _way_down(config, old_names)
+    last = len(config.levels) - 1
+    for i, level in enumerate(reversed(config.levels)):
+        for j in range(config.layers + 1):
+            yield from join(f"up_blocks.{i}.resnets.{j}", RES, f"up.{i}.res.{j}")
+            depth = config.up_depths(level)[j]
+            yield from _attention(f"up_blocks.{i}.attentions.{j}", level, depth, f"up.{i}.attn.{j}", old_names)
+        if i < last:
+            yield Module(f"up_blocks.{i}.upsamplers.0.conv", f"up.{i}.up.conv")
+    yield Module("conv_norm_out", "norm_out")
+    yield Module("conv_out", "conv_out")
+
+
+def controlnet(config: ControlNetConfig) -> Iterator[Module]:
+    """ControlNetModel."""
+    yield from _way_down(config, old_names=False)
+    yield Module("controlnet_cond_embedding.conv_in", "hint.conv_in")
+    for i in range(2 * (len(config.hint_widths) - 1)):
+        yield Module(f"controlnet_cond_embedding.blocks.{i}", f"hint.convs.{i}")
+    yield Module("controlnet_cond_embedding.conv_out", "hint.conv_out")
+    for i in range(len(skip_widths(config))):
+        yield Module(f"controlnet_down_blocks.{i}", f"zero.{i}")
+    yield Module("controlnet_mid_block", "zero_mid")
+
+
+def _way_down(config: UNetConfig, old_names: bool) -> Iterator[Module]:
     yield from join("time_embedding", EMBEDDING, "time")
     yield from join("add_embedding", EMBEDDING, "added")
     yield Module("conv_in", "conv_in")
@@ -77,15 +104,6 @@ def unet(config: UNetConfig, *, old_names: bool = False) -> Iterator[Module]:
     yield from join("mid_block.resnets.0", RES, "mid.res1")
     yield from _attention("mid_block.attentions.0", config.mid, config.mid.depth, "mid.attn.0", old_names)
     yield from join("mid_block.resnets.1", RES, "mid.res2")
-    for i, level in enumerate(reversed(config.levels)):
-        for j in range(config.layers + 1):
-            yield from join(f"up_blocks.{i}.resnets.{j}", RES, f"up.{i}.res.{j}")
-            depth = config.up_depths(level)[j]
-            yield from _attention(f"up_blocks.{i}.attentions.{j}", level, depth, f"up.{i}.attn.{j}", old_names)
-        if i < last:
-            yield Module(f"up_blocks.{i}.upsamplers.0.conv", f"up.{i}.up.conv")
-    yield Module("conv_norm_out", "norm_out")
-    yield Module("conv_out", "conv_out")
 
 
 def _attention(theirs: str, level: Level, depth: int, ours: str, old_names: bool) -> Iterator[Module]:

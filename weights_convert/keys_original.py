@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from minidiff.config import CLIPTextConfig, Level, UNetConfig, VAEConfig
+from minidiff.config import CLIPTextConfig, ControlNetConfig, Level, UNetConfig, VAEConfig
+from minidiff.models.unet import skip_widths
 from weights_convert import keys_diffusers
 from weights_convert.engine import CONV1X1, Drop, Module, join
 from weights_convert.keys_diffusers import BLOCK, CLIP_DROPS, TRANSFORMER
 
+CONTROL = "control_model"  # the prefix of a ControlNet, in most files
 UNET, VAE, CLIP = "model.diffusion_model", "first_stage_model", "cond_stage_model.transformer"
 EMA = "model_ema"
 GUIDANCE = "time_embed.cond_proj"  # of a UNet that reads the guidance scale (LCM)
@@ -52,26 +54,8 @@ DROPS = (
 
 def unet(config: UNetConfig) -> Iterator[Module]:
     """The diffusion model of SD1, SD2, SDXL and models distilled from them."""
-    yield Module(f"{UNET}.time_embed.0", "time.linear1")
-    yield Module(f"{UNET}.time_embed.2", "time.linear2")
-    yield Module(f"{UNET}.{GUIDANCE}", "time.condition")
-    yield Module(f"{UNET}.label_emb.0.0", "added.linear1")
-    yield Module(f"{UNET}.label_emb.0.2", "added.linear2")
-    yield Module(f"{UNET}.input_blocks.0.0", "conv_in")
-    last, n = len(config.levels) - 1, 1
-    for i, level in enumerate(config.levels):
-        for j in range(config.layers):
-            yield from join(f"{UNET}.input_blocks.{n}.0", RES, f"down.{i}.res.{j}")
-            yield from _attention(
-                f"{UNET}.input_blocks.{n}.1", level, config.down_depths(level)[j], f"down.{i}.attn.{j}"
-            )
-            n += 1
-        if i < last:
-            yield Module(f"{UNET}.input_blocks.{n}.0.op", f"down.{i}.down.conv")
-            n += 1
-    yield from join(f"{UNET}.middle_block.0", RES, "mid.res1")
-    yield from _attention(f"{UNET}.middle_block.1", config.mid, config.mid.depth, "mid.attn.0")
-    yield from join(f"{UNET}.middle_block.2", RES, "mid.res2")
+    yield from _way_down(config, f"{UNET}.")
+    last = len(config.levels) - 1
     for i, level in enumerate(reversed(config.levels)):
         for j in range(config.layers + 1):
             n = i * (config.layers + 1) + j
@@ -81,6 +65,42 @@ def unet(config: UNetConfig) -> Iterator[Module]:
             yield Module(f"{UNET}.output_blocks.{n}.{1 if level.attention == 'none' else 2}.conv", f"up.{i}.up.conv")
     yield Module(f"{UNET}.out.0", "norm_out")
     yield Module(f"{UNET}.out.2", "conv_out")
+
+
+def controlnet(config: ControlNetConfig, *, prefix: str = f"{CONTROL}.") -> Iterator[Module]:
+    """ControlNets by their author's code (lllyasviel); some files have no ``prefix``."""
+    yield from _way_down(config, prefix)
+    convs = 2 * (len(config.hint_widths) - 1)
+    yield Module(f"{prefix}input_hint_block.0", "hint.conv_in")  # a flat list, in which activations count
+    for i in range(convs):
+        yield Module(f"{prefix}input_hint_block.{2 * (i + 1)}", f"hint.convs.{i}")
+    yield Module(f"{prefix}input_hint_block.{2 * (convs + 1)}", "hint.conv_out")
+    for i in range(len(skip_widths(config))):
+        yield Module(f"{prefix}zero_convs.{i}.0", f"zero.{i}")
+    yield Module(f"{prefix}middle_block_out.0", "zero_mid")
+
+
+def _way_down(config: UNetConfig, prefix: str) -> Iterator[Module]:
+    yield Module(f"{prefix}time_embed.0", "time.linear1")
+    yield Module(f"{prefix}time_embed.2", "time.linear2")
+    yield Module(f"{prefix}{GUIDANCE}", "time.condition")
+    yield Module(f"{prefix}label_emb.0.0", "added.linear1")
+    yield Module(f"{prefix}label_emb.0.2", "added.linear2")
+    yield Module(f"{prefix}input_blocks.0.0", "conv_in")
+    last, n = len(config.levels) - 1, 1
+    for i, level in enumerate(config.levels):
+        for j in range(config.layers):
+            yield from join(f"{prefix}input_blocks.{n}.0", RES, f"down.{i}.res.{j}")
+            yield from _attention(
+                f"{prefix}input_blocks.{n}.1", level, config.down_depths(level)[j], f"down.{i}.attn.{j}"
+            )
+            n += 1
+        if i < last:
+            yield Module(f"{prefix}input_blocks.{n}.0.op", f"down.{i}.down.conv")
+            n += 1
+    yield from join(f"{prefix}middle_block.0", RES, "mid.res1")
+    yield from _attention(f"{prefix}middle_block.1", config.mid, config.mid.depth, "mid.attn.0")
+    yield from join(f"{prefix}middle_block.2", RES, "mid.res2")
 
 
 def _attention(theirs: str, level: Level, depth: int, ours: str) -> Iterator[Module]:

@@ -19,6 +19,7 @@ EXAMPLES = """\
 examples:
   minidiff convert ./stable-diffusion-v1-5 sd15.safetensors --dtype float16
   minidiff convert v1-5-pruned.ckpt sd15.safetensors --ema
+  minidiff convert control_v11p_sd15_canny.pth canny.safetensors --dtype float16
   minidiff convert sd15.safetensors ./sd15 --to diffusers
 """
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from minidiff.config import ModelConfig, ScheduleConfig, TAESDConfig, TokenizerConfig, UNetConfig
+from minidiff.cli.controls import expects
+from minidiff.config import (
+    ControlConfig,
+    ModelConfig,
+    ScheduleConfig,
+    T2IAdapterConfig,
+    TAESDConfig,
+    TokenizerConfig,
+    UNetConfig,
+)
 from minidiff.console import one_line
 from minidiff.errors import CheckpointError
 from minidiff.storage import checkpoint
@@ -24,11 +33,30 @@ def describe(path: str | os.PathLike[str]) -> str:
 
     Raises :class:`CheckpointError` for anything that is not a sound minidiff file.
     """
-    found = checkpoint.open_checkpoint(path)
+    found = checkpoint.open_any(path)
     checkpoint.account(checkpoint.build(found.config), found.file.lazy, str(path))
-    rows = [("file", str(path)), *describe_config(found.config), ("hash", found.hash or "none")]
+    told = describe_any(found.config, path)
+    rows = [("file", str(path)), *told, ("hash", found.hash or "none")]
     rows.append(("identity", identify(found.config, found.file.lazy)))  # what pictures call it
     return f"{table(rows)}\n\n{size_table(found.file.lazy)}"
+
+
+def describe_any(config: ModelConfig | ControlConfig, path: str | os.PathLike[str]) -> Rows:
+    """Return the contents of the config of a model, or of a control at ``path``, as (name, text) rows."""
+    return describe_config(config) if isinstance(config, ModelConfig) else describe_control(config, path)
+
+
+def describe_control(config: ControlConfig, path: str | os.PathLike[str]) -> Rows:
+    """Return the contents of a control's config, and what a file of this name expects to see, as rows."""
+    c, wanted = config.control, expects(os.fspath(path))
+    if isinstance(c, T2IAdapterConfig):
+        text = f"T2I-Adapter ({c.kind}); features of widths {_list(c.channels)}, from squares of {c.factor} pixels"
+    else:
+        text = f"ControlNet; {_unet(c)}; outputs averaged over the picture" if c.pooled else f"ControlNet; {_unet(c)}"
+    rows = [("family", config.family), ("control", text)]
+    order = ", in the order blue, green, red" if getattr(c, "bgr", False) else ""
+    rows.append(("picture", f"{c.image_channels} channels{order}"))
+    return [*rows, ("expects", wanted)] if wanted else rows
 
 
 def describe_config(config: ModelConfig) -> Rows:
@@ -61,7 +89,7 @@ def check_tensors(path: str | os.PathLike[str]) -> str:
     Raises :class:`CheckpointError` if the content hash is not the one in the header, or for the first tensor (in the
     order of their names) that holds a NaN or an infinity.
     """
-    found = checkpoint.open_checkpoint(path)
+    found = checkpoint.open_any(path)
     wrong = []
     actual = content_hash(path)
     if actual != found.hash:

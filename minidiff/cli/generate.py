@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from minidiff.cli.controls import FORM, check_there, open_controls, read_control
 from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_of, probed
 from minidiff.cli.options import DTYPES, about, add_options, add_parts, add_set, given, sampler_list
 from minidiff.console import say, show
@@ -18,7 +19,9 @@ from minidiff.pipeline.request import Request, options, read_number, read_size
 from minidiff.storage.reading import missing
 
 if TYPE_CHECKING:
+    from minidiff.adapters.control import Control
     from minidiff.pipeline import StableDiffusion, Unconditional
+    from minidiff.pipeline.model import Model
     from minidiff.pipeline.recipe import Recipe
 
 # Options of other programs, and what is typed here.
@@ -52,6 +55,7 @@ examples:
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
   minidiff generate "a <cat-toy> in ink" --model sd15.safetensors --embedding cat.safetensors --lora ink.safetensors=0.8
+  minidiff generate "a castle" --model sd15.safetensors --control canny.safetensors=edges.png,0.8
   minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
 """
 
@@ -88,6 +92,16 @@ def add(commands: Any) -> None:
         type=_named,
         metavar="FILE[=WORD]",
         help="add a learned word (textual inversion), by its own name or as WORD; may be given several times",
+    )
+    g.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        type=read_control,
+        metavar=FORM,
+        help="steer by a ControlNet or T2I-Adapter and the picture that it reads, with a weight (default: 1) from LOW "
+        "to HIGH of the way (default: 0,1); ,soft or ,guess behind it weigh its outputs by depth; may be given several "
+        "times",
     )
     g.add_argument("--allow-unmatched", action="store_true", help="ignore LoRA keys that match no layer")
     g.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: cuda if there is one, else cpu)")
@@ -146,6 +160,7 @@ def run(args: Namespace) -> None:
         path = getattr(args, option)
         if path is not None and not os.path.exists(path):
             raise CheckpointError(f"--{option} {missing(path)}")
+    check_there(args)
     recipe = None if args.recipe is None else open_recipe(args)
     asked = _asked(args, recipe)
     output = Output(args.out, args.force)
@@ -163,7 +178,11 @@ def run(args: Namespace) -> None:
     if recipe is not None:
         check_family(args, recipe, pipe)
     _teach(pipe, args)
-    _equip(pipe, args, large(args.model))
+    controls = _controls(pipe, args)
+    for model in (pipe, *{control.model for control in controls}):
+        _equip(model, args, large(args.model))
+    if controls:
+        asked["controls"] = controls
     job = pipe.run(_request(pipe, args, {**asked, "sampler": choice}))
     _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(job, progress=not args.quiet)
@@ -257,15 +276,25 @@ def _teach(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
             say(adapter)
 
 
-def _equip(pipe: StableDiffusion | Unconditional, args: Namespace, measure: bool) -> None:
+def _controls(pipe: StableDiffusion | Unconditional, args: Namespace) -> list[Control]:
+    """Open the controls that were named."""
+    from minidiff import StableDiffusion
+
+    if args.control and not isinstance(pipe, StableDiffusion):
+        raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take --control")
+    return open_controls(pipe, args) if isinstance(pipe, StableDiffusion) else []
+
+
+def _equip(pipe: Model, args: Namespace, measure: bool) -> None:
     """Apply the speed-ups, unless the plain model is asked for, and what trades time for memory. ``measure``: try which
     the processor gains by, if that is not known."""
     from minidiff import fast
+    from minidiff.pipeline import Pipeline
 
     options = {"vae_slices": args.vae_slices, "halves": args.split_guidance}
     wanted = tuple(name for name, given in options.items() if given)
     fast.optimize(pipe, wanted if args.plain else (*fast.SWITCHES, *wanted), trial=measure and not args.plain)
-    if args.vae_tiles is not None:
+    if args.vae_tiles is not None and isinstance(pipe, Pipeline):
         fast.tiled(pipe, args.vae_tiles)
 
 

@@ -50,16 +50,16 @@ def run(args: Namespace) -> None:
 def _info_of_another_layout(path: str, check: bool) -> None:
     """Print what weights_convert finds in a file or folder: the evidence, the tensors it maps and drops, the model."""
     import weights_convert
-    from minidiff.cli.description import describe_config, first_not_finite, size_table, table
+    from minidiff.cli.description import describe_any, first_not_finite, size_table, table
     from minidiff.storage.identity import identify
 
     found = weights_convert.detect(path)
     try:
-        source = weights_convert.open_source(path)
+        source = (weights_convert.open_control if found.is_control else weights_convert.open_source)(path)
     except MinidiffError:
         show(found, longest=LONGEST_LINE)  # what is recognised is worth knowing, even where more is needed to use it
         raise
-    rows = [*describe_config(source.config)[1:], ("identity", identify(source.config, source.tensors))]
+    rows = [*describe_any(source.config, path)[1:], ("identity", identify(source.config, source.tensors))]
     pages = (source.report, table(rows), size_table(source.tensors))
     show("\n\n".join(map(str, pages)), longest=LONGEST_LINE)
     bad = first_not_finite(source.tensors) if check else None

@@ -13,6 +13,7 @@ from minidiff.storage.reading import PICKLES, content, missing
 if TYPE_CHECKING:
     import torch
 
+    from minidiff.adapters.control import ControlModel
     from minidiff.pipeline import StableDiffusion, Unconditional
 
 
@@ -94,11 +95,21 @@ def open_model(
         return minidiff.bundled(device, dtype, low_memory=low_memory), False
     own = is_minidiff_file(path)
     if own and not corrected:
-        return minidiff.load(path, device, dtype, low_memory=low_memory), False
+        return _no_control(minidiff.load(path, device, dtype, low_memory=low_memory), path), False
     import weights_convert
 
     options: dict[str, Any] = {"variant": variant, "swap": swap, "prediction": prediction, "sampler": sampler}
-    return weights_convert.load(path, device=device, dtype=dtype, low_memory=low_memory, **options), not own
+    found = weights_convert.load(path, device=device, dtype=dtype, low_memory=low_memory, **options)
+    return _no_control(found, path), not own
+
+
+def _no_control(found: StableDiffusion | Unconditional | ControlModel, path: str) -> StableDiffusion | Unconditional:
+    """Return a model. Raises :class:`ConfigError` for a control that was named in its place."""
+    from minidiff import ControlModel
+
+    if isinstance(found, ControlModel):
+        raise ConfigError(f"{path}: a {found.config.family} steers a model; name it with --control, and a model here")
+    return found
 
 
 def is_minidiff_file(path: str) -> bool:

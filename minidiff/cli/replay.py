@@ -44,9 +44,11 @@ def open_recipe(args: Namespace) -> Recipe:
         if getattr(args, option) is None:
             name = f" ({origin.name})" if origin.name else ""
             raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
-    for option in ("lora", "embedding"):
-        if getattr(made, option) and not getattr(args, option):
-            names = ", ".join(name for name, _ in getattr(made, option))
+    asked = {"lora": [name for name, _ in made.lora], "embedding": [name for name, _ in made.embedding]}
+    asked["control"] = [f"{one.name or 'FILE'}={one.picture or 'PICTURE'}" for one in made.control]
+    for option, found in asked.items():
+        if found and not getattr(args, option):
+            names = ", ".join(found)
             raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
     beyond = [name for name in made.approximate if name != TILES]
     beyond += ["negative_sizes"] * (request.negative_sizes is not None)
@@ -87,6 +89,9 @@ def differences(recipe: Recipe, now: Mapping[str, Any], pipe: Pipeline, args: Na
     for name in ("dtype", "device"):
         if then.get(name) not in (None, now[name]):
             yield f"the picture was made with {name} {then[name]}, this run has {now[name]}; pixels may differ"
+    controls = [[{**one, "name": None, "picture": None} for one in made.get("control", ())] for made in (then, now)]
+    if controls[0] not in ([], controls[1]):
+        yield "the picture was made with other controls than this run, other pictures for them, or other weights"
     for name, what in HASHES.items():
         if then.get(name) not in (None, now.get(name)):
             yield f"the picture was made with {what} than this run (hash {then[name]}, here {now.get(name)})"

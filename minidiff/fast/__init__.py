@@ -62,7 +62,7 @@ from minidiff.fast.vae_tiles import tiled as tiled
 from minidiff.fast.vae_tiles import whole
 from minidiff.fast.winograd import Winograd
 from minidiff.models.undo import surely
-from minidiff.pipeline.base import Pipeline
+from minidiff.pipeline.model import Model
 
 # Switches are put on in this order and taken off in reverse: Winograd leaves small pictures to the packed convolution.
 SWITCHES: Mapping[str, Switch] = {
@@ -91,11 +91,13 @@ TF32 = (
     "'tf32' is a setting of the whole process, which minidiff leaves alone; "
     'torch.set_float32_matmul_precision("high") at the start of a program turns it on'
 )
-PLACES = ("unet", "vae")  # the text encoder runs once a picture
+PLACES = ("unet", "vae", "control")  # the text encoder runs once a picture
 
 
-def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES), *, trial: bool = False) -> dict[str, int]:
+def optimize(pipe: Model, switches: tuple[str, ...] = tuple(SWITCHES), *, trial: bool = False) -> dict[str, int]:
     """Put ``switches`` on all layers that they apply to, in place, and return the number of layers of each.
+
+    ``pipe``: a pipeline, or a control beside one (:class:`minidiff.ControlModel`).
 
     Active switches of ``pipe`` stay on; switches for another device have no effect. What the processor gains by is read
     from the user's cache, or follows a rule if it was never tried there; ``trial`` tries it, for at most 3 seconds, and
@@ -132,7 +134,7 @@ def optimize(pipe: Pipeline, switches: tuple[str, ...] = tuple(SWITCHES), *, tri
     return {name: len(layers) for name, layers in on.items()}
 
 
-def restore(pipe: Pipeline) -> None:
+def restore(pipe: Model) -> None:
     """Take off all switches and approximations, and undo offloading and tiling: ``pipe`` is the plain model again.
 
     Without any of them, nothing happens. An interruption is raised after everything is done.
@@ -140,19 +142,19 @@ def restore(pipe: Pipeline) -> None:
     surely(lambda: _restore(pipe))
 
 
-def _restore(pipe: Pipeline) -> None:
+def _restore(pipe: Model) -> None:
     exact(pipe)
     whole(pipe)
     _take_off(pipe)
     bring_back(pipe)
 
 
-def _choices(pipe: Pipeline, part: nn.Module, measure: bool) -> dict[str, str]:
+def _choices(pipe: Model, part: nn.Module, measure: bool) -> dict[str, str]:
     """Return the fastest ways for the dtype of ``part``; empty on another device than the CPU."""
     return choices(next(part.parameters()).dtype, measure) if pipe.device.type == "cpu" else {}
 
 
-def _take_off(pipe: Pipeline) -> None:
+def _take_off(pipe: Model) -> None:
     pipe.fast, pipe.kernels = (), {}
     for name, layers in reversed(pipe.__dict__.get("_fast", {}).items()):
         for layer in layers:

@@ -19,6 +19,7 @@ from minidiff.fast.merge import MOST, Merge
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
+from minidiff.pipeline.model import Model
 from minidiff.pipeline.request import finite
 
 
@@ -59,13 +60,13 @@ def approximate(pipe: Pipeline, *, deep: int | None = None, merge: float | None 
     return {name: len(layers) for name, (_, layers) in on.items()}
 
 
-def exact(pipe: Pipeline) -> None:
+def exact(pipe: Model) -> None:
     """Take all approximations off ``pipe``. Without any, nothing happens."""
     for name in list(pipe.__dict__.get("_approximate", {})):
         _take_off(pipe, name)
 
 
-def _take_off(pipe: Pipeline, name: str) -> None:
+def _take_off(pipe: Model, name: str) -> None:
     on: dict[str, tuple[Switch, list[nn.Module]]] = pipe.__dict__["_approximate"]
     if name in on:
         switch, layers = on[name]

@@ -13,6 +13,7 @@ loop, count as one run per thread.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ class Kept:
 class CachedUNet(Replacement):
     """Replacement for the ``forward`` of one UNet.
 
-    With gradients enabled, or with a ControlNet's residuals, it is the plain one: a graph ends with its step, and
-    residuals reach every depth in every step.
+    With gradients enabled, or with a ControlNet's residuals or a T2I-Adapter's features, it is the plain one: a graph
+    ends with its step, and residuals and features reach every depth in every step.
     """
 
     def __init__(self, unet: UNet, every: int) -> None:
@@ -78,11 +79,12 @@ class CachedUNet(Replacement):
         added: tuple[Tensor, Tensor] | None = None,
         guidance: Tensor | None = None,
         residuals: Residuals | None = None,
+        features: Sequence[Tensor] | None = None,
     ) -> Tensor:
         kept = self.kept()
-        if torch.is_grad_enabled() or residuals is not None:
+        if torch.is_grad_enabled() or residuals is not None or features is not None:
             kept.last = None
-            return self.inner(x, t, context, added, guidance, residuals)  # type: ignore[no-any-return]
+            return self.inner(x, t, context, added, guidance, residuals, features)  # type: ignore[no-any-return]
         call = Call((x.shape, x.dtype, x.device), (context, guidance, *(added or ())), t)
         goes_on = kept.last is not None and call.follows(kept.last)
         kept.age = (kept.age + 1) % self.every if goes_on else 0

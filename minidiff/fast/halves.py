@@ -12,37 +12,47 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.fast.switch import MethodSwitch
+from minidiff.models.control import ControlNet
 from minidiff.models.replacement import Replacement
 from minidiff.models.unet import UNet
 
 
 class SplitUNet(Replacement):
-    """Replacement for the ``forward`` of a UNet: an even batch in two halves. On a card, only after it did not fit."""
+    """Replacement for the ``forward`` of a UNet or ControlNet: an even batch in two halves. On a card, only after it
+    did not fit."""
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
         self.whole_fits = True
         super().__init__(layer, name)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if len(x) % 2 == 1:
-            return self.inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.inner(x, *args, **kwargs)
         if x.is_cuda and self.whole_fits:
             try:
-                return self.inner(x, *args, **kwargs)  # type: ignore[no-any-return]
+                return self.inner(x, *args, **kwargs)
             except torch.OutOfMemoryError:
                 self.whole_fits = False
         half = len(x) // 2
         each = [cut((x, args, kwargs), rows, len(x)) for rows in (slice(None, half), slice(half, None))]
-        return torch.cat([self.inner(part, *more, **named) for part, more, named in each])
+        return joined(*(self.inner(part, *more, **named) for part, more, named in each))
 
 
 class Halves(MethodSwitch):
-    """Switch of a UNet that predicts first without the prompt and then with it, instead of both in one batch."""
+    """Switch of a UNet or ControlNet that computes first without the prompt and then with it, instead of both in one
+    batch."""
 
     replacement = SplitUNet
 
     def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, UNet)
+        return isinstance(layer, (UNet, ControlNet))
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Concatenate the tensors of two results, a tensor each or the residuals of a ControlNet."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    return type(first)(joined(a, b) for a, b in zip(first, second, strict=True))
 
 
 def cut(value: Any, rows: slice, batch: int) -> Any:

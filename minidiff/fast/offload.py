@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minidiff.config import check
 from minidiff.models.undo import surely
-from minidiff.pipeline.base import Pipeline
+from minidiff.pipeline.model import Model
 from minidiff.storage.low_memory import LowMemory
 
 
@@ -26,7 +26,7 @@ class Offloaded(LowMemory):
     """Parts that came from the host, and return to it at the end."""
 
 
-def offload(pipe: Pipeline, device: torch.device | str = "cuda") -> None:
+def offload(pipe: Model, device: torch.device | str = "cuda") -> None:
     """Let the parts of ``pipe`` take turns on ``device`` until ``fast.restore``. Calling it twice is harmless.
 
     Put switches on afterwards. Raises :class:`ConfigError` if any are already on, or if the parts already take turns in
@@ -62,7 +62,7 @@ def coming(weight: nn.Parameter, device: torch.device) -> Callable[[], Tensor]:
     return lambda: weight.data.to(device, non_blocking=True)
 
 
-def bring_back(pipe: Pipeline) -> None:
+def bring_back(pipe: Model) -> None:
     """Return all parts to the host, with their previous parameters."""
     if isinstance(pipe.low_memory, Offloaded):
         pipe.low_memory.remove()

@@ -7,7 +7,8 @@ is repeated. Rows of a batch are independent, but their number decides which ker
 order.
 
 Whether the halves are equal, the time embedding included, is checked at each call. In SDXL only the first convolution
-gains: its pooled text enters the first ResBlock.
+gains: its pooled text enters the first ResBlock. A ControlNet begins in the same way, with a picture that both halves
+share. What controls add to the UNet comes behind its start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import SpatialTransformer
 from minidiff.models.replacement import Replacement
-from minidiff.models.unet import UNet
+from minidiff.models.unet import WayDown
 
 
 class ComputedOnce(Replacement):
@@ -57,8 +58,8 @@ def watched(layer: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
 
 
-def start_of(unet: UNet) -> list[nn.Module]:
-    """Return the layers before the first cross-attention; empty for a UNet that reads no prompt."""
+def start_of(unet: WayDown) -> list[nn.Module]:
+    """Return the layers before the first cross-attention; empty for a network that reads no prompt."""
     if unet.config.context_dim is None:
         return []
     first: Any = unet.down[0]
@@ -71,19 +72,19 @@ def start_of(unet: UNet) -> list[nn.Module]:
 
 
 class SharedStart(Switch):
-    """Switch of a UNet that reads a prompt. CPU only; on a card the comparison would wait for it."""
+    """Switch of a UNet or ControlNet that reads a prompt. CPU only; on a card the comparison would wait for it."""
 
     device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:
-        return isinstance(layer, UNet) and bool(start_of(layer))
+        return isinstance(layer, WayDown) and bool(start_of(layer))
 
     def put_on(self, layer: nn.Module) -> None:
-        assert isinstance(layer, UNet)
+        assert isinstance(layer, WayDown)
         for part in start_of(layer):
             ComputedOnce(part)
 
     def take_off(self, layer: nn.Module) -> None:
-        assert isinstance(layer, UNet)
+        assert isinstance(layer, WayDown)
         for part in start_of(layer):
             ComputedOnce.take_off(part)

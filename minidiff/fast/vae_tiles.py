@@ -15,6 +15,7 @@ from minidiff.models.replacement import Replacement
 from minidiff.models.undo import surely
 from minidiff.pipeline.base import Pipeline
 from minidiff.pipeline.denoise import check_cancelled
+from minidiff.pipeline.model import Model
 
 NAME = "vae_tiles"  # in the recipe
 
@@ -37,7 +38,7 @@ def tiled(pipe: Pipeline, side: int = 64) -> None:
         raise
 
 
-def whole(pipe: Pipeline) -> None:
+def whole(pipe: Model) -> None:
     """Let ``pipe`` decode whole pictures again."""
     if NAME in pipe.approximations:
         VaeTiles.take_off(pipe.parts["vae"], "decode")

@@ -7,7 +7,7 @@ et al. 2022; Podell et al. 2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,8 +21,11 @@ from minidiff.models.blocks import Downsample, Embedding, ResBlock, Upsample, si
 Residuals = tuple[Iterable[Tensor], Tensor]
 
 
-class UNet(nn.Module):
-    """The noise predictor. Submodules are named by their place: ``down.0.res.1.conv2``, ``mid.attn``."""
+class WayDown(nn.Module):
+    """The half of a UNet that ends in the middle, which its ControlNets copy: time, way down, middle block.
+
+    Submodules are named by their place: ``down.0.res.1.conv2``, ``mid.attn``.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -33,13 +36,34 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         self.down = nn.ModuleList()
-        channels, skips = first, [first]
+        channels = first
         for i, level in enumerate(config.levels):
-            last = i == len(config.levels) - 1
-            self.down.append(DownLevel(config, level, channels, last=last))
+            self.down.append(DownLevel(config, level, channels, last=i == len(config.levels) - 1))
             channels = level.channels
-            skips += [channels] * (config.layers + (0 if last else 1))
         self.mid = Middle(config)
+
+    def embed_time(
+        self, x: Tensor, t: Tensor | float, added: tuple[Tensor, Tensor] | None, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Embed the timestep and the further conditions as one vector per picture, (B, time_dim)."""
+        c = self.config
+        # One row per picture even if all have the same timestep: computed once and broadcast, the bits would differ.
+        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
+        code = sinusoid(t, c.levels[0].channels, sin_first=c.sin_first, freq_shift=c.freq_shift)
+        temb: Tensor = self.time(code.to(x.dtype), guidance)
+        if self.added is not None and added is not None:
+            pooled, ids = added
+            sizes = sinusoid(ids.flatten(), c.added_sinusoid).reshape(len(pooled), -1)
+            temb = temb + self.added(torch.cat([pooled.to(temb.dtype), sizes.to(temb.dtype)], dim=-1))
+        return temb
+
+
+class UNet(WayDown):
+    """The noise predictor."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        first, channels, skips = config.levels[0].channels, config.levels[-1].channels, skip_widths(config)
         self.up = nn.ModuleList()
         for i, level in enumerate(reversed(config.levels)):
             inputs = [skips.pop() for _ in range(config.layers + 1)]
@@ -57,13 +81,15 @@ class UNet(nn.Module):
         added: tuple[Tensor, Tensor] | None = None,
         guidance: Tensor | None = None,
         residuals: Residuals | None = None,
+        features: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Predict from noisy ``x`` (B, in_channels, H, W) at timestep ``t`` ((B,) or scalar): (B, out_channels, H, W).
 
         ``context`` (B, L, context_dim): the encoded prompt. ``added``: SDXL's pooled text (B, D) and sizes (B, 6).
         ``guidance`` (B, guidance_dim): LCM's embedding of the guidance scale. ``residuals``: outputs of a ControlNet,
-        one tensor for every skip in the order of the way down, and one for the middle. Raises :class:`ConfigError` if
-        the prompt or the sizes are missing and this UNet needs them.
+        one tensor for every skip in the order of the way down, and one for the middle. ``features``: outputs of a
+        T2I-Adapter, one tensor for every level of the way down, and perhaps one for the middle. Raises
+        :class:`ConfigError` if the prompt or the sizes are missing and this UNet needs them.
         """
         c = self.config
         check(c.context_dim is None or context is not None, "this UNet reads a prompt: context (B, L, D) is missing")
@@ -71,9 +97,12 @@ class UNet(nn.Module):
         temb = self.embed_time(x, t, added, guidance)
         x = self.conv_in(x)
         skips = [x]
-        for level in self.down:
-            x = level(x, temb, context, skips)
+        each = [*(features or ()), *[None] * (len(self.down) + 1)]
+        for level, feature in zip(self.down, each, strict=False):
+            x = level(x, temb, context, skips, feature)
         x = self.mid(x, temb, context)
+        turn = each[len(self.down)]
+        x = x if turn is None else x + turn
         if residuals is not None:
             skips = [s + r for s, r in zip(skips, residuals[0], strict=True)]
             x = x + residuals[1]
@@ -81,21 +110,6 @@ class UNet(nn.Module):
             x = level(x, temb, context, skips)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
-
-    def embed_time(
-        self, x: Tensor, t: Tensor | float, added: tuple[Tensor, Tensor] | None, guidance: Tensor | None
-    ) -> Tensor:
-        """Embed the timestep and the further conditions as one vector per picture, (B, time_dim)."""
-        c = self.config
-        # One row per picture even if all have the same timestep: computed once and broadcast, the bits would differ.
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        code = sinusoid(t, c.levels[0].channels, sin_first=c.sin_first, freq_shift=c.freq_shift)
-        temb: Tensor = self.time(code.to(x.dtype), guidance)
-        if self.added is not None and added is not None:
-            pooled, ids = added
-            sizes = sinusoid(ids.flatten(), c.added_sinusoid).reshape(len(pooled), -1)
-            temb = temb + self.added(torch.cat([pooled.to(temb.dtype), sizes.to(temb.dtype)], dim=-1))
-        return temb
 
 
 class DownLevel(nn.Module):
@@ -108,15 +122,21 @@ class DownLevel(nn.Module):
         self.attn = nn.ModuleList(attentions(config, level, config.down_depths(level)))
         self.down = None if last else Downsample(level.channels, asymmetric=config.asymmetric_down)
 
-    def forward(self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, temb: Tensor, context: Tensor | None, skips: list[Tensor], feature: Tensor | None = None
+    ) -> Tensor:
         for i, res in enumerate(self.res):
             x = res(x, temb)
             if self.attn:
                 x = self.attn[i](x, context)
             skips.append(x)
+        if feature is not None and self.attn:
+            x = skips[-1] = x + feature
         if self.down is not None:
             x = self.down(x)
             skips.append(x)
+        if feature is not None and not self.attn:  # at half the size: T2I-Adapters for SDXL begin there
+            x = skips[-1] = x + feature
         return x
 
 
@@ -158,6 +178,14 @@ class UpLevel(nn.Module):
         if self.up is not None:
             x = self.up(x, skips[-1].shape[-2:])
         return x
+
+
+def skip_widths(config: UNetConfig) -> list[int]:
+    """Return the channels of every skip, in the order of the way down."""
+    widths = [config.levels[0].channels]
+    for i, level in enumerate(config.levels):
+        widths += [level.channels] * (config.layers + (i < len(config.levels) - 1))
+    return widths
 
 
 def res_block(config: UNetConfig, channels: int, level: Level) -> ResBlock:

@@ -1,4 +1,4 @@
-"""Building a pipeline from tensors and from files, for a class of pipeline that the caller chooses."""
+"""Building a model from tensors and from files, for a class of model that the caller chooses."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from minidiff.config import ModelConfig
+from minidiff.config import ControlConfig, ModelConfig
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy
 from minidiff.storage.identity import identify
 from minidiff.storage.low_memory import LowMemory
 
 if TYPE_CHECKING:
-    from minidiff.pipeline.base import Pipeline
+    from minidiff.pipeline.model import Model
 
-Own = TypeVar("Own", bound="Pipeline")
-Choose = Callable[[ModelConfig, str], type[Own]]  # the class for a config, and the name of its source for errors
+Own = TypeVar("Own", bound="Model")
+AnyConfig = ModelConfig | ControlConfig
+Choose = Callable[[AnyConfig, str], type[Own]]  # the class for a config, and the name of its source for errors
 
 
 def build(
     kind: type[Own],
-    config: ModelConfig,
+    config: AnyConfig,
     tensors: Mapping[str, Lazy],
     device: torch.device | str | None,
     dtype: torch.dtype | None,
@@ -31,7 +32,7 @@ def build(
     hash: str,
     low_memory: bool,
 ) -> Own:
-    """Build a pipeline of class ``kind``; the arguments are those of :func:`minidiff.pipeline.assemble`."""
+    """Build a model of class ``kind``; the arguments are those of :func:`minidiff.pipeline.assemble`."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -43,6 +44,7 @@ def build(
     else:
         checkpoint.fill(parts, tensors, device, dtype, source)
     pipe = kind(config, parts, hash)  # decides which modules stay in float32
+    pipe.name = os.path.basename(os.path.normpath(source))
     pipe.source = identify(config, tensors)
     if low_memory:
         pipe.low_memory = LowMemory(parts, checkpoint.fetching(parts, tensors, device), device)
@@ -59,7 +61,7 @@ def open_file(
     copy: bool,
 ) -> Own:
     """Open a minidiff file; the arguments are those of :func:`minidiff.load`. Raises :class:`CheckpointError`."""
-    found = checkpoint.open_checkpoint(path)
+    found = checkpoint.open_any(path)
     try:
         kind = choose(found.config, str(path))
         tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy

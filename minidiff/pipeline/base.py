@@ -7,7 +7,7 @@ Its two subclasses, with text and without, say what conditions the model and wha
 
 from __future__ import annotations
 
-import os
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -16,29 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from minidiff import programs
-from minidiff.config import ModelConfig, check
+from minidiff.adapters.control import Steering
+from minidiff.config import ControlConfig, ModelConfig, check
 from minidiff.errors import CheckpointError
 from minidiff.models.unet import UNet
-from minidiff.pipeline import assembly
 from minidiff.pipeline.denoise import Progress, Run
-from minidiff.pipeline.guidance import Conditioned
+from minidiff.pipeline.guidance import Conditioned, Network
 from minidiff.pipeline.images import Opened, Pictures
-from minidiff.pipeline.job import Job
+from minidiff.pipeline.job import Job, Predict
 from minidiff.pipeline.latents import FirstSample, Sample
+from minidiff.pipeline.model import Model
 from minidiff.pipeline.png import label, to_pil, to_unit
-from minidiff.pipeline.recipe import Made, Recipe
+from minidiff.pipeline.recipe import Made, Recipe, Steered
 from minidiff.pipeline.request import Output, Request, options
 from minidiff.pipeline.rows import choose_rows, unguided
-from minidiff.precision import apply_policy, check_finite
+from minidiff.precision import check_finite
 from minidiff.programs import Program, img2img
 from minidiff.programs.program_sampler import ProgramSampler
 from minidiff.programs.streams import Streams
 from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule
-from minidiff.storage import checkpoint
-from minidiff.storage.files import Lazy, lazy
-from minidiff.storage.identity import identify
-from minidiff.storage.low_memory import LowMemory
 from minidiff.version import VERSION
 
 if TYPE_CHECKING:
@@ -48,14 +45,10 @@ SamplerChoice = str | Mapping[str, Any] | Sampler[Any, Any] | None
 Own = TypeVar("Own", bound="Pipeline")  # typing.Self needs Python 3.11
 
 
-class Parts(dict[str, nn.Module]):
-    """A model's parts by name, and the adapters that bend them: (file, strength, hash) each, for the recipe."""
-
-    adapters: tuple[tuple[str, float, str], ...] = ()
-
-
-class Pipeline:
+class Pipeline(Model):
     """Base class of the pipelines: the parts, their device and dtype, and the way from a request to a result."""
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, parts: Mapping[str, nn.Module], hash: str = "") -> None:
         """Initialize from ``parts`` by name, as :func:`checkpoint.build` returns them; ``hash``: that of their file.
@@ -63,38 +56,16 @@ class Pipeline:
         Raises :class:`UnsupportedError` for a model that this pipeline cannot run.
         """
         self._check_config(config)
-        for part in parts.values():
-            part.requires_grad_(False)  # training enables it where needed
-        self.config = config
-        self.parts = Parts(parts)
-        self.hash = hash
-        self.source = ""  # identity of the checkpoint that the weights came from, as long as they are unchanged
+        super().__init__(config, parts, hash)
         self.words: tuple[tuple[str, str, str], ...] = ()  # learned words, (file, word, hash), for the recipe
         self.dtype_chosen: str | None = None  # "auto" if the command line chose the dtype, for the recipe
         self.schedule = NoiseSchedule.from_config(config.schedule)
         self.unet = cast(UNet, parts["unet"])
-        self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
-        self.kernels: dict[str, str] = {}  # what "many_keys" chose on this processor
-        self.approximations: dict[str, Any] = {}  # active approximations, which change the result
-        self.low_memory: LowMemory | None = None  # set if the parts take turns in memory
-        apply_policy(config, parts)
 
     @classmethod
-    def load(
-        cls: type[Own],
-        path: str | os.PathLike[str],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        low_memory: bool = False,
-        copy: bool = False,
-    ) -> Own:
-        """Open a minidiff file as :func:`minidiff.load` does. Raises :class:`CheckpointError`, also for a model of
-        another kind: with text or without."""
-        return assembly.open_file(path, cls._own, device, dtype, low_memory, copy)
-
-    @classmethod
-    def _own(cls: type[Own], config: ModelConfig, source: str) -> type[Own]:
+    def _own(cls: type[Own], config: ModelConfig | ControlConfig, source: str) -> type[Own]:
+        if isinstance(config, ControlConfig):
+            raise CheckpointError(f"{source}: a {config.family}, which steers a model; open it by ControlModel.load")
         if not cls.fits(config):
             raise CheckpointError(f"{source}: a {config.family} model, {cls._others}")
         return cls
@@ -113,61 +84,15 @@ class Pipeline:
 
     def __repr__(self) -> str:
         """Summary in a few lines: family, parts with their sizes, and active speed-ups."""
-        sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in self.parts.items()}
-        parts = ", ".join(f"{name} {count / 1e6:.4g} M" for name, count in sizes.items())
         factor = 1 if self.config.vae is None else self.config.vae.factor
         height, width = (side * factor for side in self.unet.config.sides)
         size, sampler = f"{width} x {height}", self.config.sampler.get("name", "none of its own")
-        lines = [
-            f"{type(self).__name__}: {self.config.family}, {size} pixels, predicts {self.schedule.prediction}",
-            f"parts (parameters): {parts}; {str(self.dtype).removeprefix('torch.')} on {self.device}",
-            f"sampler: {sampler}",
-        ]
-        if self.low_memory is not None:
-            lines.append("low memory: the parts take turns")
-        if self.fast:
-            lines.append(f"fast: {', '.join(self.fast)}")
-        if self.approximations:
-            lines.append(f"approximate: {', '.join(f'{k}={v}' for k, v in self.approximations.items())}")
-        return "\n  ".join(lines)
+        first = f"{type(self).__name__}: {self.config.family}, {size} pixels, predicts {self.schedule.prediction}"
+        return "\n  ".join([first, self._sizes(), f"sampler: {sampler}", *self._done()])
 
     @property
-    def device(self) -> torch.device:
-        """Device of the UNet."""
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype in which the UNet computes."""
-        return self.unet.conv_in.weight.dtype
-
-    @property
-    def identity(self) -> str:
-        """Identity of the model in recipes (``identity.py``): that of its checkpoint, or that of the weights in memory
-        if they came from no checkpoint or have been trained since."""
-        return self.source or identify(self.config, self._tensors())
-
-    def _tensors(self) -> dict[str, Lazy]:
-        return {f"{n}.{k}": lazy(t) for n, part in self.parts.items() for k, t in part.state_dict().items()}
-
-    def to(self: Own, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Own:
-        """Move and convert every part in place. Modules that overflow in float16 stay in float32 (``precision.py``).
-
-        Raises :class:`ConfigError` if the parts take turns in memory (``low_memory``).
-        """
-        check(
-            self.low_memory is None,
-            f"the parts of this model take turns on {self.device}, in {self.dtype}: that is final",
-        )
-        for part in self.parts.values():
-            part.to(device=device, dtype=dtype)
-        apply_policy(self.config, self.parts)
-        return self
-
-    def save(self, path: str | os.PathLike[str]) -> str:
-        """Write the model to one minidiff file and return its content hash. Raises :class:`CheckpointError`."""
-        self.hash = checkpoint.write_checkpoint(path, self.config, self._tensors())
-        return self.hash
+    def _weight(self) -> Tensor:
+        return self.unet.conv_in.weight
 
     def sampler(self, choice: SamplerChoice = None) -> Sampler[Any, Any]:
         """Return the sampler for ``choice``: a name, {"name": ..., options}, a Sampler, or None for the checkpoint's
@@ -187,8 +112,12 @@ class Pipeline:
         config, total = self.config, len(self.schedule)
         count = request.num_images * self._prompts_of(request)
         opened = self._pictures(request)
-        shape = (count, *self._shape(request, opened))
+        steering = Steering(self.unet, request.controls or ())
+        factor = 1 if config.vae is None else config.vae.factor
+        own = steering.size(factor) if opened is None else opened.size
+        shape = (count, *self._shape(request, own))
         self._check_memory(shape)
+        steering.fits(config, shape, self.device, self.dtype)
 
         program = programs.read(request.like)
         noise = program.streams(request.seed, count, request.generator)
@@ -202,22 +131,30 @@ class Pipeline:
         alone = unguided(plan, rows, sampler, request, config.schedule.steps)
 
         pictures = None if opened is None else opened.resized()
+        steering.prepare(shape, factor)
+        steered = steering.unets(rows, len(plan.timesteps))
         conditioned = self._conditioned(request, program, shape)
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
         given = self._given(request.latents, shape)
         first = self._first(FirstSample(plan, rows, noised, noise.first, like, given), pictures, request)
+
+        @functools.cache  # rows that predict alike share one function, and with it the tensors of their conditions
+        def way(unet: Network, alone: bool) -> Predict:
+            return (conditioned.alone if alone else conditioned.predict)(unet, first.beside)
 
         return Job(
             plan=plan,
             sampler=sampler,
             rows=rows,
             x=first.x,
-            predict=conditioned.predict(first.beside),
-            instead=dict.fromkeys(alone, conditioned.alone(first.beside)),
+            predict=way(self.unet, False),
+            instead={i: way(steered.get(i, self.unet), i in alone) for i in sorted({*steered, *alone})},
             keep=first.keep,
             draw=lambda like: noise.later(tuple(like.shape), like.dtype, like.device),
             rewind=noise.rewinding(),
-            recipes=self._recipes(request, program, chosen, noise, conditioned, shape, pictures),
+            beside=steering.parts,
+            done=steering.rest,
+            recipes=self._recipes(request, program, chosen, noise, conditioned, shape, pictures, steering.notes),
         )
 
     # What a kind of pipeline decides for itself:
@@ -234,8 +171,8 @@ class Pipeline:
         """Return the image and the mask that the run begins from, opened and not yet resized."""
         return None
 
-    def _shape(self, request: Request, pictures: Opened | None) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of a sample."""
+    def _shape(self, request: Request, own: tuple[int, int] | None) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of a sample. ``own``: height and width in pixels of the picture that is given."""
         raise NotImplementedError
 
     def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
@@ -268,6 +205,7 @@ class Pipeline:
         conditioned: Conditioned,
         shape: tuple[int, ...],
         pictures: Pictures | None,
+        controls: tuple[Steered, ...],
     ) -> tuple[Recipe, ...]:
         """Return the recipe of each picture: the request for it alone, and where it is made."""
         factor = 1 if self.config.vae is None else self.config.vae.factor
@@ -285,6 +223,7 @@ class Pipeline:
             lora_hashes=tuple(hash for _, _, hash in self.parts.adapters),
             embedding=tuple((name, word) for name, word, _ in self.words),
             embedding_hashes=tuple(hash for _, _, hash in self.words),
+            control=controls,
             model=self.config.family,
             model_hash=self.identity,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -329,8 +268,9 @@ class Pipeline:
 
     def _last(self, run: Run, progress: Progress) -> Tensor:
         """Return the finished sample of a run, checked to be finite."""
+        beside = {} if run.job is None else run.job.beside
         x = run.last(progress).x
-        check_finite(x, self.parts, lambda: list(run.again()))
+        check_finite(x, {**beside, **self.parts}, lambda: list(run.again()))
         return x
 
     def run(self, request: Request) -> Run:

@@ -161,7 +161,7 @@ class Run(Iterator[Step]):
             self.work.check()
             self._latest = next(self.trail)
         except StopIteration:
-            self.work.kept.clear()
+            self._end()
             raise
         except Cancelled:
             self.close()
@@ -180,8 +180,14 @@ class Run(Iterator[Step]):
     def close(self) -> None:
         """Stop the run and free its memory. Call it from the thread that iterates."""
         self.trail.close()
+        self._end()
         self.job = None
+
+    def _end(self) -> None:
+        """Free what only the steps need."""
         self.work.kept.clear()
+        if self.job is not None:
+            self.job.done()
 
     def last(self, progress: Progress = False) -> Step:
         """Run the remaining steps and return the last one.

@@ -5,6 +5,7 @@ from typing import Any, Literal, overload
 from PIL import Image
 from torch import Tensor
 
+from minidiff.adapters.control import Control
 from minidiff.noise import Generators
 from minidiff.pipeline.base import Pipeline
 from minidiff.pipeline.denoise import Progress, Run
@@ -36,6 +37,7 @@ class Entrance(Pipeline):
         image: Picture | None = None,
         strength: float | None = None,
         mask: Picture | None = None,
+        controls: Sequence[Control] | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         sizes: Sizes | None = None,
@@ -71,6 +73,7 @@ class Entrance(Pipeline):
         image: Picture | None = None,
         strength: float | None = None,
         mask: Picture | None = None,
+        controls: Sequence[Control] | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         sizes: Sizes | None = None,
@@ -106,6 +109,7 @@ class Entrance(Pipeline):
         image: Picture | None = None,
         strength: float | None = None,
         mask: Picture | None = None,
+        controls: Sequence[Control] | None = None,
         denoising_start: float | None = None,
         denoising_end: float | None = None,
         sizes: Sizes | None = None,

@@ -12,13 +12,31 @@ itself and takes the guidance scale as an input instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from minidiff.models.unet import UNet
+from minidiff.config import UNetConfig
 from minidiff.pipeline.job import Predict, Prediction
+
+
+class Network(Protocol):
+    """A UNet, or what is called as one and calls it (:class:`minidiff.adapters.control.SteeredUNet`)."""
+
+    @property
+    def config(self) -> UNetConfig:
+        """Config of the UNet."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor | None = None,
+        added: tuple[Tensor, Tensor] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict, as :meth:`minidiff.models.unet.UNet.forward` does."""
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
@@ -56,7 +74,7 @@ class Conditions(NamedTuple):
 
 
 def predictor(
-    unet: UNet,
+    unet: Network,
     positive: Conditions,
     negative: Conditions | None,
     scale: float,
@@ -108,11 +126,12 @@ def guidance_code(scale: float, dim: int) -> Tensor:
 class Conditioned(NamedTuple):
     """A model with what conditions it.
 
-    ``predict`` and ``alone``, guided and with the prompt alone, take further input channels (B, C', h, w) or None.
+    ``predict`` and ``alone``, guided and with the prompt alone, take the UNet, which may be steered by controls, and
+    further input channels (B, C', h, w) or None.
     ``told``: for each picture, the fields of its request that say so. ``text``: the model reads a prompt.
     """
 
-    predict: Callable[[Tensor | None], Predict]
-    alone: Callable[[Tensor | None], Predict]
+    predict: Callable[[Network, Tensor | None], Predict]
+    alone: Callable[[Network, Tensor | None], Predict]
     told: Sequence[Mapping[str, Any]]
     text: bool

@@ -74,11 +74,11 @@ class Opened:
 
     def resized(self) -> Pictures:
         """Return the pictures as numbers, resized. Raises :class:`ConfigError` for tensors with values out of range."""
-        mask = None if self.mask is None else (_numbers(self.mask, self.size, "L", 1, "mask") >= MASKED).float()
+        mask = None if self.mask is None else (numbers(self.mask, self.size, "L", 1, "mask") >= MASKED).float()
         if self.encoded:
             assert isinstance(self.image, Tensor)
             return Pictures(self.image, True, mask)
-        return Pictures(2.0 * _numbers(self.image, self.size, "RGB", self.channels, "image") - 1.0, False, mask)
+        return Pictures(2.0 * numbers(self.image, self.size, "RGB", self.channels, "image") - 1.0, False, mask)
 
 
 def open_pictures(
@@ -98,7 +98,7 @@ def open_pictures(
     rotated by their Exif orientation, PIL images are not. Raises :class:`ConfigError` for invalid sizes, and
     :class:`CheckpointError` for a file that is missing or not a picture.
     """
-    covered = None if mask is None else _open(mask, "mask")
+    covered = None if mask is None else opened(mask, "mask")
     if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == latent_channels != image_channels:
         check(image.numel() > 0, f"image is a tensor of shape {tuple(image.shape)}, which holds nothing")
         size = (image.shape[2] * factor, image.shape[3] * factor)
@@ -107,7 +107,7 @@ def open_pictures(
             check(given in (None, side), kept)
         _check_mask(covered, size)
         return Opened(image, covered, size, True, image_channels)
-    found = _open(image, "image")
+    found = opened(image, "image")
     own = size_of(found)
     size = (height or own[0] // factor * factor, width or own[1] // factor * factor)
     check(min(size) > 0, f"image of {own[1]} x {own[0]} pixels is too small; {factor} x {factor} is the least")
@@ -122,7 +122,7 @@ def _check_mask(mask: list[Image.Image] | Tensor | None, image: tuple[int, int])
     check(own == image, sizes)
 
 
-def _open(given: Any, name: str) -> list[Image.Image] | Tensor:
+def opened(given: Any, name: str) -> list[Image.Image] | Tensor:
     """Return tensors unchanged, and paths and PIL images as a list of PIL images, 8-bit RGB or L."""
     if isinstance(given, Tensor):
         shape = tuple(given.shape)
@@ -163,16 +163,23 @@ def size_of(found: list[Image.Image] | Tensor) -> tuple[int, int]:
     return found[0].height, found[0].width
 
 
-def _numbers(found: list[Image.Image] | Tensor, size: tuple[int, int], mode: Mode, channels: int, name: str) -> Tensor:
-    """Return resized pictures as (N, channels, H, W) in [0, 1], float32."""
+def numbers(
+    found: list[Image.Image] | Tensor,
+    size: tuple[int, int],
+    mode: Mode,
+    channels: int,
+    name: str,
+    least: float = 0,
+) -> Tensor:
+    """Return resized pictures as (N, channels, H, W) in [0, 1], float32. ``least``: smallest value of a tensor."""
     if isinstance(found, Tensor):
         shape = tuple(found.shape)
         check(found.shape[1] == channels, f"{name} is a tensor of shape {shape}; {channels} channels are wanted")
-        check(found.is_floating_point(), f"{name} is a tensor of {found.dtype}; float values in 0..1 are wanted")
+        wanted = f"in {least:g}..1"
+        check(found.is_floating_point(), f"{name} is a tensor of {found.dtype}; float values {wanted} are wanted")
         low, high = found.aminmax()
-        check(
-            bool(low >= 0) and bool(high <= 1), f"{name} has values from {quote(low.item())} to {high:g}, not in 0..1"
-        )
+        inside = bool(low >= least) and bool(high <= 1)
+        check(inside, f"{name} has values from {quote(low.item())} to {high:g}, not {wanted}")
         found = found.float()
         return found if size_of(found) == size else F.interpolate(found, size=size)
     from PIL import Image

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.pipeline.recipe import Recipe
 from minidiff.samplers.method import Draw, Sampler
@@ -27,6 +27,10 @@ Keep = Callable[[int, Tensor], Tensor]
 """What becomes of the sample after row i: inpainting puts the known part of the picture back."""
 
 
+def nothing() -> None:
+    """Do nothing: the end of most runs."""
+
+
 def as_it_is(i: int, x: Tensor) -> Tensor:
     """Return the sample unchanged: the :data:`Keep` of all other runs."""
     return x
@@ -39,6 +43,7 @@ class Job:
 
     ``predict`` is called at every row, but for those for which ``instead`` names another function. ``keep`` is applied
     after every step. ``draw``: noise of the steps. ``rewind`` sets the sources of noise back to where the run began.
+    ``beside``: networks that take part beside the model's own, by name. ``done`` is called when the run has ended.
     ``recipes``: for each picture, what makes it again.
     """
 
@@ -50,7 +55,9 @@ class Job:
     rows: range = range(0)
     instead: Mapping[int, Predict] = field(default_factory=dict)
     keep: Keep = as_it_is
-    rewind: Callable[[], None] = lambda: None
+    rewind: Callable[[], None] = nothing
+    beside: Mapping[str, nn.Module] = field(default_factory=dict)
+    done: Callable[[], None] = nothing
     recipes: tuple[Recipe, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Pipelines of either kind: from a minidiff file, from tensors, the bundled one, and an untrained one."""
+"""Pipelines of either kind, and controls: from a minidiff file, from tensors, the bundled one, and an untrained one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from importlib.resources import as_file, files
 import torch
 from torch import nn
 
-from minidiff.config import ModelConfig
+from minidiff.adapters.control import ControlModel
+from minidiff.config import ControlConfig, ModelConfig
 from minidiff.errors import UnsupportedError
 from minidiff.models.initial import first_weights
 from minidiff.pipeline import assembly
@@ -24,6 +25,13 @@ BUNDLED = "assets/shapes.safetensors"
 def kind_of(config: ModelConfig, source: str = "") -> type[StableDiffusion] | type[Unconditional]:
     """Return the class of pipeline for ``config``: with a text encoder :class:`StableDiffusion`."""
     return StableDiffusion if StableDiffusion.fits(config) else Unconditional
+
+
+def any_kind_of(
+    config: ModelConfig | ControlConfig, source: str = ""
+) -> type[StableDiffusion] | type[Unconditional] | type[ControlModel]:
+    """Return the class of pipeline for ``config``, or :class:`ControlModel` for that of a control."""
+    return ControlModel if isinstance(config, ControlConfig) else kind_of(config, source)
 
 
 def assemble(
@@ -62,11 +70,12 @@ def load(
     *,
     low_memory: bool = False,
     copy: bool = False,
-) -> StableDiffusion | Unconditional:
-    """Open a minidiff file. ``device``, ``dtype`` and ``low_memory`` are described in :func:`assemble`.
+) -> StableDiffusion | Unconditional | ControlModel:
+    """Open a minidiff file: a pipeline, or a control beside one. ``device``, ``dtype`` and ``low_memory`` are described
+    in :func:`assemble`.
 
-    :meth:`StableDiffusion.load` and :meth:`Unconditional.load` do the same for a known kind of model, and have that
-    return type.
+    :meth:`StableDiffusion.load`, :meth:`Unconditional.load` and :meth:`ControlModel.load` do the same for a known kind
+    of model, and have that return type.
 
     Weights that need no conversion to another device or dtype are memory-mapped. Writing into the file while it is in
     use changes them, and truncating it ends the process with SIGBUS on the next access. Replacing the file by another
@@ -76,7 +85,7 @@ def load(
     Raises :class:`CheckpointError` if ``path`` is not a minidiff file, and :class:`ConfigError` for ``copy`` together
     with ``low_memory``.
     """
-    return assembly.open_file(path, kind_of, device, dtype, low_memory, copy)
+    return assembly.open_file(path, any_kind_of, device, dtype, low_memory, copy)
 
 
 def bundled(

@@ -29,6 +29,21 @@ class Origin(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Steered:
+    """A control of a run (:class:`minidiff.Control`): its file and its picture, by name and hash, and its settings."""
+
+    name: str | None = None
+    hash: str | None = None
+    picture: str | None = None
+    picture_hash: str | None = None
+    weight: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    soft: float = 1.0
+    guess: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Made:
     """Circumstances in which a picture was made: model, device, adapters, versions; None or empty if not applicable.
 
@@ -36,6 +51,7 @@ class Made:
     ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: what chose the dtype, if not the caller.
     ``kernels``: those of attention that :mod:`minidiff.fast` chose, by number of keys.
     ``lora``: (file, strength), ``embedding``: (file, word), each with its hash at the same place of the list below.
+    ``control``: the controls.
     """
 
     place: int | None = None
@@ -44,6 +60,7 @@ class Made:
     lora_hashes: tuple[str, ...] = ()
     embedding: tuple[tuple[str, str | None], ...] = ()
     embedding_hashes: tuple[str, ...] = ()
+    control: tuple[Steered, ...] = ()
     model: str | None = None
     model_hash: str | None = None
     dtype: str | None = None

@@ -28,6 +28,7 @@ from minidiff.config import check, one_of, quote
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from minidiff.adapters.control import Control
     from minidiff.noise import Generators
     from minidiff.pipeline.denoise import Progress
     from minidiff.pipeline.images import Picture
@@ -142,6 +143,12 @@ def texts(name: str, value: Any) -> None:
 def output_kind(name: str, value: Any) -> None:
     """Rule: one of the kinds of :data:`Output`."""
     one_of(("pil", "tensor", "latent"), **{name: value})
+
+
+def steering(name: str, value: Any) -> None:
+    """Rule: a list of :class:`minidiff.Control`."""
+    many = isinstance(value, (list, tuple)) and all(hasattr(one, "model") and hasattr(one, "picture") for one in value)
+    check(many, f"{name} must be a list of controls, [minidiff.Control(model, picture), ...]; got {quote(type(value))}")
 
 
 def shown(name: str, value: Any) -> None:
@@ -357,7 +364,7 @@ class Request:
     )
     height: int | None = ask(
         None,
-        "in pixels, divisible by 8 (default: the training size, or that of --image)",
+        "in pixels, divisible by 8 (default: that of --image or --control, or of training)",
         flag="--height",
         metavar="N",
         read=read_whole,
@@ -368,7 +375,7 @@ class Request:
     )
     width: int | None = ask(
         None,
-        "in pixels, divisible by 8 (default: the training size, or that of --image)",
+        "in pixels, divisible by 8 (default: that of --image or --control, or of training)",
         flag="--width",
         metavar="N",
         read=read_whole,
@@ -424,6 +431,12 @@ class Request:
         flag="--mask",
         metavar="FILE",
         group="from a picture",
+    )
+    controls: Sequence[Control] | None = ask(
+        None,
+        "networks that steer the run by a picture of their own: ControlNets, T2I-Adapters",
+        "A list of :class:`minidiff.Control`.",
+        rule=steering,
     )
     denoising_start: float | None = ask(
         None,

@@ -128,10 +128,12 @@ class StableDiffusion(Entrance):
         asked = (request.image, request.mask, request.height, request.width)
         return images.open_pictures(*asked, c.factor, c.latent_channels, c.image_channels)
 
-    def _shape(self, request: Request, pictures: Opened | None) -> tuple[int, int, int]:
-        """Return the shape (C, h, w) of a picture's latents: the size asked for, the image's, or that of training."""
+    def _shape(self, request: Request, own: tuple[int, int] | None) -> tuple[int, int, int]:
+        """Return the shape (C, h, w) of a picture's latents: the size asked for, that of the picture that is given, or
+        that of training."""
         factor, sides = self.vae.config.factor, self.unet.config.sides
-        height, width = (request.height, request.width) if pictures is None else pictures.size
+        height, width = own or (None, None)
+        height, width = request.height or height, request.width or width
         h, w = height // factor if height else sides[0], width // factor if width else sides[1]
         return self.vae.config.latent_channels, h, w
 
@@ -165,8 +167,8 @@ class StableDiffusion(Entrance):
             for k in range(shape[0])
         ]
         return Conditioned(
-            predict=lambda beside: predictor(self.unet, positive, negative, scale, beside, r.guidance_rescale),
-            alone=lambda beside: predictor(self.unet, positive, None, scale, beside),
+            predict=lambda unet, beside: predictor(unet, positive, negative, scale, beside, r.guidance_rescale),
+            alone=lambda unet, beside: predictor(unet, positive, None, scale, beside),
             told=told,
             text=True,
         )

@@ -14,7 +14,6 @@ from minidiff.noise import Generators
 from minidiff.pipeline.base import Pipeline, SamplerChoice
 from minidiff.pipeline.denoise import Progress, Run
 from minidiff.pipeline.guidance import Conditioned
-from minidiff.pipeline.images import Opened
 from minidiff.pipeline.job import Prediction
 from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.request import Output, Request, Seed, count, options
@@ -149,7 +148,7 @@ class Unconditional(Pipeline):
             why = f"a {self.config.family} model begins from noise alone, and reads no text"
             raise ConfigError(f"{name}= is given, and {why}; leave it out")
 
-    def _shape(self, request: Request, pictures: Opened | None) -> tuple[int, int, int]:
+    def _shape(self, request: Request, own: tuple[int, int] | None) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of a sample, which is pixels."""
         return self.unet.config.in_channels, *self.unet.config.sides
 
@@ -165,4 +164,6 @@ class Unconditional(Pipeline):
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return Prediction(self.unet(x, t))
 
-        return Conditioned(lambda beside: predict, lambda beside: predict, [{"prompt": None}] * shape[0], text=False)
+        return Conditioned(
+            lambda unet, beside: predict, lambda unet, beside: predict, [{"prompt": None}] * shape[0], text=False
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from minidiff.config import (
     CLIPTextConfig,
+    ControlConfig,
+    ControlNetConfig,
     ModelConfig,
+    T2IAdapterConfig,
     TAESDConfig,
     UNetConfig,
     VAEConfig,
@@ -29,6 +32,8 @@ from minidiff.config import (
 )
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.models.clip import CLIPText
+from minidiff.models.control import ControlNet
+from minidiff.models.t2i_adapter import T2IAdapter
 from minidiff.models.taesd import TAESD
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
@@ -39,24 +44,36 @@ from minidiff.storage.writing import Existing
 VERSION = "1"
 VERSION_KEY = "minidiff.version"
 CONFIG_KEY = "minidiff.config"
+CONTROL_KEY = "minidiff.control"  # in its place in the file of a control
 ELSEWHERE = "`minidiff convert` converts it, and weights_convert.load opens it unconverted"
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-MODELS: dict[type, type[nn.Module]] = {UNetConfig: UNet, VAEConfig: VAE, TAESDConfig: TAESD, CLIPTextConfig: CLIPText}
+CONTROL_PARTS = ("control",)
+MODELS: dict[type, type[nn.Module]] = {
+    UNetConfig: UNet,
+    VAEConfig: VAE,
+    TAESDConfig: TAESD,
+    CLIPTextConfig: CLIPText,
+    ControlNetConfig: ControlNet,
+    T2IAdapterConfig: T2IAdapter,
+}
+AnyConfig = ModelConfig | ControlConfig
+Config = TypeVar("Config", bound=AnyConfig, covariant=True)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Generic[Config]):
     """An open minidiff file: its config, its tensors (not read yet) and its content hash."""
 
-    config: ModelConfig
+    config: Config
     file: TensorFile
     hash: str
 
 
-def build(config: ModelConfig) -> dict[str, nn.Module]:
+def build(config: AnyConfig) -> dict[str, nn.Module]:
     """Build the parts of a checkpoint by name on the meta device: all shapes, without memory or initial weights."""
+    names = PARTS if isinstance(config, ModelConfig) else CONTROL_PARTS
     with torch.device("meta"), _Undrawn():
-        configs = ((name, getattr(config, name)) for name in PARTS)
+        configs = ((name, getattr(config, name)) for name in names)
         return {name: _make(MODELS[type(c)], c).eval() for name, c in configs if c is not None}
 
 
@@ -167,7 +184,7 @@ def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dty
 
 
 def write_checkpoint(
-    path: str | os.PathLike[str], config: ModelConfig, tensors: Mapping[str, Lazy], existing: Existing = "replace"
+    path: str | os.PathLike[str], config: AnyConfig, tensors: Mapping[str, Lazy], existing: Existing = "replace"
 ) -> str:
     """Write a minidiff file atomically, streaming; return its content hash (64 hex digits).
 
@@ -178,7 +195,8 @@ def write_checkpoint(
     parts = build(config)
     account(parts, tensors, str(path))
     tensors = {f"{name}.{key}": tensors[f"{name}.{key}"] for name, part in parts.items() for key in part.state_dict()}
-    header = {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: to_json(config)}
+    key = CONFIG_KEY if isinstance(config, ModelConfig) else CONTROL_KEY
+    header = {"format": "pt", VERSION_KEY: VERSION, key: to_json(config)}
     return write_tensors(path, tensors, header, existing)
 
 
@@ -187,8 +205,25 @@ def is_minidiff(metadata: Mapping[str, str]) -> bool:
     return VERSION_KEY in metadata
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a minidiff file; no tensor is read.
+def is_control(metadata: Mapping[str, str]) -> bool:
+    """Return True if a minidiff file's header is that of a control, not of a model."""
+    return CONTROL_KEY in metadata
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint[ModelConfig]:
+    """Open the minidiff file of a model; no tensor is read.
+
+    Raises :class:`CheckpointError` for anything but a minidiff file of a known version, and for that of a control.
+    """
+    found = open_any(path)
+    if isinstance(found.config, ControlConfig):
+        found.file.close()
+        raise CheckpointError(f"{path}: {found.config.family}, a control beside a model, is no model; give it as one")
+    return cast(Checkpoint[ModelConfig], found)
+
+
+def open_any(path: str | os.PathLike[str]) -> Checkpoint[AnyConfig]:
+    """Open the minidiff file of a model or of a control; no tensor is read.
 
     Raises :class:`CheckpointError` for anything but a minidiff file of a known version.
     """
@@ -205,8 +240,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path}: format version {quote(version)}, this minidiff reads {VERSION!r}; update minidiff"
         )
     check_header(path)
+    config: AnyConfig
     try:
-        config = from_json(ModelConfig, file.metadata.get(CONFIG_KEY, ""))
+        if is_control(file.metadata):
+            config = from_json(ControlConfig, file.metadata[CONTROL_KEY])
+        else:
+            config = from_json(ModelConfig, file.metadata.get(CONFIG_KEY, ""))
     except ConfigError as e:
         raise CheckpointError(f"{path}: its config cannot be used ({e})") from None
     return Checkpoint(config, file, file.metadata.get(HASH_KEY, ""))

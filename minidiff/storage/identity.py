@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import ModelConfig
+from minidiff.config import ControlConfig, ModelConfig
 from minidiff.storage.files import Lazy
 
 SAMPLES = 16  # values of each tensor, evenly spaced from the first on, and the last
 DIGITS = 32
 
 
-def identify(config: ModelConfig, tensors: Mapping[str, Lazy]) -> str:
+def identify(config: ModelConfig | ControlConfig, tensors: Mapping[str, Lazy]) -> str:
     """Return the identity of the model with these tensors, by name, as 32 hex digits."""
     table = {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())}
     told = _told(config)

@@ -106,15 +106,16 @@ class LowMemory:
         self.now = group
 
     def free(self) -> None:
-        """Free the weights in memory."""
-        self.now = None
-        for slot in self._all():
-            if slot.here:
-                slot.put(slot.rest)
-                # A replacement of a layer's forward (minidiff.fast) may have derived something from its weight.
-                forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
-                if forget is not None:
-                    forget()
+        """Free the weights in memory, as soon as no thread works with them."""
+        with self.working:
+            self.now = None
+            for slot in self._all():
+                if slot.here:
+                    slot.put(slot.rest)
+                    # A replacement of a layer's forward (minidiff.fast) may have derived something from its weight.
+                    forget = getattr(slot.layer.__dict__.get("forward"), "forget", None)
+                    if forget is not None:
+                        forget()
 
     def remove(self) -> None:
         """Restore the parameters of every part. Calling it twice is harmless."""

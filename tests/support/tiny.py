@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from minidiff import ControlModel
 from minidiff.config import (
     CLIPTextConfig,
+    ControlConfig,
+    ControlNetConfig,
     Level,
     ModelConfig,
     ScheduleConfig,
+    T2IAdapterConfig,
     TokenizerConfig,
     UNetConfig,
     VAEConfig,
@@ -22,6 +27,7 @@ from minidiff.pipeline import StableDiffusion, Unconditional, random_model
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.rows import choose_rows
 from minidiff.programs import img2img
+from minidiff.storage.checkpoint import build
 
 UNET = UNetConfig(
     levels=(text(16, 2), Level(channels=24)), mid=text(24, 3), context_dim=16, layers=1, groups=8, sample_size=8
@@ -117,3 +123,24 @@ def rows_of(
     order = getattr(sampler, "order", 1)
     entry = img2img.whole(steps) if strength is None else img2img.entry("diffusers", steps, strength)
     return choose_rows(plan, order, entry, request, 1000)[0]
+
+
+def tiny_controlnet(seed: int = 5, config: ModelConfig = SD, **options: Any) -> ControlModel:
+    """A ControlNet for the tiny models."""
+    c = config.unet
+    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+    return tiny_control(ControlNetConfig(**{**fields, "hint_widths": (4, 4, 8, 8), **options}), seed)
+
+
+def tiny_adapter(seed: int = 6, **options: Any) -> ControlModel:
+    """A T2I-Adapter for the tiny text-to-image model."""
+    return tiny_control(T2IAdapterConfig(**{"channels": (16, 24), "layers": 1, **options}), seed)
+
+
+def tiny_control(config: ControlNetConfig | T2IAdapterConfig, seed: int) -> ControlModel:
+    """A control with every weight drawn anew."""
+    known = ControlConfig(family="tiny control", control=config)
+    parts = {name: part.to_empty(device="cpu") for name, part in build(known).items()}
+    for part in parts.values():
+        redraw(part, seed)
+    return ControlModel(known, parts)

@@ -37,6 +37,7 @@ LAYERS: dict[str, int] = {
     "minidiff.programs": 4,
     "minidiff.pipeline": 5,
     "minidiff.adapters": 6,
+    "minidiff.adapters.control": 5,
     "minidiff.fast": 6,
     "minidiff.parity": 7,
     "minidiff.training": 7,

@@ -34,6 +34,7 @@ from typing import Any, Literal, overload
 from PIL import Image
 from torch import Tensor
 
+from minidiff.adapters.control import Control
 from minidiff.noise import Generators
 from minidiff.pipeline.base import Pipeline
 from minidiff.pipeline.denoise import Progress, Run
