@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
-from minidiff.cli import convert, generate, info, parity, plan, probe, train
+from minidiff.cli import convert, generate, info, parity, plan, probe, tokens, train
 from minidiff.config import quote
 from minidiff.console import Parser, guard, open_standard_streams
 from minidiff.console.spelling import near
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "plan": plan.run,
     "train": train.run,
     "probe": probe.run,
+    "tokens": tokens.run,
     **dict.fromkeys(("parity", "parity record", "parity compare"), parity.run),
 }
 
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidiff {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     top.epilog = "`minidiff COMMAND --help` explains a command."
-    for add in (generate.add, info.add, convert.add, plan.add, train.add, parity.add, probe.add):
+    for add in (generate.add, info.add, convert.add, plan.add, train.add, parity.add, probe.add, tokens.add):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_o
 from minidiff.cli.options import DTYPES, about, add_options, add_parts, add_set, given, sampler_list
 from minidiff.console import say, show
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.request import Request, options, read_number, read_size
+from minidiff.pipeline.request import PROMPT_STYLES, Request, options, read_number, read_size
 from minidiff.storage.reading import missing
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ ELSEWHERE = {
     "cuda": "--device cuda",
     "overwrite": "--force",
 }
+SIGNS = re.compile(r"[()\[\]]|\b(?:BREAK|AND)\b")  # that mean something in a1111 or comfyui
 EXAMPLES = """\
 examples:
   minidiff generate "a large red star on a blue background" --out star.png
@@ -315,6 +317,9 @@ def _remark(
     if args.dtype == "auto" and not args.quiet:
         why = ": this processor is faster in it; --dtype float32 is more exact" if precision == "bfloat16" else ""
         say(f"computing in {precision} on {pipe.device} (--dtype auto{why if pipe.device.type == 'cpu' else ''})")
+    hint = None if args.quiet else dialect_hint(made)
+    if hint is not None:
+        say(hint)
     advice = machine.crowded() if pipe.device.type == "cpu" and not args.quiet else None
     if advice is not None:
         say(advice)
@@ -322,6 +327,15 @@ def _remark(
         say("float16 on the CPU can be a thousand times slower; --dtype float32 is safe", "warning")
     for difference in differences(recipe, made, pipe, args) if recipe is not None else ():
         say(difference, "warning")
+
+
+def dialect_hint(made: Mapping[str, Any]) -> str | None:
+    """Return a hint for a prompt with signs that the program of ``--like`` gives a meaning, and that are plain here."""
+    program = str(made.get("like", "")).partition(":")[0]
+    prompts = f"{made.get('prompt')} {made.get('negative_prompt')}"
+    if program not in PROMPT_STYLES or made.get("prompt_style") is not None or not SIGNS.search(prompts):
+        return None
+    return f"--like {program} leaves the prompt as it stands; --prompt-style {program} reads its brackets, too"
 
 
 def _weighted(text: str) -> tuple[str, float]:

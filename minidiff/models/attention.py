@@ -77,12 +77,14 @@ class Attention(nn.Module):
         self.v = Linear(context_dim, dim, bias=bias)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """``mask``: bool, (B, 1, L, M), True where attention is allowed; it takes the place of ``causal``."""
         context = x if context is None else context
         q, k, v = (
             rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.q(x), self.k(context), self.v(context))
         )
-        joined: Tensor = self.out(rearrange(self.kernel(q, k, v, self.causal), "b h l d -> b l (h d)"))
+        mixed = self.kernel(q, k, v, self.causal) if mask is None else F.scaled_dot_product_attention(q, k, v, mask)
+        joined: Tensor = self.out(rearrange(mixed, "b h l d -> b l (h d)"))
         return joined
 
 

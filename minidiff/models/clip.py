@@ -38,15 +38,18 @@ class CLIPText(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else nn.Identity()
 
-    def forward(self, ids: Tensor, skip: int = 0) -> TextOutput:
+    def forward(self, ids: Tensor, skip: int = 0, seen: Tensor | None = None) -> TextOutput:
         """Encode int64 ``ids`` (B, L), with L at most ``config.positions``, to the three outputs used by the families.
 
         ``skip``: take ``last`` and ``penultimate`` that many layers earlier ("clip skip"); ``pooled`` is unchanged.
+        ``seen``: bool (B, L), False for tokens that no token may attend to; without it every token sees all up to it.
         """
-        x = self.token(ids) + self.position.weight[: ids.shape[1]]
+        length = ids.shape[1]
+        x = self.token(ids) + self.position.weight[:length]
+        mask = None if seen is None else seen[:, None, None] & seen.new_ones(length, length).tril()
         states = [x]
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
             states.append(x)
         final = self.norm(x)
         # The first end token: if a prompt is padded with end tokens, the later ones are padding.
@@ -109,8 +112,8 @@ class Layer(nn.Module):
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.fc2 = nn.Linear(config.mlp, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask)
         out: Tensor = x + self.fc2(self.gelu(self.fc1(self.norm2(x))))
         return out
 

@@ -92,8 +92,10 @@ class Tokenizer:
         if not 0 <= config.pad < len(self.vocab):
             raise ConfigError(f"pad={config.pad} is not an id of the vocabulary of {len(self.vocab)} tokens")
         self.start, self.end, self.pad, self.length = self.ids[START], self.ids[END], config.pad, config.length
-        specials = sorted({START, END, self.vocab[self.pad]}, key=len, reverse=True)  # the longest match wins
-        self._special = re.compile(f"({'|'.join(map(re.escape, specials))})")
+        self._special, self._ends = (
+            re.compile(f"({'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})")  # the longest match wins
+            for names in ({START, END, self.vocab[self.pad]}, {START, END})
+        )
         self.added: dict[str, range] = {}  # learned word, normalised -> the ids of its vectors
         free = len(self.vocab)
         for name, count in config.added:
@@ -129,12 +131,15 @@ class Tokenizer:
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), self.length)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text of any length, without start, end and padding. Lone surrogates become U+FFFD."""
+    def encode(self, text: str, *, padding: bool = True) -> list[int]:
+        """Return the ids of a text of any length, without start, end and padding. Lone surrogates become U+FFFD.
+
+        ``padding``: False reads the name of the padding token as any other text, as some programs do.
+        """
         if not isinstance(text, str):
             raise ConfigError(f"a prompt must be a string, got {type(text).__name__}")
         ids: list[int] = []
-        for i, part in enumerate(self._special.split(mend(text))):
+        for i, part in enumerate((self._special if padding else self._ends).split(mend(text))):
             if i % 2:  # re.split puts the separators at odd positions
                 ids.append(self.ids[part])
             else:

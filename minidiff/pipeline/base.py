@@ -127,28 +127,31 @@ class Pipeline(Model):
             entry = program.entry(chosen.name, request.steps, request.taken_strength, total)
         plan = chosen.plan(self.schedule, entry.steps)
         sampler = chosen.inner
-        rows, noised = choose_rows(plan, getattr(sampler, "order", 1), entry, request, config.schedule.steps)
+        order = getattr(sampler, "order", 1)
+        rows, noised = choose_rows(plan, order, entry, request, config.schedule.steps)
         alone = unguided(plan, rows, sampler, request, config.schedule.steps)
 
         pictures = None if opened is None else opened.resized()
         steering.prepare(shape, factor)
         steered = steering.unets(rows, len(plan.timesteps))
-        conditioned = self._conditioned(request, program, shape)
+        conditioned = self._conditioned(request, program, shape, request.steps * order, len(rows))
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
         given = self._given(request.latents, shape)
         first = self._first(FirstSample(plan, rows, noised, noise.first, like, given), pictures, request)
 
         @functools.cache  # rows that predict alike share one function, and with it the tensors of their conditions
-        def way(unet: Network, alone: bool) -> Predict:
-            return (conditioned.alone if alone else conditioned.predict)(unet, first.beside)
+        def way(now: Conditioned, unet: Network, alone: bool) -> Predict:
+            return (now.alone if alone else now.predict)(unet, first.beside)
 
+        usual = (conditioned, self.unet, False)
+        each = {i: (conditioned.at(k), steered.get(i, self.unet), i in alone) for k, i in enumerate(rows)}
         return Job(
             plan=plan,
             sampler=sampler,
             rows=rows,
             x=first.x,
-            predict=way(self.unet, False),
-            instead={i: way(steered.get(i, self.unet), i in alone) for i in sorted({*steered, *alone})},
+            predict=way(*usual),
+            instead={i: way(*how) for i, how in each.items() if how != usual},
             keep=first.keep,
             draw=lambda like: noise.later(tuple(like.shape), like.dtype, like.device),
             rewind=noise.rewinding(),
@@ -175,8 +178,11 @@ class Pipeline(Model):
         """Return the shape (C, h, w) of a sample. ``own``: height and width in pixels of the picture that is given."""
         raise NotImplementedError
 
-    def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
-        """Return the model with its conditions, for samples of ``shape``."""
+    def _conditioned(
+        self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int
+    ) -> Conditioned:
+        """Return the model with its conditions, for samples of ``shape``. A full run makes ``calls`` model calls, this
+        one ``made``."""
         raise NotImplementedError
 
     def _first(self, first: FirstSample, pictures: Pictures | None, request: Request) -> Sample:

@@ -12,6 +12,7 @@ itself and takes the guidance scale as an input instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -67,45 +68,87 @@ class Conditions(NamedTuple):
         """Pooled text and sizes in the form that the UNet takes."""
         return None if self.pooled is None or self.ids is None else (self.pooled, self.ids)
 
-    def after(self, first: Conditions) -> Conditions:
-        """Concatenate ``first`` and this batch into one of twice the size."""
-        pairs = zip(first, self, strict=True)
-        return Conditions(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))  # type: ignore[arg-type]
+    @staticmethod
+    def joined(each: Sequence[Conditions]) -> Conditions:
+        """Concatenate several batches into one."""
+        fields = zip(*each, strict=True)
+        return Conditions(*(None if any(part is None for part in parts) else torch.cat(parts) for parts in fields))  # type: ignore[arg-type]
 
 
 def predictor(
     unet: Network,
-    positive: Conditions,
+    positive: Sequence[Conditions],
     negative: Conditions | None,
     scale: float,
     beside: Tensor | None = None,
     rescaled: float = 0.0,
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> Predict:
     """Return a function (scaled x, t) -> :class:`Prediction`, guided by ``scale`` if ``negative`` is given.
 
+    ``positive``: one conditional, or several with ``weights`` (for each a number a picture): see :func:`compose`.
     ``beside`` (B, C', h, w): further input channels of the UNet, mask and masked picture. ``rescaled``: the amount of
     guidance rescaling (:func:`~minidiff.pipeline.guidance.rescale`).
     """
+    batches = [*positive] if negative is None else [negative, *positive]
+    conditions = batches[0] if len(batches) == 1 else Conditions.joined(batches)
     guidance: Tensor | None = None
     if unet.config.guidance_dim is not None:
-        guidance = guidance_code(scale, unet.config.guidance_dim).to(positive.context).expand(len(positive.context), -1)
+        code = guidance_code(scale, unet.config.guidance_dim)
+        guidance = code.to(conditions.context).expand(len(conditions.context), -1)
 
-    def widen(x: Tensor, beside: Tensor | None) -> Tensor:
-        return x if beside is None else torch.cat([x, beside], dim=1)
+    def each(x: Tensor) -> Tensor:
+        return x if len(batches) == 1 else torch.cat([x] * len(batches))
 
+    wide = None if beside is None else each(beside)
+
+    def call(x: Tensor, t: Tensor) -> Sequence[Tensor]:
+        rows = each(x) if wide is None else torch.cat([each(x), wide], dim=1)
+        return unet(rows, t, conditions.context, conditions.added, guidance).chunk(len(batches))
+
+    if weights is not None:
+        return compose(call, weights, scale, guided=negative is not None, rescaled=rescaled)
     if negative is None:
-        return lambda x, t: Prediction(unet(widen(x, beside), t, positive.context, positive.added, guidance))
-
-    both = positive.after(negative)
-    twice = None if beside is None else torch.cat([beside, beside])
+        return lambda x, t: Prediction(*call(x, t))
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
-        out = unet(widen(torch.cat([x, x]), twice), t, both.context, both.added)
-        unconditional, conditional = out.chunk(2)
+        unconditional, conditional = call(x, t)
         guided = guide(unconditional, conditional, scale)
         if rescaled > 0:
             guided = rescale(guided, conditional, rescaled)
         return Prediction(guided, conditional, unconditional)
+
+    return predict
+
+
+def compose(
+    call: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    weights: Sequence[Sequence[float]],
+    scale: float,
+    *,
+    guided: bool,
+    rescaled: float = 0.0,
+) -> Predict:
+    """Return a function (scaled x, t) -> :class:`Prediction` of u + scale * sum of w (c - u), over several conditionals
+    c with weights w (composable diffusion, Liu et al. 2022, equation 11).
+
+    ``call`` gives u and then every c. Unless ``guided`` it gives no u; then u is the first c, and the scale 1.
+    """
+
+    def total(base: Tensor, conditionals: Sequence[Tensor], scale: float) -> Tensor:
+        out = base
+        for conditional, own in zip(conditionals, weights, strict=True):
+            # a picture at a time: its weight is a number, not a tensor that a card would have to wait for
+            more = [(c - u) * (w * scale) for c, u, w in zip(conditional, base, own, strict=True)]
+            out = out + torch.stack(more)
+        return out
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        first, *others = call(x, t)
+        if not guided:
+            return Prediction(total(first, [first, *others], 1.0))
+        conditional, out = total(first, others, 1.0), total(first, others, scale)
+        return Prediction(rescale(out, conditional, rescaled) if rescaled > 0 else out, conditional, first)
 
     return predict
 
@@ -123,15 +166,22 @@ def guidance_code(scale: float, dim: int) -> Tensor:
     return torch.nn.functional.pad(code, (0, dim % 2))
 
 
-class Conditioned(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Conditioned:
     """A model with what conditions it.
 
     ``predict`` and ``alone``, guided and with the prompt alone, take the UNet, which may be steered by controls, and
     further input channels (B, C', h, w) or None.
-    ``told``: for each picture, the fields of its request that say so. ``text``: the model reads a prompt.
+    ``told``: for each picture, the fields of its request that say so. ``text``: the model reads a prompt. ``later``:
+    what conditions it instead at some model calls, counted from 0, where prompts change on the way.
     """
 
     predict: Callable[[Network, Tensor | None], Predict]
     alone: Callable[[Network, Tensor | None], Predict]
     told: Sequence[Mapping[str, Any]]
     text: bool
+    later: Mapping[int, Conditioned] = field(default_factory=dict)
+
+    def at(self, call: int) -> Conditioned:
+        """Return what conditions the model at that call."""
+        return self.later.get(call, self)

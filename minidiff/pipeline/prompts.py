@@ -68,13 +68,19 @@ def encode(
     """
     contexts: list[Tensor] = []
     for (tokenizer, encoder), own in zip(encoders, texts, strict=True):
-        most = encoder.config.layers - 1
-        whole = isinstance(skip, int) and not isinstance(skip, bool)
-        check(whole and 0 <= skip <= most, f"clip_skip={skip!r} must be a whole number in 0..{most}, for this encoder")
+        checked_skip(encoder, skip)
         warn_of_unknown_words(tokenizer, encoder, own)
         out: TextOutput = encoder(tokenizer(own).to(encoder.token.weight.device), skip)
         contexts.append(getattr(out, layer))
     return torch.cat(contexts, dim=-1) if len(contexts) > 1 else contexts[0], out.pooled
+
+
+def checked_skip(encoder: CLIPText, skip: int) -> int:
+    """Return ``skip``. Raises :class:`ConfigError` unless it is a number of layers that the encoder can do without."""
+    most = encoder.config.layers - 1
+    whole = isinstance(skip, int) and not isinstance(skip, bool)
+    check(whole and 0 <= skip <= most, f"clip_skip={skip!r} must be a whole number in 0..{most}, for this encoder")
+    return skip
 
 
 def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequence[str]) -> None:

@@ -39,6 +39,7 @@ Text = str | Sequence[str]
 Seed = int | Sequence[int]
 Output = Literal["pil", "tensor", "latent"]
 
+PROMPT_STYLES = ("a1111", "comfyui", "compel", "sd_embed")  # of minidiff.pipeline.dialects
 MOST = 10**9  # pictures of a run; pixels of a side
 
 
@@ -149,6 +150,11 @@ def steering(name: str, value: Any) -> None:
     """Rule: a list of :class:`minidiff.Control`."""
     many = isinstance(value, (list, tuple)) and all(hasattr(one, "model") and hasattr(one, "picture") for one in value)
     check(many, f"{name} must be a list of controls, [minidiff.Control(model, picture), ...]; got {quote(type(value))}")
+
+
+def prompt_style(name: str, value: Any) -> None:
+    """Rule: one of :data:`PROMPT_STYLES`."""
+    one_of(PROMPT_STYLES, **{name: value})
 
 
 def shown(name: str, value: Any) -> None:
@@ -477,6 +483,16 @@ class Request:
         "precedence.",
         flag="--like",
         metavar="PROGRAM",
+        kept=str,
+    )
+    prompt_style: str | None = ask(
+        None,
+        "read prompts as another program does, (word:1.3) and all: a1111, comfyui, compel, sd_embed",
+        "Their brackets and long texts (:mod:`minidiff.pipeline.dialects`). None: as they stand, up to 77 tokens. The "
+        "negative prompt is read in the same way, with ``clip_skip``.",
+        flag="--prompt-style",
+        metavar="NAME",
+        rule=prompt_style,
         kept=str,
     )
     prompt_2: Text | None = ask(

@@ -20,6 +20,7 @@ from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
 from minidiff.pipeline import images, prompts
+from minidiff.pipeline.dialects.conditioned import in_dialect
 from minidiff.pipeline.entrance import Entrance
 from minidiff.pipeline.guidance import Conditioned, Conditions, predictor
 from minidiff.pipeline.images import Opened, Pictures
@@ -144,8 +145,12 @@ class StableDiffusion(Entrance):
         sides, at_once = (shape[2] * factor, shape[3] * factor), 0 if tiled else 1 if sliced else count
         check_fits(self.config, count, *sides, device=self.device, size=self.dtype.itemsize, at_once=at_once)
 
-    def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
+    def _conditioned(
+        self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int
+    ) -> Conditioned:
         """Return the UNet with its prompts: encoded, for every picture, guided by the request's scale."""
+        if request.prompt_style is not None:
+            return in_dialect(self, request, program, shape, calls, made)
         r, scale = request, self.own_scale if request.guidance_scale is None else float(request.guidance_scale)
         given = self._prompt(r.prompt, r.prompt_embeds, r.pooled_prompt_embeds, "prompt", r.prompt_2, r.clip_skip)
         # Where guidance cancels out it is left out: half the work. A model that takes the scale as input needs none.
@@ -167,8 +172,8 @@ class StableDiffusion(Entrance):
             for k in range(shape[0])
         ]
         return Conditioned(
-            predict=lambda unet, beside: predictor(unet, positive, negative, scale, beside, r.guidance_rescale),
-            alone=lambda unet, beside: predictor(unet, positive, None, scale, beside),
+            predict=lambda unet, beside: predictor(unet, [positive], negative, scale, beside, r.guidance_rescale),
+            alone=lambda unet, beside: predictor(unet, [positive], None, scale, beside),
             told=told,
             text=True,
         )
@@ -227,6 +232,15 @@ class StableDiffusion(Entrance):
             check(fits, f"pooled_{name}_embeds has shape {tuple(pooled.shape)}; ({len(embeds)}, width) is wanted")
             pooled = pooled.to(self.device, self.dtype)
         return Prompt(embeds.to(self.device, self.dtype), pooled, [None] * len(embeds))
+
+    def _texts(self, given: Text, second: Text | None) -> list[list[str]]:
+        """Return the texts of each prompt, one for every encoder."""
+        texts = prompts.texts_of(given)
+        each = [[text] * len(self.encoders) for text in texts]
+        if second is not None:
+            for own, other in zip(each, self._second(second, len(texts)), strict=True):
+                own[-1] = other
+        return each
 
     def _second(self, given: Text, count: int) -> list[str]:
         """Return the texts for the second encoder, one for each of ``count`` prompts."""

@@ -158,7 +158,9 @@ class Unconditional(Pipeline):
         size = self.dtype.itemsize
         check_fits(self.config, count, height, width, device=self.device, size=size, at_once=count)
 
-    def _conditioned(self, request: Request, program: Program, shape: tuple[int, ...]) -> Conditioned:
+    def _conditioned(
+        self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int
+    ) -> Conditioned:
         """Return the UNet, which nothing conditions."""
 
         def predict(x: Tensor, t: Tensor) -> Prediction:

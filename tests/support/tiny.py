@@ -89,20 +89,20 @@ def redraw(module: nn.Module, seed: int = 0) -> None:
 
 def tiny_sd(seed: int = 0) -> StableDiffusion:
     """A text-to-image model: 8 x 8 latents, 64 x 64 pixels."""
-    return cast(StableDiffusion, _drawn(SD, seed))
+    return cast(StableDiffusion, drawn(SD, seed))
 
 
 def tiny_xl(seed: int = 0) -> StableDiffusion:
     """The same with SDXL's two text encoders."""
-    return cast(StableDiffusion, _drawn(XL, seed))
+    return cast(StableDiffusion, drawn(XL, seed))
 
 
 def tiny_ddpm(seed: int = 0) -> Unconditional:
     """An unconditional model on 8 x 8 pixels."""
-    return cast(Unconditional, _drawn(DDPM, seed))
+    return cast(Unconditional, drawn(DDPM, seed))
 
 
-def _drawn(config: ModelConfig, seed: int) -> StableDiffusion | Unconditional:
+def drawn(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:
     model = random_model(config, seed)
     for part in model.parts.values():
         redraw(part, seed)

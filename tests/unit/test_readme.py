@@ -226,6 +226,7 @@ PAGES = {
     ),
     "minidiff/samplers/README.md": Page(),
     "minidiff/programs/README.md": Page({"sd15.safetensors": minidiff_file}, {'like="a1111:cpu"': shown}),
+    "minidiff/pipeline/dialects/README.md": Page(said={'prompt_style="a1111"': shown}),
     "minidiff/parity/README.md": Page({"sd15.safetensors": minidiff_file}, {"mine.mid.res1.norm1.eps = 1e-5": slip}),
     "minidiff/fast/README.md": Page(
         said={"fast.restore(sd)  # the plain model, bit for bit": quick, "guidance_interval=(0.2, 0.8)": shown},

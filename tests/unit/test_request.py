@@ -229,6 +229,7 @@ def test_what_a_recipe_keeps_is_what_it_reads() -> None:
         "negative_sizes": Sizes(score=3.0),
         "clip_skip": 1,
         "like": "a1111",
+        "prompt_style": "compel",
         "prompt_2": "c",
         "negative_prompt_2": "d",
         "guidance_rescale": 0.7,
