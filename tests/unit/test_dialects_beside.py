@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from minidiff.pipeline.dialects import DIALECTS
 from minidiff.pipeline.dialects.dialect import Reading
 from minidiff.pipeline.recipe import parse
 from minidiff.pipeline.request import PROMPT_STYLES, Request
-from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
+from tests.support.tiny import SD, UNET, drawn, tiny_controlnet, tiny_ddpm, tiny_sd, tiny_xl
 from tests.tolerances import BATCH, assert_close
 
 TOKENIZER = Tokenizer()
@@ -196,9 +197,30 @@ def test_prompts_of_a_batch_do_not_change_each_other(name: str, xl: StableDiffus
         near(together[2 * k : 2 * k + 2], alone)
 
 
+def test_prompts_of_different_length_read_as_each_alone(sd: StableDiffusion) -> None:
+    long = "a lighthouse by the sea, " * 30  # three chunks, and two
+    both = next(sd.steps(long, long[:500], prompt_style="a1111", **STEPS))
+    one, other = (next(sd.steps(text, text, prompt_style="a1111", **STEPS)) for text in (long, long[:500]))
+    near(both.conditional, one.conditional)
+    near(both.unconditional, other.unconditional)
+
+
+def test_controls_steer_every_conditional_and_guess_spares_the_negative_prompt(sd: StableDiffusion) -> None:
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for guess in (False, True):
+        control = minidiff.Control(tiny_controlnet(), picture, guess=guess)
+        asked: dict[str, Any] = {"prompt_style": "a1111", "controls": [control], **STEPS}
+        both, cat, dog = (next(sd.steps(text, "blue, " * 40, **asked)) for text in ("cat AND dog:0.5", "cat", "dog"))
+        free = next(sd.steps("cat", "blue, " * 40, **{**asked, "controls": None}))
+        u = cat.unconditional
+        near(both.conditional, u + (cat.conditional - u) + 0.5 * (dog.conditional - u))
+        assert ((u - free.unconditional).abs().max() < 1e-3) == guess
+        assert not torch.allclose(cat.conditional, free.conditional, atol=1e-2)
+
+
 def test_contexts_that_are_as_long_as_their_texts_may_not_fit_into_one_batch(sd: StableDiffusion) -> None:
     texts = ["a " * 66, "a " * 65, "a " * 63]
-    with pytest.raises(ConfigError, match="texts of 65, 67, 68 tokens do not fit into one batch; make them one by one"):
+    with pytest.raises(ConfigError, match="texts of 65, 67, 68 tokens do not fit into one batch; make their pictures"):
         sd.steps(texts, "b", prompt_style="sd_embed", **STEPS)
 
 
@@ -269,6 +291,10 @@ def test_requests_that_cannot_work(sd: StableDiffusion) -> None:
         sd.steps(["a", "b", "c"], ["d", "e"], prompt_style="a1111", **STEPS)
     with pytest.raises(ConfigError, match="prompt_style= is given"):
         tiny_ddpm().generate(prompt_style="a1111")
+    distilled = drawn(replace(SD, unet=replace(UNET, guidance_dim=8)))
+    assert isinstance(distilled, StableDiffusion)
+    with pytest.raises(ConfigError, match="AND and its weights need guidance"):
+        distilled.steps("a AND b", prompt_style="a1111", **STEPS)
     assert set(PROMPT_STYLES) == set(DIALECTS)
 
 
