@@ -97,6 +97,66 @@ def prepare(work: str, kind: str) -> None:
         weights_convert.convert(root / "folder", root / f"{dtype}.safetensors", dtype=dtype)
 
 
+def prepare_control(work: str, kind: str) -> None:
+    """Write a ControlNet with random weights for the model of ``prepare``, in two layouts, and a picture for it."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    from torchvision.utils import save_image
+
+    import weights_convert
+
+    root = Path(work)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(root / "folder" / "unet")
+    widths = (8, 12, 16) if kind == "tiny" else (16, 32, 96, 256)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    for parameter in net.parameters():
+        if not parameter.any():  # the convolutions that training begins at zero
+            torch.nn.init.normal_(parameter, std=0.01)
+    net.save_pretrained(root / "controlnet")
+    (root / "controlnet.safetensors").unlink(missing_ok=True)
+    weights_convert.convert(root / "controlnet", root / "controlnet.safetensors")
+    side = 32 if kind == "tiny" else 512
+    save_image(torch.rand(3, side, side), root / "edges.png")
+
+
+def controlled(work: str, dtype: str, steps: str) -> None:
+    """Make a picture under a ControlNet, as ``minidiff generate`` does."""
+    import torch
+
+    import minidiff
+    from minidiff import fast
+
+    root, kind = Path(work), getattr(torch, dtype)
+    sd = minidiff.StableDiffusion.load(root / "float32.safetensors", "cpu", kind, low_memory=True)
+    net = minidiff.ControlModel.load(root / "controlnet.safetensors", "cpu", kind, low_memory=True)
+    for model in (sd, net):
+        fast.optimize(model)
+    begun = time.perf_counter()
+    controls = [minidiff.Control(net, root / "edges.png")]
+    image = sd.generate(PROMPT, controls=controls, steps=int(steps), seed=0, progress=False)[0]
+    seconds = time.perf_counter() - begun
+    image.save(root / "ours.png")
+    end(seconds=seconds)
+
+
+def controlled_theirs(work: str, dtype: str, steps: str) -> None:
+    """Make a picture under a ControlNet with diffusers."""
+    import torch
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+    from PIL import Image
+
+    root, kind = Path(work), getattr(torch, dtype)
+    net = ControlNetModel.from_pretrained(root / "controlnet", torch_dtype=kind)
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(root / "folder", controlnet=net, torch_dtype=kind)
+    begun = time.perf_counter()
+    seed = torch.Generator().manual_seed(0)
+    image = pipe(PROMPT, image=Image.open(root / "edges.png"), num_inference_steps=int(steps), generator=seed).images[0]
+    seconds = time.perf_counter() - begun
+    image.save(root / "theirs.png")
+    end(seconds=seconds)
+
+
 def size(parts: Any) -> int:
     """Return the bytes of all weights."""
     return sum(p.numel() * p.element_size() for part in parts for p in part.state_dict().values())
@@ -116,7 +176,10 @@ def end(**facts: Any) -> None:
     os._exit(0)
 
 
-CHILDREN = (picture, ours, theirs, imports, pictures, recipe, prepare)
+CHILDREN = (
+    *(picture, ours, theirs, imports, pictures, recipe, prepare),
+    *(prepare_control, controlled, controlled_theirs),
+)
 
 if __name__ == "__main__":
     name, *arguments = sys.argv[1:]

@@ -51,7 +51,7 @@ def reference(folder: Path) -> tuple[Any, dict[str, dict[str, str]]]:
     """Return diffusers' pipeline of the tiny model, and the names of its modules by those of minidiff's."""
     pipe = theirs.open_pipeline(folder, torch.float32, "cpu")
     ours = tiny_sd()
-    return pipe, pair(ours, pipe, module_names(ours.config))
+    return pipe, pair(ours.parts, pipe, module_names(ours.config))
 
 
 def main() -> None:

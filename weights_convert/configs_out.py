@@ -33,6 +33,8 @@ def config_json(config: AnyConfig) -> dict[str, Any]:
     Raises :class:`UnsupportedError` for a model that the reference's class cannot represent.
     """
     if isinstance(config, ControlNetConfig):
+        unused = {name: getattr(ControlNetConfig, name) for name in ("out_channels", "sample_size", "sample_width")}
+        config = dataclasses.replace(config, **unused)  # what a network without a way up has no use for
         return _checked(config, _controlnet(config), readers.controlnet)
     if isinstance(config, T2IAdapterConfig):
         return _checked(config, _t2i_adapter(config), readers.t2i_adapter)

@@ -19,7 +19,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Control:
     Raises :class:`ConfigError` for values out of range.
     """
 
-    model: ControlModel
+    model: Model  # as type checkers see what minidiff.load returns; anything but a ControlModel is refused
     picture: Picture
     weight: float = 1.0
     low: float = 0.0
@@ -114,7 +114,8 @@ class Control:
 
 @dataclass(eq=False)
 class Prepared:
-    """A control of a run. ``opened``: its picture; ``pixels``: the same as numbers, a row for each picture of the run.
+    """A control of a run. ``opened``: its picture; ``pixels``: the same as numbers, a row for each picture of the run,
+    and ``hash`` of them.
 
     ``features``: those of a T2I-Adapter, likewise. ``hints``: what a ControlNet's first network made of the picture, by
     number of copies in the batch: computed once a run.
@@ -123,17 +124,22 @@ class Prepared:
     control: Control
     where: str
     opened: list[Image.Image] | Tensor
+    hash: str = ""
     pixels: Tensor | None = None
     features: list[Tensor] = field(default_factory=list)
     hints: dict[int, Tensor] = field(default_factory=dict)
 
     @property
+    def model(self) -> ControlModel:
+        return cast(ControlModel, self.control.model)
+
+    @property
     def net(self) -> Any:
-        return self.control.model.net
+        return self.model.net
 
     @property
     def config(self) -> ControlNetConfig | T2IAdapterConfig:
-        return self.control.model.config.control
+        return self.model.config.control
 
     def scales(self, count: int, device: torch.device) -> Sequence[Tensor | float]:
         """Return the factors of ``count`` outputs, the deepest last."""
@@ -242,7 +248,7 @@ class Steering:
         """Raise :class:`ConfigError` for a control that does not fit the model of ``config``, or latents of ``shape``
         (B, C, h, w)."""
         for one in self.controls:
-            model, c = one.control.model, one.config
+            model, c = one.model, one.config
             told = f"{one.where} ({model.name or model.config.family})"
             problem = _problem(c, config, shape)
             check(problem is None, f"{told}: {problem}")
@@ -256,18 +262,19 @@ class Steering:
         self.count = shape[0]
         size = (shape[2] * factor, shape[3] * factor)
         for one in self.controls:
-            model, channels = one.control.model, one.config.image_channels
+            model, channels = one.model, one.config.image_channels
             name = f"{one.where}.picture"
             mode: images.Mode = "L" if channels == 1 else "RGB"
-            pixels = images.numbers(one.opened, size, mode, channels, name, least=-1).to(model.device, model.dtype)
+            found = images.numbers(one.opened, size, mode, channels, name, least=-1)
+            one.hash, pixels = images.digest(found), found.to(model.device, model.dtype)
             if isinstance(one.config, ControlNetConfig):
                 one.pixels = images.spread(pixels, self.count, name).contiguous()
                 continue
-            one.pixels = pixels
             with torch.no_grad():
-                found = one.net(pixels)
+                features = one.net(pixels)
             self.rest()
-            weighed = [_times(f, s) for f, s in zip(found, one.scales(len(found), pixels.device), strict=True)]
+            scales = one.scales(len(features), pixels.device)
+            weighed = [_times(f, s) for f, s in zip(features, scales, strict=True)]
             one.features = [images.spread(f, self.count, name) for f in weighed]
 
     def unets(self, rows: range, total: int) -> dict[int, SteeredUNet]:
@@ -300,10 +307,10 @@ class Steering:
         """What the recipe says of each control."""
         return tuple(
             Steered(
-                name=one.control.model.name or None,
-                hash=one.control.model.identity,
+                name=one.model.name or None,
+                hash=one.model.identity,
                 picture=basename(one.control.picture),
-                picture_hash=None if one.pixels is None else images.digest(one.pixels) or None,
+                picture_hash=one.hash or None,
                 weight=float(one.control.weight),
                 low=float(one.control.low),
                 high=float(one.control.high),
@@ -318,8 +325,8 @@ class Steering:
         they work (``low_memory``)."""
         for one in self.controls:
             one.hints.clear()
-            if one.control.model.low_memory is not None:
-                one.control.model.low_memory.free()
+            if one.model.low_memory is not None:
+                one.model.low_memory.free()
 
 
 def _times(tensor: Tensor, scale: Tensor | float) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 from argparse import Namespace
 from typing import Any
 
+from minidiff.cli.controls import FORM, check_there, open_control, read_control
 from minidiff.cli.opening import device_of, open_model
 from minidiff.cli.options import DTYPES, about, add_options, sampler_list
 from minidiff.pipeline.request import Request, read_number, read_size
@@ -116,6 +117,14 @@ def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     g = p.add_argument_group("run")
     g.add_argument("--prompt", metavar="TEXT", help="(default: a photo of an astronaut riding a horse)")
     add_options({"run": g}, Request, only=tuple(HELP), help=HELP)
+    g.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        type=read_control,
+        metavar=FORM,
+        help="steer by a ControlNet or T2I-Adapter and its picture, resized; may be given several times",
+    )
     g.add_argument("--size", type=read_size, metavar="WxH", help="pixels (default: the model's own, 256x256 at most)")
     g.add_argument("--dtype", choices=dtypes, default="float32", help="precision of the computation (default: float32)")
     g.add_argument("--device", metavar="NAME", default="cpu", help="(default: cpu, where equal bits can be expected)")
@@ -153,5 +162,8 @@ def run(args: Namespace) -> int:
         lambda *what: open_model(*what)[0],
         module_names,
         lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
+        open_control,
     )
+    if args.command != "parity compare":
+        check_there(args)
     return run(args, converter, device_of(getattr(args, "device", "cpu")))

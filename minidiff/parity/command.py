@@ -9,18 +9,20 @@ import os
 import re
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from minidiff import console
-from minidiff.config import ModelConfig
+from minidiff.adapters.control import ControlModel
+from minidiff.config import ControlConfig, ModelConfig
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
-from minidiff.parity import names, recording, start_images, theirs
+from minidiff.parity import controls, names, recording, start_images, theirs
 from minidiff.parity.engine import find
 from minidiff.parity.ours import PROMPT, Asked, Ours, asked
 from minidiff.parity.page import page
@@ -46,12 +48,13 @@ EQUAL, PARTED = 0, 1  # exit statuses
 
 
 class Converter(NamedTuple):
-    """Interface to weights_convert: open a checkpoint as a pipeline, list the pairs of module names of each part, and
-    write a checkpoint of any layout as a diffusers folder."""
+    """Interface to weights_convert: open a checkpoint as a pipeline, list the pairs of module names of each part, write
+    a checkpoint of any layout as a diffusers folder, and open a control to work beside a pipeline."""
 
     open_model: Callable[[str, torch.device | None, torch.dtype | None], Pipe]
-    module_names: Callable[[ModelConfig], dict[str, dict[str, str]]]
+    module_names: Callable[[ModelConfig | ControlConfig], dict[str, dict[str, str]]]
     write_folder: Callable[[str, str], object]
+    open_control: Callable[[str, StableDiffusion], ControlModel]
 
 
 def run(args: Namespace, converter: Converter, device: torch.device | None) -> int:
@@ -71,11 +74,14 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     tell = _teller(args.quiet)
     with tempfile.TemporaryDirectory() as beside:
         pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
-        request = replace(_request(args, pipe), draw_like_diffusers=True)
+        request = replace(_request(args, pipe, converter), draw_like_diffusers=True)
         folder = _folder(args.checkpoint, Path(beside) / "folder", converter, tell)
         reference = theirs.open_pipeline(folder, DTYPES[args.dtype], device)
         if request.image is not None:
             reference = theirs.taking_a_picture(reference, masked=request.mask is not None)
+        if request.controls:
+            written = controls.folders(args.control, Path(beside), converter.write_folder)
+            reference = controls.steered(reference, request.controls, written, DTYPES[args.dtype], device)
         if args.sampler is not None:
             reference, config = theirs.change_scheduler(reference, args.sampler)
             sampler = sampler_from_diffusers(config)
@@ -83,7 +89,12 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
                 known = f"{type(reference).__name__} scales neither the noise nor what the model sees"
                 raise UnsupportedError(f"diffusers cannot run {args.sampler}: {known}; ddpm, ddim and pndm it can")
             request = replace(request, sampler=sampler, eta=getattr(sampler, "eta", 0.0))
-        pairs = pair(pipe, reference, converter.module_names(pipe.config))
+        tables = dict(converter.module_names(pipe.config))
+        for k, control in enumerate(request.controls or ()):
+            tables[f"control.{k}"] = converter.module_names(control.model.config)["control"]
+        pairs = pair(Ours(pipe, request).parts, reference, tables)
+        for block in controls.apart(request.controls or (), pipe.unet.config):
+            del pairs["unet"][block]
         about = {"model": f"{args.checkpoint} ({pipe.config.family})", **_about(pipe, request, args)}
         report = hold(pipe, reference, request, pairs, args, tell)
     return show(replace(report, about=about), args, html)
@@ -96,7 +107,8 @@ def hold(
 
     def run(deep: Deep) -> Report:
         a = Ours(pipe, request, {part: {x: x for x in found} for part, found in pairs.items()}, deep)
-        b = theirs.Theirs(reference, request, theirs.renamed(pairs), deep)
+        steering = controls.options(request.controls or (), reference)
+        b = theirs.Theirs(reference, request, theirs.renamed(pairs), deep, steering=steering)
         a.title, b.title = f"minidiff {VERSION}", f"diffusers {theirs.import_diffusers().__version__}"
         return Report(
             a.title, b.title, *_spread(find(a, b, args.tolerance, judge=args.judge, tell=tell), args.tolerance)
@@ -115,11 +127,11 @@ def _spread(found: tuple[Any, list[str], list[str]], tolerance: float) -> tuple[
     return rows, tolerance, only_a, only_b
 
 
-def pair(pipe: Pipe, reference: Any, tables: Names) -> dict[str, dict[str, str]]:
+def pair(parts: Mapping[str, nn.Module], reference: Any, tables: Names) -> dict[str, dict[str, str]]:
     """Return the modules and blocks that both have: {part: {minidiff's name: the reference's}}."""
     found = {}
     for part, theirs_part in theirs.parts_of(reference).items():
-        ours_part, table = pipe.parts[part], dict(tables[part])
+        ours_part, table = parts[part], dict(tables[part])
         if part.startswith("text_encoder") and hasattr(theirs_part, "text_model"):  # transformers before 5.6
             table = {x: y if y == "text_projection" else f"text_model.{y}" for x, y in table.items()}
         table = {x: y for x, y in table.items() if x not in NOT_CALLED}
@@ -133,7 +145,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     out = _writable(args.out, args)
     assert out is not None
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
-    request = _request(args, pipe)
+    request = _request(args, pipe, converter)
     if args.sampler is not None:
         name = check_name(args.sampler, settable=False)
         request = replace(request, sampler=sampler_from_config({"name": name}))
@@ -193,7 +205,7 @@ def run_of(pipe: Pipe, request: Asked) -> dict[str, Any]:
     }
 
 
-def _request(args: Namespace, pipe: Pipe) -> Asked:
+def _request(args: Namespace, pipe: Pipe, converter: Converter) -> Asked:
     """Return the requested run. Raises :class:`ConfigError` for options that an unconditional model does not take."""
     found = {name: getattr(args, name) for name in TAKEN if getattr(args, name) is not None}
     found["eta"] = getattr(pipe.sampler(None), "eta", 0.0)
@@ -202,11 +214,15 @@ def _request(args: Namespace, pipe: Pipe) -> Asked:
         for option in ("prompt", "negative_prompt", "guidance_scale", "size", "image", "mask", "strength"):
             if getattr(args, option) is not None:
                 raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no {flags[option]}")
+        if args.control:
+            raise ConfigError(f"{args.checkpoint}: a {pipe.config.family} model takes no --control")
         return asked(None, **found)
     config = pipe.vae.config
     height, width = (min(side * config.factor, max(LARGEST, config.factor)) for side in pipe.unet.config.sides)
     height, width = args.size or (height, width)
     start = start_images.start_images(args, pipe, width, height)
+    if args.control:
+        found["controls"] = controls.asked(args.control, pipe, converter.open_control, width, height)
     return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **start})
 
 
@@ -220,6 +236,8 @@ def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
     if r.image is not None:
         run += f", from {args.image or 'a picture made for this'} at strength {r.taken_strength:g}"
         run += f", painting where {args.mask or 'a mask made for this'} is white" if r.mask is not None else ""
+    if r.controls:
+        run += f", under {' and '.join(f'{path}={picture}' for path, picture, _ in args.control)}"
     threads = torch.get_num_threads()
     with_threads = f" with {threads} thread{'s' if threads > 1 else ''}" if pipe.device.type == "cpu" else ""
     return {"run": run, "computed": f"in {args.dtype} on {pipe.device.type}{with_threads}, torch {torch.__version__}"}

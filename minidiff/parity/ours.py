@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minidiff.parity.names import module_names
 from minidiff.parity.stages import Deep, Names, first_step_only, show_noising, show_plan, watched
@@ -54,7 +54,8 @@ class Ours:
         if r.draw_like_diffusers:
             assert isinstance(r.seed, int)
             shown = replace(shown, seed=None, generator=torch.Generator().manual_seed(r.seed))
-        with watched(probe, pipe.parts, self.names or {n: own_names(part) for n, part in pipe.parts.items()}):
+        parts = self.parts
+        with watched(probe, parts, self.names or {n: own_names(part) for n, part in parts.items()}):
             run = pipe.run(shown)
             x = run.last().x
             probe.scope = "decode"
@@ -62,7 +63,16 @@ class Ours:
 
     def wide(self) -> AbstractContextManager[None]:
         """Return a context in which every part is in float64."""
-        return in_float64(self.pipe.parts.values())
+        return in_float64(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks of the run, those of its controls by ``control.0``, ``control.1``, ..."""
+        controls = self.request.controls or ()
+        return {
+            **self.pipe.parts,
+            **{f"control.{k}": control.model.parts["control"] for k, control in enumerate(controls)},
+        }
 
 
 def own_names(module: Any) -> dict[str, str]:

@@ -12,6 +12,7 @@
     step.0/unet/LAYER  step.0/prediction                      its layers, and its output (both halves with guidance)
     step.0/out  step.0/noise  step.0/x                        guided; the sampler's noise; the sample afterwards
     step.0/latents  step.0/added  step.0/noisy                what an ordinary model keeps of a masked picture
+    control.0/LAYER                                           the first control, when it is first called
     decode/vae/LAYER  decode/pixels                           the picture in [0, 1]
 
 LAYER is a module's name in minidiff (``down.0.res.1.conv2``), ``LAYER:in`` its first input tensor. Repeated stages of a
@@ -42,11 +43,12 @@ TEXTS: dict[str, tuple[str, str | None]] = {"text_encoder": ("ids", "context"), 
 # in the sum with the tokens, at ``layers.0:in``.
 NOT_CALLED = ("position",)
 ENCODES = ("encoder", "quant")  # the modules of the VAE that a picture goes in by
+CONTROL, LATER = "control.", ".later"  # the scope of a control, and of its calls after the first
 
 
 def first_step_only(scope: str) -> bool:
     """Return True for the scopes whose layers are shown by default: all but later steps, to fit into memory."""
-    return not scope.startswith("step.") or scope == "step.0"
+    return (not scope.startswith("step.") or scope == "step.0") and not scope.endswith(LATER)
 
 
 @contextmanager
@@ -65,6 +67,15 @@ def watched(probe: Probe, parts: Mapping[str, Any], names: Names) -> Iterator[No
             if part == "vae":
                 pixels: Inputs = ((named("pixels"), 0, ("x", "sample")),)
                 stack.enter_context(probe.watch_root(module.encoder, itertools.repeat("encode"), pixels))
+            if part.startswith(CONTROL):
+                layers = names.get(part, {})
+                calls = itertools.chain([part], itertools.repeat(part + LATER))
+                stack.enter_context(probe.watch_root(module, calls, ()))
+                # minidiff computes the hint once, before the first call of the rest.
+                hint = {name: stage for name, stage in layers.items() if stage.split(".")[0] == "hint"}
+                stack.enter_context(probe.watch(module, hint, part))
+                stack.enter_context(probe.watch(module, {k: v for k, v in layers.items() if k not in hint}))
+                continue
             stages = {name: f"{part}/{stage}" for name, stage in names.get(part, {}).items()}
             if part == "vae":  # it is not called as a whole, but for either half
                 into = {name: stage for name, stage in stages.items() if stage.split("/")[1].split(".")[0] in ENCODES}

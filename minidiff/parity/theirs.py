@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,19 @@ def open_pipeline(folder: str | os.PathLike[str], dtype: torch.dtype, device: to
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     for part in parts_of(pipe).values():
-        for parameter in part.parameters():
-            # A matrix that is mapped from a file may not be aligned to a cache line, and then its product with a vector
-            # is summed in another order. A copy is aligned as in any program that allocates its weights.
-            parameter.data = parameter.data.clone()
+        aligned(part)
     return pipe
+
+
+def aligned(part: Any) -> Any:
+    """Return ``part`` with its weights copied.
+
+    A matrix that is mapped from a file may not be aligned to a cache line, and then its product with a vector is summed
+    in another order. A copy is aligned as in any program that allocates its weights.
+    """
+    for parameter in part.parameters():
+        parameter.data = parameter.data.clone()
+    return part
 
 
 def change_scheduler(pipe: Any, name: str) -> tuple[Any, dict[str, Any]]:
@@ -123,6 +131,7 @@ class Theirs:
     names: Names
     deep: Deep = first_step_only
     title: str = "diffusers"
+    steering: Mapping[str, Any] = field(default_factory=dict)  # what the pipeline is told about controls
 
     def run(self, tap: Tap) -> None:
         """Run from prompt to pixels."""
@@ -144,12 +153,13 @@ class Theirs:
                 size = {"height": r.height, "width": r.width} if "height" in taken else {}  # else the picture's
                 picture = {"image": r.image, "strength": r.taken_strength} if r.image is not None else {}
                 options |= size | picture | ({"mask_image": r.mask} if r.mask is not None else {})
+                options |= self.steering
                 texts: dict[str, Any] = {
                     "prompt": r.prompt,
                     "negative_prompt": r.negative_prompt,
                     "guidance_scale": r.guidance_scale,
                 }
-                pixels = pipe(**texts, **options, output_type="pt").images
+                pixels = picture_of(pipe, {**texts, **options})
             else:
                 images = pipe(batch_size=1, **options, output_type="np").images
                 pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -171,9 +181,26 @@ class Theirs:
                     vae.register_to_config(force_upcast=True)
 
 
+def picture_of(pipe: Any, options: Mapping[str, Any]) -> Tensor:
+    """Return what a pipeline makes, (B, 3, H, W) in [0, 1].
+
+    That for T2I-Adapters of Stable Diffusion decodes in a way of its own, with the reciprocal of the VAE's factor; its
+    latents are decoded as by all others.
+    """
+    if type(pipe).__name__ != "StableDiffusionAdapterPipeline":
+        pixels: Tensor = pipe(**options, output_type="pt").images
+        return pixels
+    latents = pipe(**options, output_type="latent").images
+    raw: Tensor = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return (raw * 0.5 + 0.5).clamp(0, 1)
+
+
 def parts_of(pipe: Any) -> dict[str, Any]:
-    """Return the networks of a pipeline by name."""
-    return {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None) is not None}
+    """Return the networks of a pipeline by name, with its controls."""
+    found = {name: getattr(pipe, name) for name in PARTS if getattr(pipe, name, None) is not None}
+    beside: Any = getattr(pipe, "controlnet", None) or getattr(pipe, "adapter", None)
+    several = getattr(beside, "nets", None) or getattr(beside, "adapters", None) or [beside] * (beside is not None)
+    return found | {f"control.{k}": net for k, net in enumerate(several)}
 
 
 @contextmanager

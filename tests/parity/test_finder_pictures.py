@@ -24,6 +24,7 @@ from minidiff.pipeline import stable_diffusion as pipeline
 from tests.parity.test_finder_plants import REQUEST, Pair
 from tests.parity.test_pipeline_inpaint import mask
 from tests.support.parity import twins
+from tests.support.parity.controls import controlnet_twin, t2i_twin
 from tests.support.parity.pairs import picture
 from weights_convert.module_names import module_names
 
@@ -55,7 +56,7 @@ def opened(folder: Callable[[str], Path]) -> Callable[[str], Pair]:
             request = PICTURE if kind == "refiner" else MASKED
             reference = theirs.open_pipeline(folder(kind), torch.float32, "cpu")
             reference = theirs.taking_a_picture(reference, masked=request.mask is not None)
-            found[kind] = Pair(ours, reference, pair(ours, reference, module_names(ours.config)), request)
+            found[kind] = Pair(ours, reference, pair(ours.parts, reference, module_names(ours.config)), request)
         return found[kind]
 
     return sides
@@ -203,3 +204,42 @@ def test_a_single_file(folder: Callable[[str], Path], tmp_path: Path, capsys: py
     weights_convert.convert(folder("refiner"), tmp_path / "refiner.safetensors")
     status, out = lines(capsys, tmp_path / "refiner.safetensors")
     assert status == 0, out
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_takes_controls(
+    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal layer by layer, as a folder and as a file."""
+    reference = controlnet_twin()
+    reference.save_pretrained(str(tmp_path / "net"))
+    weights_convert.convert(tmp_path / "net", tmp_path / "net.safetensors")
+    picture(50, 37).save(tmp_path / "p.png")
+    one, other = (f"{tmp_path / name}={tmp_path / 'p.png'},0.7" for name in ("net", "net.safetensors"))
+    status, out = lines(
+        capsys, folder("sd1"), "--control", one, "--control", f"{other},0,0.5", "--size", "32x24", "--all"
+    )
+    assert status == 0, out
+    assert sum(line.split()[0].startswith("control.0/hint.conv") for line in out if line) == 12, out
+    assert any(line.startswith("control.1/zero.3 ") for line in out)
+    (run,) = (line for line in out if line.startswith("run "))
+    assert f"under {tmp_path / 'net'}={tmp_path / 'p.png'} and " in run
+    status, out = lines(capsys, folder("sd1"), "--control", one, "--image", tmp_path / "p.png", "--size", "32x24")
+    assert status == 0, out
+
+
+def test_the_command_takes_t2i_adapters(
+    folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    t2i_twin().save_pretrained(str(tmp_path / "adapter"))
+    picture(50, 37).save(tmp_path / "p.png")
+    value = f"{tmp_path / 'adapter'}={tmp_path / 'p.png'}"
+    status, out = lines(
+        capsys, folder("sd1"), "--control", f"{value},0.5", "--control", value, "--size", "32x24", "--all"
+    )
+    assert status == 0, out
+    assert any(line.startswith("control.1/levels.2.res.1.conv2 ") for line in out)
+    status, _ = lines(capsys, folder("sd1"), "--control", f"{value},1,0,0.5", "--size", "32x24")
+    assert status == 2

@@ -60,7 +60,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     ours = weights_convert.load(folder, device="cpu")
     assert isinstance(ours, StableDiffusion)
     theirs, _ = reference(folder)
-    return Pair(ours, theirs, pair(ours, theirs, module_names(ours.config)))
+    return Pair(ours, theirs, pair(ours.parts, theirs, module_names(ours.config)))
 
 
 def test_without_a_slip_every_stage_is_equal(sides: Pair) -> None:

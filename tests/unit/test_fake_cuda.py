@@ -10,6 +10,7 @@ Where there is a card the same tests run on it as well: ``pytest -m cuda``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,11 +22,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from minidiff import Control, ControlModel
 from minidiff.config import (
     CLIPTextConfig,
+    ControlConfig,
+    ControlNetConfig,
     Level,
     ModelConfig,
     ScheduleConfig,
+    T2IAdapterConfig,
     TokenizerConfig,
     UNetConfig,
     VAEConfig,
@@ -35,6 +40,8 @@ from minidiff.fast.deep import Deep
 from minidiff.fast.merge import Merge
 from minidiff.fast.switch import Switch, put_on
 from minidiff.models.clip import CLIPText
+from minidiff.models.control import ControlNet
+from minidiff.models.t2i_adapter import T2IAdapter
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.pipeline import StableDiffusion, from_parts, images
@@ -291,6 +298,22 @@ def lcm(card: AbstractContextManager[Any], dtype: torch.dtype) -> StableDiffusio
     return on_the_card(card, replace(config, unet=replace(config.unet, guidance_dim=16)), dtype)
 
 
+def controls(card: AbstractContextManager[Any], sd: StableDiffusion) -> list[Control]:
+    """A ControlNet in guess mode and a T2I-Adapter, each with a picture."""
+    c = sd.config.unet
+    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)}
+    net = ControlNetConfig(**{**fields, "hint_widths": (4, 4)})
+    adapter = T2IAdapterConfig(channels=(16,), layers=1, factor=sd.vae.config.factor)
+    found = []
+    kinds: tuple[tuple[Any, Any], ...] = ((net, ControlNet), (adapter, T2IAdapter))
+    for config, kind in kinds:
+        part = build(card, kind, config, sd.dtype)
+        model = ControlModel(ControlConfig(family="sd1", control=config), {"control": part})
+        model.source = "known"  # or its identity would be read from weights that are not there
+        found.append(Control(model, torch.rand(1, 3, 8, 8), guess=config is net))
+    return found
+
+
 def on_the_card(card: AbstractContextManager[Any], config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     kinds = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText, "text_encoder_2": CLIPText}
     wanted = {name: kind for name, kind in kinds.items() if getattr(config, name) is not None}
@@ -341,6 +364,23 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PIPELINES = [*((sd1, name, 3) for name in SAMPLERS), (sdxl, "euler", 5), (sdxl, "dpmpp_2m", 5), (lcm, "lcm", 3)]
+
+
+@pytest.mark.usefixtures("unread")
+def test_pipeline_with_controls(card: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pictures go over before the loop, one copy each; within it nothing does."""
+    sd = sd1(card, torch.float16)
+    given = controls(card, sd)
+    for name in ("opened", "numbers", "digest"):  # pictures are looked at on the host, before the loop
+        monkeypatch.setattr(images, name, outside(getattr(images, name)))
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS["ddim"], guard)
+        options: dict[str, Any] = {"steps": 2, "sampler": "ddim", "seed": 0, "output": "tensor", "progress": False}
+        pixels = sd.generate(["a cat", "a dog"], controls=given, **options)
+        assert guard.loop
+        assert len(guard.copies) == 3 + 2, guard.copies
+        check_result(pixels, (2, 3, 8, 8), torch.float16)
 
 
 @pytest.mark.usefixtures("unread")

@@ -265,7 +265,7 @@ def test_modules_of_both_by_their_names(below: bool) -> None:
     ours.alone = nn.Linear(1, 1)
     table = {"norm": "norm", "position": "position", "projection": "text_projection", "alone": "nowhere"}
     found = command.pair(
-        SimpleNamespace(parts={"text_encoder": ours}),  # type: ignore[arg-type]
+        {"text_encoder": ours},
         Pipe(text_encoder=Encoder(below)),
         {"text_encoder": table},
     )
