@@ -15,9 +15,10 @@ so that the picture alone can say what is there (Zhang et al. 2023, section 3.5:
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -156,13 +157,19 @@ class Prepared:
         return self.hints[copies]
 
     def residuals(
-        self, x: Tensor, t: Tensor | float, context: Tensor | None, added: tuple[Tensor, Tensor] | None, count: int
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        context: Tensor | None,
+        added: tuple[Tensor, Tensor] | None,
+        count: int,
+        guided: bool,
     ) -> tuple[list[Tensor], Tensor]:
-        """Return what a ControlNet adds, for a batch of one or more predictions of each of ``count`` pictures, of which
-        the first is that without the prompt."""
+        """Return what a ControlNet adds, for a batch of one or more predictions of each of ``count`` pictures;
+        ``guided``: the first is that without the prompt."""
         c = self.config
         assert isinstance(c, ControlNetConfig)
-        half = (self.control.guess or c.pooled) and len(x) > count
+        half = guided and (self.control.guess or c.pooled)
 
         def own(given: Any) -> Any:
             return given[count:] if half and isinstance(given, Tensor) and given.ndim > 0 else given
@@ -182,10 +189,11 @@ class Prepared:
 
 
 class SteeredUNet:
-    """A UNet under controls, called as the UNet is. ``count``: pictures of the run."""
+    """A UNet under controls, called as the UNet is. ``count``: pictures of the run; ``guided``: the first prediction of
+    each is that without the prompt."""
 
-    def __init__(self, unet: UNet, controls: Sequence[Prepared], count: int) -> None:
-        self.unet, self.count = unet, count
+    def __init__(self, unet: UNet, controls: Sequence[Prepared], count: int, guided: bool) -> None:
+        self.unet, self.count, self.guided = unet, count, guided
         self.nets = [c for c in controls if isinstance(c.config, ControlNetConfig)]
         self.adapters = [c for c in controls if not isinstance(c.config, ControlNetConfig)]
 
@@ -205,7 +213,7 @@ class SteeredUNet:
         """Predict, with the sum of what the controls say."""
         residuals: Residuals | None = None
         for control in self.nets:
-            down, mid = control.residuals(x, t, context, added, self.count)
+            down, mid = control.residuals(x, t, context, added, self.count, self.guided)
             if residuals is not None:
                 down, mid = [a + b for a, b in zip(residuals[0], down, strict=True)], residuals[1] + mid
             residuals = down, mid
@@ -277,8 +285,9 @@ class Steering:
             weighed = [_times(f, s) for f, s in zip(features, scales, strict=True)]
             one.features = [images.spread(f, self.count, name) for f in weighed]
 
-    def unets(self, rows: range, total: int) -> dict[int, SteeredUNet]:
-        """Return the UNet of each row at which a control is at work; ``total``: rows of the whole plan.
+    def unets(self, rows: range, total: int, alone: Collection[int]) -> dict[int, SteeredUNet]:
+        """Return the UNet of each row at which a control is at work. ``total``: rows of the whole plan; ``alone``: rows
+        without guidance.
 
         Raises :class:`ConfigError` for a control that is at work at none.
         """
@@ -287,15 +296,13 @@ class Steering:
             c = one.control
             part = f"low={c.low:g}, high={c.high:g} holds none of the {len(rows)} model calls"
             check(len(where) > 0, f"{one.where}: {part}; take more steps or a larger part")
-        together: dict[tuple[int, ...], SteeredUNet] = {}
-        found = {}
-        for i in rows:
-            which = tuple(k for k, where in enumerate(at_work) if i in where)
-            if which and which not in together:
-                together[which] = SteeredUNet(self.unet, [self.controls[k] for k in which], self.count)
-            if which:
-                found[i] = together[which]
-        return found
+
+        @functools.cache  # rows under the same controls share one
+        def steered(which: tuple[int, ...], guided: bool) -> SteeredUNet:
+            return SteeredUNet(self.unet, [self.controls[k] for k in which], self.count, guided)
+
+        each = {i: tuple(k for k, where in enumerate(at_work) if i in where) for i in rows}
+        return {i: steered(which, i not in alone) for i, which in each.items() if which}
 
     @property
     def parts(self) -> dict[str, nn.Module]:

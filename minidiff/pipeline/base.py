@@ -133,8 +133,8 @@ class Pipeline(Model):
 
         pictures = None if opened is None else opened.resized()
         steering.prepare(shape, factor)
-        steered = steering.unets(rows, len(plan.timesteps))
         conditioned = self._conditioned(request, program, shape, request.steps * order, len(rows))
+        steered = steering.unets(rows, len(plan.timesteps), alone if conditioned.guided else rows)
         like = torch.empty(shape, dtype=self.dtype, device=self.device)
         given = self._given(request.latents, shape)
         first = self._first(FirstSample(plan, rows, noised, noise.first, like, given), pictures, request)

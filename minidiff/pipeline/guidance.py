@@ -172,7 +172,8 @@ class Conditioned:
 
     ``predict`` and ``alone``, guided and with the prompt alone, take the UNet, which may be steered by controls, and
     further input channels (B, C', h, w) or None.
-    ``told``: for each picture, the fields of its request that say so. ``text``: the model reads a prompt. ``later``:
+    ``told``: for each picture, the fields of its request that say so. ``text``: the model reads a prompt. ``guided``:
+    the first prediction of ``predict`` is that without the prompt. ``later``:
     what conditions it instead at some model calls, counted from 0, where prompts change on the way.
     """
 
@@ -180,6 +181,7 @@ class Conditioned:
     alone: Callable[[Network, Tensor | None], Predict]
     told: Sequence[Mapping[str, Any]]
     text: bool
+    guided: bool = False
     later: Mapping[int, Conditioned] = field(default_factory=dict)
 
     def at(self, call: int) -> Conditioned:

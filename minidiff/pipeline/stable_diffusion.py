@@ -176,6 +176,7 @@ class StableDiffusion(Entrance):
             alone=lambda unet, beside: predictor(unet, [positive], None, scale, beside),
             told=told,
             text=True,
+            guided=guided,
         )
 
     def _first(self, first: FirstSample, pictures: Pictures | None, request: Request) -> Sample:

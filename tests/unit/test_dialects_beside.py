@@ -218,6 +218,20 @@ def test_controls_steer_every_conditional_and_guess_spares_the_negative_prompt(s
         assert not torch.allclose(cat.conditional, free.conditional, atol=1e-2)
 
 
+def test_guess_spares_no_conditional_where_there_is_no_guidance(sd: StableDiffusion) -> None:
+    """Outside the guidance interval the first prediction of a batch is that with the first prompt."""
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    control = minidiff.Control(tiny_controlnet(), picture, guess=True)
+    seen: list[Any] = []
+    handle = sd.unet.register_forward_pre_hook(lambda _, args: seen.append(args[5]))
+    asked: dict[str, Any] = {"prompt_style": "a1111", "controls": [control], **STEPS}
+    next(sd.steps("cat AND dog:0.5", guidance_interval=(0.5, 1.0), **asked))
+    next(sd.steps("cat AND dog:0.5", **asked))
+    handle.remove()
+    (alone, guided) = (mid.flatten(1).any(dim=1).tolist() for _, mid in seen)
+    assert (alone, guided) == ([True, True], [False, True, True])
+
+
 def test_contexts_that_are_as_long_as_their_texts_may_not_fit_into_one_batch(sd: StableDiffusion) -> None:
     texts = ["a " * 66, "a " * 65, "a " * 63]
     with pytest.raises(ConfigError, match="texts of 65, 67, 68 tokens do not fit into one batch; make their pictures"):

@@ -65,6 +65,7 @@ def in_dialect(
             alone=lambda unet, beside: predictor(unet, ours, None, scale, beside, 0.0, counts),
             told=told,
             text=True,
+            guided=guided,
         )
 
     told = [_told(request, k // request.num_images, scale) for k in range(shape[0])]
