@@ -1,10 +1,10 @@
 """Record what other programs make of prompts: the fixtures of tests/unit/test_dialects.py.
 
-    python scripts/record_dialects.py --a1111 DIR --comfyui DIR --sd-embed DIR [--out tests/fixtures]
+    python scripts/record_dialects.py --a1111 DIR --comfyui DIR --sd-embed DIR [--out tests/fixtures] [--random N]
 
 It runs in the environment of tests/parity, to which compel and what the programs import are added:
 
-    pip install --no-deps compel==2.5.1 pyparsing lark ftfy wcwidth regex open_clip_torch
+    pip install --no-deps compel==2.5.1 pyparsing lark==1.1.2 ftfy wcwidth regex open_clip_torch
 
 DIR holds a copy of the program's source, of which little is loaded: AUTOMATIC1111/stable-diffusion-webui at 45b8a499
 (modules/prompt_parser.py, sd_hijack_clip.py, sd_hijack_open_clip.py, sd_emphasis.py, sd_samplers_cfg_denoiser.py),
@@ -13,7 +13,9 @@ read), xhinker/sd_embed at 4a47f71 (src/). Nothing of them is kept. What they im
 the fast kernels of their own, is replaced here by the least that does: the settings are the programs' defaults.
 
 The text encoders are tiny and random (tests/support/dialects.py), converted by ``weights_convert`` and loaded by
-transformers. The script says where ours differ from theirs by a single bit.
+transformers. The script says where ours differ from theirs by a single bit; with ``--random N`` also whether N texts of
+random signs and words become the same chunks. Of the web UI some with brackets too many beside a schedule do not: see
+minidiff/pipeline/dialects/schedule.py.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ import argparse
 import importlib
 import importlib.util
 import json
+import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -37,8 +41,42 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import weights_convert  # noqa: E402
+from minidiff.errors import MinidiffError  # noqa: E402
+from minidiff.models.tokenizer import Tokenizer  # noqa: E402
 from minidiff.pipeline import StableDiffusion  # noqa: E402
-from tests.support.dialects import CALLS, PAIRS, TEXTS, Tensors, kept, models, packed, pairs, print_of, spoken  # noqa: E402
+from tests.support.dialects import (  # noqa: E402
+    CALLS,
+    PAIRS,
+    TEXTS,
+    Tensors,
+    facts,
+    folded,
+    kept,
+    models,
+    pairs,
+    print_of,
+    spoken,
+)
+
+WORDS = ["a", "cat", "red house", "it's", "e-mail", "3", "0.5", "1.2", " ", " ", "雪", ",", ".", "\n"]
+SIGNS = {
+    "a1111": [*WORDS, *"()[]()[]:|\\", ":1.3)", ":0.5]", ":3]", "BREAK", " AND ", "[a:b:0.4]", "[c|d]", "(e:0.8)"],
+    "comfyui": [*WORDS, *"()()[]:\\", ":1.3)", "(e:0.8)", "\\(", "BREAK", "many words that are long enough to be cut "],
+    "compel": [
+        *WORDS,
+        *'()()"+-=\\',
+        ")1.3",
+        '")+',
+        "++",
+        ".attend(1.2)",
+        ".blend(",
+        '("a", "b")',
+        ".and(1, 2)",
+        "no_normalize",
+    ],
+    "sd_embed": [*WORDS, *"()[]()[]:\\", ":1.3)", "(e:0.8)", "BREAK"],
+}
+"""What random texts are made of."""
 
 Rows = list[tuple[list[int], list[float]]]
 """Chunks: the ids of each, and the weights."""
@@ -57,10 +95,6 @@ class Program:
     def encode(self, prompt: str, negative: str) -> Tensors:
         """Return what ``tests.support.dialects.spoken`` returns of ours."""
         raise NotImplementedError
-
-
-def folded(rows: Rows) -> list[list[Any]]:
-    return [[packed([int(i) for i in ids]), packed([float(w) for w in weights])] for ids, weights in rows]
 
 
 def stub(name: str, **contents: Any) -> ModuleType:
@@ -304,7 +338,7 @@ class Compel(Program):
             for one in own:
                 ids, weights, _ = provider.get_token_ids_and_expand_weights(*map(list, zip(*one, strict=True)), "cpu")
                 rows = [(i.tolist(), w.tolist()) for i, w in zip(ids.split(77), weights.split(77), strict=True)]
-                chunks.append(folded([(i, [round(x, 6) for x in w]) for i, w in rows]))
+                chunks.append(folded(rows, 6))
             shares, normalize = (prompt.weights, prompt.normalize_weights) if blended else ([1.0], True)
             clauses.append([own, shares, normalize, blended, weight, chunks])
         return {"clauses": clauses}
@@ -372,6 +406,7 @@ def main() -> None:
     for option in ("--a1111", "--comfyui", "--sd-embed"):
         parser.add_argument(option, type=Path, required=True, metavar="DIR", help="a copy of the program's source")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "fixtures")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="random texts to compare (default: none)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     load_a1111(args.a1111)
@@ -400,10 +435,37 @@ def main() -> None:
                         found, own = theirs.refine(prompt, negative), spoken(ours, name, prompt, negative, refiner=True)
                         report(f"{name} refiner {prompt[:40]!r}", found, own)
                         tensors |= {f"{name}.refiner.{n}.{k}": print_of(z).clone() for k, z in found.items()}
+                if kind != "sdxl":
+                    told_apart(theirs, name, ours.tokenizer, args.random)
                 print(f"{name} {kind}: {equal} of {len(pairs(name))} prompts equal to the bit")
     told["composed"] = composed()
     (args.out / "dialects.json").write_text(json.dumps(told, separators=(",", ":")) + "\n", encoding="utf-8")
     save_file(tensors, args.out / "dialects.safetensors")
+
+
+def told_apart(theirs: Program, name: str, tokenizer: Tokenizer, count: int) -> None:
+    """Say which of ``count`` random texts become other chunks than with the program."""
+    rng, verdicts = random.Random(count), Counter[str]()
+    for _ in range(count):
+        text = "".join(rng.choice(SIGNS[name]) for _ in range(rng.randint(1, 12)))
+        try:
+            ours = facts(name, text, tokenizer)
+        except MinidiffError as e:
+            ours = {"refused": str(e)}
+        try:
+            made = theirs.facts(text)
+        except Exception as e:  # whatever a program raises
+            made = {"error": f"{type(e).__name__}: {e}"}
+        refused, failed = "refused" in ours, "error" in made
+        same = json.loads(json.dumps(made)) == json.loads(json.dumps(ours))
+        verdict = (
+            "refused" if refused and not failed else "an error in both" if refused else "equal" if same else "OTHER"
+        )
+        verdicts[verdict] += 1
+        if verdict in ("OTHER", "refused"):
+            print(f"{name} {text!r}: {verdict}\n  theirs {str(made)[:300]}\n  ours   {str(ours)[:300]}")
+    if count:
+        print(f"{name} {theirs.kind}, {count} random texts: {dict(verdicts)}")
 
 
 def report(what: str, theirs: Tensors | str, ours: Tensors | str) -> bool:

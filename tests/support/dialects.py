@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from minidiff.config import ModelConfig, TokenizerConfig
+from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.dialects import DIALECTS
+from minidiff.pipeline.dialects.a1111 import A1111
 from minidiff.pipeline.dialects.chunks import Reader
-from minidiff.pipeline.dialects.dialect import Model
+from minidiff.pipeline.dialects.compel_grammar import clauses
+from minidiff.pipeline.dialects.dialect import Model, Part
+from minidiff.pipeline.dialects.emphasis import fragments
+from minidiff.pipeline.dialects.schedule import schedule
 from tests.support.tiny import SD, XL, drawn
 
 CALLS = 10  # model calls that a schedule counts
@@ -151,6 +156,33 @@ def _model(config: ModelConfig) -> StableDiffusion:
     model = drawn(replace(config, **three))
     assert isinstance(model, StableDiffusion)
     return model
+
+
+def facts(name: str, text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a dialect makes of a text before it is encoded, in the form in which it is recorded."""
+    dialect = DIALECTS[name]
+    if isinstance(dialect, A1111):
+        found = []
+        for one, weight in dialect.conditionals(text, negative=False):
+            ways = schedule(one, CALLS)
+            part: Any = Part(weight, tuple((end, i) for i, (end, _) in enumerate(ways)))  # type: ignore[arg-type]
+            chunks = [folded(dialect.chunks(way, tokenizer)) for _, way in ways]
+            found.append([weight, [list(way) for way in ways], [part.at(call) for call in range(CALLS)], chunks])
+        return {"fragments": [list(one) for one in fragments(text)], "conditionals": found}
+    if name == "compel":
+        readings = dialect.readings(text, tokenizer, CALLS)
+        told = []
+        for clause in clauses(text):
+            prompts = [[list(one) for one in own] for own in clause.prompts]
+            chunks = [folded(next(readings).chunks, 6) for _ in prompts]  # compel keeps weights in float32
+            told.append([prompts, list(clause.shares), clause.normalize, clause.blended, clause.weight, chunks])
+        return {"clauses": told}
+    return {"chunks": folded(dialect.chunks(text, tokenizer))}
+
+
+def folded(chunks: Sequence[tuple[Sequence[int], Sequence[float]]], places: int = 17) -> list[list[Any]]:
+    """Chunks without their repetitions; weights rounded to decimal ``places``."""
+    return [[packed([int(i) for i in ids]), packed([round(float(w), places) for w in ws])] for ids, ws in chunks]
 
 
 def packed(values: Sequence[Any]) -> list[Any]:

@@ -17,13 +17,8 @@ from safetensors.torch import load_file
 from minidiff.config import TokenizerConfig
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline.dialects import DIALECTS
-from minidiff.pipeline.dialects.a1111 import A1111
-from minidiff.pipeline.dialects.compel_grammar import clauses
-from minidiff.pipeline.dialects.dialect import Part
-from minidiff.pipeline.dialects.emphasis import fragments
-from minidiff.pipeline.dialects.schedule import schedule
 from minidiff.pipeline.guidance import compose
-from tests.support.dialects import CALLS, PAIRS, TEXTS, kept, models, packed, pairs, print_of, spoken
+from tests.support.dialects import PAIRS, TEXTS, facts, kept, models, pairs, print_of, spoken
 from tests.tolerances import DIALECT, assert_close
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -32,59 +27,12 @@ TENSORS = load_file(FIXTURES / "dialects.safetensors")
 TOKENIZERS = {"sd1": Tokenizer(), "sd2": Tokenizer(TokenizerConfig(pad=0))}
 
 
-def cases(name: str) -> Any:
-    """Every text of a program for both kinds of padding."""
-    found = [(kind, fact) for kind in TOKENIZERS for fact in TOLD[name][kind]]
-    return pytest.mark.parametrize(("kind", "fact"), found, ids=[f"{kind} {fact['text'][:40]}" for kind, fact in found])
+CASES = [(name, kind, fact) for name in DIALECTS for kind in TOKENIZERS for fact in TOLD[name][kind]]
 
 
-def folded(chunks: Any) -> list[Any]:
-    return [[packed(chunk.ids), packed([round(w, 6) for w in chunk.weights])] for chunk in chunks]
-
-
-def rounded(chunks: Any) -> list[Any]:
-    """Recorded chunks with weights of six places: compel keeps them in float32."""
-    return [
-        [ids, [[round(w[0], 6), w[1]] if isinstance(w, list) else round(w, 6) for w in weights]]
-        for ids, weights in chunks
-    ]
-
-
-@cases("a1111")
-def test_a1111_reads_texts_as_the_web_ui_does(kind: str, fact: dict[str, Any]) -> None:
-    text, dialect = fact["text"], A1111()
-    assert [list(one) for one in fragments(text)] == fact["fragments"]
-    found = dialect.conditionals(text, negative=False)
-    assert len(found) == len(fact["conditionals"])
-    for (one, weight), (theirs, ways, read, chunks) in zip(found, fact["conditionals"], strict=True):
-        assert weight == theirs
-        assert [list(way) for way in schedule(one, CALLS)] == ways
-        part: Any = Part(weight, tuple((end, i) for i, (end, _) in enumerate(ways)))  # type: ignore[arg-type]
-        assert [part.at(call) for call in range(CALLS)] == read
-        assert [folded(dialect.chunks(way, TOKENIZERS[kind])) for _, way in ways] == [rounded(c) for c in chunks]
-
-
-@cases("comfyui")
-def test_comfyui_reads_texts_as_the_program_does(kind: str, fact: dict[str, Any]) -> None:
-    assert folded(DIALECTS["comfyui"].chunks(fact["text"], TOKENIZERS[kind])) == rounded(fact["chunks"])
-
-
-@cases("sd_embed")
-def test_sd_embed_reads_texts_as_the_package_does(kind: str, fact: dict[str, Any]) -> None:
-    assert folded(DIALECTS["sd_embed"].chunks(fact["text"], TOKENIZERS[kind])) == rounded(fact["chunks"])
-
-
-@cases("compel")
-def test_compel_reads_texts_as_the_package_does(kind: str, fact: dict[str, Any]) -> None:
-    found = clauses(fact["text"])
-    readings = iter(DIALECTS["compel"].readings(fact["text"], TOKENIZERS[kind], CALLS))
-    assert len(found) == len(fact["clauses"])
-    for clause, (prompts, shares, normalize, blended, weight, chunks) in zip(found, fact["clauses"], strict=True):
-        assert [[list(one) for one in own] for own in clause.prompts] == prompts
-        assert (list(clause.shares), clause.normalize, clause.blended) == (shares, normalize, blended)
-        assert clause.weight == weight
-        for own in chunks:
-            assert folded(next(readings).chunks) == rounded(own)
+@pytest.mark.parametrize(("name", "kind", "fact"), CASES, ids=[f"{n} {k} {f['text'][:40]}" for n, k, f in CASES])
+def test_texts_become_the_chunks_of_the_program(name: str, kind: str, fact: dict[str, Any]) -> None:
+    assert {"text": fact["text"], **facts(name, fact["text"], TOKENIZERS[kind])} == fact
 
 
 @pytest.mark.parametrize("name", DIALECTS)

@@ -16,6 +16,10 @@ The grammar, after that of the program, with ``text`` for runs without ``\ [ ] (
     emphasis   = "(" prompt [ ":" prompt ] ")"  |  "[" prompt "]"
     scheduled  = "[" [ prompt ":" ] prompt ":" number "]"
     alternate  = "[" prompt "|" [ prompt ] { "|" [ prompt ] } "]"
+
+It is ambiguous: every bracket may also be a sign of ``start``. Here a schedule always counts. So it does in the program
+but for texts with brackets too many beside a schedule, such as [a:b:3]]: its parser (lark 1.1.2) reads those in either
+way, from process to process.
 """
 
 from __future__ import annotations
