@@ -66,6 +66,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "[(a:1.2):b:0.3] AND [c|d]:0.5",
         "a [b:c] and | a pipe [d:e:5]",
         f"a [cat:{LONG}:0.5]",
+        f"{'cat ' * 55}, {'dog ' * 30}",  # a comma just near enough to the end of the chunk, and one just too far
+        f"{'cat ' * 54}, {'dog ' * 30}",
     ),
     "comfyui": (
         *SHARED,
@@ -74,7 +76,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "((inner) more:1.5)",
         "(a:b:1.1) (no number:x) (:1.2)",
         f"a cat, ({LONG}:1.2)",
-        f"{'a word ' * 36}(seven tokens kept together here now:1.1)",
+        f"{'a word ' * 36}(one two three four five six seven:1.1)",  # stays together, and one token more does not
+        f"{'a word ' * 36}(one two three four five six seven eight:1.1)",
     ),
     "compel": (
         *SHARED,

@@ -79,8 +79,6 @@ def spans(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, int]]
     i = 0
     while i < len(ids):
         count = words.get(ids[i], 1)
-        if count > 1 and list(ids[i : i + count]) != list(range(ids[i], ids[i] + count)):
-            count = 1
         yield i, count
         i += count
 
