@@ -48,6 +48,7 @@ from minidiff.pipeline import StableDiffusion, from_parts, images
 from minidiff.pipeline import base as runner
 from minidiff.pipeline.denoise import denoise
 from minidiff.pipeline.job import Job, Prediction
+from minidiff.pipeline.request import PROMPT_STYLES
 from minidiff.samplers import DDIM, SAMPLERS, EulerAncestral, sampler_from_config
 from minidiff.schedule import NoiseSchedule
 from tests.support.cuda_guard import ON_A_CARD, CudaGuard, fake_card
@@ -435,6 +436,23 @@ def test_inpainting(card: AbstractContextManager[Any], name: str, monkeypatch: p
         )
         assert guard.loop
         check_result(pixels, (1, 3, 8, 8), torch.float16)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("name", PROMPT_STYLES)
+def test_pipeline_in_a_dialect(name: str, card: AbstractContextManager[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, chunks and several conditionals: what changes on the way is on the card before the loop."""
+    # compel hides words by a mask, which torch's attention adds in float32
+    dtype = torch.float32 if name == "compel" else torch.float16
+    sd = sdxl(card, dtype)
+    monkeypatch.setattr(import_module("minidiff.programs.streams"), "_source", NoiseOfTheCard)
+    with on_card(card, loop=False) as guard:
+        watch_loop(monkeypatch, SAMPLERS["euler"], guard)
+        prompts = ["a (cat:1.2) [one|two] AND a (dog)0.8, :0.5", "a bird, " * 40]
+        options: dict[str, Any] = {"steps": 3, "sampler": "euler", "seed": 0, "output": "tensor", "progress": False}
+        pixels = sd.generate(prompts, "(bad)1.2", prompt_style=name, **options)
+        assert guard.loop
+        check_result(pixels, (2, 3, 8, 8), dtype)
 
 
 @pytest.mark.usefixtures("unread")

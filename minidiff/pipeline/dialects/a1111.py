@@ -117,7 +117,7 @@ class A1111(Dialect):
         z, pooled = reader([chunk.ids for chunk in column])
         before = z.mean()
         weights = torch.tensor([chunk.weights for chunk in column], device=z.device)
-        z = z * weights[..., None]
+        z = z.to(weights.dtype) * weights[..., None]
         return z * (before / z.mean()), pooled
 
 

@@ -64,8 +64,8 @@ class Reader:
 
     @cached_property
     def empty(self) -> Tensor:
-        """The empty prompt's context, (1, L, D)."""
-        return self([row(self.tokenizer, [])])[0]
+        """The empty prompt's context, float32 (1, L, D)."""
+        return self([row(self.tokenizer, [])])[0].float()
 
 
 def row(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:

@@ -164,6 +164,7 @@ def _read(reader: Reader, chunks: Sequence[Chunk]) -> Encoded:
     weighted = any(chunk.weighted for chunk in chunks)
     empty = [row(reader.tokenizer, [])] if weighted else []
     z, pooled = reader([*(chunk.ids for chunk in chunks), *empty])
+    z = z.float()
     if weighted:
         weights = torch.tensor([chunk.weights for chunk in chunks], dtype=z.dtype, device=z.device)[..., None]
         nothing, z = z[-1:], z[:-1]

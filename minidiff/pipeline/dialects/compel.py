@@ -112,7 +112,7 @@ def _weighted(reader: Reader, chunks: Sequence[Chunk], masks: Sequence[Sequence[
     """Encode chunks one by one and apply their weights: (1, L, D)."""
     found = []
     for chunk, mask in zip(chunks, masks, strict=True):
-        z = reader([chunk.ids], mask)[0]
+        z = reader([chunk.ids], mask)[0].float()
         if chunk.weighted:
             weights = torch.tensor(chunk.weights, device=z.device)[:, None]
             empty = reader.empty
