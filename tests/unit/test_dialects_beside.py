@@ -342,6 +342,9 @@ def test_the_command_prints_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].split() == ["chunk", "id", "weight", "token"]
     assert lines[2].split() == ["1", "736", "1.3", "red"]
     assert lines[4].split() == ["2", "2368", "1", "cat"]
+    assert main(["tokens", "a [cat|dog]", "--prompt-style", "a1111", "--steps", "6"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model calls")]
+    assert lines == ["model calls 1 to 2, 4, 6:", "model calls 3, 5:"]
     assert main(["tokens", "a cat, " * 30]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("cut: 15 tokens: a cat , a cat")
     assert main(["tokens", "a <lora:x:1>", "--prompt-style", "a1111"]) == 2

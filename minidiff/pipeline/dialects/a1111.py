@@ -65,12 +65,9 @@ class A1111(Dialect):
         network = _NETWORK.search(text)
         if network is not None:
             kind, strength = network[1], network[2].partition(":")[2].partition(":")[0]
-            instead = (
-                f"leave it out, and give its file with --lora FILE={strength or 1}"
-                if kind == "lora"
-                else "leave it out"
-            )
-            raise UnsupportedError(f"{quote(network[0])}: networks named in a prompt are not loaded; {instead}")
+            instead = f", and give its file with --lora FILE={strength or 1}" if kind == "lora" else ""
+            told = f"networks named in a prompt are not loaded; leave it out{instead}"
+            raise UnsupportedError(f"{quote(network[0])}: {told}")
         region = _REGION.search(text)
         if region is not None:
             raise UnsupportedError(f"{region[0]} splits the picture into regions, as an extension does; leave it out")
@@ -80,12 +77,10 @@ class A1111(Dialect):
         conditionals = self.conditionals(text, negative)
         for k, (one, weight) in enumerate(conditionals, 1):
             joined = "" if len(conditionals) == 1 and weight == 1 else f"conditional {k}, weight {weight:g}"
-            ways = schedule(one, calls)
-            for i, (last, way) in enumerate(ways):
-                since = ways[i - 1][0] + 2 if i else 1
-                when = "" if len(ways) == 1 else f"model calls {since} to {min(last + 1, calls)}"
-                if since <= calls:
-                    yield Reading(", ".join(filter(None, (joined, when))), self.chunks(way, tokenizer))
+            read = _read_at(schedule(one, calls), calls)
+            for way, at in read.items():
+                when = "" if len(read) == 1 else f"model calls {_ranges(at)}"
+                yield Reading(", ".join(filter(None, (joined, when))), self.chunks(way, tokenizer))
 
     def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
         self.check_texts(texts)
@@ -104,7 +99,8 @@ class A1111(Dialect):
         return [side_by_side(encoders) for encoders in zip(*each, strict=True)]
 
     def _read(self, reader: Reader, ways: Sequence[str]) -> list[Encoded]:
-        texts = [self.chunks(way, reader.tokenizer) for way in ways]
+        cut = {way: self.chunks(way, reader.tokenizer) for way in dict.fromkeys(ways)}
+        texts = [cut[way] for way in ways]
         count = max(map(len, texts))
         empty = _Filling(reader.tokenizer).empty()
         columns = [[chunks[k] if k < len(chunks) else empty for chunks in texts] for k in range(count)]
@@ -119,6 +115,25 @@ class A1111(Dialect):
         weights = torch.tensor([chunk.weights for chunk in column], device=z.device)
         z = z.to(weights.dtype) * weights[..., None]
         return z * (before / z.mean()), pooled
+
+
+def _read_at(ways: Sequence[tuple[int, str]], calls: int) -> dict[str, list[int]]:
+    """Return the texts of a schedule, each with the model calls that read it."""
+    found: dict[str, list[int]] = {}
+    later = iter(ways)
+    last, way = next(later)
+    for call in range(calls):
+        if call > last:
+            last, way = next(later)
+        found.setdefault(way, []).append(call)
+    return found
+
+
+def _ranges(calls: Sequence[int]) -> str:
+    """Return model calls, counted from 1, as people write them: 1 to 3, 5, 7."""
+    starts = [c for c in calls if c - 1 not in calls]
+    ends = [c for c in calls if c + 1 not in calls]
+    return ", ".join(f"{a + 1} to {b + 1}" if b > a else f"{a + 1}" for a, b in zip(starts, ends, strict=True))
 
 
 def _weighted(text: str) -> Fragment:

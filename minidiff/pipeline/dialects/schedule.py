@@ -25,8 +25,9 @@ way, from process to process.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from minidiff.config import check
 
@@ -133,29 +134,40 @@ class _Parser:
                     return None
                 items.append(self.text[i])
                 i += 1
-        return tuple(items)
+        return _merged(items)
 
 
-def _switches(prompt: Prompt, steps: int) -> Iterator[int]:
+def _merged(items: Sequence[Item]) -> Prompt:
+    """Join neighbouring strings, since a text is put together anew for every step."""
+    runs = groupby(items, key=lambda item: isinstance(item, str))
+    found: list[Item] = []
+    for plain, run in runs:
+        found += ["".join(map(str, run))] if plain else run
+    return tuple(found)
+
+
+def _switches(prompt: Prompt, steps: int) -> set[int]:
+    found: set[int] = set()
     for item in prompt:
         if isinstance(item, Scheduled):
-            yield item.switch(steps)
-            for inner in (item.before, item.after):
-                yield from _switches(inner, steps)
+            found |= {item.switch(steps)} | _switches(item.before, steps) | _switches(item.after, steps)
         elif isinstance(item, Alternate):
-            yield from range(1, steps + 1)
+            found.update(range(1, steps + 1))
             for inner in item.texts:
-                yield from _switches(inner, steps)
+                found |= _switches(inner, steps)
+    return found
 
 
-def _at(prompt: Prompt, step: int, steps: int) -> Iterator[str]:
+def _at(prompt: Prompt, step: int, steps: int) -> str:
+    texts = []
     for item in prompt:
-        if isinstance(item, Scheduled):
-            yield from _at(item.before if step <= item.switch(steps) else item.after, step, steps)
-        elif isinstance(item, Alternate):
-            yield from _at(item.texts[(step - 1) % len(item.texts)], step, steps)
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, Scheduled):
+            texts.append(_at(item.before if step <= item.switch(steps) else item.after, step, steps))
         else:
-            yield item
+            texts.append(_at(item.texts[(step - 1) % len(item.texts)], step, steps))
+    return "".join(texts)
 
 
 def schedule(text: str, steps: int) -> list[tuple[int, str]]:
@@ -167,4 +179,4 @@ def schedule(text: str, steps: int) -> list[tuple[int, str]]:
     if prompt is None:
         return [(steps, text)]
     ends = sorted({steps, *(end for end in _switches(prompt, steps) if end >= 1)})
-    return [(end, "".join(_at(prompt, end, steps))) for end in ends]
+    return [(end, _at(prompt, end, steps)) for end in ends]
