@@ -300,7 +300,9 @@ def test_requests_that_cannot_work(sd: StableDiffusion) -> None:
     with pytest.raises(ConfigError, match=r"prompt_style='a111' is none of .*; did you mean a1111\?"):
         Request("a", prompt_style="a111")
     with pytest.raises(ConfigError, match="prompt_style=a1111 reads a text, and prompt_embeds is given"):
-        sd.steps(None, prompt_embeds=torch.zeros(1, 77, 16), prompt_style="a1111", **STEPS)
+        sd.steps("a", prompt_embeds=torch.zeros(1, 77, 16), prompt_style="a1111", **STEPS)
+    with pytest.raises(ConfigError, match="prompt is None, and prompt_style=a1111 reads a text"):
+        sd.steps(None, prompt_style="a1111", **STEPS)
     with pytest.raises(ConfigError, match="2 negative prompts for 3 prompts"):
         sd.steps(["a", "b", "c"], ["d", "e"], prompt_style="a1111", **STEPS)
     with pytest.raises(ConfigError, match="prompt_style= is given"):

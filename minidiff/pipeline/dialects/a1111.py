@@ -55,9 +55,6 @@ class A1111(Dialect):
     def chunks(self, text: str, tokenizer: Tokenizer) -> list[Chunk]:
         return _Filling(tokenizer).of(fragments(text))
 
-    def encode(self, model: Model, texts: Texts) -> Encoded:
-        return self._encode(model, [texts[0]])[0]
-
     def conditionals(self, text: str, negative: bool) -> list[Fragment]:
         """Split a text at AND, each with its weight. Raises :class:`ConfigError` for what is not done here."""
         if negative:

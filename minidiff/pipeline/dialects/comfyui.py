@@ -30,7 +30,7 @@ from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.unicode_tables import normalize
 from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_finite, row
-from minidiff.pipeline.dialects.dialect import Dialect, Model, Texts, side_by_side
+from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Texts, always, side_by_side
 
 MORE = 1.1
 LONG = 8  # tokens from which on a fragment is cut
@@ -57,12 +57,12 @@ class ComfyUI(Dialect):
             raise UnsupportedError(f"{quote(choice[0])} is a random choice, which is not made here; write one of them")
         return _filled(tokenizer, [group for fragment in fragments(text) for group in _groups(tokenizer, *fragment)])
 
-    def encode(self, model: Model, texts: Texts) -> Encoded:
+    def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
         rows = [self.chunks(text, reader.tokenizer) for text, reader in zip(texts, model.readers, strict=True)]
         count = max(map(len, rows))
         if len({*texts}) > 1:  # a text for each encoder: empty chunks fill up the shorter one
             rows = [r + _filled(m.tokenizer, []) * (count - len(r)) for r, m in zip(rows, model.readers, strict=True)]
-        return side_by_side([_read(reader, own) for reader, own in zip(model.readers, rows, strict=True)])
+        return always(side_by_side([_read(reader, own) for reader, own in zip(model.readers, rows, strict=True)]))
 
 
 def fragments(text: str) -> list[Fragment]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from minidiff.models.tokenizer import END_OF_WORD, Tokenizer
 from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_finite, row
 from minidiff.pipeline.dialects.compel_grammar import Blend, clauses
-from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Reading, Texts
+from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Reading, Texts, always
 
 SENTENCE = (".",)
 PHRASE = (".", ",", ";", ":")
@@ -50,7 +50,10 @@ class Compel(Dialect):
                 what = ", ".join(filter(None, (joined, blended)))
                 yield Reading(what, [chunk for chunk, _ in _cut(tokenizer, fragments)])
 
-    def encode(self, model: Model, texts: Texts) -> Encoded:
+    def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
+        return always(self._encode(model, texts))
+
+    def _encode(self, model: Model, texts: Texts) -> Encoded:
         each = [_read(reader, text) for text, reader in zip(texts, model.readers, strict=True)]
         contexts = _equally_long([one.context for one in each], *[reader.empty for reader in model.readers])
         return Encoded(torch.cat(contexts, dim=-1), each[-1].pooled)
@@ -60,11 +63,11 @@ class Compel(Dialect):
     ) -> tuple[list[Part], list[Part] | None]:
         if negative is None:
             return super().pair(model, prompt, negative, calls)
-        sides = [self.encode(model, texts) for texts in (prompt, negative)]
+        sides = [self._encode(model, texts) for texts in (prompt, negative)]
         empty = torch.cat([reader.empty for reader in model.readers], dim=-1)
         contexts = _equally_long([side.context for side in sides], empty)
         positive, against = (side._replace(context=z) for side, z in zip(sides, contexts, strict=True))
-        return [Part(1.0, ((calls, positive),))], [Part(1.0, ((calls, against),))]
+        return always(positive), always(against)
 
 
 def _read(reader: Reader, text: str) -> Encoded:

@@ -13,7 +13,7 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.pipeline import dialects, prompts
 from minidiff.pipeline.dialects.chunks import Reader
-from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, zeros
+from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, always, zeros
 from minidiff.pipeline.guidance import Conditioned, predictor
 from minidiff.pipeline.prompts import NEGATIVE_SCORE, SCORE, Prompt
 from minidiff.pipeline.request import Request, Text
@@ -37,6 +37,7 @@ def in_dialect(
     :class:`ConfigError` for what the dialect, or the model, does not take.
     """
     dialect = dialects.read(str(request.prompt_style))
+    check(request.prompt is not None, f"prompt is None, and prompt_style={dialect.name} reads a text")
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         check(getattr(request, name) is None, f"prompt_style={dialect.name} reads a text, and {name} is given")
     positive, negative = _sides(sd, request, dialect, calls)
@@ -53,6 +54,7 @@ def in_dialect(
     each = shape[0] // len(positive)
     counts = None if plain else [[w for w in own for _ in range(each)] for own in weights]
     sizes = request.negative_sizes or (request.sizes and replace(request.sizes, score=None))
+    told = [_told(request, k // request.num_images, scale) for k in range(shape[0])]
 
     def stage(call: int) -> Conditioned:
         sides = [*layers, [parts[0] for parts in negative]] if guided else layers
@@ -68,7 +70,6 @@ def in_dialect(
             guided=guided,
         )
 
-    told = [_told(request, k // request.num_images, scale) for k in range(shape[0])]
     ways = [tuple(id(part.at(call)) for side in (*positive, *negative) for part in side) for call in range(made)]
     stages = {way: stage(ways.index(way)) for way in dict.fromkeys(ways)}
     return replace(stages[ways[0]], later={k: stages[way] for k, way in enumerate(ways) if way != ways[0]})
@@ -81,7 +82,8 @@ def _sides(sd: StableDiffusion, request: Request, dialect: Dialect, calls: int) 
         for tokenizer, encoder in sd.encoders
     ]
     model = Model(readers, sd.unet.config.added_dim is not None, sd.config.zero_empty)
-    texts = sd._texts(request.prompt or "", request.prompt_2)
+    assert request.prompt is not None
+    texts = sd._texts(request.prompt, request.prompt_2)
     silent = request.negative_prompt is None and dialect.silent and model.zero_empty
     said = request.negative_prompt_2 is not None
     check(not silent or not said, "negative_prompt_2 is given and negative_prompt is not: zeros stand for both")
@@ -91,11 +93,12 @@ def _sides(sd: StableDiffusion, request: Request, dialect: Dialect, calls: int) 
     negative: Side = []
     for k, prompt in enumerate(texts):
         other = against[k % len(against)]
-        for reader, text in zip(readers, prompt, strict=True):
-            _warn(reader, dialect, text, calls)
+        for reader, *both in zip(readers, prompt, other, strict=True):
+            for text in both:
+                _warn(reader, dialect, text, calls)
         here, there = dialect.pair(model, prompt, None if silent else other, calls)
         positive.append(here)
-        negative.append([Part(1.0, ((calls, zeros(here[0].at(0))),))] if there is None else there)
+        negative.append(always(zeros(here[0].at(0))) if there is None else there)
     return positive, negative
 
 

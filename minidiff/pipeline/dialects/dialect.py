@@ -63,16 +63,12 @@ class Dialect(ABC):
         not take, or minidiff does not do."""
 
     @abstractmethod
-    def encode(self, model: Model, texts: Texts) -> Encoded:
-        """Encode a text without a schedule."""
+    def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
+        """Encode a prompt."""
 
     def readings(self, text: str, tokenizer: Tokenizer, calls: int, negative: bool = False) -> Iterator[Reading]:
         """Yield what an encoder gets for a text, one after the other."""
         yield Reading("", self.chunks(text, tokenizer))
-
-    def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
-        """Encode a prompt."""
-        return [Part(1.0, ((calls, self.encode(model, texts)),))]
 
     def pair(
         self, model: Model, prompt: Texts, negative: Texts | None, calls: int
@@ -85,6 +81,11 @@ class Dialect(ABC):
         """Raise :class:`ConfigError` if the second encoder has a text of its own, and the program has one for both."""
         same = self.second or len(set(texts)) == 1
         check(same, f"{self.name} has one text for both encoders; leave out prompt_2 and negative_prompt_2")
+
+
+def always(encoded: Encoded) -> list[Part]:
+    """Return a prompt that is one text from beginning to end."""
+    return [Part(1.0, ((0, encoded),))]
 
 
 def zeros(like: Encoded) -> Encoded:

@@ -24,7 +24,7 @@ from torch import Tensor
 from minidiff.config import check
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline.dialects.chunks import Chunk, Encoded, check_finite
-from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Texts
+from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Texts, always
 from minidiff.pipeline.dialects.emphasis import fragments
 
 NOTHING = "empty"  # what stands for no prompt
@@ -40,25 +40,27 @@ class SDEmbed(Dialect):
     def chunks(self, text: str, tokenizer: Tokenizer) -> list[Chunk]:
         return _cut(tokenizer, _tokens(tokenizer, text), pad=False)
 
-    def encode(self, model: Model, texts: Texts) -> Encoded:
-        return self._encode(model, [_tokens(r.tokenizer, text) for text, r in zip(texts, model.readers, strict=True)])
+    def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
+        return always(self._encode(model, self._tokens(model, texts)))
 
     def pair(
         self, model: Model, prompt: Texts, negative: Texts | None, calls: int
     ) -> tuple[list[Part], list[Part] | None]:
         if negative is None:
             return super().pair(model, prompt, negative, calls)
-        sides = []
-        for texts in (prompt, negative):
-            self.check_texts(texts)
-            sides.append([_tokens(r.tokenizer, text) for text, r in zip(texts, model.readers, strict=True)])
+        sides = [self._tokens(model, texts) for texts in (prompt, negative)]
         for reader, one, two in zip(model.readers, *sides, strict=True):
             length = max(len(one), len(two))
             check(length > 0, "neither prompt nor negative prompt has a token; sd_embed encodes no such pair")
             for own in (one, two):
                 own += [(reader.tokenizer.end, 1.0)] * (length - len(own))
-        positive, against = (Part(1.0, ((calls, self._encode(model, side)),)) for side in sides)
-        return [positive], [against]
+        positive, against = (always(self._encode(model, side)) for side in sides)
+        return positive, against
+
+    def _tokens(self, model: Model, texts: Texts) -> list[Tokens]:
+        """Return the tokens of a prompt for each encoder."""
+        self.check_texts(texts)
+        return [_tokens(r.tokenizer, text) for text, r in zip(texts, model.readers, strict=True)]
 
     def _encode(self, model: Model, tokens: Sequence[Tokens]) -> Encoded:
         """Encode the tokens of each encoder, chunk by chunk."""
