@@ -450,13 +450,17 @@ DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
 # --- recipes, configs, and what is no file ----------------------------------------------------------------------------
 
 RECIPE: dict[str, list[Any]] = {
-    "prompt": ["a fox", "", None, "x" * 10**5, "\x1b]0;a\x07", "\ud83d"],
+    "prompt": [
+        *("a fox", "", None, "x" * 10**5, "\x1b]0;a\x07", "\ud83d"),
+        *("(a:1.2) [b|c] AND d:0.5 BREAK", '("a", "b").blend(1, 2)', "(a:1e999) {b|c}"),
+    ],
     "negative_prompt": ["rain", None],
     "steps": [1, 2, 10**6, -3],
     "seed": [0, -1, 2**64 - 1, 2**64, None],
     "guidance_scale": [1, 0.0, -7, 1e30],
     "sampler": [{"name": n} for n in ("ddim", "euler", "lcm", "dpmpp_2m", "nothing", "a" * 5000)]
     + [{"name": "ddim", "eta": 5}, {"name": "euler", "spacing": []}, {"name": "pndm", "later": 1}, {"name": {}}],
+    "prompt_style": ["a1111", "comfyui", "compel", "sd_embed", "nobody"],
     "like": ["a1111", "ldm", "comfyui", "nobody", "diffusers 0.1"],
     "strength": [0.5, 2],
     "image": ["a.png", None],

@@ -33,7 +33,7 @@ from torch import Tensor
 from minidiff.config import check, quote
 from minidiff.errors import UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
-from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_finite, spans
+from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_weight, spans
 from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Reading, Texts, side_by_side, zeros
 from minidiff.pipeline.dialects.emphasis import BREAK, fragments
 from minidiff.pipeline.dialects.schedule import schedule
@@ -137,7 +137,9 @@ def _weighted(text: str) -> Fragment:
     """Take the weight off the end of a conditional; 1 if there is none."""
     found = _WEIGHT.search(text)
     assert found is not None  # the end of the text always fits
-    return text[: found.start()], float(found[1] or 1)
+    weight = float(found[1] or 1)
+    check_weight(text, weight)
+    return text[: found.start()], weight
 
 
 def _equally_long(parts: Sequence[Part]) -> list[Part]:
@@ -171,7 +173,7 @@ class _Filling:
             if (text, weight) == BREAK:
                 self._finish()
                 continue
-            check_finite(text, weight)
+            check_weight(text, weight)
             ids = self.tokenizer.encode(text, padding=False)
             for i, count in spans(self.tokenizer, ids):
                 full = len(self.ids) == self.room

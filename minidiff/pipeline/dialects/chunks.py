@@ -6,7 +6,6 @@ several such rows, encode each by itself, and put the results one behind the oth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -18,6 +17,8 @@ from minidiff.config import quote
 from minidiff.errors import ConfigError
 from minidiff.models.clip import CLIPText, TextOutput
 from minidiff.models.tokenizer import Tokenizer
+
+LARGEST = 1e4  # weight
 
 Fragment = tuple[str, float]
 """A piece of a text, and its weight."""
@@ -83,7 +84,7 @@ def spans(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, int]]
         i += count
 
 
-def check_finite(text: str, weight: float) -> None:
-    """Raise :class:`ConfigError` for a weight that is not finite."""
-    if not math.isfinite(weight):
-        raise ConfigError(f"{quote(text)} has the weight {weight}, which is not finite")
+def check_weight(text: str, weight: float) -> None:
+    """Raise :class:`ConfigError` for a weight with which no picture could come out."""
+    if not -LARGEST <= weight <= LARGEST:
+        raise ConfigError(f"{quote(text)} has the weight {weight:g}, which does not lie in {-LARGEST:g}..{LARGEST:g}")

@@ -29,7 +29,7 @@ from minidiff.config import check, quote
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.unicode_tables import normalize
-from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_finite, row
+from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_weight, row
 from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Texts, always, side_by_side
 
 MORE = 1.1
@@ -78,7 +78,7 @@ def _weighted(text: str, weight: float, deep: int) -> Iterator[Fragment]:
         if len(piece) < 2 or piece[0] != "(" or piece[-1] != ")":
             for mark, sign in ESCAPED.items():
                 piece = piece.replace(sign, mark[1:])
-            check_finite(piece, weight)
+            check_weight(piece, weight)
             yield piece, weight
             continue
         words, own = piece[1:-1], weight * MORE

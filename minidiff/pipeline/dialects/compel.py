@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minidiff.models.tokenizer import END_OF_WORD, Tokenizer
-from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_finite, row
+from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_weight, row
 from minidiff.pipeline.dialects.compel_grammar import Blend, clauses
 from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Reading, Texts, always
 
@@ -145,7 +145,7 @@ def _cut(tokenizer: Tokenizer, fragments: Sequence[Fragment]) -> list[tuple[Chun
     """Cut fragments into chunks; with each goes, for every token, the number of its fragment."""
     tokens: list[tuple[int, float, int]] = []
     for k, (text, weight) in enumerate(fragments):
-        check_finite(text, weight)
+        check_weight(text, weight)
         tokens += [(i, weight, k) for i in tokenizer.encode(text)]
     room, found = tokenizer.length - 2, list[tuple[Chunk, list[int | None]]]()
     while tokens or not found:

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from minidiff.config import check, quote
 from minidiff.errors import ConfigError, UnsupportedError
-from minidiff.pipeline.dialects.chunks import Fragment
+from minidiff.pipeline.dialects.chunks import Fragment, check_weight
 
 MORE, LESS = 1.1, 0.9
 DEEPEST = 50  # brackets in brackets
@@ -223,6 +223,7 @@ class _Parser:
         weights = [_weight(one, what) for one in (given[:-1] if raw else given)] or [1.0] * len(prompts)
         check(len(weights) == len(prompts), f"{what}() joins {len(prompts)} prompts, and has {len(weights)} weights")
         if operator[1] == "blend":
+            check(raw or sum(weights) != 0, f"{what}() divides its weights by their sum, which is 0; add {RAW}")
             return [Blend(tuple(prompts), tuple(weights), normalize=not raw, blended=True)]
         return [Blend((own,), weight=weight) for own, weight in zip(prompts, weights, strict=True)]
 
@@ -251,9 +252,11 @@ class _Parser:
 
 def _weight(text: str, what: str) -> float:
     try:
-        return float(text)
+        weight = float(text)
     except ValueError:
         raise ConfigError(f"{what}(): the weight {quote(text)} is no number") from None
+    check_weight(what, weight)
+    return weight
 
 
 def _unquoted(text: str) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minidiff.config import check
 from minidiff.models.tokenizer import Tokenizer
-from minidiff.pipeline.dialects.chunks import Chunk, Encoded, check_finite
+from minidiff.pipeline.dialects.chunks import Chunk, Encoded, check_weight
 from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Texts, always
 from minidiff.pipeline.dialects.emphasis import fragments
 
@@ -80,7 +80,7 @@ class SDEmbed(Dialect):
 def _tokens(tokenizer: Tokenizer, text: str) -> Tokens:
     found: Tokens = []
     for piece, weight in fragments(text or NOTHING, spaces=False):
-        check_finite(piece, weight)
+        check_weight(piece, weight)
         found += [(i, weight) for i in tokenizer.encode(piece)]
     return found
 
