@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline.denoise import Run, Step
     from minidiff.pipeline.job import Prediction
     from minidiff.pipeline.opening import bundled, load
-    from minidiff.pipeline.png import read_recipe, save_png
+    from minidiff.pipeline.png import read_recipe, save_picture, save_png
     from minidiff.pipeline.request import Request, Sizes
     from minidiff.pipeline.stable_diffusion import StableDiffusion
     from minidiff.pipeline.unconditional import Unconditional
@@ -40,7 +40,7 @@ HOMES = {
     "pipeline.denoise": ("Run", "Step"),
     "pipeline.job": ("Prediction",),
     "pipeline.opening": ("bundled", "load"),
-    "pipeline.png": ("read_recipe", "save_png"),
+    "pipeline.png": ("read_recipe", "save_picture", "save_png"),
     "pipeline.request": ("Request", "Sizes"),
     "pipeline.stable_diffusion": ("StableDiffusion",),
     "pipeline.unconditional": ("Unconditional",),
@@ -75,6 +75,7 @@ __all__ = [
     "bundled",
     "load",
     "read_recipe",
+    "save_picture",
     "save_png",
 ]
 

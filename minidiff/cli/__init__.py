@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
-from minidiff.cli import convert, generate, info, parity, plan, probe, tokens, train
+from minidiff.cli import convert, generate, info, parity, plan, probe, replay, tokens, train
 from minidiff.config import quote
 from minidiff.console import Parser, guard, open_standard_streams
 from minidiff.console.spelling import near
@@ -22,6 +22,7 @@ from minidiff.version import VERSION
 
 COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "generate": generate.run,
+    "replay": replay.run,
     "info": info.run,
     "convert": convert.run,
     "plan": plan.run,
@@ -71,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidiff {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     top.epilog = "`minidiff COMMAND --help` explains a command."
-    for add in (generate.add, info.add, convert.add, plan.add, train.add, parity.add, probe.add, tokens.add):
+    added = (generate, replay, info, convert, plan, train, parity, probe, tokens)
+    for add in (command.add for command in added):
         add(commands)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -7,8 +7,9 @@ import os
 import random
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.controls import FORM, check_there, open_controls, read_control
@@ -56,6 +57,7 @@ examples:
   minidiff generate "a lighthouse at dawn" --model sd15.safetensors --seed 7
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
+  minidiff generate "a fox" --model sd15.safetensors --num-images 4 --out "pictures/{prompt}-{seed}.jpg"
   minidiff generate "a <cat-toy> in ink" --model sd15.safetensors --embedding cat.safetensors --lora ink.safetensors=0.8
   minidiff generate "a castle" --model sd15.safetensors --control canny.safetensors=edges.png,0.8
   minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
@@ -72,6 +74,39 @@ def add(commands: Any) -> None:
     groups = {name: p.add_argument_group(name) for name in names}
     add_options(groups, Request)
     g = groups["model"]
+    add_model(g)
+    g.add_argument(
+        "--plain",
+        action="store_true",
+        help="compute as diffusers does, to the last bit (default: the same sums in a faster order)",
+    )
+    g = groups["picture"]
+    g.add_argument("--size", type=read_size, metavar="WxH", help="width and height in pixels, such as 768x512")
+    g.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="repeat a picture of minidiff, or what is understood of one of AUTOMATIC1111's or ComfyUI's; options "
+        "given here take precedence",
+    )
+    add_set(groups["sampling"])
+    g = groups["memory"]
+    g.add_argument("--vae-slices", action="store_true", help="decode the pictures of a batch one by one")
+    g.add_argument(
+        "--vae-tiles",
+        action="store_const",
+        const=64,  # latents of a side
+        help="decode pictures beyond 512 pixels in tiles; APPROXIMATE, colours shift",
+    )
+    g.add_argument(
+        "--split-guidance",
+        action="store_true",
+        help="predict with and without the prompt in two calls, not in one batch (on a GPU: once that did not fit)",
+    )
+    add_output(groups["output"])
+
+
+def add_model(g: Any) -> None:
+    """Add the options that name a model, what is added to it, and where it runs."""
     g.add_argument(
         "--model",
         metavar="PATH",
@@ -114,48 +149,40 @@ def add(commands: Any) -> None:
         help="precision of the computation (default: auto: on the CPU float32, or bfloat16 for a large model where it "
         "is faster; on a GPU as the checkpoint is stored)",
     )
-    g.add_argument(
-        "--plain",
-        action="store_true",
-        help="compute as diffusers does, to the last bit (default: the same sums in a faster order)",
-    )
-    g = groups["picture"]
-    g.add_argument("--size", type=read_size, metavar="WxH", help="width and height in pixels, such as 768x512")
-    g.add_argument(
-        "--recipe", metavar="FILE.png", help="repeat a picture made by minidiff; options given here take precedence"
-    )
-    add_set(groups["sampling"])
-    g = groups["memory"]
-    g.add_argument("--vae-slices", action="store_true", help="decode the pictures of a batch one by one")
-    g.add_argument(
-        "--vae-tiles",
-        action="store_const",
-        const=64,  # latents of a side
-        help="decode pictures beyond 512 pixels in tiles; APPROXIMATE, colours shift",
-    )
-    g.add_argument(
-        "--split-guidance",
-        action="store_true",
-        help="predict with and without the prompt in two calls, not in one batch (on a GPU: once that did not fit)",
-    )
-    g = groups["output"]
+
+
+def add_output(g: Any) -> None:
+    """Add the options about the files that are written."""
     g.add_argument(
         "--out",
         metavar="PATH",
-        help="a folder (a new one ends with /), or a file name (default: named by prompt and seed, in this folder)",
+        help="a folder (a new one ends with /), or a file name ending in .png, .jpg or .webp; {prompt}, {seed} and "
+        "{k}, the number of the picture, are filled in (default: {prompt}-{seed}.png in this folder)",
     )
     g.add_argument(
         "--force",
         action="store_true",
         help="replace a file of that name (of a link, the link) instead of adding a number",
     )
+    g.add_argument(
+        "--infotext", action="store_true", help="write the recipe as AUTOMATIC1111's text as well, for other programs"
+    )
+    g.add_argument(
+        "--no-mark", action="store_true", help="leave out the note that a trained model made the picture (IPTC, XMP)"
+    )
     g.add_argument("--quiet", action="store_true", help="no progress bar and no hints")
 
 
 def run(args: Namespace) -> None:
     """Make the pictures and print their paths."""
+    for path in make(args):
+        show(path)
+
+
+def make(args: Namespace) -> Iterator[Path]:
+    """Make the pictures; yield the path of each as it is written."""
     from minidiff.cli.output import Output
-    from minidiff.cli.replay import check_family, open_recipe
+    from minidiff.cli.recipe import check_family, open_recipe
     from minidiff.pipeline.png import label, to_pil
 
     for option in ("image", "mask", "recipe"):
@@ -165,7 +192,7 @@ def run(args: Namespace) -> None:
     check_there(args)
     recipe = None if args.recipe is None else open_recipe(args)
     asked = _asked(args, recipe)
-    output = Output(args.out, args.force)
+    output = Output(args.out, args.force, mark=not args.no_mark, infotext=args.infotext)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
     device = device_of(args.device)
@@ -189,7 +216,7 @@ def run(args: Namespace) -> None:
     _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
     pixels = pipe.finish(job, progress=not args.quiet)
     for image in [label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]:
-        show(output.save(image))
+        yield output.save(image)
 
 
 def _asked(args: Namespace, recipe: Recipe | None) -> dict[str, Any]:
@@ -308,7 +335,7 @@ def _remark(
     converted: bool,
 ) -> None:
     """Say on stderr what was chosen, and what may surprise. ``made``: the recipe of this run."""
-    from minidiff.cli.replay import differences
+    from minidiff.cli.recipe import differences
     from minidiff.fast import machine
 
     precision = str(pipe.dtype).removeprefix("torch.")

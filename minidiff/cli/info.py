@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from minidiff.cli.opening import is_minidiff_file
 from minidiff.cli.options import about
 from minidiff.console import LONGEST_LINE, show, show_json
 from minidiff.errors import CheckpointError, MinidiffError
+from minidiff.pipeline.metadata import FORMATS
 from minidiff.storage.reading import content
 
 EXAMPLES = """\
@@ -23,7 +25,9 @@ def add(commands: Any) -> None:
     """Add the command with its options."""
     p = about(commands, "info", "say what is in a checkpoint, or how a picture was made", EXAMPLES)
     p.add_argument(
-        "path", metavar="PATH", help="a minidiff file, a checkpoint of another layout, or a PNG of minidiff's"
+        "path",
+        metavar="PATH",
+        help="a minidiff file, a checkpoint of another layout, or a picture of minidiff, AUTOMATIC1111 or ComfyUI",
     )
     p.add_argument("--check", action="store_true", help="read every byte: verify the content hash and look for NaN")
 
@@ -32,10 +36,10 @@ def run(args: Namespace) -> None:
     """Run the command."""
     path = args.path
     kind = content(path) if os.path.exists(path) and not os.path.isdir(path) else None
-    if kind == "png" or (kind == "?" and path.lower().endswith(".png")):
-        from minidiff import read_recipe
+    if kind == "png" or Path(path).suffix.lower() in FORMATS:
+        from minidiff.pipeline import recipes
 
-        show_json(read_recipe(path))
+        show_json(recipes.described(recipes.read(path)))
         return
     if is_minidiff_file(path):
         from minidiff.cli.description import check_tensors, describe

@@ -9,38 +9,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.png import read_recipe, save_png
+from minidiff.pipeline.metadata import FORMATS, PARAMETERS
+from minidiff.pipeline.png import read_recipe, save_picture
+from minidiff.pipeline.recipes import infotext
 from minidiff.storage.writing import check_place, numbered
+from minidiff.version import VERSION
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
+FIELD = re.compile(r"\{(\w*)(?::0(\d))?\}")  # of a name: {seed}, or {k:03} with three digits
+FIELDS = ("prompt", "seed", "k")
+
+
 class Output:
     """Output folder, and a file name if one was given; without it each picture is named by its prompt and seed.
 
-    ``out``: a file name (".png" may be left out), a folder, or None for the current one. A folder that does not exist
-    must end with a slash; it is created with the first picture. ``force``: replace a file that existed before (of a
+    ``out``: a file name (".png" may be left out), a folder, or None for the current one. In the file name ``{prompt}``,
+    ``{seed}`` and ``{k}``, the number of the picture, are replaced. A folder that does not exist must end with a slash;
+    it is created with the first picture. ``mark``: see :func:`save_picture`; ``infotext``: write the recipe as
+    AUTOMATIC1111's text as well. ``force``: replace a file that existed before (of a
     link, the link); devices and other special files are left alone. Raises :class:`ConfigError` or
     :class:`CheckpointError` for a path that is neither, and OSError for a folder that is not writable, before any work
     is done.
     """
 
-    def __init__(self, out: str | None = None, force: bool = False) -> None:
+    def __init__(
+        self, out: str | None = None, force: bool = False, *, mark: bool = True, infotext: bool = False
+    ) -> None:
         self.folder, self.name, self.force = Path(out or "."), "", force
+        self.mark, self.infotext, self.count = mark, infotext, 0
         self._written: set[tuple[int, int]] = set()
         self.new = out is not None and out.endswith(("/", os.sep))
         if out is not None and not self.folder.is_dir() and not self.new:
             path = self.folder
-            if path.suffix.lower() not in ("", ".png"):
-                raise ConfigError(f"--out {out}: pictures are PNG files; name it {path.stem}.png")
+            if path.suffix.lower() not in ("", *FORMATS):
+                known = ", ".join(FORMATS)
+                raise ConfigError(f"--out {out}: pictures are written as {known}; name it {path.stem}.png")
             self.folder, self.name = path.parent, path.stem + (path.suffix or ".png")
+            for name, _ in FIELD.findall(self.name):
+                if name not in FIELDS:
+                    known = ", ".join(f"{{{field}}}" for field in FIELDS)
+                    raise ConfigError(f"--out {out}: {{{name}}} stands for nothing; known are {known}")
         there = self.folder
         while self.new and not os.path.lexists(there):
             there = there.parent
         if not there.is_dir():
             raise ConfigError(f"--out {out}: there is no folder {there}; create it first")
-        if self.name:
+        if self.name and not FIELD.search(self.name):
             check_place(self.folder / self.name, "replace" if force else "next")
         try:
             tempfile.TemporaryFile(dir=there).close()
@@ -52,13 +69,16 @@ class Output:
         """Write one picture with its recipe and return its path, which has a number if its name was taken."""
         if self.new:
             self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / (self.name or self._name(image))
+        self.count += 1
+        path = self.folder / self._name(image)
         if self.force:
             n = 1
             while not self._may_replace(numbered(path, n)):
                 n += 1
             path = numbered(path, n)
-        path = save_png(image, path, "replace" if self.force else "next")
+        if self.infotext:
+            image.info[PARAMETERS] = infotext.write(read_recipe(image), VERSION)
+        path = save_picture(image, path, "replace" if self.force else "next", self.mark)
         found = os.lstat(path)
         self._written.add((found.st_dev, found.st_ino))
         return path
@@ -76,7 +96,13 @@ class Output:
 
     def _name(self, image: Image.Image) -> str:
         recipe = read_recipe(image)
-        return f"{slug(str(recipe.get('prompt') or recipe['model']))}-{recipe['seed']}.png"
+        values = {
+            "prompt": slug(str(recipe.get("prompt") or recipe["model"])),
+            "seed": str(recipe["seed"]),
+            "k": str(self.count),
+        }
+        name = self.name or "{prompt}-{seed}.png"
+        return FIELD.sub(lambda field: values[field[1]].rjust(int(field[2] or 0), "0"), name)
 
 
 def slug(text: str) -> str:

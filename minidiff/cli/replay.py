@@ -1,97 +1,104 @@
-"""Replay of a picture (``--recipe``), from its recipe and from what a recipe cannot hold.
-
-The picture that a run began from, adapters, learned words and the model (if it is not the bundled one) must be given
-again. What differs from the first run is said.
-"""
+"""``minidiff replay``: a picture made again from its recipe, and held against itself."""
 
 from __future__ import annotations
 
+import argparse
+import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from minidiff.config import quote
-from minidiff.console import say
+from minidiff.cli import generate
+from minidiff.cli.options import DTYPES, about, add_options
+from minidiff.console import say, show
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.base import Pipeline
-from minidiff.pipeline.png import read_recipe
-from minidiff.pipeline.recipe import Recipe, parse
+from minidiff.pipeline.request import Request
+from minidiff.storage.reading import missing
 
-TILES = "vae_tiles"  # the approximation that has an option
-HASHES = {
-    "image_hash": "another image",
-    "mask_hash": "another mask",
-    "lora_hashes": "other adapters",
-    "embedding_hashes": "other learned words",
-}
+EXAMPLES = """\
+examples:
+  minidiff replay star.png
+  minidiff replay lighthouse.png --model sd15.safetensors --out again.png
+"""
+FROM_PICTURES = ("image", "mask")  # options whose pictures a recipe cannot hold
 
 
-def open_recipe(args: Namespace) -> Recipe:
-    """Read the recipe of the picture that --recipe names, and check that what it cannot hold is given again.
-
-    Raises :class:`CheckpointError` for a picture that one run cannot repeat alone, and :class:`ConfigError` for
-    something that is missing.
-    """
-    recipe, unknown = parse(read_recipe(args.recipe), args.recipe)
-    request, made = recipe.request, recipe.made
-    if unknown:
-        names = ", ".join(map(quote, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-        say(f"{args.recipe}: its recipe says {names}, which this minidiff does not know and leaves out", "warning")
-    if made.place:
-        place = f"picture {made.place + 1} of {made.places} from one stream"
-        raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {request.seed}")
-    for option, origin in recipe.pictures.items():
-        if getattr(args, option) is None:
-            name = f" ({origin.name})" if origin.name else ""
-            raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
-    asked = {"lora": [name for name, _ in made.lora], "embedding": [name for name, _ in made.embedding]}
-    asked["control"] = [f"{one.name or 'FILE'}={one.picture or 'PICTURE'}" for one in made.control]
-    for option, found in asked.items():
-        if found and not getattr(args, option):
-            names = ", ".join(found)
-            raise ConfigError(f"{args.recipe}: was made with --{option} {names}; give it again")
-    beyond = [name for name in made.approximate if name != TILES]
-    beyond += ["negative_sizes"] * (request.negative_sizes is not None)
-    if beyond:
-        raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
-    for name, given in (("prompt", args.prompt), ("seed", args.seed is not None)):
-        if getattr(request, name) is None and not given and (recipe.text or name == "seed"):
-            raise CheckpointError(
-                f"{args.recipe}: its recipe has no {name} (tensors were given instead); give one here"
-            )
-    if args.vae_tiles is None:
-        args.vae_tiles = made.approximate.get(TILES)
-    args.plain = args.plain or not made.fast
-    return recipe
+def add(commands: Any) -> None:
+    """Add the command with its options."""
+    what = "make a picture again from its recipe, and compare the two"
+    more = " The status is 0 if they are equal, else 1, with what differs. Without --out the new one is not kept."
+    p = about(commands, "replay", what, EXAMPLES, more)
+    p.add_argument("recipe", metavar="FILE", help="a picture of minidiff's")
+    groups = {name: p.add_argument_group(name) for name in ("model", "from a picture", "output")}
+    generate.add_model(groups["model"])
+    add_options(groups, Request, FROM_PICTURES)
+    generate.add_output(groups["output"])
 
 
-def check_family(args: Namespace, recipe: Recipe, pipe: Pipeline) -> None:
-    """Raise :class:`ConfigError` if the picture was made with a model of another family than ``pipe``."""
-    then = recipe.made
-    if then.model in (None, pipe.config.family):
-        return
-    made = f"{args.recipe}: was made with a {then.model} model{f' ({then.model_hash})' if then.model_hash else ''}"
-    if args.model is None:
-        raise ConfigError(f"{made}, which is not the bundled one; name it with --model PATH")
-    raise ConfigError(f"{made}, and {args.model} is a {pipe.config.family} model; name one of that family with --model")
+def run(args: Namespace) -> int:
+    """Make the picture again and compare the files; return 0 if they are equal."""
+    import tempfile
 
+    from minidiff.pipeline import recipes
 
-def differences(recipe: Recipe, now: Mapping[str, Any], pipe: Pipeline, args: Namespace) -> Iterator[str]:
-    """Yield the differences between this run, whose recipe is ``now``, and that of the picture that may change its
-    pixels."""
-    then = recipe.to_json()
-    # Pictures of before models had an identity name the content hash of a minidiff file.
-    if then.get("model_hash", "") not in ("", pipe.identity, pipe.hash):
-        which = "another bundled model" if args.model is None else "model_hash"
-        yield (
-            f"the picture was made with {which} {then['model_hash']}, this run has {pipe.identity}; pixels may differ"
+    if not os.path.exists(args.recipe):
+        raise CheckpointError(missing(args.recipe))
+    found = recipes.read(args.recipe)
+    if found.program != recipes.OURS:
+        raise ConfigError(
+            f"{args.recipe}: was made by {found.program}, whose pictures are not repeated bit for bit; "
+            f"`minidiff generate --recipe {args.recipe}` makes a similar one"
         )
-    for name in ("dtype", "device"):
-        if then.get(name) not in (None, now[name]):
-            yield f"the picture was made with {name} {then[name]}, this run has {now[name]}; pixels may differ"
-    controls = [[{**one, "name": None, "picture": None} for one in made.get("control", ())] for made in (then, now)]
-    if controls[0] not in ([], controls[1]):
-        yield "the picture was made with other controls than this run, other pictures for them, or other weights"
-    for name, what in HASHES.items():
-        if then.get(name) not in (None, now.get(name)):
-            yield f"the picture was made with {what} than this run (hash {then[name]}, here {now.get(name)})"
+    then = found.recipe.made
+    if args.dtype == "auto" and then.dtype in DTYPES:
+        args.dtype = then.dtype
+    args.infotext = args.infotext or recipes.has_infotext(args.recipe)
+    full = Namespace(**{**vars(blank()), **vars(args)})
+    with tempfile.TemporaryDirectory() as folder:
+        if full.out is None:
+            full.out = os.path.join(folder, f"again{Path(args.recipe).suffix.lower()}")
+        (path,) = generate.make(full)
+        if args.out is not None:
+            show(path)
+        lines = list(compared(Path(args.recipe), path, then))
+    for line in lines[1:]:
+        say(line)
+    say(f"{args.recipe}: {lines[0]}")
+    return 0 if len(lines) == 1 else 1
+
+
+def blank() -> Namespace:
+    """Return the arguments of ``minidiff generate`` without any given."""
+    commands = argparse.ArgumentParser().add_subparsers()
+    generate.add(commands)
+    return commands.choices["generate"].parse_args([])
+
+
+def compared(one: Path, two: Path, then: Any) -> Iterator[str]:
+    """Yield the verdict on two files; if their pictures differ, then each circumstance that may be the cause."""
+    import numpy as np
+
+    from minidiff.pipeline.image_files import open_picture
+    from minidiff.pipeline.recipes import read
+
+    if one.read_bytes() == two.read_bytes():
+        yield "the same file again, byte for byte"
+        return
+    a, b = (np.asarray(open_picture(path)).astype(int) for path in (one, two))
+    if a.shape == b.shape and (a == b).all():
+        yield "the same picture again; its file has other texts"
+        return
+    if a.shape != b.shape:
+        yield f"another picture, of {b.shape[1]} x {b.shape[0]} pixels"
+    else:
+        ratio, most = 10 * np.log10(255**2 / ((a - b) ** 2).mean()), abs(a - b).max()
+        yield f"another picture: {ratio:.1f} dB, the largest difference {most} of 255"
+    now = read(two).recipe.made
+    for name in ("minidiff", "torch", "device", "dtype", "fast", "kernels", "model_hash", "lora_hashes"):
+        before, after = getattr(then, name), getattr(now, name)
+        if before != after:
+            yield f"{name}: {before or 'none'} then, {after or 'none'} now"
+    if then.together is not None:
+        yield f"it was made together with {then.together - 1} others; the last bits depend on how many"
+    yield "the processor and the number of threads, which a recipe does not name, change the last bits as well"

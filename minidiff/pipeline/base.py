@@ -225,6 +225,7 @@ class Pipeline(Model):
             "like": None if program == programs.read(None) else str(program),
         }
         made = Made(
+            together=shape[0] if shape[0] > 1 else None,
             lora=tuple((name, strength) for name, strength, _ in self.parts.adapters),
             lora_hashes=tuple(hash for _, _, hash in self.parts.adapters),
             embedding=tuple((name, word) for name, word, _ in self.words),

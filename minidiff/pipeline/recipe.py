@@ -47,7 +47,8 @@ class Steered:
 class Made:
     """Circumstances in which a picture was made: model, device, adapters, versions; None or empty if not applicable.
 
-    ``place``, ``places``: position among the pictures that were drawn from one stream of noise. ``model``: the family.
+    ``place``, ``places``: position among the pictures that were drawn from one stream of noise. ``together``: number of
+    pictures that were computed at once, if more than one, which changes the last bits. ``model``: the family.
     ``model_hash``: see :mod:`minidiff.storage.identity`. ``dtype_chosen``: what chose the dtype, if not the caller.
     ``kernels``: those of attention that :mod:`minidiff.fast` chose, by number of keys.
     ``lora``: (file, strength), ``embedding``: (file, word), each with its hash at the same place of the list below.
@@ -56,6 +57,7 @@ class Made:
 
     place: int | None = None
     places: int | None = None
+    together: int | None = None
     lora: tuple[tuple[str, float], ...] = ()
     lora_hashes: tuple[str, ...] = ()
     embedding: tuple[tuple[str, str | None], ...] = ()
@@ -73,7 +75,7 @@ class Made:
     torch: str | None = None
 
     def __post_init__(self) -> None:
-        within(0, 2**32, place=self.place, places=self.places)
+        within(0, 2**32, place=self.place, places=self.places, together=self.together)
         for name, strength in self.lora:
             check(math.isfinite(strength), f"lora {quote(name)}={quote(strength)} is not finite")
 

@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "scripts"))  # at the end: test.py there shares its n
 import _children  # noqa: E402
 import _works  # noqa: E402
 import bench  # noqa: E402
+import bench_training  # noqa: E402
 
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}  # of the published UNets
 TINY = _works.FAMILIES["tiny"]
@@ -102,3 +103,14 @@ def test_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _children.picture(str(folder), "default", "1", str(tmp_path / "out.png"))
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (32, 32)
+
+
+def test_a_training_step_of_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take a step with the same network; the figures of every row are written."""
+    out = tmp_path / "training.json"
+    asked = ["--tiny", "--rounds", "1", "--batch", "2", "--dtype", "float32", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", *asked])
+    assert bench_training.main() == 0
+    (found,) = json.loads(out.read_text())["results"]
+    assert [way["name"] for way in found["ways"]] == ["diffusers with accelerate", "minidiff"]
+    assert all(way["seconds"] > 0 for way in found["ways"])

@@ -91,7 +91,7 @@ def test_what_a_recipe_says_beyond_what_is_known(run: Run, tmp_path: Path) -> No
     run("generate", "a fox", "--model", "text", "--steps", 1, "--seed", 1, "--out", "a.png", "--quiet")
     altered(tmp_path / "a.png", tmp_path / "b.png", **{"later": 1, "\x1b[2J": 2})
     (line,) = run("generate", "--recipe", "b.png", "--model", "text", "--quiet", "--out", "c.png").err
-    assert "its recipe says '\\x1b[2J', 'later', which this minidiff does not know" in line
+    assert "its recipe asks for more, which is not done here: '\\x1b[2J', 'later'" in line
 
 
 @pytest.mark.parametrize(

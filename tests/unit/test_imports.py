@@ -28,6 +28,7 @@ LAYERS: dict[str, int] = {
     "minidiff.schedule": 2,
     "minidiff.philox": 2,
     "minidiff.pipeline.png": 2,
+    "minidiff.pipeline.metadata": 2,
     "minidiff.pipeline.image_files": 2,
     "minidiff.pipeline.colour_profile": 2,
     "minidiff.models": 3,

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from minidiff.errors import CheckpointError
-from minidiff.pipeline import png
+from minidiff.pipeline import metadata
 from minidiff.pipeline.png import KEY, read_recipe
 from minidiff.pipeline.recipe import Made, Recipe, parse
 from minidiff.pipeline.request import Request
@@ -80,7 +80,7 @@ WRONG = {
     "huge number": (HEAD + chunk(b"tEXt", KEYED + b'{"seed": ' + b"1" * 5000 + b"}") + REST, "is damaged"),
     "deep": (HEAD + chunk(b"tEXt", KEYED + b'{"a":' * 100_000) + REST, "is damaged"),
     "a list": (HEAD + chunk(b"tEXt", KEYED + b"[]") + REST, "a list where an object should be"),
-    "jpeg": (b"\xff\xd8\xff\xe0 JFIF", "carries no recipe; pictures of minidiff are PNG"),
+    "cut jpeg": (b"\xff\xd8\xff\xe0 JFIF", "no readable picture"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "carries no recipe"),
     "empty": (b"", "carries no recipe"),
 }
@@ -105,7 +105,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_endless_chunks_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(png, "MOST_CHUNKS", 100)
+    monkeypatch.setattr(metadata, "MOST_CHUNKS", 100)
     (tmp_path / "a.png").write_bytes(HEAD + chunk(b"aaaa", b"") * 100 + TEXTS["tEXt"] + REST)
     with pytest.raises(CheckpointError, match="carries no recipe"):
         read_recipe(tmp_path / "a.png")
