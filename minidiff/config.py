@@ -263,6 +263,8 @@ class T2IAdapterConfig:
         check(0 < len(self.channels) <= MOST_LEVELS, f"{len(self.channels)} features: it has 1 to {MOST_LEVELS}")
         within(1, WIDEST, image_channels=self.image_channels)
         within(1, 256, factor=self.factor)
+        read = self.image_channels * self.factor**2
+        check(read <= WIDEST, f"factor={self.factor} makes {read} channels of the picture; {WIDEST} is the most")
         within(1, MOST_BLOCKS // MOST_LEVELS, layers=self.layers)
         for width in self.channels:
             within(4 if self.kind == "light" else 1, WIDEST, channels=width)

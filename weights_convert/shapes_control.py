@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from minidiff.config import MOST_LEVELS
 from minidiff.errors import CheckpointError
 from minidiff.storage.files import Lazy
 from weights_convert.shapes_original import SD1_HEADS, Shapes
@@ -57,7 +58,7 @@ def controlnet(tensors: Mapping[str, Lazy], where: str, root: str, *, original: 
     s, names = Shapes(tensors, root, where), Names(original)
     layers = _layers(s, names)
     linear, context_dim = False, None
-    attended = [names.attn(i, j, layers) for i in range(len(tensors)) for j in range(layers)][:256]
+    attended = [names.attn(i, j, layers) for i in range(MOST_LEVELS) for j in range(layers)]
     for block in (*attended, names.mid[1]):
         if s.has(f"{block}.transformer_blocks.0.attn2.to_k.weight"):
             context_dim = s.of(f"{block}.transformer_blocks.0.attn2.to_k.weight", 2)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import Tensor
 
 import minidiff
 from minidiff import Control, ControlModel, StableDiffusion, Unconditional, fast
+from minidiff.adapters.control import Steering
+from minidiff.config import ControlConfig, from_json, to_json
 from minidiff.errors import CheckpointError, ConfigError, MinidiffError
 from minidiff.pipeline.recipe import parse
+from minidiff.storage.checkpoint import build
 from tests.support.tiny import XL, tiny_adapter, tiny_controlnet, tiny_ddpm, tiny_sd, tiny_xl
 from tests.tolerances import BATCH, assert_close
 
@@ -109,6 +113,7 @@ def test_the_size_is_that_of_the_picture(sd: StableDiffusion, net: ControlModel,
     assert drawn(sd, Control(net, wide)).shape[2:] == (8, 11)
     assert drawn(sd, Control(net, wide), Control(adapter, EDGES), height=48).shape[2:] == (6, 11)
     assert drawn(sd, Control(net, wide), image=EDGES).shape[2:] == (8, 8)
+    assert Steering(sd.unet, [Control(tiny_adapter(factor=16), wide)]).size(8) == (64, 80), "what the adapter can read"
 
 
 def test_every_picture_or_prompt_may_have_its_own(sd: StableDiffusion, net: ControlModel) -> None:
@@ -313,3 +318,24 @@ def test_the_module_that_overflows_is_named() -> None:
         net.net.get_submodule("hint.conv_out").weight.fill_(float("inf"))  # type: ignore[union-attr,operator]
     with pytest.raises(MinidiffError, match=r"first from controls\[0\]\.hint\.conv_out"):
         drawn(tiny_sd(), Control(net, EDGES))
+
+
+# --- odd configs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["net", "adapter"])
+def test_a_config_with_odd_values_is_refused_or_built(kind: str, net: ControlModel, adapter: ControlModel) -> None:
+    """In the header of a file of unknown origin: any value of any field, one of minidiff's errors or a model."""
+    told = json.loads(to_json((net if kind == "net" else adapter).config))
+    odd = (None, True, -1, 0, 1, 3, 2**40, 0.5, float("nan"), "x", [], {}, [0], [8, 8, 8], [2**16] * 4, [[1]])
+    built, errors = 0, []
+    for field in told["control"]:
+        for value in odd:
+            try:
+                config = from_json(ControlConfig, {**told, "control": {**told["control"], field: value}})
+                build(config)
+                built += 1
+            except MinidiffError as e:
+                errors.append(str(e))
+    assert built > 5
+    assert [e for e in errors if "\n" in e] == []

@@ -26,7 +26,8 @@ def controlnet_twin(kind: str = "sd1", seed: int = 7, unet: Any = None, **option
     """A tiny ControlNet of the reference for a kind of ``twins.UNETS``, or for ``unet``."""
     unet = twins.unet_twin(kind) if unet is None else unet
     made = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT, load_weights_from_unet=False)
-    return twins.redraw(ControlNetModel.from_config({**made.config, **options}) if options else made, seed)
+    own = {name: value for name, value in made.config.items() if not name.startswith("_")}
+    return twins.redraw(ControlNetModel(**own | options), seed)
 
 
 def t2i_twin(kind: str = "full", seed: int = 8, **options: Any) -> Any:
