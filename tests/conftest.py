@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import signal
 from pathlib import Path
 
 import pytest
+
+NUMBERS = itertools.count()
 
 # A shell script that starts the suite in the background has it ignore Ctrl-C, and so would every process that a test
 # starts. Some tests are about Ctrl-C.
@@ -16,8 +19,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def _nothing_measured(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what was measured on this machine and its load out of the tests, and what tests measure out of the cache."""
-    folder = Path(tmp_path_factory.getbasetemp()) / "no-cache"
+    """Keep what was measured on this machine and its load out of the tests, and what one measures out of the others."""
+    folder = Path(tmp_path_factory.getbasetemp()) / f"cache-{next(NUMBERS)}"
     monkeypatch.setattr("minidiff.fast.machine.cache_folder", lambda: folder / "minidiff")
     monkeypatch.setattr("minidiff.fast.machine.LOAD", folder / "no load")
 

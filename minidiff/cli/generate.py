@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.controls import FORM, check_there, open_controls, read_control
+from minidiff.cli.grid import checked, read_axis
 from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_of, probed
 from minidiff.cli.options import DTYPES, about, add_options, add_parts, add_set, given, sampler_list
 from minidiff.console import say, show
@@ -23,6 +24,7 @@ from minidiff.storage.reading import missing
 if TYPE_CHECKING:
     from minidiff.adapters.control import Control
     from minidiff.pipeline import StableDiffusion, Unconditional
+    from minidiff.pipeline.denoise import Run
     from minidiff.pipeline.model import Model
     from minidiff.pipeline.recipe import Recipe
 
@@ -103,6 +105,7 @@ def add(commands: Any) -> None:
         help="predict with and without the prompt in two calls, not in one batch (on a GPU: once that did not fit)",
     )
     add_output(groups["output"])
+    add_views(groups["output"])
 
 
 def add_model(g: Any) -> None:
@@ -173,6 +176,31 @@ def add_output(g: Any) -> None:
     g.add_argument("--quiet", action="store_true", help="no progress bar and no hints")
 
 
+def add_views(g: Any) -> None:
+    """Add the options that show a run beside its pictures."""
+    g.add_argument(
+        "--strip",
+        action="store_true",
+        help="write NAME-steps.png as well: the estimate of the picture and the noisy sample, at eight steps",
+    )
+    g.add_argument("--gif", action="store_true", help="write NAME.gif as well: the estimate of the picture as a film")
+    g.add_argument("--apng", action="store_true", help="the same as NAME-film.png, with all colours")
+    g.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="OPTION=X,Y",
+        type=read_axis,
+        help="make a picture of each value, side by side, and with a second option of each pair; | separates values "
+        "with commas; the pictures are kept in NAME-cells/, and those there already are not made again",
+    )
+    g.add_argument("--preview", metavar="FILE", help="renew this picture of the run while it runs")
+    g.add_argument(
+        "--preview-vae",
+        metavar="PATH",
+        help="a TAESD that decodes the preview (default: colours fitted to the latents)",
+    )
+
+
 def run(args: Namespace) -> None:
     """Make the pictures and print their paths."""
     for path in make(args):
@@ -181,6 +209,7 @@ def run(args: Namespace) -> None:
 
 def make(args: Namespace) -> Iterator[Path]:
     """Make the pictures; yield the path of each as it is written."""
+    from minidiff.cli import grid, views
     from minidiff.cli.output import Output
     from minidiff.cli.recipe import check_family, open_recipe
     from minidiff.pipeline.png import label, to_pil
@@ -191,14 +220,18 @@ def make(args: Namespace) -> Iterator[Path]:
             raise CheckpointError(f"--{option} {missing(path)}")
     check_there(args)
     recipe = None if args.recipe is None else open_recipe(args)
+    axes = checked(args.grid, args) if args.grid else []
+    if any(axis.name == "prompt" for axis in axes) and not args.prompt:
+        args.prompt = [axes[0].changes[0][0]]
     asked = _asked(args, recipe)
     output = Output(args.out, args.force, mark=not args.no_mark, infotext=args.infotext)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
     device = device_of(args.device)
     dtype = probed(args.model, device) if args.dtype == "auto" else dtype_of(args.dtype)
-    # One run, text encoder to UNet to VAE: none is needed twice. Adapters change a model that is in memory.
-    low_memory = not (args.lora or args.embedding)
+    # One run, text encoder to UNet to VAE: none is needed twice. Adapters change a model that is in memory, and a
+    # preview needs the VAE in between.
+    low_memory = not (args.lora or args.embedding or args.preview or args.grid)
     named = str(choice["name"]) if isinstance(choice, Mapping) else choice
     pipe, converted = open_model(args.model, device, dtype, sampler=named, low_memory=low_memory, **parts_of(args))
     if choice is None and args.set:  # of the checkpoint's own sampler, which is known only now
@@ -212,11 +245,23 @@ def make(args: Namespace) -> Iterator[Path]:
         _equip(model, args, large(args.model))
     if controls:
         asked["controls"] = controls
+    if args.grid is not None:
+
+        def start(changes: Mapping[str, Any]) -> Run:
+            sampler = _changed(changes.get("sampler"), args.set) or choice
+            return pipe.run(_request(pipe, args, {**asked, **changes, "sampler": sampler}))
+
+        yield from grid.make(pipe, axes, start, args.out, args.force, not args.quiet, not args.no_mark)
+        return
     job = pipe.run(_request(pipe, args, {**asked, "sampler": choice}))
+    watching = views.of(pipe, args, job)
     _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
-    pixels = pipe.finish(job, progress=not args.quiet)
-    for image in [label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]:
-        yield output.save(image)
+    watching.follow(job, show=not args.quiet)
+    pixels = pipe.finish(job, progress=False)
+    for k, image in enumerate([label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]):
+        path = output.save(image)
+        yield path
+        yield from watching.save(k, path, args.force)
 
 
 def _asked(args: Namespace, recipe: Recipe | None) -> dict[str, Any]:

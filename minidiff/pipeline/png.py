@@ -23,6 +23,7 @@ from minidiff.storage.writing import Existing, atomic
 if TYPE_CHECKING:
     from PIL import Image
 
+MARK = "minidiff mark"  # of pictures without a recipe that are made of pictures: strips, grids
 LONGEST_RECIPE = 16 << 20  # bytes: room for the longest prompt
 
 
@@ -66,7 +67,8 @@ def save_picture(
 
 def _save(image: Image.Image, path: str | os.PathLike[str], format: str, existing: Existing, mark: bool) -> Path:
     texts = {name: image.info[name] for name in (KEY, PARAMETERS) if isinstance(image.info.get(name), str)}
-    options = options_for(format, texts, _source(texts[KEY]) if mark and KEY in texts else None)
+    source = _source(texts[KEY]) if KEY in texts else image.info.get(MARK)
+    options = options_for(format, texts, source if mark else None)
     with atomic(path, existing) as file:
         image.save(file, format=format, **options)
     return file.path
@@ -78,6 +80,12 @@ def _source(recipe: str) -> str:
         return MADE_IN_PART if "mask" in json.loads(recipe) else MADE
     except (ValueError, TypeError, RecursionError):  # a text of the caller's own
         return MADE
+
+
+def marked(image: Image.Image) -> Image.Image:
+    """Note that ``image``, which has no recipe, is made of pictures that a trained model made."""
+    image.info[MARK] = MADE
+    return image
 
 
 def label(image: Image.Image, recipe: dict[str, Any]) -> Image.Image:

@@ -1,0 +1,75 @@
+"""Pictures beside each other, with labels: strips of a run, grids of many runs, films."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SMALLEST = 96  # pixels of a side: smaller pictures are enlarged, in whole steps
+MARGIN = 4  # pixels around a label
+FRAME, LAST = 100, 1500  # milliseconds that a frame of a film is shown
+
+
+def table(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
+    """Return one picture of ``cells``, row by row, with a label above each column and left of each row.
+
+    Empty labels of all rows, or of all columns, take no room. The cells of a column may differ in size.
+    """
+    from PIL import Image, ImageDraw
+
+    shown = [[enlarged(cell) for cell in row] for row in cells]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = max(max(cell.width for cell in row) for row in shown)
+    height = max(max(cell.height for cell in row) for row in shown)
+    above = [_wrapped(draw, label, width) for label in columns]
+    beside = [_wrapped(draw, label, width) for label in rows]
+    top = max((_extent(draw, label)[1] for label in above), default=0)
+    left = max((_extent(draw, label)[0] for label in beside), default=0)
+    whole = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
+    draw = ImageDraw.Draw(whole)
+    for j, label in enumerate(above):
+        draw.multiline_text((left + j * width + MARGIN, MARGIN), label, fill="black")
+    for i, (label, row) in enumerate(zip(beside, shown, strict=True)):
+        draw.multiline_text((MARGIN, top + i * height + MARGIN), label, fill="black")
+        for j, cell in enumerate(row):
+            whole.paste(cell, (left + j * width, top + i * height))
+    return whole
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """Return a picture with sides of at least ``SMALLEST``, each pixel a square."""
+    from PIL import Image
+
+    times = -(-SMALLEST // min(image.size))
+    if times == 1:
+        return image
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def _wrapped(draw: Any, text: str, width: int) -> str:
+    """Break a label into lines of at most ``width`` pixels, at spaces where there are some."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and draw.textlength(longer) > width - 2 * MARGIN:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def _extent(draw: Any, text: str) -> tuple[int, int]:
+    if not text:
+        return 0, 0
+    _, _, right, bottom = draw.multiline_textbbox((0, 0), text)
+    return int(right) + 2 * MARGIN, int(bottom) + 2 * MARGIN
+
+
+def save_film(frames: Sequence[Image.Image], file: IO[bytes], format: str) -> None:
+    """Write ``frames`` to ``file`` as an endless GIF or APNG (``format``: "GIF" or "PNG"); the last stays longer."""
+    first, *others = [enlarged(frame) for frame in frames]
+    durations = [FRAME] * len(others) + [LAST]
+    first.save(file, format=format, save_all=True, append_images=others, duration=durations, loop=0)
