@@ -54,9 +54,9 @@ def test_a_film_keeps_some_steps(sampler: str) -> None:
     for step in run:
         film(step)
         scale = float(film.visible(step).std() / step.x.std())
-        assert (scale < 0.9) == (sampler == "euler" and step.i < run.rows[-3]) or step.i >= run.rows[-3]
+        if step.i < run.rows[3]:
+            assert (scale < 0.9) == (sampler == "euler")
     assert [run.rows.index(i) + 1 for i in film.kept] == [2, 4, 7]
-    assert largest < 3
     _, x = film.kept[run.rows[-1]]
     assert torch.equal(x, run.last().x)
     (strip,) = film.strips()
