@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion, Unconditional
     from minidiff.pipeline.denoise import Run, Step
     from minidiff.pipeline.film import Film
+    from minidiff.storage.writing import Existing
 
 STEPS, FRAMES = 8, 24  # of a strip and of a film, at most
 
@@ -44,7 +45,7 @@ class Views:
         from minidiff.pipeline.png import marked, save_png
         from minidiff.storage.writing import atomic
 
-        existing = "replace" if force else "next"
+        existing: Existing = "replace" if force else "next"
         for kind, film in self.films.items():
             if kind == "strip":
                 strip = marked(film.strips()[k])

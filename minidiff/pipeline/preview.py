@@ -65,8 +65,9 @@ class Preview:
         top, left = (max(0, (side - PART) // 2) for side in latents.shape[2:])
         part = latents[:, :, top : top + PART, left : left + PART]
         pixels = self.pipe.decode(part).float()
-        wanted = F.adaptive_avg_pool2d(pixels, part.shape[2:])
-        return torch.linalg.lstsq(_features(part.float()), wanted.flatten(2)[0].t()).solution
+        wanted = F.adaptive_avg_pool2d(pixels, (part.shape[2], part.shape[3]))
+        solution: Tensor = torch.linalg.lstsq(_features(part.float()), wanted.flatten(2)[0].t()).solution
+        return solution
 
 
 def coloured(latents: Tensor, colours: Tensor) -> Tensor:

@@ -316,7 +316,7 @@ def test_words_that_look_like_options_and_are_none(run: Run) -> None:
         (["--recipe", "none.png"], ["none.png", "no such file"]),
         (["--out", "nowhere/a.png"], ["nowhere", "create it first"]),
         (["--out", "/dev/null/new/"], ["/dev/null", "create it first"]),
-        (["--out", "a.jpg"], ["a.jpg", "a.png"]),
+        (["--out", "a.tif"], ["a.tif", "a.png"]),
         (["--stpes", "3"], ["--stpes", "--help"]),
         (["--neg", "rain"], ["--neg"]),
     ],
