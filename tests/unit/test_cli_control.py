@@ -88,6 +88,9 @@ def test_a_recipe_asks_for_its_controls(run: Run, canny: Path) -> None:
     one_error(run(*again), "first.png: was made with --control canny.safetensors=edges.png; give it again")
     assert run(*again, "--control", "canny.safetensors=edges.png,0.5").err == []
     assert np.array_equal(pixels("first.png"), pixels("again.png"))
+    replay = ("replay", "first.png", "--model", "text", "--device", "cpu", "--quiet")
+    assert run(*replay, "--control", "canny.safetensors=edges.png,0.5").status == 0, "the same bytes"
+    assert run(*replay).status == 2
     ended = run(*again, "--control", "canny.safetensors=edges.png,0.4")
     assert ended.err == [
         "minidiff: warning: the picture was made with other controls than this run, other pictures for them, or other "

@@ -51,6 +51,22 @@ def test_one_graph_serves_every_timestep() -> None:
     assert len(graphs) == 1
 
 
+@torch.no_grad()
+def test_controls_break_no_graph() -> None:
+    unet = UNet(SMALL).eval()
+    redraw(unet)
+    graphs: list[int] = []
+    compiled = counting(graphs)(unet, fullgraph=True, dynamic=False)
+    x, t, context = torch.randn(2, SMALL.in_channels, 8, 8), torch.tensor(5), torch.randn(2, 5, 16)
+    sides = (8, 8, 4, 4)  # of the skips: the first convolution, a level, its downsampling, a level
+    residuals = [torch.randn(2, 16, side, side) for side in sides], torch.randn(2, 16, 4, 4)
+    features = [torch.randn(2, 16, 4, 4)] * 3  # levels without attention take theirs after downsampling; the middle
+    for given in ((residuals, None), (None, features), (residuals, features)):
+        wanted = unet(x, t, context, residuals=given[0], features=given[1])
+        assert_close(compiled(x, t, context, None, None, *given), wanted)
+    assert len(graphs) == 3
+
+
 # --- the switch ------------------------------------------------------------------------------------------------------
 
 
