@@ -486,7 +486,7 @@ def apart(a: Any, b: Any) -> float:
 
 
 def opens(peer: Peer, which: str) -> dict[str, Any]:
-    """Whether the peer opens that layout, every part of it: random weights of a part would go unnoticed in a picture
+    """Report whether the peer opens every part of that layout: random weights of a part would go unnoticed in a picture
     of random weights, so the prompt is compared.
     """
     import torch

@@ -76,7 +76,7 @@ SIGNS = {
     ],
     "sd_embed": [*WORDS, *"()[]()[]:\\", ":1.3)", "(e:0.8)", "BREAK"],
 }
-"""What random texts are made of."""
+"""Parts that random texts are made of."""
 
 Rows = list[tuple[list[int], list[float]]]
 """Chunks: the ids of each, and the weights."""

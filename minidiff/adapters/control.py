@@ -311,7 +311,7 @@ class Steering:
 
     @property
     def notes(self) -> tuple[Steered, ...]:
-        """What the recipe says of each control."""
+        """Entries of the recipe, one a control."""
         return tuple(
             Steered(
                 name=one.model.name or None,

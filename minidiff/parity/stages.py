@@ -35,7 +35,7 @@ Names = Mapping[str, Mapping[str, str]]
 """part ("unet", "vae", "text_encoder") -> module's name -> the stage's name."""
 
 Deep = Callable[[str], bool]
-"""Whether the layers are stages too, scope by scope: "prompt", "negative", "encode", "step.0", ..., "decode"."""
+"""Choice of the scopes whose layers are stages too: "prompt", "negative", "encode", "step.0", ..., "decode"."""
 
 # The text encoders: the name of their ids, and of their output if both programs return the same one first.
 TEXTS: dict[str, tuple[str, str | None]] = {"text_encoder": ("ids", "context"), "text_encoder_2": ("ids_2", None)}

@@ -24,7 +24,7 @@ Side = Callable[[Tap], None]
 """One implementation's run, from its start, showing every stage to the tap."""
 
 Show = Callable[["Probe", Any], Any]
-"""How an argument of a network is shown; gives what the network is called with."""
+"""Function that shows an argument of a network and returns what the network is called with."""
 
 Inputs = Sequence[tuple[Show, int, tuple[str, ...]]]
 """(how it is shown, position, keywords): which arguments of a network are stages of their own."""

@@ -24,7 +24,7 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 """The guided model: scaled sample (B, C, H, W) and timestep -> :class:`Prediction`."""
 
 Keep = Callable[[int, Tensor], Tensor]
-"""What becomes of the sample after row i: inpainting puts the known part of the picture back."""
+"""Change of the sample after row i: inpainting puts the known part of the picture back."""
 
 
 def nothing() -> None:

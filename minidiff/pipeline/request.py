@@ -1,4 +1,4 @@
-"""What is asked of a run: the one list of options.
+"""Request of a run: the one list of options.
 
 Every field of :class:`Request` says all there is to know about an option: its default, one line of help, its flag on
 the command line, the rule that its values follow, whether only models that read a prompt take it, and its form in a

@@ -26,7 +26,7 @@ from minidiff.samplers.options import POSITIVE, AboveZero, Share
 from minidiff.schedule import NoiseSchedule, Spacing, check_steps, epsilon_from_x0, x0_from_epsilon
 
 Final = Literal["zero", "sigma_min"]
-"""Where the last step lands: on 0, or on training's smallest sigma."""
+"""Sigma on which the last step lands: 0, or training's smallest."""
 
 
 # --- in timesteps: x keeps unit variance ------------------------------------------------------------------------------

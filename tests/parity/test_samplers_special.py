@@ -175,7 +175,7 @@ def ends_in_nan(c):
 
 @pytest.mark.parametrize("n", [1, 4, 50])
 def test_tcd_over_all_timesteps_of_training(n):
-    """Where the reference goes when original_inference_steps is an argument, whatever its value."""
+    """Way of the reference when original_inference_steps is an argument, whatever its value."""
     ref, ours = reference(config("TCDScheduler")), TCD(original_steps=None)
     ref.set_timesteps(n, original_inference_steps=50)
     schedule = Scheduler.from_diffusers(config("TCDScheduler")).schedule
@@ -210,7 +210,7 @@ def test_karras_timesteps_of_dpm2_by_name_are_not_rounded():
 
 @pytest.mark.parametrize("name", KDPM2)
 def test_the_noise_of_every_row_of_dpm2(name):
-    """What inpainting by an ordinary model puts around the hole after each call, in the middle of an interval too."""
+    """Latents that inpainting by an ordinary model puts around the hole after each call, within an interval too."""
     c = config(name)
     theirs = reference(c)
     theirs.set_timesteps(6)

@@ -111,7 +111,7 @@ def test_incomplete_beta_function_and_its_inverse(a, b):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20, 50, 999])
 def test_beta_spacing_of_the_reference_is_met_exactly_in_float32(n):
-    """What Euler uses: the quantiles of Beta(0.6, 0.6), which end in float32 sigmas."""
+    """Levels of Euler: the quantiles of Beta(0.6, 0.6), which end in float32 sigmas."""
     p = 1 - np.linspace(0, 1, n)
     theirs = np.array([scipy.stats.beta.ppf(q, 0.6, 0.6) for q in p])
     low, high = 0.0291675, 14.6146

@@ -137,7 +137,7 @@ def spoken(sd: StableDiffusion, name: str, prompt: str, negative: str, refiner: 
 
 
 def kept(what: str, n: int, texts: int) -> bool:
-    """What the fixture holds of pair ``n``: the first ways of a schedule, and the negative prompt of :data:`PAIRS`."""
+    """Entry of the fixture for pair ``n``: the first ways of a schedule, and the negative prompt of :data:`PAIRS`."""
     *_, side, _, way = what.rpartition("pooled.")[2].split(".") if what != "error" else ("positive", "", "0")
     return int(way) < 3 and (side == "positive" or n >= texts)
 

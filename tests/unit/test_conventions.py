@@ -491,7 +491,7 @@ def test_names_and_choices() -> None:
 
 
 def test_the_readmes_table_is_made_from_the_data() -> None:
-    """When it fails: put ``python -c "from minidiff.programs.table import markdown; print(markdown())"`` there."""
+    """Held by a test; ``python -c "from minidiff.programs.table import markdown; print(markdown())"`` prints it."""
     page = Path(__file__).resolve().parents[2] / "minidiff" / "programs" / "README.md"
     text = page.read_text(encoding="utf-8")
     start, end = "<!-- programs: made by minidiff/programs/table.py -->\n", "\n\n<!-- programs: end -->"

@@ -122,7 +122,7 @@ def test_any_text_gives_chunks_or_one_line(name: str) -> None:
 
 
 def attempt(name: str, text: str) -> tuple[list[Reading], str]:
-    """What an encoder gets for a text, or why it gets nothing."""
+    """Input of an encoder for a text, or the reason why it gets none."""
     try:
         return list(DIALECTS[name].readings(text, TOKENIZER, 7)), ""
     except MinidiffError as e:

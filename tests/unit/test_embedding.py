@@ -554,7 +554,7 @@ def held_by_the_process() -> tuple[int, int, int]:
 
 
 def what_is_left(folder: Path, times: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """What the process holds before and after so many loads, each with two runs, one of them left early."""
+    """Memory that the process holds before and after so many loads, each with two runs, one of them left early."""
     tiny_sd().save(folder / "model.safetensors")
 
     def once(k: int) -> None:
@@ -616,7 +616,7 @@ def interrupted(work: Callable[[], Any], at: int) -> bool:
 
 
 def length(work: Callable[[], Any]) -> int:
-    """How many places there are to interrupt ``work`` at."""
+    """Number of places to interrupt ``work`` at."""
     counting = Interruption(-1)
     before = sys.gettrace()
     sys.settrace(counting)

@@ -58,7 +58,7 @@ def changed(file: Path, content: str) -> Iterator[None]:
 
 
 def fails_well(action: Any, where: str) -> bool:
-    """Whether the action is refused; any error but one of minidiff's, in one short line, ends the test."""
+    """True if the action is refused; any error but one of minidiff's, in one short line, ends the test."""
     try:
         action()
     except MinidiffError as e:

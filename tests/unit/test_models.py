@@ -173,7 +173,7 @@ def test_every_parameter_counts() -> None:
 
 @pytest.mark.parametrize("name", ["sd", "three levels", "ddpm"])
 def test_residuals_are_added_to_every_skip_and_the_middle(name: str) -> None:
-    """What a ControlNet adds, in the order of the way down."""
+    """Residuals of a ControlNet, in the order of the way down."""
     config, model = UNETS[name], unet(UNETS[name])
     given = inputs(config)
     want = model(**given)

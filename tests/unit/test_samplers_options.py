@@ -483,7 +483,7 @@ def test_settings_of_strangers_end_in_one_line_or_in_finite_samples(name):
 
 
 def two_steps(config) -> str:
-    """What two steps of the scheduler of ``config`` end in: an error's message, or finite samples."""
+    """Outcome of two steps of the scheduler of ``config``: an error's message, or finite samples."""
     x = torch.ones(1, 2, 2, 2)
     try:
         s = Scheduler.from_diffusers(config)

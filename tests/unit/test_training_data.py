@@ -214,7 +214,7 @@ def test_reading_is_quiet(folder: Path) -> None:
 
 
 def test_hidden_files_and_folders_are_no_data(folder: Path) -> None:
-    """What Jupyter, file managers and archives leave beside the pictures."""
+    """Files that Jupyter, file managers and archives leave beside the pictures."""
     names = [".ipynb_checkpoints/red-checkpoint.png", ".thumbnails/1.png", "__MACOSX/._a.jpg", "__MACOSX/a.jpg"]
     names += [
         "inner/.git/a.png",

@@ -1,4 +1,4 @@
-r"""What prompts for compel 2.5.1 look like, after its prompt_parser.py.
+r"""Grammar of prompts for compel 2.5.1, after its prompt_parser.py.
 
     word+   word--    weight times 1.1 for each +, 0.9 for each -
     (words)+  "words"1.3  (words)0.8    the same for several words, or a number; no space in between
@@ -72,7 +72,7 @@ class Weighted(NamedTuple):
 
 Items = Sequence["str | Weighted"]
 Found = tuple[Items, int] | None
-"""What was read and where it ends, or None."""
+"""Result of a reader and the place where it ends, or None."""
 
 
 def clauses(text: str) -> list[Blend]:

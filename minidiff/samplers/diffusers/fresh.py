@@ -38,7 +38,7 @@ from minidiff.schedule import NoiseSchedule
 
 
 class Listed(NamedTuple):
-    """What a scheduler shows. ``plan``: its rows; steps are possible only if ``steps`` is set. ``timesteps`` and
+    """State that a scheduler shows. ``plan``: its rows; steps are possible only if ``steps`` is set. ``timesteps`` and
     ``sigmas`` are those that it lists, or None."""
 
     plan: Plan[Any]

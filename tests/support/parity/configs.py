@@ -473,7 +473,7 @@ def ours(sd: Any, kind: str) -> Tensor:
 
 
 def start(size: int, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a pipeline needs beside the prompt, in the reference's words and in ours: a picture for some."""
+    """Arguments of a pipeline beside the prompt, in the reference's words and in ours: a picture for some."""
     height = width = 4 * size
     if kind not in ("inpaint", "refiner"):
         return {}, {}
