@@ -44,15 +44,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """Entry point of the ``minidiff`` command: call :func:`main`, then end the process.
+    """Entry point of the ``minidiff`` command: call :func:`main`, then end the process at once.
 
-    One of several processes goes at once, without taking the interpreter apart. torch's caches of a sliced model keep
-    gloo's threads alive beyond the process group, and one that lets go of its last tensor when there is no interpreter
-    any more aborts the process (https://github.com/pytorch/pytorch/pull/179291): a finished training would have failed.
+    Taking the interpreter apart takes a quarter of a second once torch is loaded, and may fail: torch's caches of a
+    sliced model keep gloo's threads alive beyond the process group, and one that lets go of its last tensor when there
+    is no interpreter any more aborts the process (https://github.com/pytorch/pytorch/pull/179291), after a finished
+    training. All files are closed by then, and :func:`guard` has flushed what was printed. A profiler or a debugger,
+    which reports at the end, gets its end.
     """
     open_standard_streams()
     status = main()
-    if "RANK" in os.environ:  # torchrun's; guard has flushed what was printed
+    if sys.gettrace() is None and sys.getprofile() is None:
         os._exit(status)
     sys.exit(status)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,3 +66,13 @@ def test_terminal_that_knows_only_ascii(models: Path, tmp_path: Path) -> None:
     (picture,) = tmp_path.iterdir()
     assert out.decode("ascii").startswith("f\\xfcchse-\\u732b-")
     assert minidiff.read_recipe(picture)["prompt"] == argv[1]
+
+
+def test_a_profiler_gets_its_end() -> None:
+    """The command ends its process at once, unless something waits for the end of the interpreter."""
+    said = subprocess.run(
+        [sys.executable, "-m", "cProfile", "-m", "minidiff", "--version"], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    assert "minidiff 0" in said.stdout
+    assert "cumtime" in said.stdout
