@@ -63,7 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.switches != "none" and kernels:
         print(f"tried on this processor (`minidiff probe`): {', '.join(f'{n}: {way}' for n, way in kernels.items())}")
     print()
-    print(table(HEADER, (figures(row, found[row.name], flops, top) for row in rows)))
+    other = next((way.name for way in ways if way.name.startswith("OpenVINO")), None)
+    beside = {} if other is None else {row.name: f"{row.speed:.2f}x" for row in summarise(times, other)}
+    header = (*HEADER, *(["of OpenVINO's speed"] if beside else []))
+    print(
+        table(
+            header,
+            ((*figures(row, found[row.name], flops, top), *filter(None, [beside.get(row.name)])) for row in rows),
+        )
+    )
     for way in ways:
         if "compiled" in way.name:
             print(f"\n{way.name}: its first call took {found[way.name].first:.0f} s")

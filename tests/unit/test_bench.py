@@ -31,6 +31,7 @@ import bench  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_overhead  # noqa: E402
 import bench_scaling  # noqa: E402
+import bench_start  # noqa: E402
 
 from minidiff import fast  # noqa: E402
 
@@ -409,3 +410,11 @@ def test_the_unet_of_the_overhead_answers_at_once() -> None:
     assert steps[0].x.shape == (1, SD15.in_channels, SD15.sample_size, SD15.sample_size)
     assert steps[0].conditional is not None
     assert torch.equal(steps[0].conditional, steps[1].conditional)
+
+
+def test_imports_are_summed_by_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_start, "LISTED", 3)
+    found = bench_start.imports(["-c", "import json.decoder"])
+    assert len(found) == 4
+    assert list(found)[-1] == "all others"
+    assert all(seconds > 0 for seconds in found.values())
