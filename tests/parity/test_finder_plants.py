@@ -161,8 +161,8 @@ def test_swapped_guidance_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_swapped_guidance_batch_is_named(sides: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner = guidance.Conditions.after
-    monkeypatch.setattr(guidance.Conditions, "after", lambda self, first: inner(first, self))
+    inner = guidance.Conditions.joined
+    monkeypatch.setattr(guidance.Conditions, "joined", staticmethod(lambda each: inner(each[::-1])))
     first = sides.find(sides.copy()).first
     assert first is not None
     assert first.stage == "step.0/context"
