@@ -17,16 +17,17 @@ from torch import Tensor
 
 import weights_convert
 from minidiff import CheckpointError, ConfigError, NoiseSchedule, load
-from minidiff.config import SD15, ModelConfig, ScheduleConfig
+from minidiff.config import SD15, SD21, SDXL, ModelConfig, ScheduleConfig, UNetConfig, from_json
 from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
 from minidiff.storage import checkpoint
-from minidiff.storage.files import TensorFile
+from minidiff.storage.files import TensorFile, lazy
 from tests.support import convert_sources as sources
 from tests.support.tiny import DDPM, SD, tiny_ddpm, tiny_sd
-from weights_convert import keys_diffusers, keys_original
+from weights_convert import keys_diffusers, keys_original, shapes_original
 from weights_convert.component import meta_model
-from weights_convert.engine import CONV1X1, SAME, expand
+from weights_convert.engine import CONV1X1, SAME, expand, restore
 from weights_convert.folder import rewrite
+from weights_convert.module_names import module_names
 from weights_convert.openclip import TRANSPOSED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,27 @@ def test_every_parameter_has_a_source_in_the_original_layout() -> None:
     # The averages' keys have no dots; still no two of them may fall together.
     assert len({keys_original.ema_key(p.theirs) for p in pairs}) == len(pairs)
     assert keys_original.ema_key("model.diffusion_model.out.0.bias") == "model_ema.diffusion_modelout0bias"
+
+
+@pytest.mark.parametrize(("config", "head"), [(SD15, None), (SD21, 64), (SDXL, 64)], ids=["SD15", "SD21", "SDXL"])
+def test_the_shapes_of_an_original_file_tell_its_unet(config: UNetConfig, head: int | None) -> None:
+    model = meta_model(config)
+    state = {name: lazy(t) for name, t in model.state_dict().items()}
+    tensors = restore(expand(keys_original.unet(config), model), state)
+    told = shapes_original.unet(tensors, "a file", head)
+    rest = {"sample_size": config.sample_size, "upcast_attention": config.upcast_attention}  # no shape depends on them
+    assert from_json(UNetConfig, json.dumps(told | rest)) == config
+
+
+def test_every_layer_has_a_name_in_the_reference() -> None:
+    sd = tiny_sd()
+    names = module_names(sd.config)
+    assert names.keys() == sd.parts.keys()
+    for name, part in sd.parts.items():
+        layers = {key for key, layer in part.named_modules() if list(layer.parameters(recurse=False))}
+        assert layers <= names[name].keys()
+    assert names["unet"]["conv_in"] == "conv_in"
+    assert names["vae"]["encoder.mid.res2.norm1"] == "encoder.mid_block.resnets.1.norm1"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +333,38 @@ def test_detect(good: Path, original: Path, tmp_path: Path) -> None:
         found = weights_convert.detect(path)
         assert (found.layout, found.family) == (layout, family)
         assert "because" in str(found)
+
+
+SIZES, FINE, COARSE = "label_emb.0.0.weight", "input_blocks.1.1.proj_in.weight", "input_blocks.2.1.proj_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "keys"),
+    [
+        ("sd1", 4, {"cond_stage_model.transformer.a": 1}),
+        ("sd1-inpainting", 9, {"cond_stage_model.transformer.a": 1}),
+        ("sd1 with 8 channels", 8, {"cond_stage_model.transformer.a": 1}),
+        ("sd2", 4, {"cond_stage_model.model.a": 1}),
+        ("sd2", 4, {"conditioner.embedders.0.model.a": 1}),  # SD-Turbo
+        ("sdxl-refiner", 4, {"conditioner.embedders.0.model.a": 1, SIZES: 2}),
+        ("sdxl", 4, {"conditioner.embedders.0.transformer.a": 1, "conditioner.embedders.1.model.a": 1, SIZES: 2}),
+        ("sd1", 4, {FINE: 4}),
+        ("sd2", 4, {FINE: 2}),
+        ("sdxl", 4, {FINE: 2, COARSE: 2, SIZES: 2}),
+        ("sdxl-refiner", 4, {FINE: 2, "input_blocks.2.0.op.weight": 4, SIZES: 2}),
+    ],
+)
+def test_the_family_of_a_single_file_is_told_from_its_keys(
+    family: str, channels: int, keys: dict[str, int], tmp_path: Path
+) -> None:
+    """Its text encoders, by name, or without any what its UNet reads; ``keys``: name -> rank."""
+    tensors = {"input_blocks.0.0.weight": torch.zeros(1, channels, 1, 1)}
+    tensors |= {name: torch.zeros([1] * rank) for name, rank in keys.items()}
+    own = ("input_blocks", "label_emb")
+    tensors = {f"model.diffusion_model.{k}" if k.startswith(own) else k: t for k, t in tensors.items()}
+    save_file(tensors, tmp_path / "one.safetensors")
+    found = weights_convert.detect(tmp_path / "one.safetensors")
+    assert (found.layout, found.family) == ("original", family)
 
 
 # ---- the command

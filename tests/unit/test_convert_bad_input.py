@@ -275,9 +275,11 @@ def test_missing_tensor(folder: Path) -> None:
     fails(folder, CheckpointError, "'conv_out.bias' is missing")
 
 
-def test_extra_tensor(folder: Path) -> None:
-    change_tensors(folder / UNET_FILE, lambda t: t.update({"conv_out.extra": torch.zeros(2)}))
-    fails(folder, CheckpointError, "'conv_out.extra' is unknown")
+@pytest.mark.parametrize("name", ["conv_out.extra", "down_blocks.1.resnets.0.extra", "made_up.0.weight"])
+def test_extra_tensor(folder: Path, name: str) -> None:
+    """Also in the last layer of a list, and in a list that the model does not have."""
+    change_tensors(folder / UNET_FILE, lambda t: t.update({name: torch.zeros(2)}))
+    fails(folder, CheckpointError, f"'{name}' is unknown")
 
 
 def test_misshapen_tensor(folder: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 
-from minidiff.pipeline.guidance import guide, rescale
+from minidiff.models.unet import UNet
+from minidiff.pipeline.guidance import Conditions, guide, predictor, rescale
 from tests.tolerances import EXACT, Tolerance, assert_close
 
 ROUNDING = Tolerance(1e-6, 1e-6, "one rounding more or less in float32")
@@ -43,3 +47,17 @@ def test_rescale_brings_back_the_spread_of_each_picture(amount: float) -> None:
         assert_close(got, guided, EXACT)
     if amount == 1:
         assert_close(got.std(dim=(1, 2, 3)), c.std(dim=(1, 2, 3)), ROUNDING)
+
+
+def test_nothing_is_rescaled_unless_asked() -> None:
+    """A prediction without any spread, as of an untrained network, stays what it is."""
+
+    class Flat:
+        config = SimpleNamespace(guidance_dim=None)
+
+        def __call__(self, x: torch.Tensor, *conditions: object) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    text = Conditions(torch.zeros(1, 2, 3))
+    x, t = torch.ones(1, 4, 6, 5), torch.zeros(())
+    assert_close(predictor(cast(UNet, Flat()), text, text, 7.5)(x, t).out, torch.zeros(1, 4, 6, 5), EXACT)

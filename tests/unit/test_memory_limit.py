@@ -75,6 +75,16 @@ def test_what_cannot_fit(sd: StableDiffusion, given: dict[str, Any], words: str)
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(
+    ("need", "words"), [(10**18 - 10**9, "999,999,999 GB"), (10**18, "more than 1,000,000,000 GB")]
+)
+def test_the_figure_has_a_readable_length(need: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limit, "least", lambda *_: need)
+    config = ModelConfig(family="sd1", unet=SD15, schedule=ScheduleConfig())
+    with pytest.raises(ConfigError, match=f"a picture of 8 x 8 needs {words} of memory"):
+        memory_limit.check_fits(config, 1, 8, 8, device=CPU, size=4, at_once=1)
+
+
 def test_models_without_text(ddpm: Unconditional) -> None:
     with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory at the least"):
         ddpm.generate(10**8, steps=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,3 +272,34 @@ def test_modules_of_both_by_their_names(below: bool) -> None:
     )
     prefix = "text_model." if below else ""
     assert found == {"text_encoder": {"norm": f"{prefix}norm", "projection": "text_projection"}}
+
+
+@pytest.mark.parametrize("scheduler", [True, False])
+def test_a_bare_folder_has_its_own_scheduler_or_the_default(
+    scheduler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the published ddpm-* folders, which have no model_index.json."""
+
+    class Made(SimpleNamespace):
+        @classmethod
+        def from_pretrained(cls, folder: Path, **options: Any) -> Made:
+            return cls(read=folder)
+
+        def set_progress_bar_config(self, disable: bool) -> None:
+            self.silent = disable
+
+        def to(self, device: str) -> None:
+            self.device = device
+
+    if scheduler:
+        (tmp_path / "scheduler_config.json").touch()
+    reference = SimpleNamespace(UNet2DModel=Made, DDPMScheduler=Made, DDPMPipeline=Made)
+    monkeypatch.setattr(theirs, "import_diffusers", lambda: reference)
+    monkeypatch.setattr(theirs, "parts_of", lambda pipe: {})
+    pipe = theirs.open_pipeline(tmp_path, torch.float32, "cpu")
+    assert pipe == Made(
+        unet=Made(read=tmp_path),
+        scheduler=Made(read=tmp_path) if scheduler else Made(),
+        silent=True,
+        device="cpu",
+    )

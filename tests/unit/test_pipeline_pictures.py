@@ -84,6 +84,7 @@ NOISE = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         ({"image": NOISE * 2 - 1}, "not in 0..1"),
         ({"image": NOISE * torch.nan}, "not in 0..1"),
         ({"image": (NOISE * 255).to(torch.uint8)}, "image is a tensor of torch.uint8; float values in 0..1"),
+        ({"image": torch.zeros(1, 4, 0, 8)}, "image is a tensor of shape (1, 4, 0, 8), which holds nothing"),
         ({"image": torch.zeros(1, 4, 8, 8), "height": 32}, "height=32, but the image is latents of 64 pixels"),
         ({"image": [picture()] * 2, "num_images": 3}, "2 images for 3 pictures"),
         ({"image": picture(), "height": 60}, "height=60 is not divisible by 8; the nearest: 56 and 64"),

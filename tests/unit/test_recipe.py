@@ -19,7 +19,7 @@ from minidiff.pipeline import metadata
 from minidiff.pipeline.png import KEY, read_recipe
 from minidiff.pipeline.recipe import Made, Recipe, parse
 from minidiff.pipeline.request import Request
-from tests.support.tiny import tiny_sd
+from tests.support.tiny import tiny_ddpm, tiny_sd
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -173,3 +173,9 @@ def test_texts_that_pillow_writes_are_read(tmp_path: Path) -> None:
         info.add_itxt(KEY, '{"a": "é"}', zip=compressed)
         Image.new("L", (3, 3)).save(tmp_path / "a.png", pnginfo=info)
         assert read_recipe(tmp_path / "a.png") == {"a": "é"}
+
+
+def test_the_recipe_of_a_model_without_text_says_nothing_about_text() -> None:
+    about_text = {"prompt", "negative_prompt", "guidance_scale"}
+    assert about_text <= tiny_sd().steps("a", steps=1, seed=0).recipes[0].keys()
+    assert not about_text & tiny_ddpm().steps(steps=1, seed=0).recipes[0].keys()

@@ -479,6 +479,16 @@ def test_samples_are_pictures_of_the_run_and_always_of_the_same_noise(parts: Any
     assert_close(samples(trainer), pictures)
 
 
+@pytest.mark.parametrize(("drop_prompt", "scale"), [(0.0, 1.0), (0.1, 3.0)])
+def test_samples_are_guided_if_prompts_were_dropped(
+    drop_prompt: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(batch=2, samples=2, drop_prompt=drop_prompt)
+    trainer = Trainer(tiny_sd(), Pictures(64, captions=True), config)
+    monkeypatch.setattr(trainer.pipe, "generate", lambda captions, **options: (captions, options["guidance_scale"]))
+    assert samples(trainer) == (["a blob, number 0", "a blob, number 1"], scale)
+
+
 def test_grid() -> None:
     pictures = torch.arange(1, 6, dtype=torch.float32)[:, None, None, None].expand(5, 3, 2, 2)
     assert grid(pictures)[0, ::2, ::2].tolist() == [[1, 2], [3, 4], [5, 0]]
