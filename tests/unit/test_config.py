@@ -277,6 +277,24 @@ def test_the_largest_config_that_is_let_through_builds_in_seconds(model: c.Model
     assert time.process_time() - start < 30
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("blocks", [], "0 levels"),
+        ("blocks", [1] * 17, "17 levels"),
+        ("blocks", [16, 17], "blocks=17"),
+        ("blocks", [0, -1], "blocks=-1"),
+        ("width", 0, "width=0"),
+        ("image_channels", 10**9, "image_channels=1000000000"),
+        ("latent_channels", 0, "latent_channels=0"),
+        ("scaling_factor", 0, "scaling_factor=0.0"),
+    ],
+)
+def test_a_tiny_autoencoder_has_bounds_too(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_json(c.TAESDConfig, {field: value})
+
+
 def test_plain_construction_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="heads=7 does not divide channels=320"):
         c.text(320, 7)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import weights_convert
 from minidiff import CheckpointError, ConfigError, NoiseSchedule, load
-from minidiff.config import SD15, SD21, SDXL, ModelConfig, ScheduleConfig, UNetConfig, from_json
+from minidiff.config import SD15, SD21, SDXL, Level, ModelConfig, ScheduleConfig, UNetConfig, from_json
 from minidiff.pipeline import Pipeline, StableDiffusion, Unconditional
 from minidiff.storage import checkpoint
 from minidiff.storage.files import TensorFile, lazy
@@ -25,6 +25,7 @@ from tests.support import convert_sources as sources
 from tests.support.tiny import DDPM, SD, tiny_ddpm, tiny_sd
 from weights_convert import keys_diffusers, keys_original, shapes_original
 from weights_convert.component import meta_model
+from weights_convert.configs_diffusers import Options, unet
 from weights_convert.engine import CONV1X1, SAME, expand, restore
 from weights_convert.folder import rewrite
 from weights_convert.module_names import module_names
@@ -388,6 +389,19 @@ def test_command_ends_a_mistake_in_one_line(tmp_path: Path) -> None:
     assert failed.stderr.count("\n") == 1
     assert "no such file or folder" in failed.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_middle_of_an_unconditional_unet_is_as_wide_as_the_last_level() -> None:
+    three = {
+        "block_out_channels": [16, 24, 32],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 8,
+    }
+    found = unet(Options(sources.DDPM_JSON | three, "config.json"))
+    assert [level.channels for level in found.levels] == [16, 24, 32]
+    assert found.levels[1] == Level(channels=24, attention="self", heads=3)
+    assert found.mid == Level(channels=32, attention="self", heads=4)
 
 
 def test_old_and_new_names_of_ddpm_attention() -> None:

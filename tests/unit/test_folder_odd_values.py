@@ -102,6 +102,14 @@ def test_every_field_of_a_scheduler_with_odd_values(name: str) -> None:
             fails_well(lambda config=config: Scheduler.from_diffusers(config), f"{name} {key}={str(value)[:40]}")
 
 
+@pytest.mark.parametrize("value", [2**63, -(2.0**63), True, "1", float("nan"), 10**400])
+def test_numbers_have_a_limit(value: Any) -> None:
+    most = 2**63 - 2**10  # the float before
+    assert configs.Options({"eps": -most}, "config.json").number("eps", 0) == -most
+    with pytest.raises(CheckpointError, match="a number"):
+        configs.Options({"eps": value}, "config.json").number("eps", 0)
+
+
 def test_an_unknown_field_of_a_scheduler_is_a_warning() -> None:
     config = {"_class_name": "DDIMScheduler", "my_extra": 1, "solver_order": 3}
     with pytest.warns(

@@ -95,6 +95,15 @@ def test_sharded_variant(folder: Path, good: Path, index: str, alone: bool) -> N
     assert value(weights_convert.open_source(folder), "unet", base) == (1 if alone else 0)
 
 
+def test_a_variant_whose_file_is_gone_is_none(folder: Path) -> None:
+    """A link that leads nowhere, as in a cache that was cleaned up."""
+    file = folder / "unet" / FILES["unet"]
+    file.unlink()
+    (folder / "unet" / named(FILES["unet"], "fp16")).symlink_to(folder / "gone")
+    with pytest.raises(CheckpointError, match="no weights; expected diffusion_pytorch_model"):
+        weights_convert.open_source(folder)
+
+
 def test_pickled_variant(folder: Path, good: Path) -> None:
     base = weights_convert.open_source(good)
     file = folder / "vae" / FILES["vae"]

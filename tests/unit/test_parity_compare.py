@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minidiff import ConfigError, parity
 from minidiff.parity.difference import difference, ulps
-from minidiff.parity.names import with_blocks
+from minidiff.parity.names import present, with_blocks
 from minidiff.parity.report import outcome, reasons, text
 from minidiff.parity.stages import unet_inputs
 from minidiff.parity.taps import in_float64, swap_first
@@ -151,6 +151,13 @@ def test_blocks_are_paired_by_what_they_hold() -> None:
     assert found["blocks.1"] == "layers.l1", "of what is named it holds the same"
     crossed = dict(NAMES) | {"blocks.0.first": "layers.l1.first", "blocks.1.first": "layers.l0.first"}
     assert "blocks.0" not in with_blocks(a, Other(b), crossed)
+
+
+def test_a_name_that_either_side_lacks_is_left_out() -> None:
+    a, b = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), nn.Sequential(nn.Linear(1, 1))
+    assert present(a, b, {"0": "0", "1": "0", "2": "0"}) == {"0": "0", "1": "0"}
+    assert present(b, a, {"0": "1", "1": "1"}) == {"0": "1"}
+    assert present(b, a, {"0": "2"}) == {}
 
 
 def test_a_weight_is_named() -> None:

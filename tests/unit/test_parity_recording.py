@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ def test_inputs_that_are_an_output_unchanged_are_left_out() -> None:
     assert not any(stage.startswith("step.1/unet/") for stage in tape)
     assert any(stage.startswith("step.1/unet/") for stage in ours(deep=lambda scope: True).tape)
     assert not any("/unet/" in stage or "/vae/" in stage for stage in ours(deep=lambda scope: False).tape)
+
+
+def test_the_halves_of_the_autoencoder_are_stages_of_their_own() -> None:
+    request = replace(REQUEST, image=torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0)), strength=0.5)
+    pipe = tiny_sd()
+    tape = record(Ours(pipe, request), run_of(pipe, request)).tape
+    halves = {
+        half: {stage.split("/")[2].split(".")[0].split(":")[0] for stage in tape if stage.startswith(f"{half}/vae/")}
+        for half in ("encode", "decode")
+    }
+    assert halves == {"encode": {"encoder", "quant"}, "decode": {"decoder", "post_quant"}}
 
 
 def test_a_model_without_text_is_recorded() -> None:

@@ -274,6 +274,26 @@ def test_modules_of_both_by_their_names(below: bool) -> None:
     assert found == {"text_encoder": {"norm": f"{prefix}norm", "projection": "text_projection"}}
 
 
+@pytest.mark.parametrize(
+    ("masked", "kind"), [(False, "AutoPipelineForImage2Image"), (True, "AutoPipelineForInpainting")]
+)
+def test_only_a_pipeline_that_takes_no_picture_is_exchanged(
+    masked: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(Pipe):
+        def __call__(self, prompt: str) -> None: ...
+
+    class Painting(Pipe):
+        def __call__(self, prompt: str, image: Any, mask_image: Any) -> None: ...
+
+    other = SimpleNamespace(set_progress_bar_config=lambda disable: None)
+    reference = SimpleNamespace(**{kind: SimpleNamespace(from_pipe=lambda pipe: other)})
+    monkeypatch.setattr(theirs, "import_diffusers", lambda: reference)
+    assert theirs.taking_a_picture(Plain(), masked=masked) is other
+    painting = Painting()
+    assert theirs.taking_a_picture(painting, masked=masked) is painting
+
+
 @pytest.mark.parametrize("scheduler", [True, False])
 def test_a_bare_folder_has_its_own_scheduler_or_the_default(
     scheduler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -73,7 +73,7 @@ WRONG = {
     "bomb": (HEAD + chunk(b"zTXt", KEYED + b"\0" + BOMB) + REST, "longer than"),
     "packed bomb": (HEAD + chunk(b"iTXt", KEYED + b"\1\0\0\0" + BOMB) + REST, "longer than"),
     "not compressed": (HEAD + chunk(b"zTXt", KEYED + b"\0abc") + REST, "is damaged"),
-    "half compressed": (HEAD + chunk(b"zTXt", KEYED + b"\0" + zlib.compress(RECIPE)[:-6]) + REST, "is damaged"),
+    "half compressed": (HEAD + chunk(b"zTXt", KEYED + b"\0" + zlib.compress(RECIPE)[:-6]) + REST, "it is cut short"),
     "no method": (HEAD + chunk(b"zTXt", KEYED) + REST, "is damaged"),
     "no flag": (HEAD + chunk(b"iTXt", KEYED) + REST, "is damaged"),
     "no unicode": (HEAD + chunk(b"iTXt", KEYED + b"\0\0\0\0\xff") + REST, "is damaged"),

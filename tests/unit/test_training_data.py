@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.training import changes
+from minidiff.training import changes, latents
 from minidiff.training.batch import Batch
 from minidiff.training.data import FirstOf, ShapesStream, Shuffled, TorchvisionSet, normalised
 from minidiff.training.image_folder import ImageFolder, to_pixels
@@ -181,6 +181,15 @@ def test_torchvision_by_name(tmp_path: Path) -> None:
         TorchvisionSet("Nothing", 16)
     with pytest.raises(ConfigError, match=r"CIFAR10 in .*--download fetches it"):
         TorchvisionSet("CIFAR10", 16, root=str(tmp_path))
+
+
+def test_pictures_are_encoded_a_few_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, and those that are left over too."""
+    monkeypatch.setattr(latents, "PART", 2)
+    pictures = ImageFolder(folder, 8)
+    found = [batch.pixels for batch in latents.parts(pictures)]
+    assert [len(pixels) for pixels in found] == [2, 2, 1]
+    assert_close(torch.cat(found), pictures.take(range(5)).pixels)
 
 
 def test_cached_latents(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
