@@ -126,6 +126,10 @@ def test_diffusers_folder(good: Path, tmp_path: Path) -> None:
     assert report.mapped == {n: len(p.state_dict()) for n, p in tiny_sd().parts.items()}
     assert report.hash == sd.hash
     assert "because model_index.json names StableDiffusionPipeline" in str(report)
+    assert f"written   {tmp_path / 'out.safetensors'}\nhash      {sd.hash}" in str(report)
+    assert not {"written", "hash"} & {
+        line.split(" ")[0] for line in str(weights_convert.open_source(good).report).split("\n")
+    }
 
 
 def test_original_single_file(original: Path, tmp_path: Path) -> None:
@@ -137,6 +141,7 @@ def test_original_single_file(original: Path, tmp_path: Path) -> None:
     assert (report.layout, report.family) == ("original", "sd1")
     assert {name: n for name, n, _ in report.dropped} == {"noise schedule": 3, "position ids": 1}
     assert "follow the family's rule" in str(report)
+    assert "OpenCLIP" not in str(report)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -268,10 +273,18 @@ def test_config_corrects_a_folder_too(good: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"unets": {}}, {"unet": {"head": 3}}, {"unet": {"groups": 7}}, {"vae": None}, "missing.json"]
+    ("config", "words"),
+    [
+        ({"unets": {}}, "unknown field 'unets'"),
+        ({"unet": {"head": 3}}, "unknown field 'head'"),
+        ({"unet": {"groups": 7}}, "groups=7"),
+        (sources.OVERRIDE | {"vae": None}, "a model with a text encoder needs a VAE"),
+        (sources.OVERRIDE | {"text_encoder": None, "tokenizer": None}, "text_encoder, and one of them is null"),
+        ("missing.json", r"missing\.json"),
+    ],
 )
-def test_config_that_does_not_fit(original: Path, config: Any) -> None:
-    with pytest.raises(ConfigError):
+def test_config_that_does_not_fit(original: Path, config: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
         weights_convert.open_source(original, config=config)
 
 
@@ -402,6 +415,9 @@ def test_the_middle_of_an_unconditional_unet_is_as_wide_as_the_last_level() -> N
     assert [level.channels for level in found.levels] == [16, 24, 32]
     assert found.levels[1] == Level(channels=24, attention="self", heads=3)
     assert found.mid == Level(channels=32, attention="self", heads=4)
+    without = unet(Options(sources.DDPM_JSON | three | {"add_attention": False}, "config.json"))
+    assert without.mid == Level(channels=32)
+    assert without.levels == found.levels
 
 
 def test_old_and_new_names_of_ddpm_attention() -> None:

@@ -138,6 +138,17 @@ def test_what_a_folder_holds(model: Path, tmp_path: Path) -> None:
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]
+    assert json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_config.json").read_text()) == {
+        "add_prefix_space": False,
+        "bos_token": "<|startoftext|>",
+        "do_lower_case": True,
+        "eos_token": "<|endoftext|>",
+        "errors": "replace",
+        "model_max_length": 77,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": "<|endoftext|>",
+    }
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index == {**sources.INDEX, "_diffusers_version": "0.42.1", "requires_safety_checker": False}
     wanted = {k: v for k, v in sources.UNET_JSON.items() if not k.startswith("_diffusers")}

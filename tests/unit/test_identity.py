@@ -18,7 +18,7 @@ from minidiff.adapters import words as embeddings
 from minidiff.config import ModelConfig
 from minidiff.pipeline import from_parts, random_model
 from minidiff.storage.files import Lazy, TensorFile, lazy
-from minidiff.storage.identity import SAMPLES, identify, sample
+from minidiff.storage.identity import DIGITS, SAMPLES, identify, sample
 from minidiff.training.loop import Trainer
 from minidiff.training.settings import TrainConfig
 from tests.support import convert_sources
@@ -169,6 +169,7 @@ def test_learned_words_make_another_model(tmp_path: Path) -> None:
             embeddings.add(model, embeddings.Word("cat", {"text_encoder": vectors}))  # type: ignore[arg-type]
             names.add(model.identity)
     assert len(names) == 3
+    assert {len(name) for name in names} == {DIGITS}
 
 
 def test_parts_from_elsewhere_make_another_model(tmp_path: Path) -> None:

@@ -213,6 +213,24 @@ def test_rounding_has_a_nearer_side() -> None:
     assert parity.compare(a, b, big, judge=False).first.judgement is None  # type: ignore[union-attr]
 
 
+def test_a_side_that_cannot_run_in_float64_is_held_against_the_other_one() -> None:
+    a, b = nets()
+    layer = b.blocks[0].first
+
+    def narrow(x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("no kernel for float64")
+        return nn.functional.linear(x, layer.weight, layer.bias) * (1 + 1e-5)
+
+    layer.forward = narrow
+    first = parity.compare(a, b, X).first
+    assert first is not None
+    assert first.stage == "blocks.0.first"
+    assert first.judgement is not None
+    assert first.judgement.gap is None
+    assert first.judgement.nearer == "A"
+
+
 def test_small_differences_that_add_up_are_said_to() -> None:
     a, b = (nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(8))) for _ in range(2))
     for x, y in zip(a, b, strict=True):
@@ -303,6 +321,8 @@ def test_swapping_rebuilds_what_holds_the_tensor() -> None:
         assert len(seen) == 1
         assert seen[0] is one
         assert type(new) is type(value)
+        swap_first(new, change)
+        assert seen[1] is other
     assert swap_first((1, "x"), lambda x: x) == ((1, "x"), False)
 
 

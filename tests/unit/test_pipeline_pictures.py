@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from minidiff import MinidiffError, Sizes, StableDiffusion
 from minidiff.config import ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.attention import Attention, attention
 from minidiff.pipeline import from_parts, load, random_model
+from minidiff.pipeline.denoise import Run
 from minidiff.pipeline.image_files import to_eight_bits
 from minidiff.pipeline.images import open_pictures
 from minidiff.pipeline.png import read_recipe
 from minidiff.pipeline.request import Request
 from minidiff.pipeline.rows import choose_rows
-from minidiff.precision import attention_in_float32
+from minidiff.precision import attention_in_float32, watched
 from minidiff.programs.img2img import Entry
 from minidiff.samplers import sampler_from_config
 from minidiff.schedule import NoiseSchedule
@@ -136,6 +138,24 @@ def test_second_prompts_that_cannot_work(xl: StableDiffusion, refiner: StableDif
             model.steps(steps=3, **given)
         assert words in str(caught.value)
         assert seen == []
+
+
+def test_what_a_run_from_a_picture_begins_with(sd: StableDiffusion) -> None:
+    """Scaled latents with as much noise as the first row expects; none is added to what another model hands over."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    given: dict[str, Any] = {"prompt": "a", "steps": 4, "sampler": "ddim", "seed": 5}
+    clean = sd.vae.config.scaling_factor * sd.vae.encode(2.0 * NOISE - 1.0).sample(noise=noise)
+    assert_close(begun(sd.steps(**given, image=NOISE, denoising_start=0.5)), clean)
+    assert_close(begun(sd.steps(**given, image=clean, denoising_start=0.5)), clean)
+    run = sd.steps(**given, image=clean, strength=0.5)
+    signal = sd.schedule.alphas_cumprod[run.plan.timesteps[run.rows[0]]]
+    assert_close(begun(run), signal**0.5 * clean + (1 - signal) ** 0.5 * noise)
+
+
+def begun(run: Run) -> torch.Tensor:
+    """The first sample of a run."""
+    assert run.job is not None
+    return run.job.x
 
 
 def test_a_file_that_is_no_picture(sd: StableDiffusion, tmp_path: Path) -> None:
@@ -368,6 +388,19 @@ def test_a_nan_of_the_autoencoder_is_named_too() -> None:
     with pytest.raises(MinidiffError, match=r"first from vae\.decoder\.mid\.res1\.norm1 \(GroupNorm"):
         model.generate("a", **QUIET)
     assert model.generate("a", output="latent", **QUIET).isfinite().all()
+
+
+def test_a_nan_among_several_outputs_is_seen() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x / 0
+
+    part = Two()
+    with (
+        pytest.raises(MinidiffError, match=r"first from text_encoder \(Two, float32\)"),
+        watched({"text_encoder": part}),
+    ):
+        part(torch.zeros(2))
 
 
 def test_a_run_that_goes_well_is_not_watched(sd: StableDiffusion) -> None:

@@ -69,6 +69,11 @@ def test_bad_numbers_of_steps(steps):
         spaced("leading", 1000, steps)
 
 
+def test_a_timestep_may_add_no_noise_at_all_or_nothing_else():
+    table = NoiseSchedule.from_config(ScheduleConfig(steps=3, betas=(0.0, 0.5, 1.0))).alphas_cumprod
+    assert table.tolist() == [1, 0.5, 0]
+
+
 def test_unknown_spacing():
     with pytest.raises(ConfigError, match="'middle' is none of leading, trailing, linspace"):
         spaced("middle", 1000, 5)

@@ -306,6 +306,18 @@ def test_the_first_prompts_of_every_kind_never_change() -> None:
     assert {kind: [item.caption for item in items(0, 0, 2, kind)] for kind in PROMPTS} == PROMPTS
 
 
+def test_which_of_two_things_is_named_first_never_changes() -> None:
+    """Joined by "and", which promises no order: either the one that was drawn first or the other."""
+    joined = [item for item in items(0, 0, 60) if len(item.facts.things) == 2 and item.facts.relation is None]
+    assert {item.caption: item.facts.things[0].shape == item.scene.things[0].shape for item in joined} == {
+        "small white cross and orange star, black background": False,
+        "little blue star and red cross, white background": False,
+        "green background, small orange star and pink triangle": False,
+        "white background with a large blue circle and a blue triangle": True,
+        "white background, big pink triangle and large green square": True,
+    }
+
+
 # ---- the words ----
 
 STAR = Facts("blue", (Named("star", "red", "large"),))

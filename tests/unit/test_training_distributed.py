@@ -6,18 +6,23 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from minidiff.config import ModelConfig
 from minidiff.errors import CheckpointError
+from minidiff.pipeline import random_model
 from minidiff.storage.files import TensorFile
 from minidiff.training.distributed import Replicas
+from minidiff.training.settings import TrainConfig
 from minidiff.training.sharded import ShardKeeper
-from tests.support.tiny import DDPM
+from minidiff.training.task import make_task
+from tests.support.tiny import DDPM, SD
 from tests.tolerances import BATCH, assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,6 +199,40 @@ def test_slices_of_another_run(tmp_path: Path) -> None:
     (tmp_path / "state" / "run.json").unlink()
     with pytest.raises(CheckpointError, match=r"run\.json: no such file"):
         keeper.resume(pixel_trainer(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "wanted"), [(False, 0, False), (True, 0, True), (False, 1, True), (True, 3, True)]
+)
+def test_what_one_process_says_holds_for_all(
+    own: bool, others: float, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(others))
+    assert Replicas.any(Replicas.__new__(Replicas), own) is wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "wanted"),
+    [
+        (SD, ("unet",), False),
+        (SD, ("unet", "text_encoder"), False),
+        (replace(SD, text_layer="penultimate"), ("unet",), False),
+        (replace(SD, text_layer="penultimate"), ("unet", "text_encoder"), True),
+    ],
+)
+def test_weights_that_no_loss_reaches_are_not_waited_for(
+    config: ModelConfig, parts: Any, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer of a text encoder whose last but one is read."""
+    told: list[bool] = []
+    monkeypatch.setattr(
+        torch.nn.parallel,
+        "DistributedDataParallel",
+        lambda _, find_unused_parameters: told.append(find_unused_parameters),
+    )
+    Replicas.wrap(Replicas.__new__(Replicas), make_task(random_model(config), TrainConfig(parts=parts)))
+    assert told == [wanted]
 
 
 def test_parts_are_quiet_until_the_last() -> None:
