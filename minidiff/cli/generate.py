@@ -18,7 +18,7 @@ from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_o
 from minidiff.cli.options import DTYPES, about, add_options, add_parts, add_set, given, sampler_list
 from minidiff.console import say, show
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.pipeline.request import PROMPT_STYLES, Request, options, read_number, read_size
+from minidiff.pipeline.request import PROMPT_STYLES, Request, options, read_number, read_size, read_whole
 from minidiff.storage.reading import missing
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ examples:
   minidiff generate "a fox" "an owl" --model ./stable-diffusion-v1-5 --num-images 4 --out pictures/
   minidiff generate --model sd15.safetensors --recipe lighthouse.png --steps 20
   minidiff generate "a fox" --model sd15.safetensors --num-images 4 --out "pictures/{prompt}-{seed}.jpg"
+  minidiff generate --prompts prompts.txt --model sd15.safetensors --out pictures/
   minidiff generate "a <cat-toy> in ink" --model sd15.safetensors --embedding cat.safetensors --lora ink.safetensors=0.8
   minidiff generate "a castle" --model sd15.safetensors --control canny.safetensors=edges.png,0.8
   minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
@@ -83,6 +84,18 @@ def add(commands: Any) -> None:
         help="compute as diffusers does, to the last bit (default: the same sums in a faster order)",
     )
     g = groups["picture"]
+    g.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many pictures: one prompt a line, or one JSON object with options, by their names in Python; --out is "
+        "their folder, and an interrupted run goes on where it was",
+    )
+    g.add_argument(
+        "--together",
+        type=read_whole,
+        metavar="N",
+        help="of --prompts, make at most N pictures at once (default: as many as memory holds, up to 8)",
+    )
     g.add_argument("--size", type=read_size, metavar="WxH", help="width and height in pixels, such as 768x512")
     g.add_argument(
         "--recipe",
@@ -201,24 +214,40 @@ def add_views(g: Any) -> None:
     )
 
 
-def run(args: Namespace) -> None:
+def run(args: Namespace) -> int | None:
     """Make the pictures and print their paths."""
+    if args.prompts is not None:
+        return _run_many(args)
     for path in make(args):
         show(path)
+    return None
+
+
+def _run_many(args: Namespace) -> int:
+    """Make the pictures of --prompts; return 1 if a line was broken."""
+    from minidiff.cli import many
+
+    _check_there(args)
+    asked = _asked(args, None)
+    choice = _changed(asked.get("sampler"), args.set)
+    _check_sampler(choice, asked.get("like"))
+
+    def opened() -> many.Maker:
+        pipe, added, converted = _opened(args, choice, None, low_memory=False)
+        _remark(pipe, args, None, asked, converted)
+        return many.Maker(pipe, lambda fields: _request(pipe, args, {**added, **fields}))
+
+    return many.run(args, {**asked, **({"sampler": choice} if choice else {})}, _check_sampler, opened)
 
 
 def make(args: Namespace) -> Iterator[Path]:
     """Make the pictures; yield the path of each as it is written."""
     from minidiff.cli import grid, views
     from minidiff.cli.output import Output
-    from minidiff.cli.recipe import check_family, open_recipe
+    from minidiff.cli.recipe import open_recipe
     from minidiff.pipeline.png import label, to_pil
 
-    for option in ("image", "mask", "recipe"):
-        path = getattr(args, option)
-        if path is not None and not os.path.exists(path):
-            raise CheckpointError(f"--{option} {missing(path)}")
-    check_there(args)
+    _check_there(args)
     recipe = None if args.recipe is None else open_recipe(args)
     axes = checked(args.grid, args) if args.grid else []
     if any(axis.name == "prompt" for axis in axes) and not args.prompt:
@@ -227,11 +256,49 @@ def make(args: Namespace) -> Iterator[Path]:
     output = Output(args.out, args.force, mark=not args.no_mark, infotext=args.infotext)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
-    device = device_of(args.device)
-    dtype = probed(args.model, device) if args.dtype == "auto" else dtype_of(args.dtype)
     # One run, text encoder to UNet to VAE: none is needed twice. Adapters change a model that is in memory, and a
     # preview needs the VAE in between.
     low_memory = not (args.lora or args.embedding or args.preview or args.grid)
+    pipe, added, converted = _opened(args, choice, recipe, low_memory)
+    if args.grid is not None:
+
+        def start(changes: Mapping[str, Any]) -> Run:
+            sampler = _changed(changes.get("sampler"), args.set) or added["sampler"]
+            return pipe.run(_request(pipe, args, {**asked, **added, **changes, "sampler": sampler}))
+
+        yield from grid.make(pipe, axes, start, args.out, args.force, not args.quiet, not args.no_mark)
+        return
+    job = pipe.run(_request(pipe, args, {**asked, **added}))
+    watching = views.of(pipe, args, job)
+    _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
+    watching.follow(job, show=not args.quiet)
+    pixels = pipe.finish(job, progress=False)
+    for k, image in enumerate([label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]):
+        path = output.save(image)
+        yield path
+        yield from watching.save(k, path, args.force)
+
+
+def _check_there(args: Namespace) -> None:
+    """Raise :class:`CheckpointError` for a file that is missing, before anything is opened."""
+    for option in ("image", "mask", "recipe"):
+        path = getattr(args, option)
+        if path is not None and not os.path.exists(path):
+            raise CheckpointError(f"--{option} {missing(path)}")
+    check_there(args)
+
+
+def _opened(
+    args: Namespace, choice: Any, recipe: Recipe | None, low_memory: bool
+) -> tuple[StableDiffusion | Unconditional, dict[str, Any], bool]:
+    """Open the model with its adapters, controls and speed-ups.
+
+    Returns the pipeline, the fields of a request that are known only then, and True if it was converted.
+    """
+    from minidiff.cli.recipe import check_family
+
+    device = device_of(args.device)
+    dtype = probed(args.model, device) if args.dtype == "auto" else dtype_of(args.dtype)
     named = str(choice["name"]) if isinstance(choice, Mapping) else choice
     pipe, converted = open_model(args.model, device, dtype, sampler=named, low_memory=low_memory, **parts_of(args))
     if choice is None and args.set:  # of the checkpoint's own sampler, which is known only now
@@ -243,25 +310,7 @@ def make(args: Namespace) -> Iterator[Path]:
     controls = _controls(pipe, args)
     for model in (pipe, *{control.model for control in controls}):
         _equip(model, args, large(args.model))
-    if controls:
-        asked["controls"] = controls
-    if args.grid is not None:
-
-        def start(changes: Mapping[str, Any]) -> Run:
-            sampler = _changed(changes.get("sampler"), args.set) or choice
-            return pipe.run(_request(pipe, args, {**asked, **changes, "sampler": sampler}))
-
-        yield from grid.make(pipe, axes, start, args.out, args.force, not args.quiet, not args.no_mark)
-        return
-    job = pipe.run(_request(pipe, args, {**asked, "sampler": choice}))
-    watching = views.of(pipe, args, job)
-    _remark(pipe, args, recipe, job.recipes[0], converted)  # after the last check: a mistake is one line and no more
-    watching.follow(job, show=not args.quiet)
-    pixels = pipe.finish(job, progress=False)
-    for k, image in enumerate([label(image, made) for image, made in zip(to_pil(pixels), job.recipes, strict=True)]):
-        path = output.save(image)
-        yield path
-        yield from watching.save(k, path, args.force)
+    return pipe, {"sampler": choice, **({"controls": controls} if controls else {})}, converted
 
 
 def _asked(args: Namespace, recipe: Recipe | None) -> dict[str, Any]:

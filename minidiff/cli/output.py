@@ -12,7 +12,7 @@ from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline.metadata import FORMATS, PARAMETERS
 from minidiff.pipeline.png import read_recipe, save_picture
 from minidiff.pipeline.recipes import infotext
-from minidiff.storage.writing import check_place, numbered
+from minidiff.storage.writing import Existing, check_place, numbered
 from minidiff.version import VERSION
 
 if TYPE_CHECKING:
@@ -76,12 +76,16 @@ class Output:
             while not self._may_replace(numbered(path, n)):
                 n += 1
             path = numbered(path, n)
-        if self.infotext:
-            image.info[PARAMETERS] = infotext.write(read_recipe(image), VERSION)
-        path = save_picture(image, path, "replace" if self.force else "next", self.mark)
+        path = self.write(image, path, "replace" if self.force else "next")
         found = os.lstat(path)
         self._written.add((found.st_dev, found.st_ino))
         return path
+
+    def write(self, image: Image.Image, path: Path, existing: Existing) -> Path:
+        """Write one picture to ``path`` with its recipe; return the path, see :func:`save_picture`."""
+        if self.infotext:
+            image.info[PARAMETERS] = infotext.write(read_recipe(image), VERSION)
+        return save_picture(image, path, existing, self.mark)
 
     def _may_replace(self, path: Path) -> bool:
         """Return True if ``--force`` applies to this file: a regular one that is no output of this run by any name."""
@@ -96,13 +100,14 @@ class Output:
 
     def _name(self, image: Image.Image) -> str:
         recipe = read_recipe(image)
-        values = {
-            "prompt": slug(str(recipe.get("prompt") or recipe["model"])),
-            "seed": str(recipe["seed"]),
-            "k": str(self.count),
-        }
-        name = self.name or "{prompt}-{seed}.png"
-        return FIELD.sub(lambda field: values[field[1]].rjust(int(field[2] or 0), "0"), name)
+        text = str(recipe.get("prompt") or recipe["model"])
+        return filled(self.name or "{prompt}-{seed}.png", text, recipe["seed"], self.count)
+
+
+def filled(pattern: str, prompt: str, seed: object, k: int) -> str:
+    """Return the name of a picture: ``pattern`` with its fields filled in."""
+    values = {"prompt": slug(prompt), "seed": str(seed), "k": str(k)}
+    return FIELD.sub(lambda field: values[field[1]].rjust(int(field[2] or 0), "0"), pattern)
 
 
 def slug(text: str) -> str:

@@ -59,12 +59,12 @@ class Counter:
         if self.bar is not None:
             self.bar.close()
 
-    def count(self, note: str = "") -> None:
-        """Count one more; ``note``: text that is shown beside the count."""
-        self.done += 1
+    def count(self, note: str = "", items: int = 1) -> None:
+        """Count more ``items``; ``note``: text that is shown beside the count."""
+        self.done += items
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
+            self.bar.update(items)
         if not self.lines:
             return
         now = time.monotonic()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from minidiff.config import check
 from minidiff.training.ranks import Alone
 from minidiff.training.task import Task
+
+T = TypeVar("T")
 
 
 def started_by_torchrun() -> bool:
@@ -39,13 +43,16 @@ def local_device(device: torch.device) -> torch.device:
 
 
 class Replicas(Alone):
-    """Replicas of the model, one in every process. Joins the process group when created."""
+    """Replicas of the model, one in every process. Joins the process group when created.
 
-    def __init__(self, device: torch.device) -> None:
+    ``patience``: longest time that one waits for another; None is torch's own.
+    """
+
+    def __init__(self, device: torch.device, patience: timedelta | None = None) -> None:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def wrap(self, task: nn.Module) -> nn.Module:
@@ -83,6 +90,22 @@ class Replicas(Alone):
         told = torch.tensor(float(value), device=where)
         dist.all_reduce(told)
         return bool(told > 0)
+
+    def same(self, value: T) -> T:
+        """Return the first process's ``value``, in all of them."""
+        import torch.distributed as dist
+
+        told = [value]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the ``value`` of every process, in all of them."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
 
     def wait(self) -> None:
         """Wait until every process has called this."""

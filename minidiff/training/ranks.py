@@ -1,10 +1,13 @@
-"""Interface of the training loop to its processes, for a single one; distributed.py implements it for several."""
+"""Interface of a run to its processes, for a single one; distributed.py implements it for several."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Alone:
@@ -33,6 +36,14 @@ class Alone:
     def any(self, value: bool) -> bool:
         """Return True if ``value`` is true in any process, so that all take the same decision."""
         return value
+
+    def same(self, value: T) -> T:
+        """Return the first process's ``value``, in all of them."""
+        return value
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the ``value`` of every process, in all of them."""
+        return [value]
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Assemble a tensor of which each process has a slice, in all of them."""

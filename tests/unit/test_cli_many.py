@@ -1,0 +1,220 @@
+"""``minidiff generate --prompts``: the library's pictures, runs that go on, kills, processes, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minidiff
+from minidiff import Control, fast
+from tests.support.command import ROOT, TEXT, Run, one_error, pixels, process
+from tests.support.tiny import tiny_controlnet
+
+LINES = "a fox\nan owl\n\na cat\na dog\nan emu\n"
+MADE = ("--model", "text", "--steps", 2, "--quiet")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "p.txt"
+    path.write_text(LINES)
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The pictures of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name[0].isdigit()}
+
+
+@pytest.mark.parametrize("style", ["plain", "fast", "comfyui"])
+def test_batches_are_those_of_the_library(run: Run, models: Path, prompts: Path, tmp_path: Path, style: str) -> None:
+    """Plain and fast, in a dialect, and under a control: two lines at once, of which an empty one is none."""
+    options: list[object] = {
+        "plain": ["--plain"],
+        "comfyui": ["--prompt-style", "comfyui", "--negative", "(rain)"],
+    }.get(style, [])
+    if style == "comfyui":
+        prompts.write_text("a (fox:1.3)\n" + LINES[6:])
+    tiny_controlnet(config=TEXT).save(tmp_path / "canny.safetensors")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "edges.png")
+    control = ["--control", "canny.safetensors=edges.png,0.5"] if style != "plain" else []
+    ended = run(
+        "generate", "--prompts", "p.txt", "--out", "pics/", "--seed", 7, "--together", 2, *MADE, *options, *control
+    )
+    assert (ended.status, ended.err) == (0, [])
+    sd = minidiff.load(models / "text.safetensors")
+    net = minidiff.load("canny.safetensors")
+    if style != "plain":
+        fast.optimize(sd)
+        fast.optimize(net)
+    controls = [Control(net, "edges.png", 0.5)] if control else None
+    texts = [(prompts.read_text().split("\n")[k], 7 + k) for k in (0, 1, 3, 4, 5)]
+    more = {"prompt_style": "comfyui", "negative_prompt": "(rain)"} if style == "comfyui" else {}
+    wanted = []
+    for k in (0, 2, 4):
+        some = texts[k : k + 2]
+        wanted += sd.generate(
+            [p for p, _ in some], steps=2, seed=[s for _, s in some], progress=False, controls=controls, **more
+        )
+    assert len(ended.out) == 5
+    for path, image in zip(ended.out, wanted, strict=True):
+        assert np.array_equal(pixels(path), np.asarray(image))
+        assert minidiff.read_recipe(path) == minidiff.read_recipe(image)
+    assert [Path(p).name for p in ended.out[1:3]] == ["00002-an-owl-8.png", "00004-a-cat-10.png"]
+
+
+def test_a_run_goes_on_where_it_was(run: Run, prompts: Path, tmp_path: Path) -> None:
+    """What is missing is made with the rest of its group, from the seed that was drawn; the rest stays as it is."""
+    command = ("generate", "--prompts", "p.txt", "--out", "pics/{k}.webp", "--together", 2, *MADE)
+    (tmp_path / "pics").mkdir()
+    first = run(*command)
+    assert (first.status, len(first.out), first.err) == (0, 5, [])
+    before = files(tmp_path / "pics")
+    assert list(before) == [f"{k}.webp" for k in (1, 2, 4, 5, 6)]
+    kept = (tmp_path / "pics" / "1.webp").stat()
+    (tmp_path / "pics" / "2.webp").unlink()
+    again = run(*command[:-1])
+    assert (again.status, again.out) == (0, ["pics/2.webp"])
+    assert any("4 of 5 pictures" in line or "3 of 5 pictures" in line for line in again.err), again.err
+    assert files(tmp_path / "pics") == before
+    assert (tmp_path / "pics" / "1.webp").stat() == kept
+    assert run(*command).out == []
+
+
+def test_another_job_is_not_mixed_in(run: Run, prompts: Path, tmp_path: Path) -> None:
+    command = ("generate", "--prompts", "p.txt", "--out", "pics/", "--seed", 1, *MADE)
+    assert run(*command).status == 0
+    before = files(tmp_path / "pics")
+    one_error(run(*command, "--steps", 3), "pics/job.json: was begun with --steps 2, this run has 3; name another")
+    one_error(run(*command, "--seed", 2), "was begun with other seeds: (1,)")
+    one_error(run(*command, "--together", 3), "was begun with --together 8")
+    one_error(run("generate", "--prompts", "p.txt", "--out", "pics/", "--steps", 2, "--quiet"), "another model")
+    prompts.write_text("a fox\n")
+    one_error(run(*command), "was begun with other lines")
+    job = tmp_path / "pics" / "job.json"
+    told = json.loads(job.read_text())
+    job.write_text(json.dumps({**told, "threads": 0}))
+    one_error(run(*command), "pics/job.json: is damaged (together=8, threads=0")
+    job.unlink()
+    one_error(run(*command), "pics/00001-a-fox-1.png: exists, and no job.json that says how; name another folder")
+    assert files(tmp_path / "pics") == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--out", "pics/", "a fox"], "--prompts and prompts are both given"),
+        (["--out", "pics/", "--force"], "--prompts and --force are both given"),
+        (["--out", "fox.png"], "--out fox.png: is one name for many pictures"),
+        (["--out", "{k}-{who}.png"], "{who} stands for nothing"),
+        (["--out", "{prompt}.png"], "lines 1 and 2 both make a-fox.png"),
+        ([], "name a folder for them: --out pictures/"),
+        (["--out", "pics/", "--prompts", "gone.txt"], "gone.txt: no such file"),
+        (["--out", "pics/", "--prompts", "."], ".: is a folder"),
+        (["--out", "pics/", "--together", "0"], "--together"),
+        (["--out", "pics/", "--sampler", "oiler"], "oiler"),
+    ],
+)
+@pytest.mark.usefixtures("unchanged")
+def test_mistakes_are_one_line(run: Run, prompts: Path, given: list[str], words: str) -> None:
+    prompts.write_text("a fox\nA fox\n")
+    one_error(run("generate", "--prompts", "p.txt", *MADE, *given), words)
+    assert not Path("pics").exists()
+
+
+def test_broken_lines_are_told_at_the_end(run: Run, tmp_path: Path) -> None:
+    """A line that only the model finds wrong does not take its group along; text and options go to a model in turn."""
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a fox"}\nnonsense\n{"prompt": "a cat", "height": 9}\n{"prompt": "a dog", "image": "p.jsonl"}\n'
+        '{"prompt": "an owl"}\n{"prompt": "an emu", "prompt_style": "comfyui"}\n'
+        '{"prompt": "(x:1e99)", "prompt_style": "comfyui"}\n'
+    )
+    ended = run("generate", "--prompts", "p.jsonl", "--out", "pics/", "--seed", 1, *MADE)
+    assert ended.status == 1
+    assert [Path(p).name for p in ended.out] == ["00001-a-fox-1.png", "00005-an-owl-5.png", "00006-an-emu-6.png"]
+    told = [line.removeprefix("minidiff: error: p.jsonl, ").partition(":")[0] for line in ended.err]
+    assert told == ["line 2", "line 3", "line 4", "line 7"], ended.err
+    (tmp_path / "p.jsonl").write_text('{"steps": 2}\n{"seed": 3, "num_images": 2}\n{"prompt": "a fox"}\n')
+    ended = run(
+        "generate", "--prompts", "p.jsonl", "--out", "plain/", "--model", "plain", "--quiet", "--seed", 1, "--steps", 2
+    )
+    assert [Path(p).name for p in ended.out] == [f"0000{k}-picture-{s}.png" for k, s in ((1, 1), (2, 3), (2, 4))]
+    assert len(ended.err) == 1
+    assert "p.jsonl, line 3: " in ended.err[0]
+    assert "knows no text" in ended.err[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills")
+def test_a_kill_in_the_middle_of_a_batch(run: Run, models: Path, prompts: Path, tmp_path: Path) -> None:
+    """Every file that is there is whole, at most one group is lost, and the next run gives the bytes of a whole one."""
+    prompts.write_text("".join(f"picture {k}\n" for k in range(12)))
+    given = ["generate", "--prompts", "p.txt", "--model", str(models / "text.safetensors"), "--together", "2",
+             "--steps", "40", "--seed", "1", "--quiet"]  # fmt: skip
+    with process(*given, "--out", "cut/", cwd=tmp_path) as p:
+        deadline = time.monotonic() + 100
+        folder = tmp_path / "cut"
+        while (not folder.exists() or len(files(folder)) < 4) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.05)
+        p.send_signal(signal.SIGKILL)
+        out, _ = p.communicate(timeout=60)
+    there = files(folder)
+    assert 4 <= len(there) < 12
+    assert len(out.splitlines()) >= len(there) - 1, "each is printed when it is whole"
+    for name in there:
+        minidiff.read_recipe(folder / name)
+    torch.set_num_threads(1)  # of the killed process
+    assert run(*given, "--out", "cut/").status == 0
+    assert run(*given, "--out", "whole/").status == 0
+    assert files(folder) == files(tmp_path / "whole")
+    assert [p.name for p in folder.iterdir() if p.suffix == ".part"] == []
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without it")
+def test_one_two_and_three_processes_make_the_same_files(models: Path, prompts: Path, tmp_path: Path) -> None:
+    """Broken lines are told once, after all groups; a second run goes on where the first was."""
+    prompts.write_text(
+        "".join(f'{{"prompt": "picture {k}"}}\n' for k in range(7)) + '{"prompt": "x", "height": 9}\nx\n'
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    made = {}
+    for ranks in (1, 2, 3):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        given = ["-m", "minidiff", "generate", "--prompts", "p.txt", "--out", f"{ranks}/", "--model"]
+        given += [
+            str(models / "text.safetensors"),
+            "--steps",
+            "2",
+            "--seed",
+            "1",
+            "--quiet",
+            "--together",
+            "2",
+            "--device",
+            "cpu",
+        ]
+        command = [*([sys.executable] if ranks == 1 else launch), *given]
+        if ranks == 3:  # one of two has been made by another run
+            (tmp_path / "3").mkdir()
+            for path in list((tmp_path / "2").iterdir())[:4]:
+                (tmp_path / "3" / path.name).write_bytes(path.read_bytes())
+            (tmp_path / "3" / "job.json").write_bytes((tmp_path / "2" / "job.json").read_bytes())
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        told = [line for line in done.stderr.splitlines() if line.startswith("minidiff: ")]
+        assert [line.partition(", ")[2][:7] for line in told] == ["line 8:", "line 9:"], done.stderr
+        assert done.returncode == 1
+        made[ranks] = files(tmp_path / str(ranks))
+        if ranks < 3:
+            assert sorted(done.stdout.split()) == [f"{ranks}/{name}" for name in made[ranks]]
+    assert len(made[1]) == 7
+    assert made[1] == made[2] == made[3]
