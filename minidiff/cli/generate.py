@@ -218,6 +218,8 @@ def run(args: Namespace) -> int | None:
     """Make the pictures and print their paths."""
     if args.prompts is not None:
         return _run_many(args)
+    if args.together is not None:
+        raise ConfigError("--together is about the lines of --prompts; for several pictures of a prompt: --num-images")
     for path in make(args):
         show(path)
     return None

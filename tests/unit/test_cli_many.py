@@ -129,6 +129,7 @@ def test_another_job_is_not_mixed_in(run: Run, prompts: Path, tmp_path: Path) ->
 def test_mistakes_are_one_line(run: Run, prompts: Path, given: list[str], words: str) -> None:
     prompts.write_text("a fox\nA fox\n")
     one_error(run("generate", "--prompts", "p.txt", *MADE, *given), words)
+    one_error(run("generate", "a fox", "--together", 2, *MADE), "--together is about the lines of --prompts")
     assert not Path("pics").exists()
 
 
