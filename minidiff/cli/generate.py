@@ -228,16 +228,17 @@ def run(args: Namespace) -> int | None:
 def _run_many(args: Namespace) -> int:
     """Make the pictures of --prompts; return 1 if a line was broken."""
     from minidiff.cli import many
+    from minidiff.cli.many.work import Maker
 
     _check_there(args)
     asked = _asked(args, None)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
 
-    def opened() -> many.Maker:
+    def opened() -> Maker:
         pipe, added, converted = _opened(args, choice, None, low_memory=False)
         _remark(pipe, args, None, asked, converted)
-        return many.Maker(pipe, lambda fields: _request(pipe, args, {**added, **fields}))
+        return Maker(pipe, lambda fields: _request(pipe, args, {**added, **fields}))
 
     return many.run(args, {**asked, **({"sampler": choice} if choice else {})}, _check_sampler, opened)
 
