@@ -60,4 +60,6 @@ def test_nothing_is_rescaled_unless_asked() -> None:
 
     text = Conditions(torch.zeros(1, 2, 3))
     x, t = torch.ones(1, 4, 6, 5), torch.zeros(())
-    assert_close(predictor(cast(UNet, Flat()), text, text, 7.5)(x, t).out, torch.zeros(1, 4, 6, 5), EXACT)
+    for weights in (None, [[1.0]]):
+        predict = predictor(cast(UNet, Flat()), [text], text, 7.5, weights=weights)
+        assert_close(predict(x, t).out, torch.zeros(1, 4, 6, 5), EXACT)
