@@ -1,9 +1,9 @@
 """Trial of everything whose gain depends on the processor, made once a machine and kept in the user's cache.
 
-What is faster here may be slower there: another library for linear layers, pictures in channels-last layout, Winograd's
-convolutions, attention in blocks. Each is timed beside the plain way at a shape that stands for the others. A way is
-chosen if it is clearly the fastest in two trials. Where they disagree, or nothing was tried, a rule decides: it takes
-what has lost on no processor that was measured.
+What is faster here may be slower there: another library for linear layers, Winograd's convolutions, attention in
+blocks. Each is timed beside the plain way at a shape that stands for the others. A way is chosen if it is clearly the
+fastest in two trials. Where they disagree, or nothing was tried, a rule decides: it takes what has lost on no processor
+that was measured.
 
 :func:`choices` reads the cache; the command line tries for large models, and ``minidiff probe`` does and shows the
 result. The first result that is written stands (:mod:`machine`), so the same machine always computes the same bits.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minidiff.fast import linear, machine, many_keys, onednn, tokens, winograd
+from minidiff.fast import linear, machine, many_keys, onednn, winograd
 from minidiff.fast.switch import OFF, ON
 
 WORTH = 1.05  # times as fast as the plain way; with less, that stays
@@ -33,7 +33,6 @@ Times = Mapping[str, float]
 # Of each choice, what sets up its ways for a dtype, the plain one first.
 TRIALS: Mapping[str, Callable[[torch.dtype], Ways]] = {
     "linear": linear.ways,
-    "tokens": tokens.ways,
     "winograd": winograd.ways,
     **{name: lambda dtype, name=name: many_keys.ways(name, dtype) for name in many_keys.RANGES},  # type: ignore[misc]
 }
