@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,20 @@ from PIL import Image
 
 import minidiff
 from minidiff import Control, fast
+from minidiff.training.run import claimed
 from tests.support.command import ROOT, TEXT, Run, one_error, pixels, process
 from tests.support.tiny import tiny_controlnet
 
 LINES = "a fox\nan owl\n\na cat\na dog\nan emu\n"
 MADE = ("--model", "text", "--steps", 2, "--quiet")
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay_as_they_are() -> Iterator[None]:
+    """A job that goes on sets the number of threads that it was begun with."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def test_batches_are_those_of_the_library(run: Run, models: Path, prompts: Path,
         "generate", "--prompts", "p.txt", "--out", "pics/", "--seed", 7, "--together", 2, *MADE, *options, *control
     )
     assert (ended.status, ended.err) == (0, [])
-    sd = minidiff.load(models / "text.safetensors")
+    sd = minidiff.load(models / "text.safetensors", low_memory=style == "comfyui")
     net = minidiff.load("canny.safetensors")
     if style != "plain":
         fast.optimize(sd)
@@ -89,6 +99,23 @@ def test_a_run_goes_on_where_it_was(run: Run, prompts: Path, tmp_path: Path) -> 
     assert files(tmp_path / "pics") == before
     assert (tmp_path / "pics" / "1.webp").stat() == kept
     assert run(*command).out == []
+
+
+def test_threads_are_those_of_the_first_run(run: Run, prompts: Path, tmp_path: Path) -> None:
+    command = ("generate", "--prompts", "p.txt", "--out", "pics/", "--seed", 1, *MADE)
+    torch.set_num_threads(2)
+    assert run(*command).status == 0
+    job = json.loads((tmp_path / "pics" / "job.json").read_text())
+    assert (job["threads"], job["seeds"], job["together"]) == (2, [1], 8)
+    torch.set_num_threads(1)
+    ended = run(*command[:-1])
+    assert "minidiff: pics/job.json: 2 threads a process, as it was begun" in ended.err
+    assert torch.get_num_threads() == 2
+
+
+def test_a_folder_has_one_run_at_a_time(run: Run, prompts: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "pics"):
+        one_error(run("generate", "--prompts", "p.txt", "--out", "pics/", *MADE), "another run is using this folder")
 
 
 def test_another_job_is_not_mixed_in(run: Run, prompts: Path, tmp_path: Path) -> None:
@@ -174,7 +201,6 @@ def test_a_kill_in_the_middle_of_a_batch(run: Run, models: Path, prompts: Path, 
     assert len(out.splitlines()) >= len(there) - 1, "each is printed when it is whole"
     for name in there:
         minidiff.read_recipe(folder / name)
-    torch.set_num_threads(1)  # of the killed process
     assert run(*given, "--out", "cut/").status == 0
     assert run(*given, "--out", "whole/").status == 0
     assert files(folder) == files(tmp_path / "whole")
