@@ -30,6 +30,7 @@ import _works  # noqa: E402
 import bench  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_overhead  # noqa: E402
+import bench_prompts  # noqa: E402
 import bench_scaling  # noqa: E402
 import bench_start  # noqa: E402
 
@@ -410,6 +411,14 @@ def test_the_unet_of_the_overhead_answers_at_once() -> None:
     assert steps[0].x.shape == (1, SD15.in_channels, SD15.sample_size, SD15.sample_size)
     assert steps[0].conditional is not None
     assert torch.equal(steps[0].conditional, steps[1].conditional)
+
+
+def test_many_prompts_beside_the_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both ways make all pictures; the command's group size is the library's batch."""
+    bench_prompts.main(["--lines", "3", "--steps", "1", "--rounds", "1", "--json", str(tmp_path / "rate.json")])
+    assert "3 lines, 1 steps, 8 at once" in capsys.readouterr().out
+    found = json.loads((tmp_path / "rate.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["from Python", "--prompts"]
 
 
 def test_imports_are_summed_by_package(monkeypatch: pytest.MonkeyPatch) -> None:

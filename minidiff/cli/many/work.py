@@ -97,7 +97,8 @@ class Work:
         maker = opened()
         here = replace(wanted, threads=threads, model=self.model(maker), place=where(maker))
         job = agreed(self.ranks, lambda: self.decided(before, here, found, maker))
-        jobs.check_same(job, here, self.folder, ("model",))  # of this process
+        if not self.ranks.main:  # on another machine it may be another file
+            jobs.check_same(job, here, self.folder, ("model",))
         if job.place != here.place:
             say(f"{self.folder / FILE}: begun on {job.place}, this is {here.place}; pixels may differ", "warning")
         made = groups(found, job.together)
