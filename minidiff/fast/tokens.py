@@ -38,7 +38,7 @@ class Tokens(ForwardSwitch):
     """Switch of every transformer over pictures. CPU only; float32 and bfloat16."""
 
     device = "cpu"
-    tried = "tokens"
+    tried = "tokens"  # by the rule alone
     forward = staticmethod(in_place)
 
     def applies(self, layer: nn.Module) -> bool:
