@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minidiff.cli import generate
+from minidiff.cli import generate, generate_options
 from minidiff.cli.options import DTYPES, about, add_options
 from minidiff.console import say, show
 from minidiff.errors import CheckpointError, ConfigError
@@ -31,9 +31,9 @@ def add(commands: Any) -> None:
     p = about(commands, "replay", what, EXAMPLES, more)
     p.add_argument("recipe", metavar="FILE", help="a picture of minidiff's")
     groups = {name: p.add_argument_group(name) for name in ("model", "from a picture", "output")}
-    generate.add_model(groups["model"])
+    generate_options.add_model(groups["model"])
     add_options(groups, Request, FROM_PICTURES)
-    generate.add_output(groups["output"])
+    generate_options.add_output(groups["output"])
 
 
 def run(args: Namespace) -> int:
@@ -71,7 +71,7 @@ def run(args: Namespace) -> int:
 def blank() -> Namespace:
     """Return the arguments of ``minidiff generate`` without any given."""
     commands = argparse.ArgumentParser().add_subparsers()
-    generate.add(commands)
+    generate_options.add(commands)
     return commands.choices["generate"].parse_args([])
 
 
