@@ -36,7 +36,7 @@ def run(args: Namespace) -> None:
     """Run the command."""
     path = args.path
     kind = content(path) if os.path.exists(path) and not os.path.isdir(path) else None
-    if kind == "png" or Path(path).suffix.lower() in FORMATS:
+    if kind == "png" or (kind == "?" and Path(path).suffix.lower() in FORMATS):
         from minidiff.pipeline import recipes
 
         show_json(recipes.described(recipes.read(path)))

@@ -161,7 +161,8 @@ def show(result: object, end: str = "\n", longest: int | None = None) -> None:
     lines = [
         line if longest is None or len(line) <= longest else f"{line[:longest]} ..." for line in str(result).split("\n")
     ]
-    print("\n".join(map(escaped, lines)), end=end, flush=True)
+    whole = "\n".join(map(escaped, lines)) + end
+    print(whole, end="", flush=True)  # in one piece: other processes may write to the same pipe
 
 
 def show_json(found: object) -> None:

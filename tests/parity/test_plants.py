@@ -34,8 +34,8 @@ PLANTS = {
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "guidance order": (
-        "from minidiff.pipeline.guidance import Conditions as C; inner = C.after\n"
-        "C.after = lambda self, first: inner(first, self)",
+        "from minidiff.pipeline.guidance import Conditions as C; inner = C.joined\n"
+        "C.joined = staticmethod(lambda each: inner(each[::-1]))",
         "test_pipeline.py::test_the_checkpoints_own_sampler",
     ),
     "steps_offset": (
