@@ -333,6 +333,11 @@ def test_what_is_written_by_hand_is_read(tmp_path: Path, zipped: bool) -> None:
         (WHOLE + b"0" + rebuilt(storage(2), 0, (2,), (1,)), "damaged|in two ways"),
         (rebuilt(storage(), 0, (4,), (1,))[:-5] + nested(60) + b"t\x89}tR", "strides or"),  # to quote it takes for ever
         (rebuilt(named("torch.float32"), 0, (4,), (1,)), "without a storage"),
+        (number(0) + b"Q", "no storage of torch's"),
+        (b"(X\7\0\0\0storagetQ", "no storage of torch's"),
+        (storage().replace(b"storage", b"staging"), "no storage of torch's"),
+        (storage()[:-2] + number(0) + b"tQ", "no storage of torch's"),  # a view of another one, in ancient files
+        (storage(kind="torch.float32"), "in a way that torch.save does not"),
         (named("collections.OrderedDict") + b"(]]]]]e]ttR", "damaged|appends|calls|takes"),
     ],
 )
@@ -354,6 +359,12 @@ def test_a_record_of_another_size_than_its_storage(tmp_path: Path, zipped: bool,
         assert read_pickle(path)[0]["a"].load().sum() == 0
         return
     with pytest.raises(CheckpointError, match="damaged"):
+        read_pickle(path)
+
+
+def test_a_record_that_is_not_there_has_no_size(tmp_path: Path) -> None:
+    path = written(tmp_path / "sd.ckpt", holding(rebuilt(storage(key=b"1"), 0, (4,), (1,))), zipped=True)
+    with pytest.raises(CheckpointError, match="storage '1' of 16 bytes has a record of 0; it is damaged"):
         read_pickle(path)
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from minidiff.config import ModelConfig
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.pipeline import random_model
 from minidiff.storage.files import TensorFile
 from minidiff.training.distributed import Replicas
 from minidiff.training.settings import TrainConfig
-from minidiff.training.sharded import ShardKeeper
+from minidiff.training.sharded import ShardKeeper, Shards
 from minidiff.training.task import make_task
-from tests.support.tiny import DDPM, SD
+from tests.support.tiny import DDPM, SD, tiny_ddpm
 from tests.tolerances import BATCH, assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +231,12 @@ def test_weights_that_no_loss_reaches_are_not_waited_for(
     )
     Replicas.wrap(Replicas.__new__(Replicas), make_task(random_model(config), TrainConfig(parts=parts)))
     assert told == [wanted]
+
+
+def test_a_torch_that_slices_on_cards_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(UnsupportedError, match="can slice a model on GPUs only"):
+        Shards.wrap(Shards.__new__(Shards), make_task(tiny_ddpm(), TrainConfig()))
 
 
 def test_parts_are_quiet_until_the_last() -> None:
