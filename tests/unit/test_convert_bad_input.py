@@ -275,6 +275,13 @@ def test_missing_tensor(folder: Path) -> None:
     fails(folder, CheckpointError, "'conv_out.bias' is missing")
 
 
+def test_many_missing_tensors_are_counted(folder: Path) -> None:
+    names = ["conv_out.weight", "conv_out.bias", "conv_norm_out.weight", "conv_norm_out.bias", "conv_in.bias"]
+    change_tensors(folder / UNET_FILE, lambda t: [t.pop(name) for name in names])
+    with pytest.raises(CheckpointError, match=r"tensors ('[\w.]+', ){2}'[\w.]+' and 2 more are missing"):
+        weights_convert.open_source(folder)
+
+
 @pytest.mark.parametrize("name", ["conv_out.extra", "down_blocks.1.resnets.0.extra", "made_up.0.weight"])
 def test_extra_tensor(folder: Path, name: str) -> None:
     """Also in the last layer of a list, and in a list that the model does not have."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minidiff.parity import recording, start_images
-from tests.support.command import Run, one_error
+from tests.support.command import TEXT, Run, one_error
 from tests.support.convert_sources import write_ddpm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,13 @@ def test_a_recording_says_what_was_run(run: Run, models: Path, tmp_path: Path) -
         "width": 16,
         "dtype": "float32",
     }
+    assert (
+        run("parity", "record", models / "text.safetensors", "b.safetensors", "--steps", 1, "--layers", "none")[0] == 0
+    )
+    own = recording.read_recording(tmp_path / "b.safetensors").run
+    assert TEXT.vae is not None
+    side = TEXT.unet.sample_size * TEXT.vae.factor
+    assert (own["width"], own["height"]) == (side, side), "without --size the model's own"
     assert "step.1/noise" in found.tape
     assert not any("/unet/" in stage for stage in found.tape)
     assert torch.equal(found.tape["plan/timesteps"].long(), torch.tensor([999, 0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -324,6 +325,9 @@ def test_swapping_rebuilds_what_holds_the_tensor() -> None:
         swap_first(new, change)
         assert seen[1] is other
     assert swap_first((1, "x"), lambda x: x) == ((1, "x"), False)
+    fixed = MappingProxyType({"out": one})
+    assert swap_first(fixed, lambda x: other) == (fixed, True), "what cannot be rebuilt stays as it is"
+    assert fixed["out"] is one
 
 
 def test_in_float64_and_back() -> None:

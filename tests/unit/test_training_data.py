@@ -253,6 +253,7 @@ def test_pictures_of_every_name_are_taken_or_said(folder: Path) -> None:
     image = Image.new("RGB", (16, 16), "red")
     taken = {"a.jfif": "JPEG", "b.JPE": "JPEG", "c.ppm": "PPM", "d.pgm": "PPM", "e.tga": "TGA", "f.avif": "AVIF"}
     taken |= {"g.jp2": "JPEG2000", "h.qoi": "QOI", "i": "PNG", "j.jpg_large": "JPEG", "k.PNG": "WEBP", "l.tmp": "WEBP"}
+    taken |= {"m": "AVIF"}
     for name, kind in taken.items():
         image.save(folder / name, kind)
     (folder / "notes").write_text("no picture")
@@ -261,11 +262,11 @@ def test_pictures_of_every_name_are_taken_or_said(folder: Path) -> None:
     (folder / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n%%EndComments\n")
     os.mkfifo(folder / "pipe.png")
     with pytest.warns(
-        UserWarning, match=r"4 of 21 pictures cannot be read and are left out: drawing\.svg, page\.eps, ph"
+        UserWarning, match=r"4 of 22 pictures cannot be read and are left out: drawing\.svg, page\.eps, ph"
     ):
         found = ImageFolder(folder, 8)
     assert {file.name for file in found.files} >= taken.keys()
-    assert len(found) == 17
+    assert len(found) == 18
     (folder / "only").mkdir()
     (folder / "photo.heic").rename(folder / "only" / "photo.heic")
     with pytest.raises(ConfigError, match=r"no pictures in this folder .*, but 1 of formats that are not read: photo"):
