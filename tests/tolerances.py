@@ -116,6 +116,12 @@ COMPILED = Tolerance(
 PROGRAM_FLOAT32 = Tolerance(1e-6, 3e-6, "a program's float32, copied, against the same in float64")
 PERFECT = Tolerance(1e-5, 1e-5, "a program's formula for a perfect model's step against ours, which divides elsewhere")
 ONCE = Tolerance(0.0, 6e-8, "float64 rounded once to float32: half of its last place, 2 ** -24")
+LINEAR = Tolerance(
+    0.0,
+    1e-5,
+    "of the largest value: a sampler in float32, some of whose steps are differences, against its weights in float64; "
+    "measured up to 4.4e-6",
+)
 LOG_SIGMA = Tolerance(0.0, 3e-6, "log sigma interpolated and its exponential taken in float32, against float64")
 NOISE_TABLES = Tolerance(0.0, 3e-5, "sigma of an alpha_bar rounded to float32: near 1, little of 1 - alpha_bar is left")
 SIGMA_POWERS = Tolerance(0.0, 1e-5, "seventh powers and exponentials between ends that are rounded to float32")

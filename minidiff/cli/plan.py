@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from minidiff.cli.options import about, add_prediction, add_set, sampler_list
-from minidiff.console import show
+from minidiff.console import show, show_json
 from minidiff.pipeline.request import read_whole
 
 EXAMPLES = """\
@@ -15,6 +15,7 @@ examples:
   minidiff plan --sampler ddim --steps 50 --set steps_offset=0
   minidiff plan --sampler euler --steps 20 --like a1111,comfyui:karras,diffusers
   minidiff plan --model sd15.safetensors
+  minidiff plan --sampler dpmpp_2m --steps 20 --json
 """
 
 
@@ -31,12 +32,17 @@ def add(commands: Any) -> None:
         metavar="PROGRAMS",
         help="as diffusers, ldm, k-diffusion, a1111 or comfyui plan it; several: a1111,ldm",
     )
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help="as JSON: each step as weights of the sample, the model's output, the noise and what is remembered",
+    )
     add_set(p)
 
 
 def run(args: Namespace) -> None:
     """Run the command."""
-    from minidiff.config import ScheduleConfig
+    from minidiff.config import ScheduleConfig, check
     from minidiff.samplers import sampler_from_config
     from minidiff.schedule import NoiseSchedule
 
@@ -49,9 +55,33 @@ def run(args: Namespace) -> None:
         config, schedule = found.sampler, found.schedule
     if args.sampler is not None:
         config = {"name": args.sampler}
-    if args.like is not None:
+    likes = None if args.like is None else args.like.split(",")
+    if args.json:
+        check(likes is None or len(likes) == 1, f"--json writes one plan; name one program, got --like {args.like}")
+        show_json(_table(likes and likes[0], schedule, config, dict(args.set), args.steps))
+    elif likes is not None:
         from minidiff.programs.table import plans
 
-        show(plans(args.like.split(","), schedule, {"name": config["name"], **dict(args.set)}, args.steps))
-        return
-    show(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
+        show(plans(likes, schedule, {"name": config["name"], **dict(args.set)}, args.steps))
+    else:
+        show(sampler_from_config({**config, **dict(args.set)}).plan(NoiseSchedule.from_config(schedule), args.steps))
+
+
+def _table(like: str | None, schedule: Any, config: dict[str, Any], given: dict[str, Any], steps: int) -> Any:
+    """Return the plan as JSON: the weights of each step; see minidiff/samplers/linear.py."""
+    from dataclasses import asdict
+
+    from minidiff.samplers import sampler_from_config, sampler_to_config
+    from minidiff.samplers.linear import table
+    from minidiff.schedule import NoiseSchedule
+
+    if like is None:
+        sampler: Any = sampler_from_config({**config, **given})
+        plan = sampler.plan(NoiseSchedule.from_config(schedule), steps)
+    else:
+        from minidiff.programs import read
+
+        told = read(like).sampler(schedule, {"name": config["name"], **given})
+        sampler, plan = told.inner, told.plan(None, steps)
+    asked = {"sampler": sampler_to_config(sampler), "schedule": asdict(schedule), "like": like}
+    return {"format": "minidiff plan 1", **asked, **table(sampler, plan).to_json()}
