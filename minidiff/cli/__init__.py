@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
-from minidiff.cli import convert, generate, info, parity, plan, probe, replay, tokens, train
+from minidiff.cli import convert, explain, generate, info, parity, plan, probe, replay, tokens, train
 from minidiff.config import quote
 from minidiff.console import Parser, guard, open_standard_streams
 from minidiff.console.spelling import near
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "train": train.run,
     "probe": probe.run,
     "tokens": tokens.run,
+    "explain": explain.run,
     **dict.fromkeys(("parity", "parity record", "parity compare"), parity.run),
 }
 
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidiff {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     top.epilog = "`minidiff COMMAND --help` explains a command."
-    added = (generate, replay, info, convert, plan, train, parity, probe, tokens)
+    added = (generate, explain, replay, info, convert, plan, train, parity, probe, tokens)
     for add in (command.add for command in added):
         add(commands)
     for command in commands.choices.values():

@@ -99,6 +99,16 @@ def make(args: Namespace) -> Iterator[Path]:
         yield from watching.save(k, path, args.force)
 
 
+def prepared(args: Namespace) -> tuple[StableDiffusion | Unconditional, Request]:
+    """Open the model that the command line names, and return it with the request, for one run that is not saved."""
+    _check_there(args)
+    asked = _asked(args, None)
+    choice = _changed(asked.get("sampler"), args.set)
+    _check_sampler(choice, asked.get("like"))
+    pipe, added, _ = _opened(args, choice, None, low_memory=False)
+    return pipe, _request(pipe, args, {**asked, **added})
+
+
 def _check_there(args: Namespace) -> None:
     """Raise :class:`CheckpointError` for a file that is missing, before anything is opened."""
     for option in ("image", "mask", "recipe"):

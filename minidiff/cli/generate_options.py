@@ -103,6 +103,14 @@ def add(commands: Any) -> None:
     add_views(groups["output"])
 
 
+def blank() -> argparse.Namespace:
+    """Return the arguments of the command without any given, for other commands that run it."""
+    commands = argparse.ArgumentParser().add_subparsers()
+    add(commands)
+    found: argparse.Namespace = commands.choices["generate"].parse_args([])
+    return found
+
+
 def add_model(g: Any) -> None:
     """Add the options that name a model, what is added to it, and where it runs."""
     g.add_argument(

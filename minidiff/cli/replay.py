@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ def run(args: Namespace) -> int:
     if args.dtype == "auto" and then.dtype in DTYPES:
         args.dtype = then.dtype
     args.infotext = args.infotext or recipes.has_infotext(args.recipe)
-    full = Namespace(**{**vars(blank()), **vars(args)})
+    full = Namespace(**{**vars(generate_options.blank()), **vars(args)})
     with tempfile.TemporaryDirectory() as folder:
         if full.out is None:
             full.out = os.path.join(folder, f"again{Path(args.recipe).suffix.lower()}")
@@ -66,13 +65,6 @@ def run(args: Namespace) -> int:
         say(line)
     say(f"{args.recipe}: {lines[0]}")
     return 0 if len(lines) == 1 else 1
-
-
-def blank() -> Namespace:
-    """Return the arguments of ``minidiff generate`` without any given."""
-    commands = argparse.ArgumentParser().add_subparsers()
-    generate_options.add(commands)
-    return commands.choices["generate"].parse_args([])
 
 
 def compared(one: Path, two: Path, then: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ LAYERS: dict[str, int] = {
     "minidiff.version": 0,
     "minidiff.config": 1,
     "minidiff.console": 1,
+    "minidiff.page": 1,
     "minidiff.console.spelling": 0,
     "minidiff.storage": 1,
     "minidiff.storage.identity": 2,
@@ -44,6 +45,7 @@ LAYERS: dict[str, int] = {
     "minidiff.training": 7,
     "minidiff": 8,  # the public names, gathered from everything below
     "weights_convert": 9,
+    "minidiff.explain": 9,  # reads the package's own place
     "minidiff.cli": 10,
     "minidiff.__main__": 11,
     "weights_convert.__main__": 11,
