@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 # No request can leave a page, and nothing runs in it but the one script that it was written with.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{}'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {}"
 VOID = frozenset(("br", "hr", "img", "input", "meta"))  # elements without an end
 
 
@@ -86,13 +86,17 @@ def document(
     *,
     language: str = "en",
     styles: Iterable[str] = (),
-    scripts: Iterable[str] = (),
+    scripts: Iterable[str] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the whole page. ``language``: that which is shown first. ``styles`` and ``scripts`` follow the kit's own;
-    ``data``: JSON by the name of its script element."""
+    """Return the whole page.
+
+    ``language``: that which is shown first. ``styles`` and ``scripts`` follow the kit's own; without ``scripts``
+    nothing runs in the page. ``data``: JSON by the name of its script element. Raises ValueError for a style sheet or
+    script that would end its own element.
+    """
     style = "\n".join([resource("minidiff.page", "kit.css"), *styles])
-    script = "\n".join([resource("minidiff.page", "kit.js"), *scripts])
+    script = "" if scripts is None else "\n".join([resource("minidiff.page", "kit.js"), *scripts])
     for text in (style, script):
         if "</" in text:
             raise ValueError("a style sheet or a script of a page holds '</', which would end its element")
@@ -101,10 +105,14 @@ def document(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width,initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY.format(known)),
+        tag(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content=POLICY.format(f"'sha256-{known}'" if script else "'none'"),
+        ),
         tag("title", title),
         tag("style", Html(style)),
     )
     held = [embedded(value, name) for name, value in (data or {}).items()]
-    whole = tag("html", head, tag("body", body, held, tag("script", Html(script))), lang=language, data_lang=language)
-    return f"<!doctype html>\n{whole}\n"
+    body = tag("body", body, held, tag("script", Html(script)) if script else None)
+    return f"<!doctype html>\n{tag('html', head, body, lang=language, data_lang=language)}\n"

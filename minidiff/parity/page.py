@@ -1,4 +1,4 @@
-"""The report as one page of HTML: no script, nothing fetched, a few kilobytes besides its tables.
+"""The report as one page of HTML: nothing fetched, a few kilobytes besides its tables.
 
 The outcome comes first, then a chart of the run: every stage is a point, from left to right in the order of the
 network, at the height of its relative difference (logarithmic). Filled points are the sides by themselves, hollow ones
@@ -8,9 +8,9 @@ on equal inputs: a high hollow point is where a difference arises. The tables be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Sequence
 
+from minidiff.page.html import Child, Html, document, resource, tag
 from minidiff.parity import report as words
 from minidiff.parity.difference import Difference
 from minidiff.parity.engine import Row
@@ -21,68 +21,41 @@ LETTER = 7  # approximate width of one
 FLOOR, CEILING = -9.0, 1.0  # powers of ten
 MOST_POINTS = 4000  # of a long run the points that are drawn; the tables have all
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2330;--dim:#667085;--line:#e4e7ec;--paper:#fff;--card:#f8f9fb;--good:#067647;
---bad:#b42318;--badback:#fef3f2;--a:#2e6bd6;--b:#d9480f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ef;--dim:#98a2b3;--line:#2b3240;--paper:#12161e;--card:#1a2029;
---good:#47cd89;--bad:#f97066;--badback:#331a1a;--a:#7aa7ff;--b:#ff9457}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1120px;padding:28px 24px 60px;background:var(--paper);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-h1{font-size:22px;margin:0 0 4px}h2{font-size:16px;margin:32px 0 8px}
-code,td,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
-.outcome{border-left:4px solid var(--good);background:var(--card);padding:14px 18px;margin:18px 0;border-radius:4px}
-.outcome.bad{border-color:var(--bad)}.outcome b{font-size:17px;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;margin:10px 0 0}
-dt{color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
-.wide{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
-table{border-collapse:collapse;width:100%}
-th{text-align:right;font-weight:600;font-size:12px;color:var(--dim);background:var(--card)}
-th,td{padding:4px 12px;border-bottom:1px solid var(--line);white-space:nowrap}
-td{text-align:right}th:first-child,td:first-child{text-align:left}tr:last-child td{border-bottom:0}
-tr.apart td:nth-child(2){color:var(--bad)}tr.cause td{background:var(--badback)}tr.first td{font-weight:700}
-tr.first td:first-child::after{content:"  first difference";color:var(--bad)}
-details{margin:8px 0}summary{cursor:pointer;padding:6px 0}summary .n{color:var(--dim)}summary .bad{color:var(--bad)}
-svg{width:100%;height:auto;display:block}svg text{font-size:11px;fill:var(--dim)}
-.grid{stroke:var(--line)}.own{fill:var(--a)}.local{fill:none;stroke:var(--b);stroke-width:1.4}.mark{stroke:var(--bad)}
-.key{font-size:13px;color:var(--dim);margin:8px 0}.dot{color:var(--a)}.ring{color:var(--b)}.bar{color:var(--bad)}
-a{color:inherit}footer{margin-top:40px;color:var(--dim);font-size:13px}
-"""
-
 
 def page(report: Report) -> str:
     """The whole page."""
     outcome, named = words.outcome(report), words.reasons(report)
-    bad = "" if report.equal else " bad"
     facts = {"A": report.a, "B": report.b, "tolerance": _tolerance(report), **report.about}
-    return "\n".join(
+    return document(
+        f"{report.a} and {report.b}: {outcome}",
         [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width,initial-scale=1">',
-            f"<title>{escape(f'{report.a} and {report.b}: {outcome}')}</title><style>{STYLE}</style></head><body>",
-            f"<h1>{escape(report.a)} and {escape(report.b)}</h1>",
-            f'<div class="outcome{bad}"><b>{_link(outcome, bool(named))}</b>{_list(named) if named else ""}</div>',
+            tag("h1", f"{report.a} and {report.b}"),
+            tag(
+                "div",
+                tag("b", _link(outcome, bool(named))),
+                _list(named) if named else None,
+                cls="outcome" if report.equal else "outcome bad",
+            ),
             _list(facts),
-            "<h2>The run at a glance</h2>",
+            tag("h2", "The run at a glance"),
             _picture(report),
-            f"<p class='key'>{KEY}</p>",
-            "<h2>Sections</h2>",
+            tag("p", KEY, cls="caption"),
+            tag("h2", "Sections"),
             _table(
                 ("section", *COLUMNS[:-1]),
                 [words.summary(*group, report)[:-1] for group in _grouped(report)],
                 _bars(report),
             ),
-            "<h2>Every stage</h2>",
-            *(_section(name, rows, report) for name, rows in _grouped(report)),
+            tag("h2", "Every stage"),
+            [_section(name, rows, report) for name, rows in _grouped(report)],
             _only(report),
-            f"<footer>{escape(LEGEND)}</footer>",
-            "</body></html>",
-        ]
+            tag("footer", LEGEND),
+        ],
+        styles=[resource("minidiff.parity", "page.css")],
     )
 
 
-KEY = (
+KEY = Html(
     "Every stage in the order of the run, by its relative difference. <b class='dot'>●</b> A and B each by itself "
     "<b class='ring'>○</b> B on A's values: what differs there arose there <b class='bar'>|</b> first difference"
 )
@@ -94,9 +67,9 @@ LEGEND = (
 )
 
 
-def _link(outcome: str, parted: bool) -> str:
+def _link(outcome: str, parted: bool) -> Child:
     """The outcome, leading to the row of the first place."""
-    return f'<a href="#first">{escape(outcome)}</a>' if parted else escape(outcome)
+    return tag("a", outcome, href="#first") if parted else outcome
 
 
 def _tolerance(report: Report) -> str:
@@ -107,8 +80,8 @@ def _grouped(report: Report) -> list[tuple[str, list[Row]]]:
     return list(words.sections(report.rows).items())
 
 
-def _list(facts: dict[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in facts.items())}</dl>"
+def _list(facts: dict[str, str]) -> Html:
+    return tag("dl", [(tag("dt", name), tag("dd", fact)) for name, fact in facts.items()])
 
 
 def _bars(report: Report) -> list[str]:
@@ -116,12 +89,10 @@ def _bars(report: Report) -> list[str]:
     return ["" if all(r.chained.within(report.tolerance) for r in rows) else "apart" for _, rows in _grouped(report)]
 
 
-def _section(name: str, rows: Sequence[Row], report: Report) -> str:
+def _section(name: str, rows: Sequence[Row], report: Report) -> Html:
     apart = sum(not row.chained.within(report.tolerance) for row in rows)
-    said = f'<span class="bad">{apart} of {len(rows)} differ</span>' if apart else f"{len(rows)} equal"
-    if not apart and report.tolerance:
-        said = f"{len(rows)} within the tolerance"
-    shown = " open" if report.first in rows else ""
+    kept = "within the tolerance" if report.tolerance else "equal"
+    said = tag("span", f"{apart} of {len(rows)} differ", cls="bad") if apart else f"{len(rows)} {kept}"
     causes = {row.stage for row in report.causes}
     kinds = [
         " ".join(
@@ -137,67 +108,76 @@ def _section(name: str, rows: Sequence[Row], report: Report) -> str:
     ]
     lines = [words.line(row, report) for row in rows]
     lines = [(*line[:-1], line[-1].split("  <-")[0]) for line in lines]
-    head = f'<summary><code>{escape(name)}</code> <span class="n">{said}</span></summary>'
-    return f"<details{shown}>{head}{_table(('stage', *COLUMNS), lines, kinds)}</details>"
+    head = tag("summary", tag("code", name), " ", tag("span", said, cls="n"))
+    return tag("details", head, _table(("stage", *COLUMNS), lines, kinds), open=report.first in rows)
 
 
-def _table(names: Iterable[str], lines: Iterable[Sequence[str]], kinds: Iterable[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "\n".join(
-        f"<tr{_marks(kind)}>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>"
+def _table(names: Iterable[str], lines: Iterable[Sequence[str]], kinds: Iterable[str]) -> Html:
+    head = tag("tr", [tag("th", name, scope="col") for name in names])
+    body = [
+        tag("tr", [tag("td", cell) for cell in line], id="first" if kind.endswith("first") else None, cls=kind or None)
         for line, kind in zip(lines, kinds, strict=True)
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    ]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", body)), cls="wide")
 
 
-def _marks(kind: str) -> str:
-    anchor = ' id="first"' if kind.endswith("first") else ""
-    return f'{anchor} class="{kind}"' if kind else ""
-
-
-def _only(report: Report) -> str:
-    parts = [
-        f"<details><summary>only in {side} <span class='n'>{len(only)} stages</span></summary>"
-        f"<p class='mono'>{escape(', '.join(only))}</p></details>"
+def _only(report: Report) -> list[Html]:
+    return [
+        tag(
+            "details",
+            tag("summary", f"only in {side} ", tag("span", f"{len(only)} stages", cls="n")),
+            tag("p", ", ".join(only), cls="mono"),
+        )
         for side, only in (("A", report.only_a), ("B", report.only_b))
         if only
     ]
-    return "".join(parts)
 
 
-def _picture(report: Report) -> str:
+def _picture(report: Report) -> Html:
     """Draw the differences of all stages as an SVG."""
     rows = list(report.rows)
     step = max(1, math.ceil(len(rows) / MOST_POINTS))
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="relative difference by stage">']
-    for power in range(int(FLOOR) + 1, int(CEILING) + 1, 2):
-        y = _height(10.0**power)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
-    parts.append(f'<text x="{LEFT - 8}" y="{_height(0) + 4:.1f}" text-anchor="end">equal</text>')
-    start = 0
-    for name, inside in _grouped(report):
-        x, end = _across(start, len(rows)), _across(start + len(inside), len(rows))
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 4}"/>')
-        if end - x > LETTER * len(name) + 6:
-            parts.append(f'<text x="{x + 3:.1f}" y="{HEIGHT - 6}">{escape(name)}</text>')
-        start += len(inside)
+    parts = [*_levels(), *_sections(report)]
     for k, row in enumerate(rows):
         if row is report.first:
-            x = _across(k, len(rows))
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+            parts.append(_upright("mark", _across(k, len(rows)), HEIGHT - BOTTOM))
         if k % step and row is not report.first:
             continue
         parts.append(_point("own", k, len(rows), row, row.chained, 1.8))
         if row.local is not None and not row.local.equal:
             parts.append(_point("local", k, len(rows), row, row.local, 3.2))
-    return "".join(["<div class='wide'>", *parts, "</svg></div>"])
+    picture = tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label="relative difference by stage")
+    return tag("div", picture, cls="wide")
 
 
-def _point(kind: str, k: int, count: int, row: Row, d: Difference, radius: float) -> str:
-    title = f"<title>{escape(row.stage)}: {escape(words.describe(d))}</title>" if not d.equal else ""
-    place = f'cx="{_across(k, count):.1f}" cy="{_height(words.size(d)):.1f}" r="{radius}"'
-    return f'<circle class="{kind}" {place}>{title}</circle>' if title else f'<circle class="{kind}" {place}/>'
+def _levels() -> Iterator[Html]:
+    """Yield the lines of the powers of ten, and their names."""
+    for power in range(int(FLOOR) + 1, int(CEILING) + 1, 2):
+        y = _height(10.0**power)
+        yield tag("line", cls="grid", x1=LEFT, x2=WIDTH, y1=f"{y:.1f}", y2=f"{y:.1f}")
+        yield tag("text", f"1e{power}", x=LEFT - 8, y=f"{y + 4:.1f}", text_anchor="end")
+    yield tag("text", "equal", x=LEFT - 8, y=f"{_height(0) + 4:.1f}", text_anchor="end")
+
+
+def _sections(report: Report) -> Iterator[Html]:
+    """Yield a line where each section begins, and its name where there is room."""
+    start, count = 0, len(report.rows)
+    for name, inside in _grouped(report):
+        x, end = _across(start, count), _across(start + len(inside), count)
+        yield _upright("grid", x, HEIGHT - BOTTOM + 4)
+        if end - x > LETTER * len(name) + 6:
+            yield tag("text", name, x=f"{x + 3:.1f}", y=HEIGHT - 6)
+        start += len(inside)
+
+
+def _upright(cls: str, x: float, bottom: float) -> Html:
+    return tag("line", cls=cls, x1=f"{x:.1f}", x2=f"{x:.1f}", y1=TOP, y2=bottom)
+
+
+def _point(kind: str, k: int, count: int, row: Row, d: Difference, radius: float) -> Html:
+    title = None if d.equal else tag("title", f"{row.stage}: {words.describe(d)}")
+    x, y = _across(k, count), _height(words.size(d))
+    return tag("circle", title, cls=kind, cx=f"{x:.1f}", cy=f"{y:.1f}", r=radius)
 
 
 def _across(k: int, count: int) -> float:

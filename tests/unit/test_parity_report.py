@@ -95,7 +95,7 @@ def test_what_only_one_side_has() -> None:
     assert "\nonly in B: x, y, z\n" in told
     assert told.endswith("\nequal: every value is equal at all 1 stages")
     shown = page(Report("a", "b", ROWS[:1], only_b=["x", "y"]))
-    assert "only in B <span class='n'>2 stages</span></summary><p class='mono'>x, y</p>" in shown
+    assert 'only in B <span class="n">2 stages</span></summary><p class="mono">x, y</p>' in shown
     assert "only in A" not in shown
 
 
