@@ -20,11 +20,9 @@ from torch import Tensor
 from minidiff import CheckpointError, ConfigError
 from minidiff.parity import recording
 from minidiff.parity.command import run_of
+from minidiff.parity.header import RUN_KEY, STAGES_KEY, VERSION_KEY
 from minidiff.parity.ours import Ours, asked
 from minidiff.parity.recording import (
-    RUN_KEY,
-    STAGES_KEY,
-    VERSION_KEY,
     Recording,
     compare,
     read_recording,
@@ -158,7 +156,7 @@ def header(stages: Any, **changes: str) -> dict[str, str]:
     ("given", "said"),
     [
         ({}, "no recording; `minidiff parity record` makes one"),
-        (header(["x"], **{VERSION_KEY: "2"}), "version '2'; this minidiff reads '1'"),
+        (header(["x"], **{VERSION_KEY: "3"}), "version '3'; this minidiff reads '1' and '2'"),
         (header(["x", "y"]), "stage 'y' is listed as a stage, but missing"),
         (header(["x", "y", "z"]), r"stage 'y' is listed as a stage, but missing \(and 1 more\)"),
         (header(["x", "x"]), "stage 'x' is listed more than once"),
