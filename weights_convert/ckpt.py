@@ -21,8 +21,9 @@ from torch import Tensor
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
-from minidiff.storage.files import NAMES, WIDENED, Lazy, lazy, refuse_scaled
+from minidiff.storage.files import NAMES, WIDENED, Lazy, lazy
 from minidiff.storage.reading import HEAD, LONGEST_TEXT, MISTAKEN, content_of, open_regular
+from minidiff.storage.table import refuse_scaled
 from weights_convert.unpickle import Foreign, Storage, unpickle
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # contents of the first two of the five pickles

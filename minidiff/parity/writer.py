@@ -156,4 +156,5 @@ class Writer:
 
 
 def _bytes(array: Any) -> memoryview:
-    return memoryview(np.asarray(array, order="C").reshape(-1).view(np.uint8))
+    flat: Any = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    return memoryview(flat)

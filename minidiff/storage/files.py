@@ -1,9 +1,9 @@
 """Tensors on disk: safetensors read through mmap and written as a stream.
 
 The safetensors format consists of eight bytes of length, a JSON table of names, shapes and byte ranges, and the bytes.
-The safetensors library checks that the table fits the file. Tensors are mapped here, since the library's ``get_tensor``
-never frees some 60 bytes of each. Writing is done here, too, so that a checkpoint passes through memory one tensor at a
-time and carries the hash of its content in its header.
+``table.py`` reads the table. Tensors are mapped here, since the library's ``get_tensor`` never frees some 60 bytes of
+each. Writing is done here, too, so that a checkpoint passes through memory one tensor at a time and carries the hash of
+its content in its header.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minidiff.config import quote
-from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.storage.reading import PICKLES, content, mistaken, open_regular
+from minidiff.errors import CheckpointError
+from minidiff.storage.table import identity_of, one_line, read_table
 from minidiff.storage.writing import Existing, atomic
 
 DTYPES = {
@@ -45,8 +43,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 STORED = DTYPES | FLOAT8
 WIDENED = dict.fromkeys(FLOAT8.values(), torch.float16)
-# Keys of the scales that belong to quantized float8 and int8 weights.
-SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_(weight|input)|(weight|input)_scale(_2)?|comfy_quant)")
 # NaN and infinity are the numbers whose exponent bits are all set.
 EXPONENTS = {
     torch.float16: (torch.int16, 0x7C00),
@@ -93,16 +89,6 @@ def all_finite(tensor: Tensor) -> bool:
     return not bool(((bits & exponent) == exponent).any())
 
 
-def refuse_scaled(path: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """Raise :class:`UnsupportedError` if a key of a file shows that its weights are quantized with scales."""
-    scale = next((name for name in names if SCALED.fullmatch(name)), None)
-    if scale is not None:
-        raise UnsupportedError(
-            f"{path}: has {quote(scale)}, so its weights are 8-bit numbers with scales, which minidiff does not read; "
-            "get the model in float16"
-        )
-
-
 class TensorFile:
     """Safetensors file that is mapped into memory: a tensor costs nothing until its bytes are used.
 
@@ -113,34 +99,25 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        what = mistaken(path) or ("a pickle, as torch.save writes them" if content(path) in PICKLES else None)
-        if what is not None:
-            raise CheckpointError(f"{self.path}: not a readable safetensors file; it is {what}")
+        told = read_table(path)
+        self.metadata, self._table, self._identity = told.metadata, told.places, told.identity
         try:
-            self._identity = _identity(self.path)
-            opened: Any = safe_open(str(self.path), framework="np")  # torch's reader would map the file once more
-            self.metadata: dict[str, str] = dict(opened.metadata() or {})
-            names = list(opened.keys())
-            refuse_scaled(self.path, names)
-            self._begin, self._table = _table(self.path)
             self._map()
-            self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in names}
-        except (SafetensorError, OSError, RuntimeError, ValueError, OverflowError) as e:
-            raise CheckpointError(f"{self.path}: not a readable safetensors file ({_line(e)})") from None
+        except (OSError, RuntimeError) as e:
+            raise CheckpointError(f"{self.path}: not a readable safetensors file ({one_line(e)})") from None
+        self.lazy: dict[str, Lazy] = {name: self._describe(name) for name in self._table}
 
     def _map(self) -> Any:
         """Map the file anew, for this and the following tensors. Writing to them does not change the file."""
         # Python's mmap would keep a file descriptor for every map, and its buffers could only be freed under the GIL.
         mapped: Any = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._identity[1])
-        if _identity(self.path) != self._identity:
+        if identity_of(self.path) != self._identity:
             raise CheckpointError(f"{self.path}: was replaced while it was read; open it again")
         self._mapped, self._read = mapped, 0
         return mapped
 
     def _describe(self, name: str) -> Lazy:
-        kind, shape = self._table[name]["dtype"], tuple(self._table[name]["shape"])
-        if any(n >= 2**63 for n in shape):  # together with a 0 they would pass as no bytes at all
-            raise CheckpointError(f"{self.path}: tensor {quote(name)} has shape {quote(shape)}, which is too large")
+        kind, shape = self._table[name].dtype, self._table[name].shape
         if kind in FLOAT8:
             return Lazy(shape, WIDENED[FLOAT8[kind]], lambda: self._load(name).to(WIDENED[FLOAT8[kind]]))
         if kind not in DTYPES:
@@ -151,36 +128,21 @@ class TensorFile:
         mapped, told = self._mapped, self._table[name]
         if mapped is None:
             raise CheckpointError(f"{self.path}: tensor {quote(name)} was requested after the file was closed")
-        start, end = told["data_offsets"]
         try:
             # What was read stays in memory as long as its map does, and a float16 file would lie there whole beside its
             # float32 copy. A new map now and then lets go of the old one, unless tensors that were kept hold it; large
             # tensors have one of their own, since some of them are soon replaced (fast/packed.py).
-            if self._read and self._read + end - start > FRESH_MAP:
+            if self._read and self._read + told.end - told.start > FRESH_MAP:
                 mapped = self._map()
         except (OSError, RuntimeError) as e:
-            raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({_line(e)})") from None
-        self._read += end - start
-        dtype = STORED[told["dtype"]]
-        part = mapped[self._begin + start : self._begin + end]
-        return torch.empty(0, dtype=dtype, device="cpu").set_(part).view(told["shape"])
+            raise CheckpointError(f"{self.path}: tensor {quote(name)} cannot be read ({one_line(e)})") from None
+        self._read += told.end - told.start
+        part = mapped[told.start : told.end]
+        return torch.empty(0, dtype=STORED[told.dtype], device="cpu").set_(part).view(told.shape)
 
     def close(self) -> None:
         """Release the file. Tensors that were read stay valid."""
         self._mapped = None
-
-
-def _table(path: Path) -> tuple[int, dict[str, Any]]:
-    """Return the offset of the first tensor's bytes, and the header's entry (checked before) for each tensor."""
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length, json.loads(file.read(length))
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    """Return numbers that distinguish a file from another one that took its name."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def write_tensors(
@@ -284,7 +246,3 @@ def _bytes(name: str, entry: Lazy) -> memoryview:
         raise CheckpointError(f"tensor {quote(name)} turned out to be {got} instead of {want}")
     raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(raw)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
