@@ -12,6 +12,7 @@ from minidiff.cli.options import DTYPES, about, add_options, sampler_list
 from minidiff.pipeline.request import Request, read_number, read_size
 
 COMMANDS = ("record", "compare")  # second words of the command
+FORMATS = ("text", "json", "github", "html")
 
 PARITY_EXAMPLES = """\
 examples:
@@ -44,12 +45,13 @@ examples:
   minidiff parity record sd15.safetensors ours.safetensors --steps 8
   minidiff parity record sd15.safetensors judge.safetensors --steps 8 --dtype float64
 
-What a recording is, and how a program in any language writes one, stands at the top of minidiff/parity/recording.py.
+What a recording is, and how a program in any language writes one: minidiff/parity/SPECIFICATION.md.
 """
 COMPARE_EXAMPLES = """\
 examples:
   minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
   minidiff parity compare ours.safetensors yours.safetensors --judge float64.safetensors --html report.html
+  minidiff parity compare ours.safetensors yours.npz --names auto --write-names names.json --tolerance 1e-5
 
 exit status: 0 if all stages are equal (or within the tolerance), 1 if the recordings differ, 2 for a mistake.
 """
@@ -103,12 +105,29 @@ def _add_record(commands: Any) -> None:
 
 def _add_compare(commands: Any) -> None:
     p = about(commands, "parity compare", "find where two recordings differ", COMPARE_EXAMPLES)
-    p.add_argument("a", metavar="A.safetensors", help="a recording")
-    p.add_argument("b", metavar="B.safetensors", help="another one, of the same run")
+    p.add_argument("a", metavar="A", help="a recording, an .npz, a dict by torch.save, or transformers' debugging tree")
+    p.add_argument("b", metavar="B", help="another one, of the same run")
     _add_report(p)
+    p.add_argument("--format", choices=FORMATS, default="text", help="how the report is printed (default: text)")
     p.add_argument(
-        "--judge", metavar="C.safetensors", help="a recording in float64, to see which of the two is nearer to it"
+        "--judge",
+        metavar="C.safetensors",
+        action="append",
+        default=[],
+        help="a recording in float64, to see which of the two is nearer to it; given twice, A's program and B's in "
+        "float64, to tell rounding from another function",
     )
+    p.add_argument(
+        "--local",
+        metavar="L.safetensors",
+        help="B's stages on A's values, or A's on B's (`parity record --on`), to see what arises at each stage",
+    )
+    p.add_argument(
+        "--names",
+        metavar="auto|FILE",
+        help="pair stages that are called otherwise: by order, shape and values, or by a JSON object {A's name: B's}",
+    )
+    p.add_argument("--write-names", metavar="FILE", help="write the names that --names gave, as a JSON object")
     p.add_argument("--quiet", action="store_true", help="no hints")
 
 
@@ -154,6 +173,10 @@ def _fraction(text: str) -> float:
 
 def run(args: Namespace) -> int:
     """Run the command."""
+    if args.command == "parity compare":
+        from minidiff.parity import compare_command
+
+        return compare_command.run(args)
     import weights_convert
     from minidiff.parity.command import Converter, run
     from weights_convert.module_names import module_names
@@ -164,6 +187,7 @@ def run(args: Namespace) -> int:
         lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
         open_control,
     )
-    if args.command != "parity compare":
-        check_there(args)
-    return run(args, converter, device_of(getattr(args, "device", "cpu")))
+    check_there(args)
+    device = device_of(args.device)
+    assert device is not None
+    return run(args, converter, device)

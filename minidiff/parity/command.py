@@ -1,4 +1,4 @@
-"""``minidiff parity``, ``minidiff parity record`` and ``minidiff parity compare``: from options to a report.
+"""``minidiff parity`` and ``minidiff parity record``: from options to a report or a recording.
 
 The options are defined in cli/parity.py, which also passes in the converter, since only the command line may import it.
 """
@@ -23,15 +23,14 @@ from minidiff.config import ControlConfig, ModelConfig
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.parity import controls, names, recording, start_images, theirs
+from minidiff.parity.compare_command import EQUAL, existing, show, writable
 from minidiff.parity.engine import find
 from minidiff.parity.ours import PROMPT, Asked, Ours, asked
-from minidiff.parity.page import page
-from minidiff.parity.report import Report, text
+from minidiff.parity.report import Report
 from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.pipeline.request import options
 from minidiff.samplers import check_name, sampler_from_config, sampler_from_diffusers, sampler_to_config
-from minidiff.storage.writing import Existing, atomic, check_place
 from minidiff.version import VERSION
 
 Pipe = StableDiffusion | Unconditional
@@ -44,7 +43,6 @@ DTYPES = {
 LARGEST = 256  # default size in pixels: at full size the layers of one step take gigabytes
 LAYERS: dict[str, Deep] = {"first": first_step_only, "all": lambda scope: True, "none": lambda scope: False}
 TAKEN = ("negative_prompt", "steps", "guidance_scale", "seed")  # options that go into the request as they are
-EQUAL, PARTED = 0, 1  # exit statuses
 
 
 class Converter(NamedTuple):
@@ -57,17 +55,14 @@ class Converter(NamedTuple):
     open_control: Callable[[str, StableDiffusion], ControlModel]
 
 
-def run(args: Namespace, converter: Converter, device: torch.device | None) -> int:
-    """Run the requested one of the three commands; return the exit status."""
-    if args.command == "parity compare":
-        return compare(args)
-    assert device is not None
+def run(args: Namespace, converter: Converter, device: torch.device) -> int:
+    """Run the requested one of the two commands; return the exit status."""
     return (record if args.command == "parity record" else parity)(args, converter, device)
 
 
 def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     """Compare minidiff and the installed diffusers on a checkpoint; print the report, return the exit status."""
-    html = _writable(args.html, args)
+    html = writable(args.html, args)
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint}: no such file or folder")
     theirs.import_diffusers()  # before opening a large model
@@ -142,42 +137,21 @@ def pair(parts: Mapping[str, nn.Module], reference: Any, tables: Names) -> dict[
 
 def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     """Record a run of minidiff; print the path of the recording."""
-    out = _writable(args.out, args)
+    out = writable(args.out, args)
     assert out is not None
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
     request = _request(args, pipe, converter)
     if args.sampler is not None:
         name = check_name(args.sampler, settable=False)
         request = replace(request, sampler=sampler_from_config({"name": name}))
-    side = Ours(pipe, request, deep=LAYERS[args.layers], title=f"minidiff {VERSION}")
-    found = recording.record(side, run_of(pipe, request))
-    recording.write_recording(out, found, _existing(args))
+    side = Ours(pipe, request, deep=LAYERS[args.layers])
+    found = recording.record(side, {"version": VERSION, **run_of(pipe, request)})
+    recording.write_recording(out, found, existing(args))
     if not args.quiet:
         size = out.stat().st_size / 1e6
         say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")
     console.show(out)
     return EQUAL
-
-
-def compare(args: Namespace) -> int:
-    """Compare two recordings; print the report, return the exit status."""
-    html = _writable(args.html, args)
-    a, b = recording.read_recording(args.a), recording.read_recording(args.b)
-    judge = None if args.judge is None else recording.read_recording(args.judge)
-    report = recording.compare(a, b, args.tolerance, judge)
-    about = {"A's file": str(args.a), "B's file": str(args.b), **report.about}
-    return show(replace(report, about=about), args, html)
-
-
-def show(report: Report, args: Namespace, html: Path | None) -> int:
-    """Print the report, write it as a page if requested, and return the exit status."""
-    console.show(text(report, every=args.all), longest=console.LONGEST_LINE)
-    if html is not None:
-        with atomic(html, _existing(args)) as file:
-            file.write(page(report).encode())
-        if not args.quiet:
-            say(f"the report as a page: {html}")
-    return EQUAL if report.equal else PARTED
 
 
 def run_of(pipe: Pipe, request: Asked) -> dict[str, Any]:
@@ -256,17 +230,6 @@ def _folder(checkpoint: str, beside: Path, converter: Converter, tell: Callable[
             "compare recordings (`minidiff parity record --help`)"
         ) from None
     return str(beside)
-
-
-def _existing(args: Namespace) -> Existing:
-    return "replace" if args.force else "refuse"
-
-
-def _writable(path: str | None, args: Namespace) -> Path | None:
-    """Return ``path`` after checking it before the work begins. Raises for an existing file or a missing folder."""
-    if path is not None:
-        check_place(path, _existing(args))
-    return None if path is None else Path(path)
 
 
 def _teller(quiet: bool) -> Callable[[str], None]:

@@ -15,19 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from minidiff.config import check
 from minidiff.errors import MinidiffError
+from minidiff.parity.comparing import line_up
 from minidiff.parity.difference import Difference, difference
+from minidiff.parity.rows import Judgement, Row
 from minidiff.parity.taps import Tap
 
-# From float32 to float64, rounding shrinks by 2**29 and the effect of another function not at all; a tenth is between.
-STILL_THERE = 0.1
 # Not judged in float64: samplers compute their steps in float32 for any input, and noise that is drawn in float64 is
 # other noise.
 UNJUDGED = ("/x", "/noise", "/added", "/latents", "/masked")
@@ -46,41 +44,6 @@ class Side(Protocol):
 
     def wide(self) -> AbstractContextManager[None]:
         """Return a context in which runs are in float64."""
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Comparison of a stage with float64: the distance of each side from it, and the distance of the sides in float64.
-
-    All are root mean square differences, since the largest difference is a matter of chance. ``gap`` is None if one
-    side cannot run in float64; then the other's result is used.
-    """
-
-    error_a: float
-    error_b: float
-    gap: float | None
-
-    @property
-    def same_function(self) -> bool:
-        """True if the sides differ by rounding only."""
-        return self.gap is None or self.gap < STILL_THERE * max(self.error_a, self.error_b)
-
-    @property
-    def nearer(self) -> str:
-        """ "A", "B" or "both" (equally near); "" if there is no common truth."""
-        if not self.same_function:
-            return ""
-        return "both" if self.error_a == self.error_b else "A" if self.error_a < self.error_b else "B"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One stage: the difference of the sides, each on its own and (None: not computed) on equal inputs."""
-
-    stage: str
-    chained: Difference
-    local: Difference | None = None
-    judgement: Judgement | None = None
 
 
 def record(side: Side) -> dict[str, Tensor]:
@@ -153,21 +116,6 @@ def find(
         tell("running both in float64")
     judged = _judge(tape, mine, a, b, unequal) if judge else {}
     return [Row(r.stage, r.chained, local.get(r.stage), judged.get(r.stage)) for r in rows], only_a, only_b
-
-
-def line_up(
-    stages_a: Iterable[str], stages_b: Iterable[str], apart: Mapping[str, Difference], a: str, b: str
-) -> tuple[list[Row], list[str], list[str]]:
-    """Return rows for the stages that both have, in a's order, and the stages that only a and only b have.
-
-    Raises :class:`ConfigError` if there is nothing in common.
-    """
-    stages_a, stages_b = list(stages_a), list(stages_b)
-    some = [", ".join(repr(s) for s in stages[:3]) or "none" for stages in (stages_a, stages_b)]
-    check(len(apart) > 0, f"no stage is common to both: {a} has {some[0]}, ...; {b} has {some[1]}, ...")
-    in_a, in_b = set(stages_a), set(stages_b)
-    rows = [Row(stage, apart[stage]) for stage in stages_a if stage in apart]
-    return rows, [s for s in stages_a if s not in in_b], [s for s in stages_b if s not in in_a]
 
 
 def _judge(

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from minidiff.page.html import Child, Html, document, resource, tag
 from minidiff.parity import report as words
 from minidiff.parity.difference import Difference
-from minidiff.parity.engine import Row
 from minidiff.parity.report import COLUMNS, Report
+from minidiff.parity.rows import Row
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1000, 240, 56, 24, 12
 LETTER = 7  # approximate width of one

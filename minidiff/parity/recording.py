@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from minidiff.config import ModelConfig, check, quote, to_json
-from minidiff.parity.difference import difference
-from minidiff.parity.engine import Judgement, Row, Side, line_up
-from minidiff.parity.header import SAME, Entry, Header, read_header
+from minidiff.config import ModelConfig, to_json
+from minidiff.parity import comparing
+from minidiff.parity.engine import Side
+from minidiff.parity.header import Entry, Header, read_header
 from minidiff.parity.report import Report
-from minidiff.parity.taps import INPUT
+from minidiff.parity.rows import INPUT
+from minidiff.parity.values import Source, value_of
 from minidiff.storage.files import Lazy, TensorFile, lazy, write_tensors
 from minidiff.storage.writing import Existing
 
@@ -89,29 +89,13 @@ def _load(path: Any, header: Header, entry: Entry, stored: Lazy) -> Tensor:
 
 
 def compare(a: Recording, b: Recording, tolerance: float = 0.0, judge: Recording | None = None) -> Report:
-    """Compare two recordings, each of a program that continued with its own numbers.
-
-    Raises :class:`ConfigError` if they are of different models or runs, or have no stage in common.
-    """
-    for key in SAME:
-        for other in (b, judge):
-            if other is not None and key in a.run and key in other.run:
-                x, y = a.run[key], other.run[key]
-                check(x == y, f"the recordings are of different runs: {key} is {quote(x)} and {quote(y)}")
-    apart = {stage: difference(a.tape[stage], value) for stage, value in b.tape.items() if stage in a.tape}
-    rows, only_a, only_b = line_up(a.tape, b.tape, apart, a.title, b.title)
-    if judge is not None:
-        rows = [_judged(row, a.tape[row.stage], b.tape[row.stage], judge.tape.get(row.stage)) for row in rows]
-    about = {"run": ", ".join(f"{key} {a.run[key]!r}" for key in ("family", *SAME, "dtype") if key in a.run)}
-    return Report(a.title, b.title, rows, tolerance, only_a, only_b, about)
+    """Compare two recordings in memory; see :func:`minidiff.parity.comparing.compare`."""
+    judges = [] if judge is None else [_source(judge)]
+    return comparing.compare(_source(a), _source(b), tolerance, judges)
 
 
-def _judged(row: Row, a: Tensor, b: Tensor, truth: Tensor | None) -> Row:
-    same = truth is not None and a.shape == b.shape == truth.shape and truth.dtype == torch.float64
-    if truth is None or not same or row.chained.equal:
-        return row
-    errors = [float((side.double() - truth).square().mean().sqrt()) for side in (a, b)]
-    return Row(row.stage, row.chained, None, Judgement(errors[0], errors[1], None))
+def _source(recording: Recording) -> Source:
+    return Source(recording.title, recording.run, {s: value_of(value) for s, value in recording.tape.items()})
 
 
 def architecture(config: ModelConfig) -> str:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from minidiff.parity.difference import Difference
-from minidiff.parity.engine import Row
-from minidiff.parity.taps import INPUT
+from minidiff.parity.rows import INPUT, Row
 
 OUTPUT = "output"  # the output of a module that is compared alone
 AROUND = (4, 8)  # rows shown before and after the first difference
@@ -105,6 +104,8 @@ def reasons(report: Report) -> dict[str, str]:
         return {}
     shown = first.chained if first.local is None or first.local.within(report.tolerance) else first.local
     found = {"how far": describe(shown), "where": where(report, first)}
+    if shown.same_shape and shown.finite and not shown.hashed:
+        found["spread"] = spread(shown)
     if first.judgement is not None:
         found["float64"] = judged(first)
     others = _elsewhere(report)
@@ -134,9 +135,21 @@ def describe(d: Difference) -> str:
         return f"shape {d.shape_a} in A, {d.shape_b} in B"
     if not d.finite:
         return f"not finite: {d.bad_a:,} NaN in A, {d.bad_b:,} in B, of {d.total:,} values"
+    if d.hashed:
+        return f"other bits, by the hash; {d.total:,} values"
     dtypes = "" if d.dtype_a == d.dtype_b else f"; {_name(d.dtype_a)} in A, {_name(d.dtype_b)} in B"
     ulps = "" if d.ulps is None else f", {d.ulps:,} ULPs"
     return f"max abs {d.max_abs:.3g}, relative {d.max_rel:.3g}{ulps}; {d.differing:,} of {d.total:,} values{dtypes}"
+
+
+def spread(d: Difference) -> str:
+    """Describe in one line whether all values differ a little, or a few of them much."""
+    ulps = "" if d.ulps is None else f"; ULPs: median {d.ulps_median:,}, 99 % at most {d.ulps_99:,}"
+    return f"norm {d.norm:.3g} of A's ({_decibels(d)}), correlation {_near_one(d.correlation)}{ulps}"
+
+
+def _near_one(x: float) -> str:
+    return f"1 - {1 - x:.1e}" if 1e-15 < 1 - x < 1e-4 else f"{x:.6g}"
 
 
 def where(report: Report, row: Row) -> str:
@@ -197,7 +210,7 @@ def text(report: Report, *, every: bool = False) -> str:
     return "\n".join([*lines, "", outcome(report), *(f"  {key:<9} {said}" for key, said in reasons(report).items())])
 
 
-COLUMNS = ("equal", "max abs", "relative", "ULPs", "on equal inputs", "nearer")
+COLUMNS = ("equal", "max abs", "relative", "ULPs", "SNR", "on equal inputs", "nearer")
 
 
 def _grouped(report: Report) -> list[tuple[str, list[Row]]]:
@@ -212,7 +225,8 @@ def summary(name: str, rows: Sequence[Row], report: Report) -> tuple[str, ...]:
     most = max((size(row.local) for row in local if row.local is not None), default=None)
     ulps = [row.chained.ulps for row in rows if row.chained.ulps is not None]
     mark = "  <- first difference" if report.first in rows else ""
-    figures = (_figure(worst.chained.max_abs), _figure(size(worst.chained)), f"{max(ulps):,}" if ulps else "-")
+    loudest = _decibels(max((row.chained for row in rows), key=noise))
+    figures = (_figure(worst.chained.max_abs), _figure(size(worst.chained)), f"{max(ulps):,}" if ulps else "-", loudest)
     return (name, f"{equal}/{len(rows)}", *figures, "-" if most is None else _figure(most), mark)
 
 
@@ -223,7 +237,16 @@ def line(row: Row, report: Report) -> tuple[str, ...]:
     mark = f"{nearer}{'  <- first difference' if row is report.first else ''}"
     shape = "shape" if not d.same_shape else _figure(d.max_abs)
     ulps = "-" if d.ulps is None else f"{d.ulps:,}"
-    return (row.stage, "yes" if d.equal else "no", shape, _figure(size(d)), ulps, local, mark)
+    return (row.stage, "yes" if d.equal else "no", shape, _figure(size(d)), ulps, _decibels(d), local, mark)
+
+
+def noise(d: Difference) -> float:
+    """Return the norm of a difference relative to the values'; NaN counts as infinite."""
+    return math.inf if math.isnan(d.norm) else d.norm
+
+
+def _decibels(d: Difference) -> str:
+    return f"{d.snr:.0f} dB" if math.isfinite(d.snr) else "-"
 
 
 def size(d: Difference) -> float:

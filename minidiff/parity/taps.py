@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.parity.rows import INPUT
+
 Tap = Callable[[str, Tensor], Tensor]
 """(stage, value) -> the value that the run goes on with."""
 
@@ -28,8 +30,6 @@ Show = Callable[["Probe", Any], Any]
 
 Inputs = Sequence[tuple[Show, int, tuple[str, ...]]]
 """(how it is shown, position, keywords): which arguments of a network are stages of their own."""
-
-INPUT = ":in"
 
 
 class Probe:

@@ -46,33 +46,35 @@ def test_the_text_of_a_report() -> None:
     told = text(REPORT).split("\n")
     assert told[:2] == ["A         ours", "B         theirs"]
     assert [line.split() for line in told[3:8]] == [
-        ["section", "equal", "max", "abs", "relative", "ULPs", "on", "equal", "inputs", "nearer"],
-        ["start", "1/1", "0", "0", "0", "0"],
-        ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01", "<-", "first", "difference"],
-        ["step.1", "0/2", "inf", "inf", "-", "-"],
-        ["decode", "1/2", "NaN", "inf", "0", "0"],
+        ["section", "equal", "max", "abs", "relative", "ULPs", "SNR", "on", "equal", "inputs", "nearer"],
+        ["start", "1/1", "0", "0", "0", "-", "0"],
+        ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "12", "dB", "2.50e-01", "<-", "first", "difference"],
+        ["step.1", "0/2", "inf", "inf", "-", "-", "-"],
+        ["decode", "1/2", "NaN", "inf", "0", "-", "0"],
     ]
     assert [line.split() for line in told[9:18]] == [
-        ["stage", "equal", "max", "abs", "relative", "ULPs", "on", "equal", "inputs", "nearer"],
-        ["start/x", "yes", "0", "0", "0", "0"],
-        ["step.0/unet/a", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "0"],
+        ["stage", "equal", "max", "abs", "relative", "ULPs", "SNR", "on", "equal", "inputs", "nearer"],
+        ["start/x", "yes", "0", "0", "0", "-", "0"],
+        ["step.0/unet/a", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "12", "dB", "0"],
         [
             "step.0/unet/b",
             "no",
             "5.00e-01",
             "5.00e-01",
             f"{2**51:,}",
+            "12",
+            "dB",
             "2.50e-01",
             "neither",
             "<-",
             "first",
             "difference",
         ],
-        ["step.0/unet/c", "no", "9.54e-07", "9.54e-07", f"{2**32:,}", "9.54e-07"],
-        ["step.1/out", "no", "shape", "inf", "-", "-"],
-        ["step.1/x", "no", "inf", "inf", "-", "-"],
-        ["decode/pixels", "no", "NaN", "inf", "-", "0"],
-        ["decode/rest", "yes", "0", "0", "0", "-"],
+        ["step.0/unet/c", "no", "9.54e-07", "9.54e-07", f"{2**32:,}", "126", "dB", "9.54e-07"],
+        ["step.1/out", "no", "shape", "inf", "-", "-", "-"],
+        ["step.1/x", "no", "inf", "inf", "-", "-", "-"],
+        ["decode/pixels", "no", "NaN", "inf", "-", "-", "0"],
+        ["decode/rest", "yes", "0", "0", "0", "-", "-"],
     ]
     assert told[19] == "first difference at step.0/unet/b"
     assert told[20] == f"  how far   max abs 0.25, relative 0.25, {2**50:,} ULPs; 1 of 4 values"
