@@ -44,6 +44,7 @@ RECORD_EXAMPLES = """\
 examples:
   minidiff parity record sd15.safetensors ours.safetensors --steps 8
   minidiff parity record sd15.safetensors judge.safetensors --steps 8 --dtype float64
+  minidiff parity record sd15.safetensors local.safetensors --steps 8 --on yours.safetensors
 
 What a recording is, and how a program in any language writes one: minidiff/parity/SPECIFICATION.md.
 """
@@ -100,6 +101,13 @@ def _add_record(commands: Any) -> None:
         default="first",
         help="record the UNet's layers in the first step, in all steps, or no layers at all (default: first)",
     )
+    g.add_argument(
+        "--on",
+        metavar="A.safetensors",
+        help="hand the run that recording's value at every stage, after recording its own: a comparison of both then "
+        "shows what arises at each stage",
+    )
+    g.add_argument("--hashes", action="store_true", help="keep only hashes, for long runs: they tell what is equal")
     g.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 

@@ -24,6 +24,7 @@ from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError, UnsupportedError
 from minidiff.parity import controls, names, recording, start_images, theirs
 from minidiff.parity.compare_command import EQUAL, existing, show, writable
+from minidiff.parity.comparing import check_same_run
 from minidiff.parity.engine import find
 from minidiff.parity.ours import PROMPT, Asked, Ours, asked
 from minidiff.parity.report import Report
@@ -31,6 +32,7 @@ from minidiff.parity.stages import NOT_CALLED, Deep, Names, first_step_only
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.pipeline.request import options
 from minidiff.samplers import check_name, sampler_from_config, sampler_from_diffusers, sampler_to_config
+from minidiff.storage.table import header_hash
 from minidiff.version import VERSION
 
 Pipe = StableDiffusion | Unconditional
@@ -145,11 +147,17 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
         name = check_name(args.sampler, settable=False)
         request = replace(request, sampler=sampler_from_config({"name": name}))
     side = Ours(pipe, request, deep=LAYERS[args.layers])
-    found = recording.record(side, {"version": VERSION, **run_of(pipe, request)})
+    run, on = {"version": VERSION, **run_of(pipe, request)}, None
+    if args.on is not None:
+        other = recording.read_recording(args.on)
+        check_same_run(run, other.run)
+        run, on = {**run, "on": header_hash(args.on)[:16]}, other.tape
+    found = recording.record(side, run, on=on, hashed=args.hashes)
     recording.write_recording(out, found, existing(args))
+    stages = len(found.tape) + len(found.hashes)
     if not args.quiet:
         size = out.stat().st_size / 1e6
-        say(f"{len(found.tape):,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")
+        say(f"{stages:,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")
     console.show(out)
     return EQUAL
 

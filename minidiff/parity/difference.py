@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Kinds: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], str, str]  # shapes and dtypes of both
 MOST = np.iinfo(np.int64).max
-INTEGERS = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
+INTEGERS: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 BINS = 16  # of a power of two: counts of ULPs below 32 are exact, larger ones to a sixteenth
 ONE = 1023 * BINS  # the exponent and the upper bits of 1.0
 
@@ -98,8 +98,8 @@ def measure(a: Value, b: Value) -> Difference:
     if a.shape != b.shape:
         none = a.sha256 is not None or b.sha256 is not None
         bad = (0, 0) if none else (_count_nan(a), _count_nan(b))
-        figures = (math.inf, math.inf, None, max(a.size, b.size), a.size)
-        return Difference(*kinds, *figures, *bad, norm=math.inf, correlation=0.0)
+        most = max(a.size, b.size)
+        return Difference(*kinds, math.inf, math.inf, None, most, a.size, *bad, norm=math.inf, correlation=0.0)
     if a.sha256 is not None or b.sha256 is not None:
         same = (a.sha256 or sha256_of(a)) == (b.sha256 or sha256_of(b))
         far, n = (0.0, 0) if same else (math.inf, a.size)

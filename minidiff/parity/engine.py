@@ -23,6 +23,7 @@ from torch import Tensor
 from minidiff.errors import MinidiffError
 from minidiff.parity.comparing import line_up
 from minidiff.parity.difference import Difference, difference
+from minidiff.parity.operations import between, describe, parting
 from minidiff.parity.rows import Judgement, Row
 from minidiff.parity.taps import Tap
 
@@ -85,7 +86,7 @@ def locally(
     def replace(stage: str, value: Tensor) -> Tensor:
         if stage in wanted:
             own[stage] = _copy(value)
-        return _in_place_of(value, tape[stage]) if stage in tape else value
+        return in_place_of(value, tape[stage]) if stage in tape else value
 
     side.run(replace)
     return own
@@ -111,11 +112,24 @@ def find(
     mine = locally(tape, b, tape)
     local = {stage: difference(tape[stage], mine[stage]) for stage in tape if stage in mine}
     unequal = [s for s, d in local.items() if d.same_shape and d.finite and not d.equal and not s.endswith(UNJUDGED)]
+    parted = _operation(tape, a, b, local, tolerance)
     judge = judge and len(unequal) > 0
     if judge:
         tell("running both in float64")
     judged = _judge(tape, mine, a, b, unequal) if judge else {}
-    return [Row(r.stage, r.chained, local.get(r.stage), judged.get(r.stage)) for r in rows], only_a, only_b
+    found = [Row(r.stage, r.chained, local.get(r.stage), judged.get(r.stage), parted.get(r.stage)) for r in rows]
+    return found, only_a, only_b
+
+
+def _operation(
+    tape: Mapping[str, Tensor], a: Side, b: Side, local: Mapping[str, Difference], tolerance: float
+) -> dict[str, str]:
+    """Return the operation at which both part, by the first stage that differs on equal inputs."""
+    cause = next((stage for stage in tape if stage in local and not local[stage].within(tolerance)), None)
+    if cause is None or not local[cause].same_shape:
+        return {}
+    runs = [lambda recorder, s=side: s.run(between(tape, cause, in_place_of, recorder)) for side in (a, b)]
+    return {cause: describe(*parting(*runs))}
 
 
 def _judge(
@@ -147,7 +161,7 @@ def _copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _in_place_of(value: Tensor, other: Tensor) -> Tensor:
+def in_place_of(value: Tensor, other: Tensor) -> Tensor:
     """Return ``other`` in the dtype, device and layout of ``value``: strides decide the next kernel."""
     same = value.dtype == other.dtype and torch.equal(value.detach().cpu(), other)
     if same or value.shape != other.shape:

@@ -23,7 +23,7 @@ from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.parity.header import DTYPES, NAMES
 from minidiff.parity.rows import INPUT
-from minidiff.parity.values import Array, Source, Value, open_recording, type_of, value_of
+from minidiff.parity.values import Array, Source, Value, of_hash, open_recording, type_of, value_of
 from minidiff.storage.reading import PICKLES, content_of, open_regular, read_bytes, read_json
 from minidiff.storage.table import read_table
 
@@ -41,8 +41,9 @@ def open_source(thing: Any) -> Source:
     Raises :class:`CheckpointError` for a file that is missing, damaged, or none of these.
     """
     if hasattr(thing, "tape"):
-        values = {stage: value_of(value, str(thing.run.get("dtype", ""))) for stage, value in thing.tape.items()}
-        return Source(thing.title, thing.run, values)
+        computed = str(thing.run.get("dtype", ""))
+        values = {stage: value_of(value, computed) for stage, value in thing.tape.items()}
+        return Source(thing.title, thing.run, values | {name: of_hash(entry) for name, entry in thing.hashes.items()})
     path = Path(thing)
     with open_regular(path) as file:
         head = file.read(512)

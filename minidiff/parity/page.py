@@ -61,7 +61,8 @@ KEY = Html(
 )
 LEGEND = (
     "max abs: the largest |A - B| of a stage. relative: that divided by the largest |A|. ULPs: the largest distance in "
-    "units in the last place. on equal inputs: the relative difference when B is handed A's values at every stage, so "
+    "units in the last place. SNR: the energy of A over that of A - B. "
+    "on equal inputs: the relative difference when B is handed A's values at every stage, so "
     "that nothing is inherited. nearer: which side is nearer to the same computation in float64; neither: in float64 "
     "the two still differ, so they compute different functions."
 )

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from minidiff.config import ModelConfig, to_json
 from minidiff.parity import comparing
-from minidiff.parity.engine import Side
+from minidiff.parity.engine import Side, in_place_of
 from minidiff.parity.header import Entry, Header, read_header
+from minidiff.parity.importers import open_source
 from minidiff.parity.report import Report
 from minidiff.parity.rows import INPUT
-from minidiff.parity.values import Source, value_of
+from minidiff.parity.values import sha256_of, value_of
 from minidiff.storage.files import Lazy, TensorFile, lazy, write_tensors
 from minidiff.storage.writing import Existing
 
@@ -31,10 +32,14 @@ RECENT = 8  # recent values among which an input is searched
 
 @dataclass
 class Recording:
-    """Values by stage, in the order of computation, and the description of the run."""
+    """Values by stage, in the order of computation, and the description of the run.
+
+    ``hashes``: entries of the stages of which only a hash is kept, in the same order.
+    """
 
     tape: Mapping[str, Tensor]
     run: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -42,19 +47,32 @@ class Recording:
         return Header((), self.run).title
 
 
-def record(side: Side, run: Mapping[str, Any]) -> Recording:
-    """Run ``side`` and record its values, without inputs that are the unchanged output of an earlier stage."""
+def record(
+    side: Side, run: Mapping[str, Any], *, on: Mapping[str, Tensor] | None = None, hashed: bool = False
+) -> Recording:
+    """Run ``side`` and record its values, without inputs that are the unchanged output of an earlier stage.
+
+    ``on``: values that the run is handed at every stage, after its own is recorded, so that what differs from them
+    arose at that stage. ``hashed``: keep only hashes, for long runs.
+    """
     tape: dict[str, Tensor] = {}
+    hashes: dict[str, Entry] = {}
     recent: deque[Tensor] = deque(maxlen=RECENT)
 
     def keep(stage: str, value: Tensor) -> Tensor:
         if not (stage.endswith(INPUT) and any(value is other for other in recent)):
-            tape[stage] = value.detach().to("cpu", copy=True)
+            if hashed:
+                own = value_of(value)
+                hashes[stage] = Entry(stage, sha256=sha256_of(own), shape=own.shape, dtype=own.dtype)
+            else:
+                tape[stage] = value.detach().to("cpu", copy=True)
+        if on is not None and stage in on:
+            value = in_place_of(value, on[stage])
         recent.append(value)
         return value
 
     side.run(keep)
-    return Recording(tape, {"program": side.title, **run})
+    return Recording(tape, {"program": side.title, **run}, hashes)
 
 
 def write_recording(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:
@@ -62,13 +80,13 @@ def write_recording(path: str | os.PathLike[str], recording: Recording, existing
 
     ``existing``: treatment of an existing file, see :func:`~minidiff.storage.writing.atomic`.
     """
-    entries = tuple(Entry(stage) for stage in recording.tape)
+    entries = (*map(Entry, recording.tape), *recording.hashes.values())
     metadata = {"format": "pt", **Header(entries, recording.run).metadata()}
     write_tensors(path, {stage: lazy(value) for stage, value in recording.tape.items()}, metadata, existing)
 
 
 def read_recording(path: str | os.PathLike[str]) -> Recording:
-    """Read a recording whole. What is stored as NHWC becomes NCHW; stages of which only a hash is kept are left out.
+    """Read a recording whole. What is stored as NHWC becomes NCHW.
 
     Raises :class:`CheckpointError` for a file that is missing, damaged or no recording, and for one whose header does
     not match its contents.
@@ -77,7 +95,8 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     try:
         header = read_header(path, file.metadata, file.lazy)
         stored = [entry for entry in header.entries if entry.sha256 is None]
-        return Recording({e.name: _load(path, header, e, file.lazy[e.name]) for e in stored}, header.run)
+        hashes = {entry.name: entry for entry in header.entries if entry.sha256 is not None}
+        return Recording({e.name: _load(path, header, e, file.lazy[e.name]) for e in stored}, header.run, hashes)
     finally:
         file.close()
 
@@ -90,12 +109,8 @@ def _load(path: Any, header: Header, entry: Entry, stored: Lazy) -> Tensor:
 
 def compare(a: Recording, b: Recording, tolerance: float = 0.0, judge: Recording | None = None) -> Report:
     """Compare two recordings in memory; see :func:`minidiff.parity.comparing.compare`."""
-    judges = [] if judge is None else [_source(judge)]
-    return comparing.compare(_source(a), _source(b), tolerance, judges)
-
-
-def _source(recording: Recording) -> Source:
-    return Source(recording.title, recording.run, {s: value_of(value) for s, value in recording.tape.items()})
+    judges = [] if judge is None else [open_source(judge)]
+    return comparing.compare(open_source(a), open_source(b), tolerance, judges)
 
 
 def architecture(config: ModelConfig) -> str:

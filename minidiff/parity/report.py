@@ -11,6 +11,7 @@ from minidiff.parity.difference import Difference
 from minidiff.parity.rows import INPUT, Row
 
 OUTPUT = "output"  # the output of a module that is compared alone
+ROUNDING, MOST_LIKELY = 6e-8, 10.0  # relative size of a rounding in float32; growth that is worth a word
 AROUND = (4, 8)  # rows shown before and after the first difference
 
 # What to check if a stage that is not a module is the first to differ: (the end of its name, the advice).
@@ -106,13 +107,33 @@ def reasons(report: Report) -> dict[str, str]:
     found = {"how far": describe(shown), "where": where(report, first)}
     if shown.same_shape and shown.finite and not shown.hashed:
         found["spread"] = spread(shown)
+    if first.operation:
+        found["operation"] = first.operation
     if first.judgement is not None:
         found["float64"] = judged(first)
+    if first.local is None:
+        found |= jump(report)
     others = _elsewhere(report)
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         found["also"] = f"on equal inputs these differ too: {', '.join(others[:4])}{more}"
     return found
+
+
+def jump(report: Report) -> dict[str, str]:
+    """Return where the differences grow most from one stage to the next, if that is not the first difference.
+
+    Where nothing is known of equal inputs, it is the best sign of a cause among stages that all differ a little.
+    """
+    so_far, steepest, most = ROUNDING, MOST_LIKELY, None
+    for row in report.rows:
+        size = noise(row.chained)
+        if size / so_far > steepest:
+            steepest, most = size / so_far, (row, so_far, size)
+        so_far = max(so_far, size)
+    if most is None or most[0] is report.first:
+        return {}
+    return {"jump": f"the norm of the difference grows most at {most[0].stage}, from {most[1]:.1e} to {most[2]:.1e}"}
 
 
 def _elsewhere(report: Report) -> list[str]:

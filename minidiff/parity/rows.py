@@ -38,9 +38,13 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Row:
-    """One stage: the difference of the sides, each on its own and (None: not computed) on equal inputs."""
+    """One stage: the difference of the sides, each on its own and (None: not computed) on equal inputs.
+
+    ``operation``: of the first cause, if both sides run in torch, the first operation at which they part within it.
+    """
 
     stage: str
     chained: Difference
     local: Difference | None = None
     judgement: Judgement | None = None
+    operation: str | None = None

@@ -18,7 +18,7 @@ import numpy as np
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
-from minidiff.parity.header import FLOATS, NAMES, Header, read_header
+from minidiff.parity.header import FLOATS, NAMES, Entry, Header, read_header
 from minidiff.storage.reading import open_regular
 from minidiff.storage.table import Place, header_hash, read_table
 
@@ -27,7 +27,7 @@ Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 PIECE = 1 << 17  # bytes of one side that are in work at a time; they fit the processor's cache
 BLOCK = 1 << 24  # bytes read at a time where channels have to change their place
 # numpy's types of the stored numbers. bfloat16, which it does not have, is read as its bits and widened.
-TYPES = {"bfloat16": np.dtype("<u2"), "bool": np.dtype("u1")}
+TYPES: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype("<u2"), "bool": np.dtype("u1")}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Value:
 
     def array(self) -> Array:
         """Return the whole value in its shape."""
-        numbers = self.numbers(0, self.size)
-        if not self.last:
-            return numbers.reshape(self.shape)
-        n, c, h, w = self.shape
-        return numbers.reshape(n, h, w, c).transpose(0, 3, 1, 2)
+        shape = self.shape
+        if self.last:
+            shape = (shape[0], shape[2], shape[3], shape[1])
+        stored: Array = self.numbers(0, self.size).reshape(shape)
+        return stored.transpose(0, 3, 1, 2) if self.last else stored
 
     def half(self, k: int) -> Value:
         """Return one half of the batch: the first for k = 0, the second for k = 1."""
@@ -121,10 +121,15 @@ def open_recording(path: str | os.PathLike[str]) -> Source:
     return Source(header.title, header.run, values, header_hash(path)[:16], opened.close)
 
 
-def _value(path: Any, file: Any, header: Header, entry: Any, places: Mapping[str, Place]) -> Value:
-    computed = entry.computed or str(header.run.get("dtype", ""))
+def of_hash(entry: Entry) -> Value:
+    """Return the value of a stage of which only a hash is kept."""
+    return Value(entry.shape, entry.dtype, _nothing, entry.computed or "", sha256=entry.sha256)
+
+
+def _value(path: Any, file: Any, header: Header, entry: Entry, places: Mapping[str, Place]) -> Value:
     if entry.sha256 is not None:
-        return Value(entry.shape, entry.dtype, _nothing, computed, sha256=entry.sha256)
+        return of_hash(entry)
+    computed = entry.computed or str(header.run.get("dtype", ""))
     place = places[entry.name]
     if place.dtype not in NAMES:
         raise CheckpointError(
