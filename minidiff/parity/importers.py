@@ -24,7 +24,7 @@ from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.parity.header import DTYPES, NAMES
 from minidiff.parity.rows import INPUT
 from minidiff.parity.values import Array, Source, Value, of_hash, open_recording, type_of, value_of
-from minidiff.storage.reading import PICKLES, content_of, open_regular, read_bytes, read_json
+from minidiff.storage.reading import PICKLES, content_of, open_regular, read_json
 from minidiff.storage.table import read_table
 
 LONGEST_TREE = 1 << 30  # bytes of a debugging tree; text, of which a large model's has some 100 MB
@@ -213,7 +213,9 @@ def _beside(path: Path) -> Value:
         raise CheckpointError(f"{path}: holds no tensor called 'data'")
     if place.dtype not in NAMES:
         raise CheckpointError(f"{path}: tensor 'data' has dtype {place.dtype}, which recordings do not have")
-    raw = np.frombuffer(read_bytes(path, 1 << 40)[place.start : place.end], type_of(NAMES[place.dtype]))
+    with open_regular(path) as file:
+        file.seek(place.start)
+        raw = np.frombuffer(file.read(place.end - place.start), type_of(NAMES[place.dtype]))
     return Value(place.shape, NAMES[place.dtype], lambda start, count: raw[start : start + count])
 
 

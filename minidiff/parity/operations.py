@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         shown = f"{self.name}({', '.join(self.literals)})"
-        return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ...)"
+        return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 5]} ...)"
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ def parting(run_a: Callable[[Recorder], None], run_b: Callable[[Recorder], None]
         recorders.append(recorder.calls)
     have = [{value for call in calls for value in (*call.given, *call.made)} for calls in recorders]
     first = [
-        next((call for call in calls if not others.issuperset(call.made)), None)
+        next((call for call in calls if not others.issuperset(call.made) and set(call.made) - set(call.given)), None)
         for calls, others in zip(recorders, have[::-1], strict=True)
     ]
     return first[0], first[1]

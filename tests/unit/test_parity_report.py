@@ -177,7 +177,7 @@ def test_the_rows_of_the_page() -> None:
     assert "<dt>tolerance</dt><dd>0.125 of a stage&#x27;s largest value</dd>" in shown
     cells = ["step.0/unet/b", "no", "5.00e-01", "5.00e-01", f"{2**51:,}", "12 dB", "2.50e-01", "neither"]
     assert f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in shown, "without the arrow of the text"
-    cells = ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "2.50e-01"]
+    cells = ["step.0", "0/3", "5.00e-01", "5.00e-01", f"{2**51:,}", "12 dB", "2.50e-01"]
     assert f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" in shown
     same = page(Report("a", "b", ROWS[:1]))
     assert rows_of(same) == {"start": (False, ""), "start/x": (False, "")}
