@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from importlib.resources import files
 from typing import Any
 
 from minidiff.config import check, quote
@@ -47,8 +48,8 @@ def explained(seen: Seen, language: str = "en", panels: Iterable[str] | None = N
         one_line(str(title), 200),
         [_switches(), _head(seen), _contents(built), *map(_section, built), _foot()],
         language=language,
-        styles=[resource("minidiff.explain", "explain.css")],
-        scripts=[resource("minidiff.explain", "explain.js")],
+        styles=[resource("minidiff.explain", "explain.css"), *_files(shown, "css")],
+        scripts=_files(shown, "js"),
         data=data,
     )
 
@@ -72,6 +73,13 @@ def check_names(panels: Iterable[str] | None) -> set[str]:
 def _build(name: str) -> Build:
     build: Build = import_module(f"minidiff.explain.panels.{name}").build
     return build
+
+
+def _files(shown: Sequence[Panel], ending: str) -> list[str]:
+    """Return what lies beside the panels: ``film.js`` moves what film.py has drawn. Most have no style of their own."""
+    beside = files("minidiff.explain.panels")
+    names = (f"{panel.anchor}.{ending}" for panel in shown)
+    return [beside.joinpath(name).read_text("utf-8") for name in names if beside.joinpath(name).is_file()]
 
 
 def _switches() -> Html:

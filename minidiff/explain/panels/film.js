@@ -1,6 +1,4 @@
-// The controls of the page. Everything that they show stands in the page without them.
-
-// Film: a slider moves a large picture of each reel, all reels together.
+// The film: a slider moves a large picture of each reel, all reels together. Everything that it shows stands in the page without it.
 for (const film of document.querySelectorAll("[data-film]")) {
   const reels = [...film.querySelectorAll(".reel")].map((reel) => [...reel.querySelectorAll("figure")]);
   if (!reels.length || !reels[0].length) continue;
