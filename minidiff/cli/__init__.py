@@ -30,7 +30,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "probe": probe.run,
     "tokens": tokens.run,
     "explain": explain.run,
-    **dict.fromkeys(("parity", "parity record", "parity compare"), parity.run),
+    **dict.fromkeys(("parity", "parity record", "parity compare", "parity goldens"), parity.run),
 }
 
 

@@ -1,4 +1,4 @@
-"""``minidiff parity``, ``parity record`` and ``parity compare``."""
+"""``minidiff parity``, ``parity record``, ``parity compare`` and ``parity goldens``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from minidiff.cli.opening import device_of, open_model
 from minidiff.cli.options import DTYPES, about, add_options, sampler_list
 from minidiff.pipeline.request import Request, read_number, read_size
 
-COMMANDS = ("record", "compare")  # second words of the command
+COMMANDS = ("record", "compare", "goldens")  # second words of the command
+FAMILIES = ("sd1", "sd2", "sdxl", "inpaint", "ddpm")
+GOLDENS_EXAMPLES = """\
+examples:
+  minidiff parity goldens goldens
+  minidiff parity goldens goldens --family sd1 --family ddpm
+
+Each family's folder holds the model in diffusers' layout and as one original file, and a recording: a port that is fed
+the same model is held against it by `minidiff parity compare goldens/sd1/recording.safetensors mine.safetensors`.
+"""
 FORMATS = ("text", "json", "github", "html")
 
 PARITY_EXAMPLES = """\
@@ -81,6 +90,7 @@ def add(commands: Any) -> None:
     )
     _add_record(commands)
     _add_compare(commands)
+    _add_goldens(commands)
 
 
 def _add_record(commands: Any) -> None:
@@ -139,6 +149,20 @@ def _add_compare(commands: Any) -> None:
     p.add_argument("--quiet", action="store_true", help="no hints")
 
 
+def _add_goldens(commands: Any) -> None:
+    p = about(
+        commands,
+        "parity goldens",
+        "write tiny models and recordings of the installed diffusers, for the tests of other projects",
+        GOLDENS_EXAMPLES,
+    )
+    p.add_argument("folder", metavar="DIR", help="the folder to write; it must be new, or empty")
+    p.add_argument(
+        "--family", action="append", choices=FAMILIES, help="only this one; may be given several times (default: all)"
+    )
+    p.add_argument("--quiet", action="store_true", help="no hints")
+
+
 def _add_run(p: Any, dtypes: tuple[str, ...]) -> None:
     """Add the options for the run, for the parity commands that run something."""
     g = p.add_argument_group("run")
@@ -193,8 +217,13 @@ def run(args: Namespace) -> int:
         lambda *what: open_model(*what)[0],
         module_names,
         lambda src, dst: weights_convert.convert(src, dst, to="diffusers"),
+        lambda src, dst: weights_convert.convert(src, dst, to="original"),
         open_control,
     )
+    if args.command == "parity goldens":
+        from minidiff.parity import goldens
+
+        return goldens.run(args, converter)
     check_there(args)
     device = device_of(args.device)
     assert device is not None

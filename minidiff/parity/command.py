@@ -49,11 +49,13 @@ TAKEN = ("negative_prompt", "steps", "guidance_scale", "seed")  # options that g
 
 class Converter(NamedTuple):
     """Interface to weights_convert: open a checkpoint as a pipeline, list the pairs of module names of each part, write
-    a checkpoint of any layout as a diffusers folder, and open a control to work beside a pipeline."""
+    a checkpoint of any layout as a diffusers folder or as an original file, and open a control to work beside a
+    pipeline."""
 
     open_model: Callable[[str, torch.device | None, torch.dtype | None], Pipe]
     module_names: Callable[[ModelConfig | ControlConfig], dict[str, dict[str, str]]]
     write_folder: Callable[[str, str], object]
+    write_original: Callable[[str, str], object]
     open_control: Callable[[str, StableDiffusion], ControlModel]
 
 

@@ -276,8 +276,7 @@ def _any_nan(x: Array) -> bool:
 def _count_nan(value: Value) -> int:
     if not value.floating:
         return 0
-    step = PIECE // 4
     return sum(
-        int(np.count_nonzero(np.isnan(value.numbers(start, min(step, value.size - start)))))
-        for start in range(0, value.size, step)
+        int(np.count_nonzero(np.isnan(value.numbers(start, min(PIECE, value.size - start)))))
+        for start in range(0, value.size, PIECE)
     )

@@ -24,7 +24,7 @@ from minidiff.storage.table import Place, header_hash, read_table
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
-PIECE = 1 << 17  # bytes of one side that are in work at a time; they fit the processor's cache
+PIECE = 1 << 15  # numbers of one side that are in work at a time; they fit the processor's cache
 BLOCK = 1 << 24  # bytes read at a time where channels have to change their place
 # numpy's types of the stored numbers. bfloat16, which it does not have, is read as its bits and widened.
 TYPES: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype("<u2"), "bool": np.dtype("u1")}
@@ -211,9 +211,8 @@ def corners(value: Value, edge: int = 3) -> Value:
 def pieces(a: Value, b: Value) -> Iterator[tuple[Array, Array]]:
     """Yield the numbers of two values of one shape, flat and in pieces, so that those that belong together meet."""
     if a.last == b.last:
-        step = PIECE // 4
-        for start in range(0, a.size, step):
-            count = min(step, a.size - start)
+        for start in range(0, a.size, PIECE):
+            count = min(PIECE, a.size - start)
             yield a.numbers(start, count), b.numbers(start, count)
         return
     first, last = (b, a) if a.last else (a, b)
@@ -224,7 +223,7 @@ def pieces(a: Value, b: Value) -> Iterator[tuple[Array, Array]]:
 def _across(first: Value, last: Value) -> Iterator[tuple[Array, Array]]:
     """Yield pieces of a value with the channels first, and of one with the channels last: some rows of one picture."""
     n, c, h, w = first.shape
-    rows = max(1, min(h, PIECE // 4 // max(1, w * c)))
+    rows = max(1, min(h, PIECE // max(1, w * c)))
     for k in range(n if first.size else 0):
         for top in range(0, h, rows):
             count = min(rows, h - top)

@@ -146,9 +146,7 @@ def test_channels_may_stand_last(tmp_path: Path) -> None:
     assert not held(a, wrong).equal
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 3, 4, 5), (1, 40, 90, 101), (2, 1, 1, 1), (1, 0, 2, 2), (1, 2, 3, PIECE // 4 + 1)]
-)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 40, 90, 101), (2, 1, 1, 1), (1, 0, 2, 2), (1, 2, 3, PIECE + 1)])
 def test_pieces_of_both_layouts_meet(shape: tuple[int, ...]) -> None:
     """Also where a picture is larger than a piece, and where a row is."""
     x = RNG.standard_normal(shape).astype("f4")
@@ -252,7 +250,7 @@ def test_the_figures_of_a_difference(tmp_path: Path) -> None:
 
 def test_pieces_add_up() -> None:
     """The figures are the same for a stage of many pieces as in one go."""
-    x = RNG.standard_normal(PIECE).astype("f4") + 3
+    x = RNG.standard_normal(4 * PIECE).astype("f4") + 3
     y = x * np.float32(1.001)
     y[-1] = 100
     found = difference(x, y)
@@ -261,7 +259,7 @@ def test_pieces_add_up() -> None:
     assert found.max_rel == np.abs(a - b).max() / np.abs(a).max()
     assert found.norm == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-12)
     assert found.correlation == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-9)
-    for place in (0, PIECE // 4, PIECE - 1):
+    for place in (0, PIECE, 4 * PIECE - 1):
         y = x.copy()
         y[place] = np.nan
         found = difference(x, y)

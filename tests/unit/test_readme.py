@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -124,6 +125,11 @@ def minidiff_file(path: Path) -> None:
     tiny.random_model(tiny.SD).save(path)
 
 
+def golden(path: Path) -> None:
+    """The recording of a golden."""
+    shutil.copy(ROOT / "tests" / "fixtures" / "goldens" / "sd1" / "recording.safetensors", path)
+
+
 def diffusers_folder(path: Path) -> None:
     """A tiny Stable Diffusion 1 in the layout of diffusers; without diffusers the test is skipped."""
     pytest.importorskip("diffusers", reason="the page converts a folder that diffusers writes")
@@ -228,6 +234,7 @@ PAGES = {
     "minidiff/programs/README.md": Page({"sd15.safetensors": minidiff_file}, {'like="a1111:cpu"': shown}),
     "minidiff/pipeline/dialects/README.md": Page(said={'prompt_style="a1111"': shown}),
     "minidiff/parity/README.md": Page({"sd15.safetensors": minidiff_file}, {"mine.mid.res1.norm1.eps = 1e-5": slip}),
+    "tests/fixtures/goldens/README.md": Page({"recording.safetensors": golden, "mine.safetensors": golden}),
     "minidiff/fast/README.md": Page(
         said={"fast.restore(sd)  # the plain model, bit for bit": quick, "guidance_interval=(0.2, 0.8)": shown},
     ),
@@ -320,7 +327,7 @@ def heading(line: str) -> str:
     return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("name", [*PAGES, "README.zh.md"])
+@pytest.mark.parametrize("name", [*PAGES, "README.zh.md", "minidiff/parity/SPECIFICATION.md"])
 def test_links_and_file_names_lead_somewhere(name: str) -> None:
     text, folder = FENCE.sub("", read(name)), (ROOT / name).parent
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
