@@ -125,9 +125,10 @@ def _tokenizer(pad: str) -> Any:
 
     vocab, merges = clip_table()
     tokens = (*vocab[: SYMBOLS + MERGES], START, END)
+    pairs: Any = list(merges[:MERGES])  # which transformers calls a list of texts
     return transformers.CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=list(merges[:MERGES]),
+        merges=pairs,
         pad_token=pad,
         model_max_length=77,
     )
