@@ -126,7 +126,6 @@ def _add_compare(commands: Any) -> None:
     p.add_argument("a", metavar="A", help="a recording, an .npz, a dict by torch.save, or transformers' debugging tree")
     p.add_argument("b", metavar="B", help="another one, of the same run")
     _add_report(p)
-    p.add_argument("--format", choices=FORMATS, default="text", help="how the report is printed (default: text)")
     p.add_argument(
         "--judge",
         metavar="C.safetensors",
@@ -191,6 +190,7 @@ def _add_report(g: Any) -> None:
         metavar="X",
         help="largest difference allowed in a stage, relative to its largest value (default: 0: equal values)",
     )
+    g.add_argument("--format", choices=FORMATS, default="text", help="how the report is printed (default: text)")
     g.add_argument("--html", metavar="FILE", help="also write the report as one self-contained HTML page")
     g.add_argument("--all", action="store_true", help="print every stage, not only those around the first difference")
     g.add_argument("--force", action="store_true", help="replace FILE if it exists")

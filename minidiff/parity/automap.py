@@ -91,12 +91,12 @@ def _distances(a: Sequence[Value], b: Sequence[Value]) -> Array:
     shapes: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for side, values in enumerate((a, b)):
         for k, value in enumerate(values):
-            if value.sha256 is None:
+            if value.sha256 is None and value.size > 0:
                 shapes.setdefault(value.shape, ([], []))[side].append(k)
     for rows, columns in shapes.values():
         if rows and columns:
             x, y = (np.stack([sample(side[k]) for k in ks]) for side, ks in ((a, rows), (b, columns)))
-            gap = np.sqrt(((x[:, None] - y[None]) ** 2).mean(-1))
+            gap = np.stack([np.sqrt(((one - y) ** 2).mean(-1)) for one in x])  # all at once would not fit
             size = np.sqrt((x**2).mean(-1))[:, None]
             ratio = np.divide(gap, size, out=np.full_like(gap, 1.0), where=size > 0)
             ratio[(gap == 0) & (size == 0)] = 0.0

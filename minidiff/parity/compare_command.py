@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minidiff import console
+from minidiff.config import check
 from minidiff.console import say
 from minidiff.parity import automap
 from minidiff.parity.comparing import compare
@@ -27,6 +28,10 @@ EQUAL, PARTED = 0, 1  # exit statuses
 
 def run(args: Namespace) -> int:
     """Compare two recordings; print the report, return the exit status."""
+    check(len(args.judge) <= 2, f"--judge is given {len(args.judge)} times; at most one for each side")
+    check(
+        args.write_names is None or args.names is not None, "--write-names keeps what --names gives: add --names auto"
+    )
     html, kept = writable(args.html, args), writable(args.write_names, args)
     with ExitStack() as stack:
         a, b = (stack.enter_context(open_source(path)) for path in (args.a, args.b))
@@ -56,9 +61,8 @@ def _names(args: Namespace, a: Source, b: Source) -> Mapping[str, str]:
 
 def show(report: Report, args: Namespace, html: Path | None) -> int:
     """Print the report, write it as a page if requested, and return the exit status."""
-    form = getattr(args, "format", "text")
-    longest = console.LONGEST_LINE if form == "text" else None
-    console.show(formatted(report, form, every=args.all), longest=longest)
+    longest = console.LONGEST_LINE if args.format == "text" else None
+    console.show(formatted(report, args.format, every=args.all), longest=longest)
     if html is not None:
         with atomic(html, existing(args)) as file:
             file.write(formatted(report, "html").encode())

@@ -78,6 +78,8 @@ def paired(a: Source, b: Source, names: Mapping[str, str]) -> tuple[dict[str, Va
         check(y in b.values, f"names: the second recording has no stage {quote(y)}")
     renamed = {y: x for x, y in names.items()}
     values_b = {renamed.get(stage, stage): value for stage, value in b.values.items()}
+    twice = next((x for x, y in names.items() if x in b.values and y != x and x not in renamed), None)
+    check(twice is None, f"names: the second recording has a stage {quote(twice)} of its own")
     turned = tuple(a.run.get("branches", BRANCHES)) != tuple(b.run.get("branches", BRANCHES))
     return _split(a, a.values, values_b, turned), _split(b, values_b, a.values, turned)
 

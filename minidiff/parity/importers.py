@@ -83,7 +83,7 @@ def _npz(path: Path) -> Source:
             name = "bfloat16" if dtype == np.dtype("V2") else dtype.name  # as ml_dtypes' is written
             if name not in DTYPES:
                 raise CheckpointError(f"{path}: array {quote(stage)} is of {dtype}, which recordings do not have")
-            if start + math.prod(shape) * dtype.itemsize != info.file_size:
+            if any(n < 0 for n in shape) or start + math.prod(shape) * dtype.itemsize != info.file_size:
                 raise CheckpointError(f"{path}: array {quote(stage)} has shape {quote(shape)}, and other bytes")
             values[stage] = Value(tuple(shape), name, _reader(path, info.filename, start, dtype, shape, backwards))
     return Source(f"numpy ({path.name})", {}, _some(path, values))
@@ -125,7 +125,12 @@ def _dump(path: Path) -> Source:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged pickle or archive can raise anything
         raise CheckpointError(f"{path}: not a dump of tensors alone ({_said(e)[:200]})") from None
-    values = {name: value_of(tensor) for name, tensor in _tensors(found, "", 0, torch.Tensor)}
+    values = {}
+    for name, tensor in _tensors(found, "", 0, torch.Tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in DTYPES or tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(f"{path}: tensor {quote(name)} is {kind}, {tensor.layout}; dump it dense and real")
+        values[name] = value_of(tensor)
     return Source(f"PyTorch ({path.name})", {}, _some(path, values))
 
 
@@ -180,7 +185,7 @@ def _first(told: Any, depth: int) -> dict[str, Any] | None:
 
 def _printed(path: Path, stage: str, told: dict[str, Any]) -> Value | None:
     """Return a tensor of the tree; None if the tree has only its statistics."""
-    shape = tuple(int(n) for n in re.findall(r"\d+", told["shape"])[:16])
+    shape = tuple(int(n) for n in re.findall(r"\d{1,18}", told["shape"])[:16])
     dtype = str(told["dtype"]).removeprefix("torch.")
     value = told.get("value")
     if isinstance(value, str) and value.endswith(".safetensors"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def test_a_slip_ends_with_status_1(run: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert err == []
     assert "first difference at step.0/unet/down.0.attn.0.norm" in out
     assert any(line.startswith("  float64   not rounding") for line in out)
+    (line,) = [line for line in out if line.startswith("  operation ")]
+    assert re.fullmatch(r"  operation aten\.native_group_norm\(.*, 1e-05\) in A, .*\(.*, 1e-06\) in B", line), line
     assert run("sd", "--steps", 1, "--quiet", "--tolerance", "0.01")[0] == 0
 
 

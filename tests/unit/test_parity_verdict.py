@@ -125,6 +125,13 @@ def test_names_are_proposed_by_order_shape_and_values() -> None:
     assert [row.stage for row in report.rows if not row.chained.within(1e-4)] in ([], [list(a)[11]])
 
 
+def test_a_name_is_given_to_one_stage_only() -> None:
+    a, b = source("a", {"x": np.ones(2), "y": np.ones(2)}), source("b", {"x": np.ones(2), "z": np.ones(2)})
+    with pytest.raises(ConfigError, match="names: the second recording has a stage 'x' of its own"):
+        compare(a, b, names={"x": "z"})
+    assert compare(a, b, names={"x": "z", "y": "x"}).equal, "unless it has another name"
+
+
 def test_confidence_falls_with_distance() -> None:
     x = RNG.standard_normal((3, 50))
     a = {f"a{k}": x[k] for k in range(3)}
@@ -139,6 +146,8 @@ def test_confidence_falls_with_distance() -> None:
     assert told.startswith("names proposed for 3 stages (1 by values, 1 likely, 1 by order and shape):")
     with pytest.raises(ConfigError, match="no stage of a has the shape of one of b"):
         automap.propose(source("a", {"x": x}), source("b", {"y": x[0]}))
+    empty = {"e": np.zeros((0, 2)), "n": np.float64(3)}, {"f": np.zeros((0, 2)), "m": np.float64(3)}
+    assert automap.as_names(automap.propose(source("a", empty[0]), source("b", empty[1]))) == {"n": "m"}
     same = automap.propose(source("a", {"x": x}), source("b", {"x": x}))
     assert automap.table(same) == "no names proposed: every stage that has a counterpart is called the same"
 
@@ -170,10 +179,12 @@ def test_npz(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="array 'x' is of object, which recordings do not have"):
         open_source(tmp_path / "o.npz")
     data = (tmp_path / "a.npz").read_bytes()
-    with zipfile.ZipFile(tmp_path / "a.npz") as whole, zipfile.ZipFile(tmp_path / "l.npz", "w") as lying:
-        lying.writestr("x.npy", whole.read("x.npy").replace(b"(2, 3)", b"(9, 9)"))
-    with pytest.raises(CheckpointError, match=r"array 'x' has shape \(9, 9\), and other bytes"):
-        open_source(tmp_path / "l.npz")
+    for shape, said in ((b"(9, 9)", r"\(9, 9\)"), (b"(-2, -3)", r"\(-2, -3\)")):
+        with zipfile.ZipFile(tmp_path / "a.npz") as whole, zipfile.ZipFile(tmp_path / "l.npz", "w") as lying:
+            room = b"(2, 3), }" + b" " * (len(shape) - 6)
+            lying.writestr("x.npy", whole.read("x.npy").replace(room, shape + b", }"))
+        with pytest.raises(CheckpointError, match=f"array 'x' has shape {said}, and other bytes"):
+            open_source(tmp_path / "l.npz")
     (tmp_path / "c.npz").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError):
         open_source(tmp_path / "c.npz")
@@ -199,6 +210,10 @@ def test_dumps_of_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         open_source(tmp_path / "evil.pt")
     assert "\n" not in str(e.value)
     assert capsys.readouterr().out == "", "nothing in it is run"
+    for odd in (x.to_sparse(), x.to(torch.complex64)):
+        torch.save({"x": odd}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match="dump it dense and real"):
+            open_source(tmp_path / "odd.pt")
     torch.save({"note": "text"}, tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="holds no tensors"):
         open_source(tmp_path / "none.pt")
@@ -237,6 +252,10 @@ def test_the_debugging_tree_of_transformers(tmp_path: Path) -> None:
     tree["children"][0]["outputs"]["shape"] = "torch.Size([2, 4])"
     (tmp_path / "t.json").write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match="of which 8 numbers are printed, and lists 6"):
+        open_source(tmp_path / "t.json")
+    tree["children"][0]["outputs"]["shape"] = f"torch.Size([{'9' * 5000}])"
+    (tmp_path / "t.json").write_text(json.dumps(tree))
+    with pytest.raises(CheckpointError, match="numbers are printed, and lists 6"):
         open_source(tmp_path / "t.json")
     tree["children"][0]["outputs"] |= {"value": "./../secret.safetensors"}
     (tmp_path / "t.json").write_text(json.dumps(tree))
@@ -446,6 +465,8 @@ def test_names_and_formats_of_the_command(run: Run, tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text('{"start/y": "first"}')
     one_error(run("parity", "compare", *pair, "--names", "m.json"), "the first recording has no stage 'start/y'")
     one_error(run("parity", "compare", *pair, "--format", "xml"), "--format")
+    one_error(run("parity", "compare", *pair, "--write-names", "new.json"), "add --names auto")
+    one_error(run("parity", "compare", *pair, *("--judge", "a.safetensors") * 3), "--judge is given 3 times")
 
 
 def out_of(run: Run, pair: tuple[str, str]) -> list[str]:

@@ -9,6 +9,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "recording_sd1.safetensors"
 
@@ -67,6 +69,38 @@ def test_the_assertion_needs_no_torch(tmp_path: Path) -> None:
         tmp_path,
     )
     assert out == ["True 0.5 False"]
+
+
+def test_large_recordings_take_little_memory(tmp_path: Path) -> None:
+    """Two of 256 MB each, of one stage; the files are holes, so nothing is written to the disk."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of memory from /proc")
+    out = alone(
+        """
+        import json
+        from minidiff.parity.comparing import compare
+        from minidiff.parity.values import open_recording
+        from minidiff.parity.writer import VERSION
+        def hollow(path, first):
+            shape = [1, 64, 1024, 1024]
+            told = {"recording.version": VERSION, "recording.stages": '["x"]', "recording.run": "{}"}
+            header = {"__metadata__": told, "x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 1 << 28]}}
+            text = json.dumps(header).encode()
+            with open(path, "wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text + first)
+                file.truncate(8 + len(text) + (1 << 28))
+        hollow("a", b"")
+        hollow("b", b"")
+        hollow("c", bytes([0, 0, 128, 63]))
+        for other in "bc":
+            with open_recording("a") as a, open_recording(other) as b:
+                print(compare(a, b).equal)
+        with open("/proc/self/status") as status:
+            print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) < 100_000)
+        """,
+        tmp_path,
+    )
+    assert out == ["True", "False", "True"]
 
 
 def test_a_dump_of_torch_needs_it(tmp_path: Path) -> None:
