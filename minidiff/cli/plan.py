@@ -16,6 +16,7 @@ examples:
   minidiff plan --sampler euler --steps 20 --like a1111,comfyui:karras,diffusers
   minidiff plan --model sd15.safetensors
   minidiff plan --sampler dpmpp_2m --steps 20 --json
+  minidiff plan --sampler euler,ddim,dpmpp_2m --steps 20 --plot plan.svg
 """
 
 
@@ -25,7 +26,11 @@ def add(commands: Any) -> None:
     p.late = sampler_list
     p.add_argument("--model", metavar="PATH", help="take schedule and sampler from it (default: Stable Diffusion's)")
     add_prediction(p)
-    p.add_argument("--sampler", metavar="NAME", help="one of those listed below (default: the model's own, else pndm)")
+    p.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="one of those listed below (default: the model's own, else pndm); with --plot several: euler,ddim",
+    )
     p.add_argument("--steps", type=read_whole, default=50, metavar="N", help="how many (default: 50)")
     p.add_argument(
         "--like",
@@ -37,6 +42,12 @@ def add(commands: Any) -> None:
         action="store_true",
         help="as JSON: each step as weights of the sample, the model's output, the noise and what is remembered",
     )
+    p.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw the sigmas and timesteps of every --sampler, and of every program of --like, into one SVG file",
+    )
+    p.add_argument("--force", action="store_true", help="replace a file of that name instead of adding a number")
     add_set(p)
 
 
@@ -51,11 +62,19 @@ def run(args: Namespace) -> None:
     if args.model is not None:
         import weights_convert
 
-        found = weights_convert.open_source(args.model, prediction=args.prediction, sampler=args.sampler).config
+        found = weights_convert.open_source(
+            args.model, prediction=args.prediction, sampler=args.sampler if args.plot is None else None
+        ).config
         config, schedule = found.sampler, found.schedule
-    if args.sampler is not None:
+    if args.sampler is not None and args.plot is None:
+        check("," not in args.sampler, f"--sampler {args.sampler}: several samplers go into --plot FILE; name one")
         config = {"name": args.sampler}
     likes = None if args.like is None else args.like.split(",")
+    if args.plot is not None:
+        check(not args.json, "--json and --plot are two answers; ask for one")
+        show(_plot(args, likes, schedule, config))
+        return
+    check(not args.force, "--force replaces the file of --plot, and --plot is not given")
     if args.json:
         check(likes is None or len(likes) == 1, f"--json writes one plan; name one program, got --like {args.like}")
         show_json(_table(likes and likes[0], schedule, config, dict(args.set), args.steps))
@@ -85,3 +104,32 @@ def _table(like: str | None, schedule: Any, config: dict[str, Any], given: dict[
         sampler, plan = told.inner, told.plan(None, steps)
     asked = {"sampler": sampler_to_config(sampler), "schedule": asdict(schedule), "like": like}
     return {"format": "minidiff plan 1", **asked, **table(sampler, plan).to_json()}
+
+
+def _plot(args: Namespace, likes: list[str] | None, schedule: Any, config: dict[str, Any]) -> Any:
+    """Write the picture of all plans and return its path."""
+    from minidiff.programs import read
+    from minidiff.programs.plot import plot
+    from minidiff.samplers import sampler_from_config
+    from minidiff.schedule import NoiseSchedule
+    from minidiff.storage.writing import Existing, atomic, check_place
+
+    existing: Existing = "replace" if args.force else "next"
+    check_place(args.plot, existing)
+    given, plans, without = dict(args.set), {}, set()
+    table = NoiseSchedule.from_config(schedule)
+    for choice in [config] if args.sampler is None else [{"name": name.strip()} for name in args.sampler.split(",")]:
+        for like in likes or (None,):
+            if like is None:
+                name, sampler = str(choice["name"]), sampler_from_config({**choice, **given})
+                plans[name] = sampler.plan(table, args.steps)
+            else:
+                told = read(like).sampler(schedule, {"name": choice["name"], **given})
+                name, sampler = f"{choice['name']} as {like}", told.inner
+                plans[name] = told.plan(None, args.steps)
+            if sampler.own_levels:
+                without.add(name)
+    drawn = plot(plans, len(table), without)
+    with atomic(args.plot, existing) as file:
+        file.write(drawn.encode())
+    return file.path

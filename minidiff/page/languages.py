@@ -1,7 +1,7 @@
 """Texts in two languages. Both stand in the page, marked with ``lang``, and the style sheet shows one of them.
 
 A text may hold `code` between backticks, *emphasis* between asterisks, and ``{names}`` that are filled in. What is
-filled in is escaped.
+filled in is escaped. A plain ``str``, such as a name or a number, is the same in all languages, and stays as it is.
 """
 
 from __future__ import annotations
@@ -24,24 +24,31 @@ class Text(NamedTuple):
     zh: str
 
 
+Said = Text | str
+
+
 def words(package: str, name: str) -> dict[str, Text]:
     """Return the texts of a JSON file of a package, by name: {name: {"en": ..., "zh": ...}}."""
     return {key: Text(**both) for key, both in json.loads(resource(package, name)).items()}
 
 
 def say(
-    text: Text, element: str = "span", attributes: Mapping[str, str | float] | None = None, **values: object
+    text: Said, element: str = "span", attributes: Mapping[str, str | float] | None = None, **values: object
 ) -> Html:
     """Return ``text`` in both languages, each in an ``element`` with these ``attributes``.
 
     ``values``: what stands for the names in braces; a :class:`Text` among them is taken in the same language.
     """
+    if isinstance(text, str):
+        return tag(element, text, **(attributes or {}))
     said = ((code, marked(getattr(text, code), code, values)) for code in LANGUAGES)
     return flat([tag(element, html, lang=code, **(attributes or {})) for code, html in said])
 
 
-def label(text: Text, **values: object) -> str:
+def label(text: Said, **values: object) -> str:
     """Return ``text`` as plain words in both languages, for attributes such as ``aria-label``."""
+    if isinstance(text, str):
+        return text
     return " / ".join(getattr(text, code).format(**_in(code, values)) for code in LANGUAGES)
 
 

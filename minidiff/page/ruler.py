@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minidiff.page.html import Html, tag
-from minidiff.page.languages import Text, label, say
+from minidiff.page.languages import Said, label, say
 from minidiff.page.svg import steps
 
 LEFT, RIGHT, HIGH, BELOW = 150, 14, 26, 22  # margins and the height of a row, in pixels
@@ -16,7 +16,7 @@ LEFT, RIGHT, HIGH, BELOW = 150, 14, 26, 22  # margins and the height of a row, i
 class Marks:
     """One row: places on the axis. ``colour``: 1 to 6, of the page's. ``pale``: places that are marked less."""
 
-    name: Text
+    name: Said
     places: Sequence[float]
     colour: int = 1
     pale: Sequence[float] = ()
@@ -26,7 +26,7 @@ class Marks:
 class Ruler:
     """Rows of marks over one axis from ``low`` to ``high``. ``id_``: that of the picture, for a script."""
 
-    title: Text
+    title: Said
     rows: Sequence[Marks]
     low: float
     high: float
@@ -35,21 +35,12 @@ class Ruler:
 
     def svg(self) -> Html:
         """Draw it."""
-        bottom = HIGH * len(self.rows)
-        parts = []
-        for x in steps(self.low, self.high, 10):
-            at = self.at(x)
-            parts.append(tag("line", x1=at, x2=at, y1=0, y2=bottom, cls="grid"))
-            parts.append(tag("text", f"{x:g}", x=at, y=bottom + 15, text_anchor="middle"))
-        for k, row in enumerate(self.rows):
-            parts.append(say(row.name, "text", {"x": LEFT - 10, "y": HIGH * k + 17, "text_anchor": "end"}))
-            parts.append(self.row(row, k))
         names = label(self.title)
         picture = tag(
             "svg",
             tag("title", names),
-            *parts,
-            viewBox=f"0 0 {self.width} {bottom + BELOW}",
+            self.drawn(),
+            viewBox=f"0 0 {self.width} {self.tall}",
             role="img",
             aria_label=names,
             cls="ruler",
@@ -60,6 +51,24 @@ class Ruler:
             data_right=self.width - RIGHT,
         )
         return tag("figure", tag("figcaption", say(self.title)), picture)
+
+    @property
+    def tall(self) -> int:
+        """Height in pixels."""
+        return HIGH * len(self.rows) + BELOW
+
+    def drawn(self) -> Html:
+        """Return what stands inside the picture."""
+        bottom = HIGH * len(self.rows)
+        parts = []
+        for x in steps(self.low, self.high, 10):
+            at = self.at(x)
+            parts.append(tag("line", x1=at, x2=at, y1=0, y2=bottom, cls="grid"))
+            parts.append(tag("text", f"{x:g}", x=at, y=bottom + 15, text_anchor="middle"))
+        for k, row in enumerate(self.rows):
+            parts.append(say(row.name, "text", {"x": LEFT - 10, "y": HIGH * k + 17, "text_anchor": "end"}))
+            parts.append(self.row(row, k))
+        return Html("".join(parts))
 
     def at(self, x: float) -> float:
         """Return the pixel of a place on the axis."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from minidiff.page.html import Html, tag
-from minidiff.page.languages import Text, label, say
+from minidiff.page.languages import Said, label, say
 
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34  # margins in pixels
 Kind = Literal["line", "points", "bars"]
@@ -18,7 +18,7 @@ Kind = Literal["line", "points", "bars"]
 class Series:
     """One curve: points (x, y), of which those that are not finite are left out. ``colour``: 1 to 6, of the page's."""
 
-    name: Text
+    name: Said
     points: Sequence[tuple[float, float]]
     colour: int = 1
     kind: Kind = "line"
@@ -28,9 +28,9 @@ class Series:
 class Chart:
     """Two axes with what is drawn over them. ``log``: the vertical axis is logarithmic."""
 
-    title: Text
-    x: Text
-    y: Text
+    title: Said
+    x: Said
+    y: Said
     series: Sequence[Series]
     log: bool = False
     width: int = 640
@@ -41,6 +41,23 @@ class Chart:
 
     def svg(self) -> Html:
         """Draw the chart, with a legend below if there are several curves."""
+        inside = self.drawn()
+        if not inside:
+            return inside
+        names = label(self.title)
+        size = f"0 0 {self.width} {self.height}"
+        picture = tag("svg", tag("title", names), inside, viewBox=size, role="img", aria_label=names, cls="chart")
+        legend = [tag("span", tag("i", cls=f"key c{s.colour}"), say(s.name)) for s in self.series]
+        several = tag("p", legend, cls="legend") if len(self.series) > 1 else ""
+        return tag("figure", tag("figcaption", say(self.title)), picture, several)
+
+    @property
+    def tall(self) -> int:
+        """Height in pixels."""
+        return self.height
+
+    def drawn(self) -> Html:
+        """Return what stands inside the picture; nothing if there are no points."""
         shown = [[(x, y) for x, y in s.points if self._fits(x, y)] for s in self.series]
         every = [point for points in shown for point in points]
         if not every:
@@ -61,19 +78,7 @@ class Chart:
             parts.append(tag("text", name, x=x + 3, y=TOP + 10))
         for one, points in zip(self.series, shown, strict=True):
             parts.append(_drawn(one, [at(x, y) for x, y in points], TOP + high, wide))
-        names = label(self.title)
-        picture = tag(
-            "svg",
-            tag("title", names),
-            *parts,
-            viewBox=f"0 0 {self.width} {self.height}",
-            role="img",
-            aria_label=names,
-            cls="chart",
-        )
-        legend = [tag("span", tag("i", cls=f"key c{s.colour}"), say(s.name)) for s in self.series]
-        several = tag("p", legend, cls="legend") if len(self.series) > 1 else ""
-        return tag("figure", tag("figcaption", say(self.title)), picture, several)
+        return Html("".join(parts))
 
     def _fits(self, x: float, y: float) -> bool:
         return math.isfinite(x) and math.isfinite(y) and (y > 0 or not self.log)

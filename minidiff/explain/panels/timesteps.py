@@ -12,7 +12,7 @@ from minidiff.explain.panels import timesteps_answers as answers
 from minidiff.explain.panels.guidance import packed
 from minidiff.explain.visits import GRIDS, Habit, grids, habits, planned, steps_of, strengths
 from minidiff.page.html import Child, Html, table, tag
-from minidiff.page.languages import Text, say, words
+from minidiff.page.languages import say, words
 from minidiff.page.ruler import Marks, Ruler
 from minidiff.page.svg import Chart, Series
 from minidiff.samplers.ddim import DDIM
@@ -76,7 +76,7 @@ def ruler(total: int, n: int, visited: list[float], skipped: list[float], others
     found = grids(total, n)
     rows += [Marks(WORDS[name], found[name], 1) for name, _, _ in GRIDS]
     rows += [
-        Marks(Text(f"--like {name}", f"--like {name}"), habit.timesteps, 3)
+        Marks(f"--like {name}", habit.timesteps, 3)
         for name, habit in others.items()
         if habit.timesteps and name != "minidiff"
     ]
