@@ -47,7 +47,7 @@ class Chart:
         names = label(self.title)
         size = f"0 0 {self.width} {self.height}"
         picture = tag("svg", tag("title", names), inside, viewBox=size, role="img", aria_label=names, cls="chart")
-        legend = [tag("span", tag("i", cls=f"key c{s.colour}"), say(s.name)) for s in self.series]
+        legend = [tag("span", tag("i", cls=f"key {s.kind} c{s.colour}"), say(s.name)) for s in self.series]
         several = tag("p", legend, cls="legend") if len(self.series) > 1 else ""
         return tag("figure", tag("figcaption", say(self.title)), picture, several)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minidiff.explain import Seen, collect, explained
+from minidiff.explain import Seen, collect, explained, pictures
 from minidiff.explain.colours import Colours, around
 from minidiff.explain.panel import Left, Panel
 from minidiff.explain.panels import guidance
@@ -103,20 +103,38 @@ def test_other_families() -> None:
     off = guidance.build(run(tiny_sd(), guidance_scale=1.0))
     assert isinstance(off, Left)
     assert "guidance was off" in off.why.en
+    v = drawn(replace(SD, schedule=replace(SD.schedule, prediction="v_prediction")))
+    assert isinstance(guidance.build(run(v)), Panel)
+    paints = drawn(replace(SD, unet=replace(SD.unet, in_channels=9)))
+    hole = {"image": torch.zeros(1, 3, 64, 64), "mask": torch.ones(1, 1, 64, 64), "strength": 1.0}
+    assert isinstance(guidance.build(run(paints, **hole)), Panel)
     taught = drawn(replace(SD, unet=replace(SD.unet, guidance_dim=8)))
     distilled = guidance.build(run(taught, sampler="lcm"))
     assert isinstance(distilled, Left)
     assert "distilled" in distilled.why.en
 
 
+def test_a_large_vae_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "EXACT", 0)
+    monkeypatch.setattr(guidance, "SMALL", 0)
+    monkeypatch.setattr(guidance, "SHOWN", 2)
+    seen = run(tiny_sd(), guidance_scale=3.0)
+    painter, decoded = seen.painter, []
+    monkeypatch.setattr(type(seen.pipe), "decode", lambda *args: decoded.append(args))
+    panel = guidance.build(seen)
+    assert not painter.exact
+    assert decoded == []
+    assert isinstance(panel, Panel)
+    assert (panel.data["colours"]["side"], panel.data["colours"]["block"], len(panel.data["steps"])) == (1, 1, 2)
+    assert "the numbers of 2 are in the page" in panel.body
+
+
 def test_colours_of_a_linear_picture_are_found() -> None:
     g = torch.Generator().manual_seed(0)
     samples = [torch.randn(1, 4, 6, 6, generator=g) for _ in range(4)]
     true = torch.randn(4 * 9 + 1, 3 * 16, generator=g)
-    pictures = [
-        torch.nn.functional.pixel_shuffle((around(s, 3) @ true).t().reshape(1, 48, 6, 6), 4)[0] for s in samples
-    ]
-    found = Colours.fitted(samples, pictures)
+    painted = [torch.nn.functional.pixel_shuffle((around(s, 3) @ true).t().reshape(1, 48, 6, 6), 4)[0] for s in samples]
+    found = Colours.fitted(samples, painted)
     assert (found.side, found.block) == (3, 4)
     assert torch.allclose(found.map, true, atol=1e-3)
     small = Colours.fitted(samples, [torch.rand(3, 6, 6, generator=g) for _ in samples])

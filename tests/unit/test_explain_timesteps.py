@@ -113,6 +113,7 @@ def test_other_families_and_parts_of_a_run() -> None:
     panel = timesteps.build(begun)
     assert isinstance(panel, Panel)
     assert "Pale marks" in panel.body
+    assert "at strength 0.5, made 2 of the 4 calls of its plan, from t = 251" in panel.body
     assert panel.data["visited"] == [251.0, 1.0]
     own = timesteps.build(run(tiny_sd(), sampler="edm_euler"))
     assert isinstance(own, Left)

@@ -50,7 +50,7 @@ def build(seen: Seen) -> Panel | Left:
         *answers.names(seen),
         *answers.after(seen),
         *answers.habits(seen, others),
-        *answers.strength(starts),
+        *answers.strength(seen, starts),
         *answers.elsewhere(seen),
     )
     return Panel(
@@ -58,9 +58,9 @@ def build(seen: Seen) -> Panel | Left:
         title=WORDS["title"],
         body=body,
         code=(
-            line(spaced, "np.arange(n)"),
+            line(spaced, "np.arange(n)["),
             line(spaced, "train_steps, 0"),
-            line(spaced, "linspace"),
+            line(spaced, "np.linspace(0"),
             line(Timesteps.visited, "self.grid.spaced"),
             line(PNDM.levels, "grid[:2], grid[1:]"),
             line(DDIM.levels, "grid.landing"),

@@ -141,7 +141,7 @@ def habits(seen: Seen, others: Mapping[str, Habit]) -> list[Html]:
     return [answer("q-programs-differ", WORDS["programs?"], *parts)]
 
 
-def strength(starts: Mapping[str, Sequence[Entry]]) -> list[Html]:
+def strength(seen: Seen, starts: Mapping[str, Sequence[Entry]]) -> list[Html]:
     """From strength to a number of steps."""
 
     def cell(entry: Entry) -> str | Html:
@@ -151,7 +151,12 @@ def strength(starts: Mapping[str, Sequence[Entry]]) -> list[Html]:
 
     lines: list[list[Child]] = [[name, *(cell(entry) for entry in row)] for name, row in starts.items()]
     heads = [say(WORDS["program"]), *(f"strength {value:g}" for value in STRENGTHS)]
-    return [answer("q-strength", WORDS["strength?"], say(WORDS["strength"], "p"), table(heads, lines))]
+    parts = [say(WORDS["strength"], "p"), table(heads, lines)]
+    asked = seen.recipe.get("strength")
+    if asked is not None:
+        said = {"strength": f"{asked:g}", "calls": len(seen.frames), "k": len(seen.plan)}
+        parts.append(say(WORDS["own strength"], "p", None, first=f"{seen.frames[0].t:g}", **said))
+    return [answer("q-strength", WORDS["strength?"], *parts)]
 
 
 def elsewhere(seen: Seen) -> list[Html]:
