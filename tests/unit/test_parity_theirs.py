@@ -283,6 +283,9 @@ def test_only_a_pipeline_that_takes_no_picture_is_exchanged(
     class Plain(Pipe):
         def __call__(self, prompt: str) -> None: ...
 
+    class Drawing(Pipe):
+        def __call__(self, prompt: str, image: Any) -> None: ...
+
     class Painting(Pipe):
         def __call__(self, prompt: str, image: Any, mask_image: Any) -> None: ...
 
@@ -290,7 +293,8 @@ def test_only_a_pipeline_that_takes_no_picture_is_exchanged(
     reference = SimpleNamespace(**{kind: SimpleNamespace(from_pipe=lambda pipe: other)})
     monkeypatch.setattr(theirs, "import_diffusers", lambda: reference)
     assert theirs.taking_a_picture(Plain(), masked=masked) is other
-    painting = Painting()
+    drawing, painting = Drawing(), Painting()
+    assert theirs.taking_a_picture(drawing, masked=masked) is (other if masked else drawing)
     assert theirs.taking_a_picture(painting, masked=masked) is painting
 
 
