@@ -418,6 +418,8 @@ def test_the_middle_of_an_unconditional_unet_is_as_wide_as_the_last_level() -> N
     without = unet(Options(sources.DDPM_JSON | three | {"add_attention": False}, "config.json"))
     assert without.mid == Level(channels=32)
     assert without.levels == found.levels
+    unsaid = {key: value for key, value in sources.DDPM_JSON.items() if key != "add_attention"}
+    assert unet(Options(unsaid | three, "config.json")) == found
 
 
 def test_old_and_new_names_of_ddpm_attention() -> None:
