@@ -219,6 +219,10 @@ def test_a_word_that_it_does_not_know_is_said_in_one_line(sd: StableDiffusion) -
         sd.encode_prompt(["an astronaut on a red horse"])
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
+    animals = "ant bat cat cow dog emu fox gnu hen owl pig rat"
+    with pytest.warns(UserWarning, match="does not know 'ant', .* 'owl' and 2 words more; its words are: ") as many:
+        sd.encode_prompt([animals])
+    assert str(many[0].message).count("'") == 20
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd.encode_prompt(["a small green cross on the left, gray background", ""])

@@ -238,6 +238,10 @@ def test_keys_that_are_no_text() -> None:
         from_json(c.Level, {1: 2, "x": 3, None: 4})  # type: ignore[dict-item]
 
 
+def test_a_list_of_levels_may_be_as_long_as_a_network() -> None:
+    assert len(c.read_value(tuple[c.Level, ...], [{"channels": 16}] * c.MOST_LEVELS, "levels")) == c.MOST_LEVELS
+
+
 def test_a_long_list_of_levels_is_refused_before_it_is_read() -> None:
     data = sd("unet.levels", [{"channels": 32}] * 10**6)
     start = time.process_time()

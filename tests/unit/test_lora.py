@@ -142,6 +142,14 @@ def test_an_odd_kernel_keeps_stride_and_padding() -> None:
     assert_close(layer(x), wanted, SPLIT)
 
 
+def test_the_hash_of_an_adapter_knows_every_value(sd: StableDiffusion) -> None:
+    down, up = drawn(sd, Q)
+    updates = [Update(down, up), Update(down + 1, up), Update(down, up + 1), Update(down, up, alpha=2.0)]
+    hashes = {Adapter("a", {Q: update}).hash for update in updates}
+    assert len(hashes) == 4
+    assert {len(told) for told in hashes} == {16}
+
+
 def test_several_add_up_and_a_picture_changes_and_comes_back(sd: StableDiffusion) -> None:
     one = Adapter("one", {Q: Update(*drawn(sd, Q, seed=1)), TEXT: Update(*drawn(sd, TEXT, seed=2))})
     two = Adapter("two", {Q: Update(*drawn(sd, Q, 2, seed=3)), CONV: Update(*drawn(sd, CONV, seed=4))})

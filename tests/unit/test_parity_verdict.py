@@ -152,6 +152,14 @@ def test_confidence_falls_with_distance() -> None:
     assert automap.table(same) == "no names proposed: every stage that has a counterpart is called the same"
 
 
+def test_a_pair_is_sure_if_no_other_stage_is_nearly_as_near() -> None:
+    def sure(distance: float, rival: float) -> str:
+        return automap.Pair("a", "b", distance, rival).confidence
+
+    assert [sure(0.01, r) for r in (0.021, 0.02, 0.011, 0.01)] == ["values", "likely", "likely", "order and shape"]
+    assert [sure(d, 9.0) for d in (0.01, 0.011, 0.5, 0.51)] == ["values", "likely", "likely", "order and shape"]
+
+
 def test_names_see_through_layouts(tmp_path: Path) -> None:
     x = RNG.standard_normal((2, 3, 5, 7)).astype("f4")
     with Writer(tmp_path / "a", "a") as a, Writer(tmp_path / "b", "b", layout="NHWC") as b:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import metadata
 from minidiff.pipeline.png import KEY, read_recipe
 from minidiff.pipeline.recipe import Made, Recipe, parse
@@ -173,6 +173,13 @@ def test_texts_that_pillow_writes_are_read(tmp_path: Path) -> None:
         info.add_itxt(KEY, '{"a": "é"}', zip=compressed)
         Image.new("L", (3, 3)).save(tmp_path / "a.png", pnginfo=info)
         assert read_recipe(tmp_path / "a.png") == {"a": "é"}
+
+
+def test_places_among_others_have_a_limit() -> None:
+    assert Made(place=2**32, places=2**32).place == 2**32
+    for wrong in ({"place": 2**32 + 1}, {"places": -1}, {"together": 2**32 + 1}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* 0..4294967296"):
+            Made(**wrong)
 
 
 def test_the_recipe_of_a_model_without_text_says_nothing_about_text() -> None:

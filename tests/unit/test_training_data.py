@@ -132,6 +132,9 @@ def test_pixels_of_every_mode() -> None:
     wide.paste("lime", (10, 0, 20, 10))
     assert to_pixels(wide, 10)[:, 5].T.tolist() == [[0, 255, 0]] * 10
     assert to_pixels(wide, 7).shape == (3, 7, 7)
+    rows = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
+    assert to_pixels(rows, 4).tolist() == rows.tolist(), "arrays of torchvision's sets, channels first"
+    assert to_pixels(torch.from_numpy(rows)[1], 4).tolist() == [rows[1].tolist()] * 3, "and grey ones, without any"
 
 
 def test_pixels_reach_both_ends() -> None:

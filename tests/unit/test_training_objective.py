@@ -41,6 +41,12 @@ def test_targets() -> None:
         assert_close(target(replace(SCHEDULE, prediction=prediction), x0, noise, T), answer)  # type: ignore[arg-type]
 
 
+def test_signal_to_noise_ratio() -> None:
+    schedule = NoiseSchedule.from_config(ScheduleConfig(steps=4, betas=(0.25, 0.5, 0.5, 1.0)))
+    assert schedule.alphas_cumprod.tolist() == [0.75, 0.375, 0.1875, 0]
+    assert_close(snr(schedule, torch.tensor([3, 0, 1])), torch.tensor([0.0, 3.0, 0.6]))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights(prediction: Prediction) -> None:
     """Ratios whose quotients are exact, the cap on both sides, and both ends."""

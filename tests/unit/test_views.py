@@ -113,6 +113,9 @@ def test_views_of_the_command(run: Run, tmp_path: Path) -> None:
     for name, frames in (("a.gif", 4), ("a-film.png", 4)):
         with Image.open(tmp_path / name) as film:
             assert film.n_frames == frames  # type: ignore[attr-defined]
+            assert film.info["duration"] == 100
+            film.seek(frames - 1)
+            assert film.info["duration"] == 1500, "the result stays a while"
     with Image.open(tmp_path / "p.png") as preview:
         assert min(preview.size) >= SMALLEST
     assert b"DigitalSourceType" in (tmp_path / "a-steps.png").read_bytes()
