@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from minidiff.explain.panel import Left, Panel
 from minidiff.explain.panels import timesteps
 from minidiff.pipeline.request import Request
 from minidiff.programs import read
-from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
+from tests.support.tiny import SD, drawn, tiny_ddpm, tiny_sd, tiny_xl
 from tests.unit.test_explain_guidance import data_of, floats, run
 
 ANCHORS = (
@@ -120,3 +121,12 @@ def test_other_families_and_parts_of_a_run() -> None:
     assert "levels of its own" in own.why.en
     one = timesteps.build(run(tiny_sd(), sampler="ddim", steps=1))
     assert isinstance(one, Panel)
+
+
+def test_a_schedule_that_ends_in_pure_noise() -> None:
+    schedule = replace(SD.schedule, prediction="v_prediction", zero_snr=True)
+    seen = run(drawn(replace(SD, schedule=schedule)), sampler={"name": "ddim", "spacing": "trailing"})
+    page = explained(seen, panels=["guidance", "timesteps"])
+    assert seen.frames[0].t == 999
+    assert data_of(page, "timesteps")["programs"]["minidiff"]["sigmas"][0] is None
+    assert "is at t = 0" in page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -142,8 +144,15 @@ def _data(seen: Seen, schedule: NoiseSchedule, others: dict[str, Habit], starts:
         "alpha_bar": packed(schedule.alphas_cumprod),
         "spacings": [name for name, _, _ in GRIDS],
         "grids": {k: [*grids(total, k).values()] for k in sorted({*TRIED, n}) if k <= total},
-        "programs": {name: {"timesteps": habit.timesteps, "sigmas": habit.sigmas} for name, habit in others.items()},
+        "programs": {
+            name: {"timesteps": habit.timesteps, "sigmas": finite(habit.sigmas)} for name, habit in others.items()
+        },
         "strengths": {name: [[entry.calls, entry.first] for entry in row] for name, row in starts.items()},
     }
     twice = planned(seen, "pndm")
     return found if twice is None else found | {"pndm": [float(t) for t in twice.timesteps]}
+
+
+def finite(values: Sequence[float]) -> list[float | None]:
+    """Return ``values`` as JSON has them: None for the infinite sigma of a schedule that ends in pure noise."""
+    return [value if math.isfinite(value) else None for value in values]
