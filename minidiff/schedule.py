@@ -168,9 +168,9 @@ def spaced(
     steps: int,
     offset: int = 0,
     *,
-    whole: bool = True,
+    dtype: type[np.generic] = np.int64,
 ) -> NDArray[Any]:
-    """Return the timesteps to visit, falling: int64 (steps,), or float32 if not ``whole`` (Lin 2023, table 2).
+    """Return the timesteps to visit, falling: (steps,) int64, or of another ``dtype``, unrounded (Lin 2023, table 2).
 
     For 50 steps of 1000 timesteps:
 
@@ -191,8 +191,8 @@ def spaced(
         t = np.linspace(0, train_steps - 1, n)[::-1]
         if n == 1:
             t = np.array([train_steps - 1.0])
-        t = np.round(t) if whole else t
-    return t.astype(np.int64 if whole else np.float32)
+        t = np.round(t) if dtype is np.int64 else t
+    return t.astype(dtype)
 
 
 # --- conversions of predictions: x = signal * x0 + noise * epsilon, v = signal * epsilon - noise * x0 ----------------

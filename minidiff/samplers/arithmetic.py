@@ -10,6 +10,8 @@ from torch import Tensor
 Space = Literal["alpha_bar", "sigma", "lambda"]
 """Measure of noise of a method, and scale of its x: ``alpha_bar``, with x of unit variance; ``sigma`` = noise /
 signal, with x at the picture's own scale plus noise; ``lambda`` = -log sigma, from sigma, with x of unit variance."""
+Put = tuple[Space, Tensor]
+"""A level and its measure."""
 
 
 def lambda_of(sigma: Tensor) -> Tensor:

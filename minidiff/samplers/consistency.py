@@ -67,7 +67,8 @@ class Distilled(Method[R, S]):
         t = whole(self, given.timesteps, lowest=0)
         kept = int(len(t) * self.strength)
         check(kept >= 1, f"{self.name}: strength={self.strength} leaves none of {len(t)} timesteps")
-        return torch.from_numpy(t[len(t) - kept :]), self.like_diffusers and kept < len(t)
+        t, goes_on = self.grid.cut(t, kept)
+        return torch.from_numpy(t), goes_on
 
     def _spaced(self, steps: int, total: int) -> Floats:
         """Return (steps,) falling int64: a subset of the timesteps of distillation, evenly spaced by index."""
@@ -212,8 +213,7 @@ class CM(OwnSigmas[CMRow, Empty]):
             rows = whole(self, given.timesteps, lowest=0)[::-1]
         s = self.karras(rows / (total - 1))
         sigmas = torch.from_numpy(np.append(s, self.sigma_min).astype(np.float32))
-        lower = given.timesteps is not None and not self.like_diffusers
-        return self.between(s, sigmas, sigmas[0].item() if lower else self.sigma_max)
+        return self.between(s, sigmas, self.grid.highest(sigmas, self.sigma_max, given.timesteps is not None))
 
     def between(self, s: Floats, sigmas: Tensor, highest: float) -> Levels:
         """Return the levels of ``sigmas`` (n + 1,), with first noise times ``highest``. ``s`` (n,): in float64."""

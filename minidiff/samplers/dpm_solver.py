@@ -34,8 +34,8 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import earlier, meet, rates, upcast
 from minidiff.samplers.checks import usable
 from minidiff.samplers.ddpm import split_variance
-from minidiff.samplers.grid import CURVES, Floats, to_timesteps
-from minidiff.samplers.levels import ClippedLambdas, Final, ends
+from minidiff.samplers.grid import Floats
+from minidiff.samplers.levels import ClippedLambdas, Final
 from minidiff.samplers.method import Draw, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
 
@@ -194,21 +194,6 @@ class DPMSolverInverse(DPMSolver):
             return super().points(n + further, total, last)[further:][::-1]
         lowest = self.steps_offset if self.spacing == "leading" else 0
         return np.append(lowest, super().points(n, total, last)[:0:-1])
-
-    def curve(self, n: int, table: Floats) -> Floats:
-        """Return (n,) float64 sigmas of the chosen spacing, from the bottom up."""
-        if self.like_diffusers:
-            low, high = self.sigma_max or float(table[0]), self.sigma_min or float(table[-1])
-        else:
-            low, high = ends(self, self.sigma_min, self.sigma_max, table)
-        return CURVES[self.sigma_spacing](high, low, n)  # the ends are exchanged on purpose: the curve rises
-
-    def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
-        t = to_timesteps(sigmas, table)
-        if not self.like_diffusers:
-            return t.astype(np.float32)
-        t = t.round() if self.sigma_spacing == "karras" else t
-        return np.array(list(dict.fromkeys(t.tolist()))).astype(np.int64)
 
 
 Rates = tuple[Tensor, Tensor]

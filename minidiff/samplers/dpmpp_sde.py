@@ -22,7 +22,7 @@ from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import earlier, interleave
 from minidiff.samplers.brownian import BrownianTree
 from minidiff.samplers.checks import check_finite
-from minidiff.samplers.grid import Floats, to_timesteps
+from minidiff.samplers.grid import to_timesteps
 from minidiff.samplers.levels import SpacedSigmas, sigma_table
 from minidiff.samplers.method import Draw, Given, History, Levels, Next, Plan
 from minidiff.samplers.options import Rule
@@ -47,6 +47,7 @@ class DPMSDE(SpacedSigmas[Row, History]):
 
     initial = History()
     order = 2
+    counts_in = np.float64  # which moves the last bits of the sigmas
 
     s_noise: float = 1.0
     noise_seed: Annotated[int | None, Rule(lambda v: v >= 0, "must not be negative")] = None
@@ -88,14 +89,8 @@ class DPMSDE(SpacedSigmas[Row, History]):
         here, to = interleave(s[:-1], middle), interleave(middle, torch.exp(-after))
         to[-1] = s[-1]
         listed = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        put = ("sigma", listed) if self.like_diffusers else None
-        return self.between(times if put else times.float(), here, to, sigmas=listed, put=put)
-
-    def times(self, table: Floats, given: Given) -> Floats:
-        t = super().times(table, given)
-        if self.spacing == "linspace" and (self.like_diffusers or len(t) > 1):  # float64 moves the sigmas' last bits
-            t = np.linspace(0, len(table) - 1, len(t), dtype=np.float64)[::-1]
-        return t
+        times, put = self.grid.in_halves(times, listed)
+        return self.between(times, here, to, sigmas=listed, put=put)
 
     def require_usable(self, rows: Row) -> None:
         check_finite(self, rows.first_part)

@@ -26,7 +26,7 @@ from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import meet, upcast
 from minidiff.samplers.dpm_solver import Algorithm, SolverType, multistep, multistep_rows
 from minidiff.samplers.euler import Churning
-from minidiff.samplers.levels import Final, OwnSigmas, given_sigmas
+from minidiff.samplers.levels import Final, OwnSigmas
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Next, Outputs, Plan, R, S
 from minidiff.samplers.options import UpTo3
 from minidiff.schedule import NoiseSchedule, check_steps
@@ -76,19 +76,12 @@ class EDMOptions(OwnSigmas[R, S]):
         return seen
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        if given.sigmas is not None and not self.like_diffusers:
-            s = torch.from_numpy(given_sigmas(given.sigmas))
-            return self.between(s, s[0].item())
-        if given.sigmas is None:
-            n = check_steps(given.steps, MAX_STEPS)
-            n += self.final_sigma == "sigma_min" and not self.like_diffusers  # one more, to land on
-            places = torch.linspace(0, 1, n, dtype=self.places_in, device="cpu")
+        if given.sigmas is not None:
+            s = self.grid.given(given.sigmas, lambda places: self.landed(self.sigmas_at(places)), self.name)
         else:
-            places = torch.as_tensor(given.sigmas, dtype=torch.float64, device="cpu")
-        s = self.sigmas_at(places)
-        fits = s.ndim == 1 and len(s) > 0 and bool(((s > 0) & s.isfinite()).all())
-        check(fits, f"{self.name}: sigmas are places between sigma_max (0) and sigma_min (1) here, got {given.sigmas}")
-        return self.between(self.landed(s), self.sigma_max)
+            n = check_steps(given.steps, MAX_STEPS) + (0 if self.final_sigma == "zero" else self.grid.further)
+            s = self.landed(self.sigmas_at(torch.linspace(0, 1, n, dtype=self.places_in, device="cpu")))
+        return self.between(s, self.grid.highest(s, self.sigma_max, given.sigmas is not None))
 
     def between(self, s: Tensor, highest: float) -> Levels:
         """Return the levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""
@@ -107,7 +100,7 @@ class EDMOptions(OwnSigmas[R, S]):
         """Return ``sigmas`` with the one on which the run lands: 0, the last of them, or that of the reference."""
         if self.final_sigma == "zero":
             return torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
-        return torch.cat([sigmas, self.last(sigmas).reshape(1)]) if self.like_diffusers else sigmas
+        return sigmas if self.grid.further else torch.cat([sigmas, self.last(sigmas).reshape(1)])
 
     def last(self, sigmas: Tensor) -> Tensor:
         """Return the sigma on which the reference's last step lands with final_sigma="sigma_min"."""

@@ -22,15 +22,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.samplers.arithmetic import meet, upcast
 from minidiff.samplers.checks import root
-from minidiff.samplers.grid import Floats, to_timesteps
-from minidiff.samplers.levels import Final, Sigmas, SpacedSigmas, ends
+from minidiff.samplers.grid import Floats
+from minidiff.samplers.levels import Final, Sigmas, SpacedSigmas
 from minidiff.samplers.method import Draw, Empty, Given, Levels, Method, Next, Plan, R
 from minidiff.samplers.options import AboveZero, NotNegative
 from minidiff.schedule import NoiseSchedule
@@ -110,21 +109,13 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
         here, to = at.sigmas[:-1], at.sigmas[1:]
         return self.between(0.25 * here.log(), here, to, sigmas=at.sigmas)
 
-    def sigmas_for(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
+    def sigmas_for(self, t: Floats, table: Floats, given: Given) -> tuple[Floats, Floats]:
         if self.interpolation == "linear":
-            return super().sigmas_for(timesteps, table)
-        n, high, low = len(timesteps), float(np.log(table[-1])), float(np.log(table[0]))
-        even = torch.linspace(high, low, n + self.like_diffusers, dtype=torch.float32, device="cpu")
-        sigmas: Floats = even.exp().numpy()
-        return self.respaced(timesteps if self.like_diffusers else to_timesteps(sigmas, table), sigmas, table)
-
-    def times(self, table: Floats, given: Given) -> Floats:
-        own = self.interpolation == "log_linear" and given.timesteps is not None and not self.like_diffusers
-        check(not own, "Euler: interpolation='log_linear' has timesteps of its own: give steps or sigmas")
-        return super().times(table, given)
+            return super().sigmas_for(t, table, given)
+        return self.grid.log_linear(t, table, given.timesteps is not None)
 
     def ends(self, sigmas: Floats) -> tuple[float, float]:
-        return ends(self, self.sigma_min, self.sigma_max, sigmas[::-1])
+        return self.grid.ends(self.name, self.sigma_min, self.sigma_max, sigmas[::-1])
 
     def landing(self, table: Floats) -> float:
         return float(table[0]) if self.final_sigma == "sigma_min" else 0.0

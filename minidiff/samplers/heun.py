@@ -103,17 +103,16 @@ class DPM2(SpacedSigmas[Row, History]):
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         table = sigma_table(schedule, self.last_alpha_bar)
         times, sigmas = self.visited(table, given)
-        if self.like_diffusers and self.sigma_spacing == "karras":
-            times = times.round()
-        ends, s = torch.from_numpy(times), torch.from_numpy(sigmas.astype(np.float32))
+        ends = torch.from_numpy(self.grid.at_ends(times, self.sigma_spacing))
+        s = torch.from_numpy(sigmas.astype(np.float32))
         middle, to, up = self.split(s)
         middle[-1] = s[-1]
         t = interleave(ends, torch.from_numpy(to_timesteps(middle[:-1].numpy(), table, np.float32)))
         here, to = interleave(s[:-1], middle), interleave(middle, to)
         listed = torch.cat([s[:1], s[1:].repeat_interleave(2), s[-1:]])
         beside = {"up": interleave(torch.zeros_like(up), up)}
-        put = ("sigma", listed) if self.like_diffusers else None
-        return self.between(t if put else t.float(), here, to, sigmas=listed, put=put, beside=beside)
+        t, put = self.grid.in_halves(t, listed)
+        return self.between(t, here, to, sigmas=listed, put=put, beside=beside)
 
     def split(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return for each interval between the sigmas ``s`` (n + 1,) its middle, the sigma on which the step lands, and

@@ -7,7 +7,6 @@ has the options of that choice. The numbers come from grid.py, or with ``like_di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,7 +18,7 @@ from minidiff.config import check
 from minidiff.errors import ConfigError
 from minidiff.samplers.arithmetic import Space, unit
 from minidiff.samplers.checks import check_timesteps, whole
-from minidiff.samplers.grid import CURVES, Floats, SigmaSpacing, at_timesteps, to_timesteps
+from minidiff.samplers.grid import CURVES, Floats, SigmaSpacing, at_timesteps, given_sigmas, to_timesteps
 from minidiff.samplers.limits import Limited, Thresholded
 from minidiff.samplers.method import Given, Levels, Method, Plan, R, S
 from minidiff.samplers.options import POSITIVE, AboveZero, Share
@@ -78,16 +77,6 @@ def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
     return sigmas
 
 
-def given_sigmas(sigmas: Sequence[float]) -> Floats:
-    """Return given sigmas as (n + 1,) float32. Raises ConfigError unless they are two or more, fall strictly, and are
-    above 0 except for the last, which may be 0."""
-    levels: Floats = np.array(sigmas, dtype=np.float32)
-    check(levels.ndim == 1 and len(levels) >= 2, f"sigmas={list(sigmas)[:6]}: at least 2 are needed, for one step")
-    falls = bool(np.all(levels[:-1] > levels[1:])) and float(levels[-1]) >= 0
-    check(falls and bool(np.isfinite(levels).all()), f"sigmas must fall strictly to 0 or above, got {list(sigmas)[:6]}")
-    return levels
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sigmas(Method[R, S]):
     """Base class of the methods whose x is the picture, at its own scale, plus noise of standard deviation sigma.
@@ -103,6 +92,7 @@ class Sigmas(Method[R, S]):
     space: ClassVar[Space] = "sigma"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
     sigma_spacing = "timesteps"
+    counts_in: ClassVar[type[np.floating[Any]]] = np.float32  # the dtype of the timesteps behind the sigmas
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
@@ -126,32 +116,28 @@ class Sigmas(Method[R, S]):
         if given.sigmas is not None:
             levels = given_sigmas(given.sigmas)
             return to_timesteps(levels[:-1], table), levels
-        times, sigmas = self.sigmas_for(self.times(table, given), table)
-        return times, np.append(sigmas, self.landing(table))
+        t, sigmas = self.sigmas_for(self.times(table, given), table, given)
+        if self.sigma_spacing != "timesteps":  # as many along a curve between the same ends
+            sigmas = CURVES[self.sigma_spacing](*self.ends(sigmas), len(t))
+            t = to_timesteps(sigmas, table)
+        return t, np.append(sigmas, self.landing(table))
 
     def times(self, table: Floats, given: Given) -> Floats:
-        """Return the timesteps, (n,) float32: the given ones, or those of ``spacing``."""
+        """Return the timesteps, (n,) in ``counts_in``: the given ones, or those of ``spacing``."""
         check_uncurved(self, given)
         if given.timesteps is None:
-            t = self.grid.spaced(self.spacing, len(table), given.steps, self.steps_offset, whole=False)
+            t = self.grid.spaced(self.spacing, len(table), given.steps, self.steps_offset, self.counts_in)
         else:
-            t = np.array(given.timesteps, dtype=np.float32)
+            t = np.array(given.timesteps, dtype=self.counts_in)
         check_timesteps(self, t, len(table) + self.grid.beyond)
         return t
 
-    def sigmas_for(self, timesteps: Floats, table: Floats) -> tuple[Floats, Floats]:
-        """Return timesteps and sigmas, (n,) each, of the run that would visit ``timesteps``."""
-        sigmas = at_timesteps(timesteps, table)
+    def sigmas_for(self, t: Floats, table: Floats, given: Given) -> tuple[Floats, Floats]:
+        """Return timesteps and sigmas, (n,) each, of the run that would visit ``t``."""
+        sigmas = at_timesteps(t, table)
         for row in np.flatnonzero(~(np.isfinite(sigmas) & (sigmas > 0))):
             raise ConfigError(f"sigma is {sigmas[row]:g} at row {row}: the betas leave no picture there, or no noise")
-        return self.respaced(timesteps, sigmas, table)
-
-    def respaced(self, timesteps: Floats, sigmas: Floats, table: Floats) -> tuple[Floats, Floats]:
-        """Return ``timesteps`` and ``sigmas``, or as many along the chosen curve between the same ends."""
-        if self.sigma_spacing == "timesteps":
-            return timesteps, sigmas
-        curve = CURVES[self.sigma_spacing](*self.ends(sigmas), len(timesteps))
-        return to_timesteps(curve, table), curve
+        return t, sigmas
 
     def ends(self, sigmas: Floats) -> tuple[float, float]:
         """Return the lowest and the highest sigma of the curve: as set by the options, else those of ``sigmas``."""
@@ -286,13 +272,14 @@ class Lambdas(Thresholded[R, S]):
         return t[:0:-1]
 
     def curve(self, n: int, table: Floats) -> Floats:
-        """Return (n,) float64 sigmas of the chosen spacing, from the top down."""
-        return CURVES[self.sigma_spacing](*ends(self, self.sigma_min, self.sigma_max, table), n)
+        """Return (n,) float64 sigmas of the chosen spacing, in the order of the run."""
+        low, high = self.grid.ends(self.name, self.sigma_min, self.sigma_max, table, self.rises)
+        return CURVES[self.sigma_spacing](*((high, low) if self.rises else (low, high)), n)
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
         """Return the timesteps at which training has these sigmas, (n,)."""
         cut = self.cut_timesteps or self.sigma_spacing in ("exponential", "beta")
-        return self.grid.of_curve(to_timesteps(sigmas, table), cut)
+        return self.grid.of_curve(to_timesteps(sigmas, table), cut, self.rises)
 
     def epsilon(self, plan: Plan[R], i: int, x: Tensor, out: Tensor) -> Tensor:
         """Return the noise that the model sees in ``x``, after thresholding its x0 if that is enabled."""
@@ -324,14 +311,3 @@ def check_uncurved(method: Sigmas[Any, Any] | Lambdas[Any, Any], given: Given) -
     kind = method.sigma_spacing
     plain = given.timesteps is None or kind == "timesteps"
     check(plain, f"{method.name}: timesteps can't be given with sigma_spacing={kind!r}, give steps")
-
-
-def ends(
-    method: Method[Any, Any], sigma_min: float | None, sigma_max: float | None, sigmas: Floats
-) -> tuple[float, float]:
-    """Return the lowest and highest sigma of a curve: as set by the options, else those of rising ``sigmas``. Raises
-    ConfigError if the highest is not above the lowest."""
-    low = float(sigmas[0]) if sigma_min is None else sigma_min
-    high = float(sigmas[-1]) if sigma_max is None else sigma_max
-    check(low <= high, f"{method.name}: sigma_min={low:g} is above sigma_max={high:g}")
-    return low, high

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.samplers.arithmetic import Space, lambda_of, meet, noisy, rates
+from minidiff.samplers.arithmetic import Put, Space, lambda_of, meet, noisy, rates
 from minidiff.samplers.diffusers.grid import DIFFUSERS
 from minidiff.samplers.grid import OWN, Grid
 from minidiff.samplers.options import check_options
@@ -38,9 +38,6 @@ from minidiff.schedule import NoiseSchedule, to_epsilon, to_x0
 
 Draw = Callable[[Tensor], Tensor]
 """Standard normal noise with the shape, dtype and device of the tensor it is given. Called only when noise is used."""
-
-Put = tuple[Space, Tensor]
-"""A level and its measure."""
 
 R = TypeVar("R", bound=tuple[Any, ...])
 S = TypeVar("S")

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from minidiff.config import Prediction, check
 from minidiff.errors import ConfigError
-from minidiff.samplers.arithmetic import earlier, unit
+from minidiff.samplers.arithmetic import unit
 from minidiff.samplers.checks import check_no_pure_noise, check_some_noise
 from minidiff.samplers.levels import Timesteps, alpha_bar_at
 from minidiff.samplers.method import Draw, Given, Levels, Method, Next, Outputs, Plan
@@ -107,21 +107,16 @@ class PNDM(Timesteps[Row, State]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         grid, apart = self.visited(schedule, given)
-        n, like = given.steps or len(grid), self.like_diffusers
+        n = given.steps or len(grid)
         check(n >= 4 or not self.runge_kutta, f"steps={n}: PNDM's Runge-Kutta warm-up needs at least 4")
         if self.runge_kutta:  # three intervals of four rows: upper end, middle twice, lower end
-            upper, lower = grid[:3], grid[1:4]
-            middle = lower + (apart // 2 if like else (upper - lower) // 2)
-            t = torch.cat([torch.stack([upper, middle, middle, lower], dim=1).flatten(), grid[3:]])
+            middle = self.grid.middle(grid[:4], apart)
+            t = torch.cat([torch.stack([grid[:3], middle, middle, grid[1:4]], dim=1).flatten(), grid[3:]])
         else:
             t = torch.cat([grid[:2], grid[1:]])
-        landing = self.grid.landing(t, apart)
-        if like:
-            halfway, above = t - apart // 2, (t + apart).clamp(max=len(schedule) - 1)
-        else:
-            halfway, above = landing, earlier(t)
+        landing, halfway = self.grid.landing(t, apart), self.grid.halfway(t, apart)
         down, half = (alpha_bar_at(schedule, end, self.set_alpha_to_one) for end in (landing, halfway))
-        beside = {"half": half, "up": schedule.alphas_cumprod[above]}
+        beside = {"half": half, "up": schedule.alphas_cumprod[self.grid.above(t, apart, len(schedule))]}
         return Levels(t, schedule.alphas_cumprod[t], down, unit(), landing, beside=beside)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:

@@ -79,7 +79,7 @@ class SASolver(ClippedLambdas[Row, History]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         at = super().levels(schedule, given)
-        return at._replace(put=("alpha_bar", schedule.alphas_cumprod[at.timesteps])) if self.like_diffusers else at
+        return at._replace(put=self.grid.put_back(schedule.alphas_cumprod, at.timesteps))
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
         n, t = len(at.here), at.timesteps

@@ -77,7 +77,7 @@ def test_spacings_for_every_number_of_steps(spacing, train_steps):
         ours = DIFFUSERS.spaced(spacing, train_steps, n, 1)
         assert_close(torch.from_numpy(ours), whole.timesteps, where=f"{n} steps")
         fractions.set_timesteps(n)
-        ours = DIFFUSERS.spaced(spacing, train_steps, n, 1, whole=False)
+        ours = DIFFUSERS.spaced(spacing, train_steps, n, 1, dtype=np.float32)
         assert_close(torch.from_numpy(ours), fractions.timesteps, where=f"{n} steps")
 
 

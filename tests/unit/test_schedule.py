@@ -42,7 +42,7 @@ def test_fifty_leading_steps_are_980_to_0():
 
 
 def test_fractional_spacing_is_float32_and_unrounded():
-    t = spaced("linspace", 1000, 50, whole=False)
+    t = spaced("linspace", 1000, 50, dtype=np.float32)
     assert t.dtype == np.float32
     assert t[1] == np.float32(999 - 999 / 49)
 
