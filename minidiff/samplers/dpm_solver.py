@@ -82,7 +82,7 @@ class DPMOptions(ClippedLambdas[R, S]):
     solver_type: SolverType = "midpoint"
     euler_at_final: bool = False
     sigma_spacing: Literal["timesteps", "karras", "exponential", "beta", "lu"] = "timesteps"  # type: ignore[assignment]
-    final_sigma: Final = "zero"  # type: ignore[misc]
+    final_sigma: Final = "zero"
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
@@ -96,12 +96,12 @@ class DPMOptions(ClippedLambdas[R, S]):
     def predicts_x0(self) -> bool:
         return self.algorithm.endswith("++")
 
-    def curve(self, n: int, table: Floats) -> Floats:
+    def curve(self, n: int, sigmas: Floats) -> Floats:
         if self.sigma_spacing != "lu":
-            return super().curve(n, table)
-        low, high = np.log(table[[0, -1]]).tolist()  # in float32
-        sigmas: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
-        return sigmas
+            return super().curve(n, sigmas)
+        low, high = np.log(sigmas[[0, -1]]).tolist()  # in float32
+        even: Floats = np.exp(high + np.linspace(0, 1, n) * (low - high))
+        return even
 
     def denoised(self, plan: Plan[R], i: int, x: Tensor, out: Tensor, state: S) -> Tensor:
         return super().denoised(plan, i, x, self._mean(x, out), state)
@@ -171,7 +171,7 @@ class DPMSolverInverse(DPMSolver):
     repeats = True
     rises = True
 
-    final_sigma: Final = "sigma_min"  # type: ignore[misc]
+    final_sigma: Final = "sigma_min"
 
     def __post_init__(self) -> None:
         super().__post_init__()

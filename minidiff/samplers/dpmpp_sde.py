@@ -76,7 +76,7 @@ class DPMSDE(SpacedSigmas[Row, History]):
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         """Return the levels of 2n - 1 rows, including the middles."""
         table = sigma_table(schedule, self.last_alpha_bar)
-        t, sigmas = self.visited(table, given)  # of the ends, in float64
+        t, sigmas = self.visited(schedule, given)  # of the ends, in float64
         if given.sigmas is not None:
             sigmas = sigmas.astype(np.float64)
             t = to_timesteps(sigmas[:-1], table)

@@ -88,8 +88,8 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
     takes = ("steps", "timesteps", "sigmas")
 
     interpolation: Literal["linear", "log_linear"] = "linear"
-    sigma_min: AboveZero = None
-    sigma_max: AboveZero = None
+    sigma_min: AboveZero = None  # type: ignore[misc]
+    sigma_max: AboveZero = None  # type: ignore[misc]
     continuous: bool = False
     final_sigma: Final = "zero"
 
@@ -113,12 +113,6 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
         if self.interpolation == "linear":
             return super().sigmas_for(t, table, given)
         return self.grid.log_linear(t, table, given.timesteps is not None)
-
-    def ends(self, sigmas: Floats) -> tuple[float, float]:
-        return self.grid.ends(self.name, self.sigma_min, self.sigma_max, sigmas[::-1])
-
-    def landing(self, table: Floats) -> float:
-        return float(table[0]) if self.final_sigma == "sigma_min" else 0.0
 
     def rows(self, at: Levels, prediction: Prediction) -> Churn:
         return self.churn(at, len(at.here) if at.sigmas is None else len(at.sigmas) - 1)

@@ -102,7 +102,7 @@ class DPM2(SpacedSigmas[Row, History]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         table = sigma_table(schedule, self.last_alpha_bar)
-        times, sigmas = self.visited(table, given)
+        times, sigmas = self.visited(schedule, given)
         ends = torch.from_numpy(self.grid.at_ends(times, self.sigma_spacing))
         s = torch.from_numpy(sigmas.astype(np.float32))
         middle, to, up = self.split(s)

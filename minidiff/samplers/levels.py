@@ -7,6 +7,7 @@ has the options of that choice. The numbers come from grid.py, or with ``like_di
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -58,7 +59,7 @@ def alpha_bar_at(schedule: NoiseSchedule, t: Tensor, set_alpha_to_one: bool) -> 
     return torch.where(t >= 0, schedule.alphas_cumprod[t.clamp(min=0)], past_end)
 
 
-# --- in sigma ---------------------------------------------------------------------------------------------------------
+# --- from training's table of sigmas ----------------------------------------------------------------------------------
 
 
 def with_last(schedule: NoiseSchedule, last_alpha_bar: float) -> Tensor:
@@ -78,59 +79,93 @@ def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sigmas(Method[R, S]):
-    """Base class of the methods whose x is the picture, at its own scale, plus noise of standard deviation sigma.
-
-    This has two consequences. The first noise is multiplied by the largest sigma (14.6146 for Stable Diffusion at
-    timestep 999; 1 for DDIM and PNDM, whose x keeps unit variance). And the model, trained on unit variance, gets
-    x / sqrt(sigma**2 + 1): see ``scale_input``, called ``scale_model_input`` in diffusers.
+class Tabled(Method[R, S]):
+    """Base class of the methods that take their sigmas from those of training: at the timesteps of ``spacing``, or
+    along a curve (``sigma_spacing``) between two of them.
 
     ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma would be infinite.
-    ``like_diffusers``: timestep T, the first of 1000 steps with an offset of 1, is accepted.
     """
 
-    space: ClassVar[Space] = "sigma"
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
+    rises: ClassVar[bool] = False  # True if a run leads from the picture to noise
+    # options of some of the methods
     sigma_spacing = "timesteps"
-    counts_in: ClassVar[type[np.floating[Any]]] = np.float32  # the dtype of the timesteps behind the sigmas
+    final_sigma = "zero"
+    sigma_min: ClassVar[float | None] = None
+    sigma_max: ClassVar[float | None] = None
 
     spacing: Spacing = "linspace"
     steps_offset: int = 0
     last_alpha_bar: Share = 2**-24
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        times, sigmas = self.visited(sigma_table(schedule, self.last_alpha_bar), given)
-        t, s = torch.from_numpy(times.astype(np.float32)), torch.from_numpy(sigmas.astype(np.float32))
+        times, sigmas = self.visited(schedule, given)
+        t = torch.from_numpy(times if times.dtype == np.int64 else times.astype(np.float32))
+        s = torch.from_numpy(sigmas.astype(np.float32))
         return self.between(t, s[: len(t)], s[1 : len(t) + 1], sigmas=s)
 
+    def visited(self, schedule: NoiseSchedule, given: Given) -> tuple[Floats, Floats]:
+        """Return timesteps (n,) and sigmas (n + 1,), not yet rounded."""
+        table = sigma_table(schedule, self.last_alpha_bar)
+        if given.sigmas is not None:
+            sigmas = given_sigmas(given.sigmas)
+            return to_timesteps(sigmas[:-1], table), sigmas
+        plain = given.timesteps is None or self.sigma_spacing == "timesteps"
+        check(plain, f"{self.name}: timesteps can't be given with sigma_spacing={self.sigma_spacing!r}, give steps")
+        return self.chosen(schedule, table, given)
+
+    @abstractmethod
+    def chosen(self, schedule: NoiseSchedule, table: Floats, given: Given) -> tuple[Floats, Floats]:
+        """Return the same for a number of steps or for given timesteps."""
+
+    @abstractmethod
     def between(self, timesteps: Tensor, here: Tensor, to: Tensor, **more: Any) -> Levels:
-        """Return the levels of a run; ``more``: further fields of :class:`Levels`. The first noise has standard
-        deviation sigma if the spacing starts at the last timestep, as in k-diffusion. Leading spacing starts lower,
-        where the picture's own variance is no longer negligible, so there it is sqrt(sigma**2 + 1)."""
+        """Return the levels of a run with the factor of its first noise; ``more``: further fields of
+        :class:`Levels`."""
+
+    def curve(self, n: int, sigmas: Floats) -> Floats:
+        """Return (n,) float64 sigmas of the chosen spacing between the ends of rising ``sigmas``, or those set by the
+        options, in the order of the run."""
+        low, high = self.grid.ends(self.name, self.sigma_min, self.sigma_max, sigmas, self.rises)
+        return CURVES[self.sigma_spacing](*((high, low) if self.rises else (low, high)), n)
+
+
+# --- in sigma ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmas(Tabled[R, S]):
+    """Base class of the methods whose x is the picture, at its own scale, plus noise of standard deviation sigma.
+
+    This has two consequences. The first noise is multiplied by the largest sigma (14.6146 for Stable Diffusion at
+    timestep 999; 1 for DDIM and PNDM, whose x keeps unit variance). And the model, trained on unit variance, gets
+    x / sqrt(sigma**2 + 1): see ``scale_input``, called ``scale_model_input`` in diffusers.
+
+    ``like_diffusers``: timestep T, the first of 1000 steps with an offset of 1, is accepted.
+    """
+
+    space: ClassVar[Space] = "sigma"
+    counts_in: ClassVar[type[np.floating[Any]]] = np.float32  # the dtype of the timesteps behind the sigmas
+
+    def between(self, timesteps: Tensor, here: Tensor, to: Tensor, **more: Any) -> Levels:
+        """Return the levels of a run. The first noise has standard deviation sigma if the spacing starts at the last
+        timestep, as in k-diffusion. Leading spacing starts lower, where the picture's own variance is no longer
+        negligible, so there it is sqrt(sigma**2 + 1)."""
         top = here.max()
         first = top if self.spacing in ("linspace", "trailing") else (top**2 + 1) ** 0.5
         return Levels(timesteps, here, to, first, **more)
 
-    def visited(self, table: Floats, given: Given) -> tuple[Floats, Floats]:
-        """Return timesteps (n,) and sigmas (n + 1,), the last of them 0 unless sigmas are given. Not yet rounded."""
-        if given.sigmas is not None:
-            levels = given_sigmas(given.sigmas)
-            return to_timesteps(levels[:-1], table), levels
-        t, sigmas = self.sigmas_for(self.times(table, given), table, given)
-        if self.sigma_spacing != "timesteps":  # as many along a curve between the same ends
-            sigmas = CURVES[self.sigma_spacing](*self.ends(sigmas), len(t))
-            t = to_timesteps(sigmas, table)
-        return t, np.append(sigmas, self.landing(table))
-
-    def times(self, table: Floats, given: Given) -> Floats:
-        """Return the timesteps, (n,) in ``counts_in``: the given ones, or those of ``spacing``."""
-        check_uncurved(self, given)
+    def chosen(self, schedule: NoiseSchedule, table: Floats, given: Given) -> tuple[Floats, Floats]:
         if given.timesteps is None:
             t = self.grid.spaced(self.spacing, len(table), given.steps, self.steps_offset, self.counts_in)
         else:
             t = np.array(given.timesteps, dtype=self.counts_in)
         check_timesteps(self, t, len(table) + self.grid.beyond)
-        return t
+        t, sigmas = self.sigmas_for(t, table, given)
+        if self.sigma_spacing != "timesteps":
+            sigmas = self.curve(len(t), sigmas[::-1])
+            t = to_timesteps(sigmas, table)
+        return t, np.append(sigmas, table[0] if self.final_sigma == "sigma_min" else 0.0)
 
     def sigmas_for(self, t: Floats, table: Floats, given: Given) -> tuple[Floats, Floats]:
         """Return timesteps and sigmas, (n,) each, of the run that would visit ``t``."""
@@ -138,14 +173,6 @@ class Sigmas(Method[R, S]):
         for row in np.flatnonzero(~(np.isfinite(sigmas) & (sigmas > 0))):
             raise ConfigError(f"sigma is {sigmas[row]:g} at row {row}: the betas leave no picture there, or no noise")
         return t, sigmas
-
-    def ends(self, sigmas: Floats) -> tuple[float, float]:
-        """Return the lowest and the highest sigma of the curve: as set by the options, else those of ``sigmas``."""
-        return float(sigmas[-1]), float(sigmas[0])
-
-    def landing(self, table: Floats) -> float:
-        """Return the sigma on which the last step lands."""
-        return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +216,7 @@ class OwnSigmas(Limited[R, S]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lambdas(Thresholded[R, S]):
+class Lambdas(Tabled[R, S], Thresholded[R, S]):
     """Base class of DPM-Solver, UniPC, DEIS and SA-Solver, which keep x at unit variance and work in lambda.
 
     lambda = log(signal / noise) is half the logarithm of the signal-to-noise ratio (Lu et al. 2022, "DPM-Solver",
@@ -200,7 +227,7 @@ class Lambdas(Thresholded[R, S]):
 
     ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
     go from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
-    outputs. ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma is infinite.
+    outputs.
 
     ``like_diffusers``: the timesteps of the other sigma spacings are whole numbers: rounded for karras (truncated with
     ``cut_timesteps``, as for the cosine schedule in some classes), truncated for exponential and beta. trailing has one
@@ -209,48 +236,34 @@ class Lambdas(Thresholded[R, S]):
     """
 
     space: ClassVar[Space] = "lambda"
-    takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
-    final_sigma: ClassVar[Final] = "sigma_min"
+    final_sigma = "sigma_min"
     repeats: ClassVar[bool] = True  # diffusers lands on the last sigma of a curve again, not on training's smallest
-    rises: ClassVar[bool] = False  # True if a run leads from the picture to noise
 
-    spacing: Spacing = "linspace"
-    steps_offset: int = 0
     sigma_spacing: SigmaSpacing = "timesteps"
-    sigma_min: AboveZero = None
-    sigma_max: AboveZero = None
+    sigma_min: AboveZero = None  # type: ignore[misc]
+    sigma_max: AboveZero = None  # type: ignore[misc]
     lower_order_final: bool = True
     cut_timesteps: bool = False
-    last_alpha_bar: Share = 2**-24
 
-    def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
-        table = sigma_table(schedule, self.last_alpha_bar)
-        if given.sigmas is not None:
-            sigmas = given_sigmas(given.sigmas)
-            t = to_timesteps(sigmas[:-1], table).astype(np.float32)
-        else:
-            t, sigmas = self.visited(table, given, self.highest(schedule))
-        s = torch.from_numpy(sigmas)
-        return Levels(torch.from_numpy(t), s[: len(t)], s[1 : len(t) + 1], unit(), sigmas=s)
+    def between(self, timesteps: Tensor, here: Tensor, to: Tensor, **more: Any) -> Levels:
+        return Levels(timesteps, here, to, unit(), **more)
 
     def highest(self, schedule: NoiseSchedule) -> int:
         """Return the number of training's timesteps in use, counted from the lowest."""
         return len(schedule)
 
-    def visited(self, table: Floats, given: Given, last: int) -> tuple[Floats, Floats]:
-        """Return timesteps (n,), int64 or float32, and float32 sigmas (n + 1,)."""
-        times, above = given.timesteps, self.final_sigma == "sigma_min"
+    def chosen(self, schedule: NoiseSchedule, table: Floats, given: Given) -> tuple[Floats, Floats]:
+        times, last, above = given.timesteps, self.highest(schedule), self.final_sigma == "sigma_min"
         if self.sigma_spacing == "timesteps":
             t = self.spaced(len(table), given.steps, last) if times is None else whole(self, times)
             check_timesteps(self, t[::-1] if self.rises else t, len(table))
             sigmas, landing = at_timesteps(t, table), table[last - 1] if self.rises else table[0]
         else:
-            check_uncurved(self, given)
             n, further = check_steps(given.steps, len(table)), self.grid.further if above else 0
             curve = self.curve(n + further, table)
             sigmas, t = curve[:n], self.timesteps_of(curve[:n], table)
             landing = curve[-1] if further or self.repeats else table[0]
-        return t, np.append(sigmas, landing if above else 0.0).astype(np.float32)
+        return t, np.append(sigmas, landing if above else 0.0)
 
     def spaced(self, total: int, steps: int | None, last: int) -> Floats:
         """Return (n,) int64 among the lowest ``last`` timesteps of ``total``. Raises ConfigError if rounding makes two
@@ -270,11 +283,6 @@ class Lambdas(Thresholded[R, S]):
         else:
             t = np.linspace(0, last - 1, n + 1).round()
         return t[:0:-1]
-
-    def curve(self, n: int, table: Floats) -> Floats:
-        """Return (n,) float64 sigmas of the chosen spacing, in the order of the run."""
-        low, high = self.grid.ends(self.name, self.sigma_min, self.sigma_max, table, self.rises)
-        return CURVES[self.sigma_spacing](*((high, low) if self.rises else (low, high)), n)
 
     def timesteps_of(self, sigmas: Floats, table: Floats) -> Floats:
         """Return the timesteps at which training has these sigmas, (n,)."""
@@ -304,10 +312,3 @@ class ClippedLambdas(Lambdas[R, S]):
         last = len(schedule) - int(torch.searchsorted(lambdas.flip(0), self.lambda_min_clipped))
         check(last >= 1, f"lambda_min_clipped={self.lambda_min_clipped} clips every timestep of training")
         return last
-
-
-def check_uncurved(method: Sigmas[Any, Any] | Lambdas[Any, Any], given: Given) -> None:
-    """Raise ConfigError for given timesteps together with a curve in sigma."""
-    kind = method.sigma_spacing
-    plain = given.timesteps is None or kind == "timesteps"
-    check(plain, f"{method.name}: timesteps can't be given with sigma_spacing={kind!r}, give steps")

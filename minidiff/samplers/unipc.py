@@ -54,7 +54,7 @@ class UniPC(Lambdas[Row, History]):
     solver_type: Literal["bh1", "bh2"] = "bh2"
     predict_x0: bool = True
     disable_corrector: tuple[int, ...] = ()
-    final_sigma: Final = "zero"  # type: ignore[misc]
+    final_sigma: Final = "zero"
 
     @property
     def on_device(self) -> tuple[str, ...]:
