@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from minidiff.config import Prediction, check
+from minidiff.config import Prediction, check, quote
 from minidiff.samplers.arithmetic import meet, upcast
 from minidiff.samplers.dpm_solver import Algorithm, SolverType, multistep, multistep_rows
 from minidiff.samplers.euler import Churning
@@ -77,11 +77,19 @@ class EDMOptions(OwnSigmas[R, S]):
 
     def levels(self, schedule: NoiseSchedule, given: Given) -> Levels:
         if given.sigmas is not None:
-            s = self.grid.given(given.sigmas, lambda places: self.landed(self.sigmas_at(places)), self.name)
+            s = self.grid.given(given.sigmas, self.run)
         else:
             n = check_steps(given.steps, MAX_STEPS) + (0 if self.final_sigma == "zero" else self.grid.further)
-            s = self.landed(self.sigmas_at(torch.linspace(0, 1, n, dtype=self.places_in, device="cpu")))
+            s = self.run(torch.linspace(0, 1, n, dtype=self.places_in, device="cpu"))
         return self.between(s, self.grid.highest(s, self.sigma_max, given.sigmas is not None))
+
+    def run(self, places: Tensor) -> Tensor:
+        """Return the sigmas, (n + 1,) float32, of a run over ``places`` between sigma_max (0) and sigma_min (1)."""
+        s = self.sigmas_at(places)
+        fits = s.ndim == 1 and len(s) > 0 and bool(((s > 0) & s.isfinite()).all())
+        wanted = "sigmas are places between sigma_max (0) and sigma_min (1) here"
+        check(fits, f"{self.name}: {wanted}, got {quote(places.tolist())}")
+        return self.landed(s)
 
     def between(self, s: Tensor, highest: float) -> Levels:
         """Return the levels of float32 sigmas ``s`` (n + 1,), whose first noise is that of sigma ``highest``."""

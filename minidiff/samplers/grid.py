@@ -176,7 +176,7 @@ class Grid:
 
     # --- models trained in sigma ---
 
-    def given(self, sigmas: Sequence[float], run: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    def given(self, sigmas: Sequence[float], run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the sigmas, (n + 1,) float32, of a run over given ``sigmas``. ``run`` returns the run over places
         between sigma_max (0) and sigma_min (1)."""
         return torch.from_numpy(given_sigmas(sigmas))

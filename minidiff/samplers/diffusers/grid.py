@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidiff.config import check
 from minidiff.samplers.arithmetic import Put
 from minidiff.samplers.grid import Floats, Grid, log_linear
 from minidiff.schedule import Spacing, check_steps
@@ -102,13 +101,9 @@ class DiffusersGrid(Grid):
         """Return the alpha_bar of whole timesteps, beside which the sigmas may lie."""
         return "alpha_bar", alpha_bar[t]
 
-    def given(self, sigmas: Sequence[float], run: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    def given(self, sigmas: Sequence[float], run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the sigmas at the places for which given ``sigmas`` are taken; an exponential run only counts them."""
-        places = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
-        s = run(places) if places.ndim == 1 and len(places) > 0 else places[:0]
-        fits = len(s) > 0 and bool(((s[: len(places)] > 0) & s[: len(places)].isfinite()).all())
-        check(fits, f"{name}: sigmas are places between sigma_max (0) and sigma_min (1) here, got {sigmas}")
-        return s
+        return run(torch.as_tensor(sigmas, dtype=torch.float64, device="cpu"))
 
     def highest(self, sigmas: Tensor, sigma_max: float, given: bool) -> float:
         """Return ``sigma_max``, even if given timesteps or sigmas start lower."""
