@@ -34,48 +34,15 @@ import minidiff.parity.command
 import minidiff.training.command
 import weights_convert  # noqa: F401
 from minidiff import cli, read_recipe
-from minidiff.config import (
-    CLIPTextConfig,
-    Level,
-    ModelConfig,
-    ScheduleConfig,
-    TokenizerConfig,
-    UNetConfig,
-    VAEConfig,
-    to_json,
-)
-from minidiff.config import text as with_text
+from minidiff.config import to_json
 from minidiff.pipeline import random_model
 from minidiff.storage import files
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 OPERATIONS = ("open", "mkdir", "link", "replace", "rename", "unlink", "fsync")  # of the module os
 SEED = 0
-
-TEXT = ModelConfig(
-    family="sd1",
-    unet=UNetConfig(
-        levels=(with_text(32, 8), Level(channels=32)), mid=with_text(32, 8), context_dim=32, layers=1, sample_size=4
-    ),
-    vae=VAEConfig(channels=(32, 32, 32, 32), layers=1, sample_size=32),
-    text_encoder=CLIPTextConfig(width=32, layers=1, heads=1, mlp=32),
-    tokenizer=TokenizerConfig(),
-    schedule=ScheduleConfig(),
-    sampler={"name": "ddim"},
-)
-
-PIXELS = ModelConfig(
-    family="pixels",
-    unet=UNetConfig(
-        levels=(Level(channels=32),),
-        mid=Level(channels=32),
-        in_channels=3,
-        out_channels=3,
-        layers=1,
-        sample_size=8,
-    ),
-    schedule=ScheduleConfig(),
-    sampler={"name": "ddim"},
-)
 
 
 class Wrong(AssertionError):
@@ -139,11 +106,13 @@ class Work:
     """Folder to work in, with the models, and one command run in it."""
 
     def __init__(self, root: Path) -> None:
+        from tests.support.command import ORIGINAL, PLAIN
+
         self.root, self.place, self.said = root, root / "place", root / "said"
-        self.model, self.config, self.photos = root / "model.safetensors", root / "pixels.json", root / "photos"
+        self.model, self.config, self.photos = root / "model.safetensors", root / "plain.json", root / "photos"
         self.place.mkdir()
-        random_model(TEXT, seed=1).save(self.model)
-        self.config.write_text(to_json(PIXELS))
+        random_model(ORIGINAL, seed=1).save(self.model)
+        self.config.write_text(to_json(PLAIN))
         self.photos.mkdir()
         for k in range(4):
             minidiff.save_png(Image.new("RGB", (8, 8), (60 * k, 128, 255 - 60 * k)), self.photos / f"{k}.png")

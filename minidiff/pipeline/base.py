@@ -8,6 +8,7 @@ Its two subclasses, with text and without, say what conditions the model and wha
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -73,14 +74,14 @@ class Pipeline(Model):
     _others: ClassVar[str]  # what all other models are, and which call opens them
 
     @staticmethod
+    @abstractmethod
     def fits(config: ModelConfig) -> bool:
         """Return True for a model that this kind of pipeline runs."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def _check_config(cls, config: ModelConfig) -> None:
         """Raise :class:`UnsupportedError` for parts that do not go together."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         """Summary in a few lines: family, parts with their sizes, and active speed-ups."""
@@ -162,9 +163,9 @@ class Pipeline(Model):
 
     # What a kind of pipeline decides for itself:
 
+    @abstractmethod
     def _check(self, request: Request) -> None:
         """Raise :class:`ConfigError` for options that this kind of model does not take, or that do not go together."""
-        raise NotImplementedError
 
     def _prompts_of(self, request: Request) -> int:
         """Return the number of prompts, each of which gets ``num_images`` pictures."""
@@ -174,24 +175,24 @@ class Pipeline(Model):
         """Return the image and the mask that the run begins from, opened and not yet resized."""
         return None
 
+    @abstractmethod
     def _shape(self, request: Request, own: tuple[int, int] | None) -> tuple[int, int, int]:
         """Return the shape (C, h, w) of a sample. ``own``: height and width in pixels of the picture that is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _conditioned(
         self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int
     ) -> Conditioned:
         """Return the model with its conditions, for samples of ``shape``. A full run makes ``calls`` model calls, this
         one ``made``."""
-        raise NotImplementedError
 
     def _first(self, first: FirstSample, pictures: Pictures | None, request: Request) -> Sample:
         """Return the first sample."""
         return first.from_noise()
 
+    @abstractmethod
     def _check_memory(self, shape: tuple[int, ...]) -> None:
         """Raise :class:`ConfigError` if samples of ``shape`` (B, C, h, w) do not fit into memory."""
-        raise NotImplementedError
 
     def _given(self, latents: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         """Return the initial noise that was given, checked, on the model's device."""

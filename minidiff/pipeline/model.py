@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ class Parts(dict[str, nn.Module]):
     adapters: tuple[tuple[str, float, str], ...] = ()
 
 
-class Model:
+class Model(ABC):
     """Base class of all that is loaded: pipelines, and the controls beside them."""
 
     config: ModelConfig | ControlConfig
@@ -61,9 +62,9 @@ class Model:
         return assembly.open_file(path, cls._own, device, dtype, low_memory, copy)
 
     @classmethod
+    @abstractmethod
     def _own(cls: type[Own], config: ModelConfig | ControlConfig, source: str) -> type[Own]:
         """Return this class for a config of its kind. Raises :class:`CheckpointError` for another."""
-        raise NotImplementedError
 
     @property
     def _weight(self) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,6 @@ from minidiff.config import (
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
 TEXT = ModelConfig(
     family="sd1",
     unet=UNetConfig(
@@ -40,6 +40,13 @@ TEXT = ModelConfig(
     sampler={"name": "pndm"},
 )
 
+# a model that the original layout can hold too, whose numbers of heads and groups are fixed
+ORIGINAL = replace(
+    TEXT,
+    unet=UNetConfig(levels=(text(32, 8), Level(channels=32)), mid=text(32, 8), context_dim=32, layers=1, sample_size=4),
+    vae=VAEConfig(channels=(32, 32, 32, 32), layers=1, sample_size=32),
+    text_encoder=CLIPTextConfig(width=32, layers=1, heads=1, mlp=32),
+)
 
 PLAIN = ModelConfig(
     family="ddpm",

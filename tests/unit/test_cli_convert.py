@@ -13,20 +13,10 @@ from safetensors.torch import save_file
 
 import minidiff
 import weights_convert
-from minidiff.config import (
-    CLIPTextConfig,
-    Level,
-    ModelConfig,
-    ScheduleConfig,
-    TokenizerConfig,
-    UNetConfig,
-    VAEConfig,
-    text,
-)
 from minidiff.pipeline import random_model
 from minidiff.storage import checkpoint, files
 from tests.support import convert_sources
-from tests.support.command import Ended, Run, one_error, pixels
+from tests.support.command import ORIGINAL, Ended, Run, one_error, pixels
 from weights_convert import __main__ as converter
 from weights_convert import keys_original
 from weights_convert.engine import expand, restore
@@ -93,19 +83,13 @@ def test_what_a_file_does_not_say(run: Run, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def original() -> dict[str, torch.Tensor]:
     """The tensors of a small Stable Diffusion 1 by the names of the original single file."""
-    sd1 = ModelConfig(
-        family="sd1",
-        unet=UNetConfig(levels=(text(32, 8), Level(channels=32)), mid=text(32, 8), context_dim=32, layers=1),
-        vae=VAEConfig(channels=(32, 32, 32, 32), layers=1),
-        text_encoder=CLIPTextConfig(width=32, layers=1, heads=1, mlp=32),
-        tokenizer=TokenizerConfig(),
-        schedule=ScheduleConfig(),
-    )
     out = {}
-    for name, part in random_model(sd1, seed=3).parts.items():
+    for name, part in random_model(ORIGINAL, seed=3).parts.items():
         walk = {"unet": keys_original.unet, "vae": keys_original.vae, "text_encoder": keys_original.clip}[name]
         state = {key: files.lazy(t) for key, t in part.state_dict().items()}
-        out |= {k: t.load().contiguous() for k, t in restore(expand(walk(getattr(sd1, name)), part), state).items()}
+        out |= {
+            k: t.load().contiguous() for k, t in restore(expand(walk(getattr(ORIGINAL, name)), part), state).items()
+        }
     return out
 
 
