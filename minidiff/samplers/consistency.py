@@ -49,8 +49,6 @@ class Distilled(Method[R, S]):
 
     ``original_steps``: number of evenly spaced timesteps at which the model was distilled; None: all of training's.
     ``strength``: only the lower part of them is visited, for img2img.
-
-    ``like_diffusers``: if strength cuts off given timesteps, the last step is not recognized as the last.
     """
 
     takes = ("steps", "timesteps")
@@ -178,8 +176,7 @@ class CM(OwnSigmas[CMRow, Empty]):
     250 * log(sigma). ``s_noise`` scales the fresh noise. ``clip`` is 1 by default, since these models work on pixels.
     Given timesteps are indices of the training sigmas counted from the top, so that 0 is sigma_max.
 
-    ``like_diffusers`` rejects values of sigma_min for which rounding makes the last step NaN, and starts with noise
-    times sigma_max even if the given timesteps start lower.
+    ``like_diffusers`` rejects values of sigma_min for which rounding makes the last step NaN.
     """
 
     predicts = "epsilon"

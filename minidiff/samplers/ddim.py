@@ -42,8 +42,7 @@ class DDIM(Timesteps[Row, Empty], Limited[Row, Empty]):
     the limited x0, as GLIDE does. ``set_alpha_to_one``: alpha_bar after the last row is 1 instead of that of timestep
     0.
 
-    ``like_diffusers``: every step lands T // steps below its timestep, although trailing and linspace spacing have
-    their next row elsewhere, and rows for which rounding gives NaN are rejected.
+    ``like_diffusers``: rows for which rounding gives NaN are rejected.
     """
 
     takes_more = ("timesteps",)
@@ -79,17 +78,11 @@ class DDIMInverse(Timesteps[Row, Empty], Clipped[Row, Empty]):
 
     ``set_alpha_to_one``: the picture's alpha_bar, before the first row, is 1 instead of that of timestep 0.
 
-    ``like_diffusers``: the input sample is assumed to lie T // steps below the row's timestep, although trailing
-    spacing has the previous row elsewhere. The surplus row of trailing for some step counts, at timestep -1, is taken
-    for the last timestep of training.
+    ``like_diffusers``: the surplus row of trailing for some step counts, at timestep -1, is taken for the last timestep
+    of training.
     """
 
     set_alpha_to_one: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        known = self.spacing != "linspace" or not self.like_diffusers
-        check(known, "DDIMInverseScheduler has no timestep_spacing='linspace': use leading or trailing")
 
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)

@@ -30,7 +30,6 @@ from minidiff.schedule import NoiseSchedule
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 MIN_VARIANCE = 1e-20  # the last posterior variance is 0, and its logarithm is needed
-FIXED_LARGE_LOG = "variance_type='fixed_large_log' gives NaN in diffusers 0.42.1: use fixed_large, which it stands for"
 
 Row = namedtuple("Row", "x0_coef x_coef std log_small log_large noisy")
 """The mean is ``x0_coef`` * x0 + ``x_coef`` * x; ``std`` scales the noise where the variance is fixed, and
@@ -42,8 +41,6 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
     """DDPM sampler. ``variance``: fixed_small, fixed_large, their _log forms (the same, computed through the
     logarithm), learned, or learned_range. The learned ones need a model with twice the channels, whose second half is
     the variance.
-
-    ``like_diffusers`` rejects fixed_large_log, which is NaN in diffusers.
     """
 
     takes = ("steps", "timesteps")
@@ -68,7 +65,6 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
         return Levels(t, schedule.alphas_cumprod[t], alpha_bar_at(schedule, landing, True), unit(), landing)
 
     def rows(self, at: Levels, prediction: Prediction) -> Row:
-        check(not (self.like_diffusers and self.variance == "fixed_large_log"), FIXED_LARGE_LOG)
         check_no_pure_noise(self, at, prediction, self.bounds_infinity)
         check_some_noise(self, at)
         beta_bar, beta_bar_to = 1 - at.here, 1 - at.to

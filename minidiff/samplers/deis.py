@@ -41,9 +41,6 @@ of each row."""
 class DEIS(Lambdas[Row, Outputs]):
     """DEIS sampler. Options: those of :class:`Lambdas`, and ``solver_order``, the number of latest outputs that a step
     uses. ``lower_order_final``: with fewer than 15 steps the last two are of order 2 and 1 at most.
-
-    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
-    last step does nothing.
     """
 
     solver_order: UpTo3 = 2

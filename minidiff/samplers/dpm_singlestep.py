@@ -36,8 +36,7 @@ class DPMSolverSinglestep(DPMOptions[Row, History]):
     only if ``solver_order`` does not divide the number of steps, or if the run ends at sigma 0. In a run that starts
     inside a group (img2img), that group is smaller.
 
-    ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ (heun) has -1/2 where it should be +1/2, and see
-    :class:`Lambdas`.
+    ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ (heun) has -1/2 where it should be +1/2.
     """
 
     initial = History()

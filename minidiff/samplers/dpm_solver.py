@@ -123,8 +123,7 @@ class DPMSolver(DPMOptions[Multistep, Outputs]):
     the last two are of order 2 and 1 at most.
 
     ``like_diffusers``: the D2 of order 3 in sde-dpmsolver++ has -1/2 where the expansion of the exponential (and
-    k-diffusion) has +1/2; with lambda_min_clipped, trailing spacing has fewer rows than steps; "lu" rounds its
-    timesteps as karras does; and see :class:`Lambdas`.
+    k-diffusion) has +1/2.
     """
 
     def step(self, plan: Plan[Multistep], i: int, x: Tensor, out: Tensor, state: Outputs, draw: Draw) -> Next[Outputs]:
@@ -161,9 +160,7 @@ class DPMSolverInverse(DPMSolver):
     The last step lands on the largest sigma of training.
 
     ``like_diffusers``: steps are computed in the dtype of x, even in half precision, whose rounding errors they
-    amplify; karras, exponential, beta and trailing reach the end one step early, so that the last step does nothing;
-    sigma_min and sigma_max are exchanged; and if rounding makes two timesteps of karras equal, one is dropped from the
-    timesteps but not from the sigmas, which are off by one row from there on.
+    amplify.
     """
 
     takes = ("steps",)

@@ -40,9 +40,8 @@ class DPMSDE(SpacedSigmas[Row, History]):
     seed of the Brownian path, drawn as in torchsde, one for the whole batch (None: the path consists of the run's own
     draws).
 
-    ``like_diffusers``: timesteps are float64; a picture that is put back in the middle of an interval has the noise of
-    its end; and see :class:`Sigmas`. Without a seed, diffusers takes one from torch's global generator: such pictures
-    cannot be reproduced, neither there nor here.
+    Without a seed, diffusers takes one from torch's global generator: such pictures cannot be reproduced, neither there
+    nor here.
     """
 
     initial = History()

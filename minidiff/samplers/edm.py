@@ -44,10 +44,6 @@ class EDMOptions(OwnSigmas[R, S]):
 
     ``sigma_spacing``: "karras" is even in sigma**(1/rho), "exponential" in log sigma. ``final_sigma``: the last step
     lands on 0 after the spacing, or on the last sigma of the spacing.
-
-    ``like_diffusers``: with final_sigma="sigma_min" the last step goes from there to itself. Given sigmas are taken for
-    positions between sigma_max (0) and sigma_min (1) or, with exponential spacing, only counted. The first noise is
-    that of sigma_max, even if they start lower.
     """
 
     places_in: ClassVar[torch.dtype] = torch.float32  # the dtype in which the positions of the sigmas are computed

@@ -80,9 +80,6 @@ class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
     spaces the sigmas of all of training evenly in their logarithm. ``continuous``: the time input of a v-prediction
     model is log(sigma) / 4 instead of a timestep, as in EDM and Stable Video Diffusion. ``final_sigma``: the last step
     lands on 0, or on training's smallest sigma. ``s_churn`` and related options: see :class:`Churning`.
-
-    ``like_diffusers``: log_linear has one sigma too many, so that the last step stops at training's smallest, and keeps
-    the timesteps of ``spacing``, or the given ones, which do not match its sigmas; and see :class:`Sigmas`.
     """
 
     takes = ("steps", "timesteps", "sigmas")
@@ -124,7 +121,7 @@ Ancestral = namedtuple("Ancestral", "dt sigma_up")
 
 @dataclass(frozen=True, kw_only=True)
 class EulerAncestral(Sigmas[Ancestral, Empty]):
-    """Euler ancestral sampler. Options and ``like_diffusers``: see :class:`Sigmas`."""
+    """Euler ancestral sampler. Options: see :class:`Sigmas`."""
 
     def step(self, plan: Plan[Ancestral], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at, x0 = plan.at(i), self.denoised(plan, i, x, out, state)

@@ -46,7 +46,7 @@ class Heun(SpacedSigmas[HeunRow, History], Clipped[HeunRow, History]):
     """Heun sampler. Options: those of :class:`SpacedSigmas` and :class:`Clipped`. n steps have 2n - 1 rows.
 
     ``like_diffusers``: the number of calls so far decides if a call starts or ends an interval, so that a run that
-    starts at an odd row (img2img) makes no progress; without it that is an error. And see :class:`Sigmas`.
+    starts at an odd row (img2img) makes no progress; without it that is an error.
     """
 
     initial = History()
@@ -80,10 +80,7 @@ interval (0 unless ancestral)."""
 class DPM2(SpacedSigmas[Row, History]):
     """DPM2 sampler. Options: see :class:`SpacedSigmas`.
 
-    ``like_diffusers``: Karras timesteps are rounded to whole numbers at the ends of the intervals (not in the
-    middles), although the sigmas are not; timesteps are float64 with every sigma spacing but "timesteps"; a picture
-    that is put back in the middle of an interval gets the noise of its end; and see :class:`Sigmas`. (In the reference,
-    a run that starts in the middle of an interval gives a wrong result; here it is an error.)
+    A run that starts in the middle of an interval is an error (in the reference it gives a wrong result).
     """
 
     initial = History()
@@ -126,7 +123,7 @@ class DPM2(SpacedSigmas[Row, History]):
 
 @dataclass(frozen=True, kw_only=True)
 class DPM2Ancestral(DPM2):
-    """Ancestral DPM2. Options and ``like_diffusers``: see :class:`DPM2`. Noise is drawn at the end of every interval
+    """Ancestral DPM2. Options: see :class:`DPM2`. Noise is drawn at the end of every interval
     but the last."""
 
     fresh = True

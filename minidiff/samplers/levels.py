@@ -34,10 +34,7 @@ Final = Literal["zero", "sigma_min"]
 
 @dataclass(frozen=True, kw_only=True)
 class Timesteps(Method[R, S]):
-    """Base class of the methods that visit training's timesteps.
-
-    ``like_diffusers``: trailing has one row too many, at timestep -1, for some step counts.
-    """
+    """Base class of the methods that visit training's timesteps."""
 
     spacing: Spacing = "leading"
     steps_offset: int = 1
@@ -140,8 +137,6 @@ class Sigmas(Tabled[R, S]):
     This has two consequences. The first noise is multiplied by the largest sigma (14.6146 for Stable Diffusion at
     timestep 999; 1 for DDIM and PNDM, whose x keeps unit variance). And the model, trained on unit variance, gets
     x / sqrt(sigma**2 + 1): see ``scale_input``, called ``scale_model_input`` in diffusers.
-
-    ``like_diffusers``: timestep T, the first of 1000 steps with an offset of 1, is accepted.
     """
 
     space: ClassVar[Space] = "sigma"
@@ -227,12 +222,8 @@ class Lambdas(Tabled[R, S], Thresholded[R, S]):
 
     ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
     go from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
-    outputs.
-
-    ``like_diffusers``: the timesteps of the other sigma spacings are whole numbers: rounded for karras (truncated with
-    ``cut_timesteps``, as for the cosine schedule in some classes), truncated for exponential and beta. trailing has one
-    row too many, at timestep -1, for some step counts. And if the last step lands on training's smallest sigma, those
-    spacings have reached it one step before, so that the last step does (next to) nothing.
+    outputs. ``cut_timesteps``: with ``like_diffusers``, the timesteps of karras drop their fractions instead of being
+    rounded, as for the cosine schedule in some classes.
     """
 
     space: ClassVar[Space] = "lambda"

@@ -68,7 +68,7 @@ class LMS(SpacedSigmas[Row, Outputs]):
     is usual, 8 is the maximum. The state is the slopes so far, oldest first.
 
     ``like_diffusers``: a run that starts at a later row (img2img) uses the weights for as many slopes as a full run
-    would have there, although they are not known, so that the weights do not add up. And see :class:`Sigmas`.
+    would have there, although they are not known, so that the weights do not add up.
     """
 
     solver_order: Order = 4

@@ -237,8 +237,9 @@ class Given(NamedTuple):
 class Method(ABC, Generic[R, S]):
     """Base class of the samplers. Its fields are the options, which are checked on construction.
 
-    ``like_diffusers`` reproduces the deviations of the pinned reference from the mathematics; each method lists them.
-    It is set for samplers that are read from a scheduler_config.json, and off for those chosen by name.
+    ``like_diffusers`` reproduces the deviations of the pinned reference from the mathematics: those in the choice of
+    levels are listed in diffusers/grid.py, those of a method's steps in its class. It is set for samplers that are read
+    from a scheduler_config.json, and off for those chosen by name.
     """
 
     order: ClassVar[int] = 1  # model calls per step, where a step takes several

@@ -65,9 +65,8 @@ class PNDM(Timesteps[Row, State]):
     """PNDM sampler. ``runge_kutta``: warm up with Runge-Kutta (needs 4 steps or more). ``set_alpha_to_one``: as in
     DDIM. The model predicts epsilon or v.
 
-    ``like_diffusers``: a step lands T // steps below its timestep (and a half-way stage half of that), although
-    trailing and linspace spacing have their next row elsewhere. The action of a call depends on the number of calls so
-    far, so that a run that starts in the middle (img2img) takes its second row for the repeated one.
+    ``like_diffusers``: the action of a call depends on the number of calls so far, so that a run that starts in the
+    middle (img2img) takes its second row for the repeated one.
     """
 
     initial = State()

@@ -47,9 +47,6 @@ class SASolver(ClippedLambdas[Row, History]):
     """SA-Solver. Options: those of :class:`ClippedLambdas`; ``predictor_order`` and ``corrector_order``: 1 to 4
     outputs; ``algorithm``: combine x0 (data) or epsilon (noise); ``tau``, which applies where the timestep lies in
     ``tau_start``..``tau_end``, and is 0 elsewhere.
-
-    ``like_diffusers``: see :class:`Lambdas`; the last sigma of karras, exponential and beta occurs twice, so that the
-    last step does nothing; and noise is added to a picture at the alpha_bar of a whole timestep.
     """
 
     initial = History()

@@ -43,9 +43,8 @@ class UniPC(Lambdas[Row, History]):
     first). ``final_sigma``: the last step lands on 0, or on training's smallest sigma. ``lower_order_final``: the last
     steps are of order 3, 2, 1.
 
-    ``like_diffusers``: see :class:`Lambdas`; bh1 cannot reach sigma 0, where the reference gives NaN; the last sigma of
-    karras, exponential and beta occurs twice with final_sigma "sigma_min", so that the last step does nothing; and a
-    threshold has no effect on steps with predict_x0=False.
+    ``like_diffusers``: bh1 cannot reach sigma 0, where the reference gives NaN; and a threshold has no effect on steps
+    with predict_x0=False.
     """
 
     initial = History()

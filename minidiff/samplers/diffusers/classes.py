@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from minidiff.config import check, quote
 from minidiff.config import one_of as config_one_of
-from minidiff.samplers.ddpm import FIXED_LARGE_LOG
 from minidiff.samplers.method import Method
 from minidiff.samplers.registry import SAMPLERS
 
@@ -138,7 +137,9 @@ def refusals(name: str, c: Config) -> Iterator[str]:
     learned, of = c.get("variance_type") in LEARNED, name.startswith
     thresholds, algorithm = c.get("thresholding"), c.get("algorithm_type")
     if of("DDPM") and c["variance_type"] == "fixed_large_log":
-        yield FIXED_LARGE_LOG
+        yield "variance_type='fixed_large_log' gives NaN in diffusers 0.42.1: use fixed_large, which it stands for"
+    if of("DDIMInverse") and c["timestep_spacing"] == "linspace":
+        yield "there is no timestep_spacing='linspace': use leading or trailing"
     if of("DPMSolverSinglestep") and thresholds and algorithm == "dpmsolver":
         yield "thresholding raises with algorithm_type='dpmsolver' in diffusers 0.42.1: use 'dpmsolver++'"
     if of("DPMSolver") and learned and c["prediction_type"] != "epsilon":

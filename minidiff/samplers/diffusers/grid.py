@@ -22,7 +22,9 @@ class DiffusersGrid(Grid):
     """The choices of diffusers.
 
     ``lowest`` and ``beyond``: trailing spacing may end at timestep -1, and 1000 steps with an offset of 1 begin at
-    timestep 1000. ``further``: a curve has reached its end one step before the last, which does (next to) nothing.
+    timestep 1000. ``further``: a curve that ends above 0 has reached its end one step early, so that the last step does
+    (next to) nothing: DEIS, UniPC, SA-Solver, EDM and the inverse methods land on the same sigma again, the other
+    DPM-Solvers on training's smallest.
     """
 
     lowest: ClassVar[int] = -1
@@ -65,8 +67,8 @@ class DiffusersGrid(Grid):
         return super().cut(t, kept)[0], kept < len(t)
 
     def trailing(self, total: int, last: int, n: int) -> Floats:
-        """Return the points from ``last`` down, T / n apart although only part of T may be in use: n, or another
-        number."""
+        """Return the points from ``last`` down, T / n apart although only part of T may be in use
+        (lambda_min_clipped): n of them, one more, or fewer."""
         t: Floats = np.arange(last, 0, -(total / n)).round() - 1
         return t
 
@@ -80,7 +82,7 @@ class DiffusersGrid(Grid):
 
     def of_curve(self, t: Floats, cut: bool, rises: bool = False) -> Floats:
         """Return ``t`` in whole numbers, although the sigmas lie between those of training. A run that ``rises`` drops
-        one of two equal ones, but not its sigma."""
+        one of two equal ones, but not its sigma, and is off by one row from there on."""
         t = t if cut else t.round()
         return (np.array(list(dict.fromkeys(t.tolist()))) if rises else t).astype(np.int64)
 
