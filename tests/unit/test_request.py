@@ -28,6 +28,7 @@ from tests.support import tiny
 
 STUB = Path(entrance.__file__).with_suffix(".pyi")
 HEAD = """# Written by `python -m tests.unit.test_request` from the fields of Request: not to be edited.
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
@@ -43,7 +44,7 @@ from minidiff.pipeline.request import Request, Seed, Sizes, Text
 from minidiff.programs import Program
 from minidiff.samplers.method import Sampler
 
-class Entrance(Pipeline):
+class Entrance(Pipeline, metaclass=ABCMeta):
 """
 
 

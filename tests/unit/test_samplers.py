@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from minidiff.schedule import NoiseSchedule, v_from_x0
 from tests.support.cuda_guard import fake_card
 from tests.tolerances import Tolerance, assert_close
 
+ROOT = Path(__file__).resolve().parents[2]
 SCHEDULE = NoiseSchedule.from_config(ScheduleConfig())
 SHAPE = (2, 4, 3, 5)
 PERFECT = Tolerance(2e-4, 0.0, "rounding of float32 over the steps; x is divided by sqrt(alpha_bar) as small as 0.07")
@@ -384,3 +387,17 @@ def test_printed_plan_of_fifty_leading_steps():
     lines = str(DDIM(steps_offset=0).plan(SCHEDULE, 50)).splitlines()[2:]
     assert [int(line.split()[1]) for line in lines] == list(range(980, -1, -20))
     assert "first again" in str(PNDM().plan(SCHEDULE, 5))
+
+
+def test_methods_leave_the_choice_of_levels_to_the_grids() -> None:
+    """What diffusers chooses otherwise stands in diffusers/grid.py: nothing that builds levels asks whom to follow."""
+    steps = {"step", "rows", "_coefficients", "multistep_rows", "root"}  # mathematics of a step, and its coefficients
+    allowed = {"grid", "plan", "__post_init__", *steps}
+    found = set()
+    for path in sorted((ROOT / "minidiff" / "samplers").glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                names = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+                found |= {(path.name, function.name)} if "like_diffusers" in names else set()
+    assert {name for _, name in found} <= allowed, found
+    assert ("method.py", "grid") in found
