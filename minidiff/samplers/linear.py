@@ -106,10 +106,22 @@ def table(sampler: Any, plan: Any) -> Table:
     _check_options(sampler, plan.method)
     state, rows = sampler.start(), []
     for i in range(len(plan)):
-        row, state = _probe(sampler, plan, i, state)
-        rows.append(row)
+        found, state = _probe(sampler, plan, i, state)
+        rows.append(found)
     first = float(plan.init_noise_sigma)
     return Table(plan.method, plan.prediction, first, _without_the_unused(rows))
+
+
+def row_at(sampler: Any, plan: Any, i: int, state: Any) -> LinearRow:
+    """Return row ``i`` as weights, as it is with ``state`` before it, whichever row was the first of the run. All that
+    the state then holds is in ``remember``. Raises UnsupportedError if the step is not linear."""
+    _check_options(sampler, plan.method)
+    return _probe(sampler, plan, i, state)[0]
+
+
+def remembered(state: Any) -> dict[str, Tensor]:
+    """Return the tensors in a sampler's state by the names that weights give them, such as "outputs[-1]"."""
+    return dict(zip(_names(state), _tensors(state), strict=True))
 
 
 def _check_options(sampler: Any, method: str) -> None:
@@ -139,7 +151,7 @@ def _probe(sampler: Any, plan: Any, i: int, state: Any) -> tuple[LinearRow, Any]
         gap = (column - total(sum_, given)).abs()
         if not bool((gap <= ROUNDING * magnitude).all()):
             raise UnsupportedError(_not_linear(plan, i))
-    row = LinearRow(
+    found = LinearRow(
         timestep=plan.timesteps[i].item(),
         scale=sums.pop("scaled").get("x", 0.0),
         x=sums.pop("x"),
@@ -147,7 +159,7 @@ def _probe(sampler: Any, plan: Any, i: int, state: Any) -> tuple[LinearRow, Any]
         remember=sums,
         draws=probe.draws,
     )
-    return row, probe.state
+    return found, probe.state
 
 
 class _Step:
@@ -172,8 +184,7 @@ class _Step:
             scaled = sampler.scale_input(plan, i, x)
             x0 = sampler.denoised(plan, i, x, out, before)
             after, self.state = sampler.step(plan, i, x, out, before, draw)
-        kept = dict(zip(_names(self.state), _tensors(self.state), strict=True))
-        columns = {"scaled": scaled, "x": after, "x0": x0, **kept}
+        columns = {"scaled": scaled, "x": after, "x0": x0, **remembered(self.state)}
         self.found = {name: column.double().flatten() for name, column in columns.items()}
 
 
