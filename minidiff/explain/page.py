@@ -19,7 +19,7 @@ from minidiff.version import VERSION
 Build = Callable[[Seen], Panel | Left]
 
 # In the order of the page. The module of each has `build`.
-PANELS = ("guidance", "timesteps", "film")
+PANELS = ("guidance", "timesteps", "film", "step")
 LARGE: tuple[str, ...] = ()  # panels that make about twenty runs: on by themselves for the bundled model alone
 
 WORDS = words("minidiff.explain", "page.json")
