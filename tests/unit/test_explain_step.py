@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,12 @@ def check(data: dict[str, Any]) -> None:
         assert row["direct"] is not None
 
 
+model = cache(tiny_sd)
+
+
 def run(sampler: Any = None, pipe: Any = None, **options: Any) -> Seen:
-    options = {"steps": 5, "seed": 0, **options}
-    return collect(tiny_sd() if pipe is None else pipe, Request("a star", sampler=sampler, **options))
+    options = {"steps": 4, "seed": 0, **options}
+    return collect(model() if pipe is None else pipe, Request("a star", sampler=sampler, **options))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_every_question_has_its_anchor(page: str) -> None:
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_other_samplers_are_sums_as_well(name: str) -> None:
-    seen = run(name, steps=3 if name == "pndm" else 5)
+    seen = run(name)
     panel = step.build(seen)
     check(panel.data)
     names = {value for row in panel.data["steps"] for value in row["direct"]}
@@ -145,10 +149,10 @@ def test_sdxl_has_the_panel() -> None:
 
 
 def test_large_samples_and_long_runs_are_thinned_and_say_so() -> None:
-    seen = run("ddim", steps=60, height=256, width=192)
+    seen = run("ddim", steps=51, height=136, width=192)
     panel = step.build(seen)
-    assert "The run has 60 steps; the numbers of 50 of them" in panel.body
-    assert "32 x 24 places; 16 x 16 of them" in panel.body
+    assert "The run has 51 steps; the numbers of 50 of them" in panel.body
+    assert "17 x 24 places; 16 x 16 of them" in panel.body
     check(panel.data)
     at = panel.data["rows"].index(panel.data["rows"][3]), 5
     frame = seen.frames[panel.data["steps"][7]["number"] - 1]
