@@ -112,17 +112,24 @@ def _first(seen: Seen, grid: Grid) -> Html:
         return say(WORDS["from picture"], "p")
     begun = float(seen.frames[0].before[0, c, y, x])
     values = {"noise": begun / factor, "factor": factor, "x": begun}
-    return say(WORDS["first"], "p", **{name: _cell(f"first-{name}", value) for name, value in values.items()})
+    return say(WORDS["first"], "p", None, **{name: _cell(f"first-{name}", value) for name, value in values.items()})
 
 
 def _worked(seen: Seen, frame: Frame, step: Sums, grid: Grid) -> Html:
     """Return the sums of one step in one pixel. A script writes other numbers into the same cells."""
     c, y, x = grid.pixel
     at = {name: float(value[c, y, x]) for name, value in step.values.items() if c < len(value)}
-    place = {"k": seen.frames.index(frame) + 1, "n": len(seen.frames), "t": f"{frame.t:g}", "c": c, "y": y, "x": x}
+    place: dict[str, float | str] = {
+        "k": seen.frames.index(frame) + 1,
+        "n": len(seen.frames),
+        "t": f"{frame.t:g}",
+        "c": c,
+        "y": y,
+        "x": x,
+    }
     where = say(WORDS["where"], "p", {"cls": "where"}, **{name: _cell(name, v) for name, v in place.items()})
     shown = {"x": at["x"], "scale": step.scale, "shown": at["x"] * step.scale, "out": at["out"]}
-    asked = say(WORDS["asked"], "p", **{name: _cell(f"asked-{name}", v) for name, v in shown.items()})
+    asked = say(WORDS["asked"], "p", None, **{name: _cell(f"asked-{name}", v) for name, v in shown.items()})
     blocks = [_block(block, step, at) for block in BLOCKS if getattr(step, block) is not None]
     after = say(WORDS["recorded"], "p", x=_cell("recorded", float(frame.after[0, c, y, x])))
     return tag("div", where, asked, tag("div", *blocks, cls="sums"), after)
@@ -153,11 +160,11 @@ def _weights(seen: Seen, frames: list[Frame], steps: list[Sums]) -> Html:
     names = list(dict.fromkeys(name for step in steps for name in step.direct or ()))
     heads = [say(WORDS["step"]), "t", tag("code", "scale_model_input"), *(tag("code", name) for name in names)]
     heads += [tag("code", "x0"), tag("code", "epsilon"), say(WORDS["gap"])]
-    lines = []
+    lines: list[list[str | int]] = []
     for frame, step in zip(frames, steps, strict=True):
         direct = [_weight(step.direct, name) for name in names]
         split = [_weight(step.split, name) for name in ("x0", "epsilon")]
-        start = [seen.frames.index(frame) + 1, f"{frame.t:g}", _number(step.scale)]
+        start: list[str | int] = [seen.frames.index(frame) + 1, f"{frame.t:g}", _number(step.scale)]
         lines.append([*start, *direct, *split, f"{gap(step):.1e}" if step.through else "–"])
     parts = [("x0", 1), ("epsilon", 2), ("noise", 3)]
     curves = [Series(WORDS[f"curve {name}"], _curve(seen, frames, steps, name), colour) for name, colour in parts]

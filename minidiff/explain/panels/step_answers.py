@@ -69,7 +69,7 @@ def _one(name: str, shown: Iterator[Child]) -> Html:
 
 def _here(name: str, **values: object) -> Html:
     numbers = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return say(WORDS[f"{name} here"], "p", **numbers)
+    return say(WORDS[f"{name} here"], "p", None, **numbers)
 
 
 def plan_of(seen: Seen, name: str, **options: Any) -> Plan[Any] | None:
