@@ -73,13 +73,10 @@ class Churning(Method[R, Empty]):
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(Churning[Churn], SpacedSigmas[Churn, Empty]):
-    """Euler sampler.
+    """Euler sampler. Options: those of :class:`Churning` and :class:`Tabled`, and
 
-    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
-    go from ``sigma_max`` to ``sigma_min`` (None: the ends that ``spacing`` reaches). ``interpolation``: "log_linear"
-    spaces the sigmas of all of training evenly in their logarithm. ``continuous``: the time input of a v-prediction
-    model is log(sigma) / 4 instead of a timestep, as in EDM and Stable Video Diffusion. ``final_sigma``: the last step
-    lands on 0, or on training's smallest sigma. ``s_churn`` and related options: see :class:`Churning`.
+    ``interpolation``: "log_linear" spaces the sigmas of all of training evenly in their logarithm. ``continuous``: the
+    time input of a v-prediction model is log(sigma) / 4 instead of a timestep, as in EDM and Stable Video Diffusion.
     """
 
     takes = ("steps", "timesteps", "sigmas")

@@ -77,10 +77,12 @@ def sigma_table(schedule: NoiseSchedule, last_alpha_bar: float) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Tabled(Method[R, S]):
-    """Base class of the methods that take their sigmas from those of training: at the timesteps of ``spacing``, or
-    along a curve (``sigma_spacing``) between two of them.
+    """Base class of the methods that take their sigmas from those of training.
 
-    ``last_alpha_bar`` replaces the 0 at the end of a zero-SNR schedule, where sigma would be infinite.
+    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
+    go along a curve from ``sigma_max`` to ``sigma_min`` (None: the ends that ``spacing`` reaches, for methods in lambda
+    those of training). ``final_sigma``: the last step lands on 0, or on training's smallest sigma. ``last_alpha_bar``
+    replaces the 0 at the end of a zero-SNR schedule, where sigma would be infinite.
     """
 
     takes_more: ClassVar[tuple[str, ...]] = ("sigmas",)
@@ -172,10 +174,7 @@ class Sigmas(Tabled[R, S]):
 
 @dataclass(frozen=True, kw_only=True)
 class SpacedSigmas(Sigmas[R, S]):
-    """Base class of the methods with a choice of spacing in sigma.
-
-    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
-    space them along a curve between the same ends."""
+    """Base class of the methods with a choice of spacing in sigma."""
 
     sigma_spacing: SigmaSpacing = "timesteps"
 
@@ -220,10 +219,9 @@ class Lambdas(Tabled[R, S], Thresholded[R, S]):
     h = lambda_to - lambda. The last step, to sigma 0, has infinite h: a first-order step that returns x0 itself. Unlike
     the other methods, these divide training into n + 1 points and leave out the lowest, on which the last step lands.
 
-    ``sigma_spacing``: "timesteps" takes the sigmas at the timesteps of ``spacing``; "karras", "exponential" and "beta"
-    go from ``sigma_max`` to ``sigma_min`` (None: the ends of training). ``lower_order_final``: the last steps use fewer
-    outputs. ``cut_timesteps``: with ``like_diffusers``, the timesteps of karras drop their fractions instead of being
-    rounded, as for the cosine schedule in some classes.
+    Options: those of :class:`Tabled`; ``lower_order_final``: the last steps use fewer outputs; ``cut_timesteps``: with
+    ``like_diffusers``, the timesteps of karras drop their fractions instead of being rounded, as for the cosine
+    schedule in some classes.
     """
 
     space: ClassVar[Space] = "lambda"

@@ -38,10 +38,10 @@ those of the new output in ``new2`` and ``new3``. ``order``: the highest of each
 
 @dataclass(frozen=True, kw_only=True)
 class UniPC(Lambdas[Row, History]):
-    """UniPC sampler. ``solver_order``: number of latest outputs that a step uses. ``solver_type``: B(h) as above.
-    ``predict_x0``: combine x0 instead of epsilon. ``disable_corrector``: rows whose step is not corrected (0 for the
-    first). ``final_sigma``: the last step lands on 0, or on training's smallest sigma. ``lower_order_final``: the last
-    steps are of order 3, 2, 1.
+    """UniPC sampler. Options: those of :class:`Lambdas`, where ``lower_order_final`` means that the last steps are of
+    order 3, 2, 1; ``solver_order``: number of latest outputs that a step uses; ``solver_type``: B(h) as above;
+    ``predict_x0``: combine x0 instead of epsilon; ``disable_corrector``: rows whose step is not corrected (0 for the
+    first).
 
     ``like_diffusers``: bh1 cannot reach sigma 0, where the reference gives NaN; and a threshold has no effect on steps
     with predict_x0=False.
