@@ -1,0 +1,105 @@
+"""The writers of scripts/recorders: each records the tiny SD1 of the goldens, and is held against the golden.
+
+A writer whose program is not installed is skipped, by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import weights_convert
+from minidiff.parity import Writer, assert_recording, goldens
+from minidiff.parity.recording import Recording, read_recording
+from minidiff.parity.report import Report
+from tests.tolerances import RECORDED
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "recorders"))
+import named_modules
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "fixtures" / "goldens" / "sd1"
+MODEL, RECORDING = GOLDEN / goldens.FOLDER, GOLDEN / goldens.RECORDING
+
+
+@pytest.fixture(scope="module")
+def golden() -> Recording:
+    return read_recording(RECORDING)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return weights_convert.load(MODEL, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many threads as the goldens were made with; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(goldens.THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+def exact(golden: Recording) -> float:
+    """Equal bits where the same kernels ran, otherwise the bound of another processor."""
+    return 0.0 if goldens.machine().items() <= golden.run.items() else RECORDED.relative
+
+
+def unet_inputs(golden: Recording) -> list[Tensor]:
+    return [golden.tape[f"step.0/{name}"] for name in ("input", "t", "context")]
+
+
+def stages(report: Report, section: str) -> list[str]:
+    return [row.stage for row in report.rows if row.stage.startswith(section)]
+
+
+def record_modules(model: Any, golden: Recording, path: Path) -> None:
+    with torch.no_grad(), Writer(path, "named_modules", dtype="float32") as writer:
+        with named_modules.recorded(model.text_encoder, writer, ["prompt/text_encoder/", "negative/text_encoder/"]):
+            for section in ("prompt", "negative"):
+                named_modules.add(writer, f"{section}/ids", golden.tape[f"{section}/ids"])
+                model.text_encoder(golden.tape[f"{section}/ids"])
+        with named_modules.recorded(model.unet, writer, ["step.0/unet/"]):
+            named_modules.add(writer, "step.0/prediction", model.unet(*unet_inputs(golden)))
+            model.unet(*unet_inputs(golden))  # a second call has no section
+        with named_modules.recorded(model.vae, writer, ["decode/vae/"]):
+            model.vae.decode(golden.tape["step.3/x"] / model.vae.config.scaling_factor)
+
+
+def test_named_modules(model: Any, golden: Recording, tmp_path: Path) -> None:
+    record_modules(model, golden, tmp_path / "mine.safetensors")
+    report = assert_recording(tmp_path / "mine.safetensors", RECORDING, exact(golden))
+    for section, least in (("prompt/text", 20), ("negative/text", 20), ("step.0/unet/", 140), ("decode/vae/", 40)):
+        assert len(stages(report, section)) > least, section
+    assert not any(hook for part in model.unet.modules() for hook in part._forward_hooks), "hooks stay"
+
+
+def test_named_modules_find_a_slip(model: Any, golden: Recording, tmp_path: Path) -> None:
+    norm = model.unet.mid.attn[0].norm
+    before, norm.eps = norm.eps, 1e-3
+    try:
+        record_modules(model, golden, tmp_path / "mine.safetensors")
+    finally:
+        norm.eps = before
+    with pytest.raises(AssertionError, match=r"first difference at step\.0/unet/mid\.attn\.0\.norm"):
+        assert_recording(tmp_path / "mine.safetensors", RECORDING, RECORDED.relative)
+
+
+def test_named_modules_widen_bfloat16(tmp_path: Path) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 4)).to(torch.bfloat16)
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    with Writer(tmp_path / "mine.safetensors", "named_modules") as writer:
+        hooks = named_modules.recorded(layer, writer, ["a/", "b/"])
+        with torch.no_grad(), hooks:
+            layer(x)
+            want = layer(x)
+    found = read_recording(tmp_path / "mine.safetensors")
+    assert list(found.tape) == ["a/0", "b/0"]
+    assert torch.equal(found.tape["a/0"], want.float())
