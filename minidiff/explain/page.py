@@ -19,8 +19,8 @@ from minidiff.version import VERSION
 Build = Callable[[Seen], Panel | Left]
 
 # In the order of the page. The module of each has `build`.
-PANELS = ("guidance", "timesteps", "film", "step")
-LARGE: tuple[str, ...] = ()  # panels that make about twenty runs: on by themselves for the bundled model alone
+PANELS = ("guidance", "timesteps", "film", "step", "scales", "training", "samplers")
+LARGE = ("training", "samplers")  # panels that make about twenty runs: on by themselves for the bundled model alone
 
 WORDS = words("minidiff.explain", "page.json")
 LISTED = (
@@ -78,7 +78,8 @@ def _build(name: str) -> Build:
 def _files(shown: Sequence[Panel], ending: str) -> list[str]:
     """Return what lies beside the panels: ``film.js`` moves what film.py has drawn. Most have no style of their own."""
     beside = files("minidiff.explain.panels")
-    names = (f"{panel.anchor}.{ending}" for panel in shown)
+    known = dict.fromkeys(name for panel in shown for name in (*panel.uses, panel.anchor))
+    names = [f"{name}.{ending}" for name in known]
     return [beside.joinpath(name).read_text("utf-8") for name in names if beside.joinpath(name).is_file()]
 
 

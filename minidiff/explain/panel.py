@@ -26,13 +26,14 @@ class Line(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """``anchor``: its name in the address. ``body``: what it shows without a script. ``data``: what scripts and tests
-    read. ``code``: the lines that did what it shows."""
+    read. ``code``: the lines that did what it shows. ``uses``: other panels whose script and style it needs."""
 
     anchor: str
     title: Text
     body: Html
     code: tuple[Line, ...]
     data: Any = None
+    uses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

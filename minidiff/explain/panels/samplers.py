@@ -1,0 +1,109 @@
+"""Panel: samplers side by side. The same noise, four samplers, and their distance to a run of many steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidiff.errors import MinidiffError
+from minidiff.explain.collect import Seen
+from minidiff.explain.panel import Left, Panel, line
+from minidiff.explain.panels.step import packed
+from minidiff.explain.pictures import img
+from minidiff.page.html import Child, Html, tag
+from minidiff.page.languages import Text, say, words
+from minidiff.page.svg import Chart, Series
+from minidiff.samplers import SAMPLERS
+
+NAMES = ("ddim", "euler", "dpmpp_2m", "ddpm")  # another sampler of the run takes the place of the second
+BUDGETS = (5, 10, 20)
+REFERENCE, STEPS = "dpmpp_2m", 200
+
+WORDS = words(__package__, "samplers.json")
+
+
+def build(seen: Seen) -> Panel | Left:
+    """Return the panel."""
+    if seen.request.image is not None:
+        return Left(anchor="samplers", title=WORDS["title"], why=WORDS["from a picture"])
+    own = (seen.recipe.get("sampler") or {}).get("name")
+    names = NAMES if own in NAMES or own not in SAMPLERS else (NAMES[0], own, *NAMES[2:])
+    steps = min(STEPS, len(seen.pipe.schedule))
+    try:
+        goal, _ = result(seen, REFERENCE, steps)
+        found = {(name, n): result(seen, name, n) for name in names for n in BUDGETS}
+    except MinidiffError:  # a model without timesteps to choose from, or one that these samplers can't run
+        return Left(anchor="samplers", title=WORDS["title"], why=WORDS["cannot"])
+    runs = [
+        {"sampler": name, "steps": n, "calls": calls, "distance": distance(x, goal), "x": packed(x[0])}
+        for (name, n), (x, calls) in found.items()
+    ]
+    curves = [
+        Series(Text(name, name), [(r["calls"], r["distance"]) for r in runs if r["sampler"] == name], k + 1)
+        for k, name in enumerate(names)
+    ]
+    spread = float(goal.float().std())
+    body = tag(
+        "div",
+        say(WORDS["intro"], "p", n=steps, reference=REFERENCE, spread=f"{spread:.4g}"),
+        Chart(WORDS["chart"], WORDS["calls"], WORDS["distance"], curves, log=True).svg(),
+        _pictures(seen, names, found, goal, steps),
+        say(WORDS["first order"], "p", **_compared(runs)),
+        say(WORDS["noise"], "p"),
+        say(WORDS["ends"], "p"),
+    )
+    code = (
+        line(SAMPLERS["ddim"].step, "x0_coef"),
+        line(SAMPLERS["dpmpp_2m"].step),
+        line(SAMPLERS["ddpm"].step, "mean ="),
+    )
+    data = {"reference": {"sampler": REFERENCE, "steps": steps, "x": packed(goal[0])}, "runs": runs}
+    return Panel(anchor="samplers", title=WORDS["title"], body=body, code=code, data=data)
+
+
+@torch.no_grad()
+def result(seen: Seen, name: str, steps: int) -> tuple[Tensor, int]:
+    """Return the result of a sampler from the first noise of the run, (1, C, h, w), and the number of model calls. That
+    of the run itself is not computed again."""
+    recipe = seen.recipe.get("sampler") or {}
+    own = recipe.get("name") == name and len(seen.frames) == len(seen.plan)
+    if own and seen.request.steps == steps and seen.request.like is None:
+        return seen.frames[-1].after, len(seen.frames)
+    noise = seen.frames[0].before / float(seen.plan.init_noise_sigma)
+    changes: dict[str, Any] = {"sampler": name, "steps": steps, "latents": noise, "like": None, "num_images": 1}
+    changes |= {"seed": seen.recipe.get("seed"), "generator": None, "progress": False}
+    run = seen.pipe.run(replace(seen.request, **changes))
+    return run.last().x, len(run)
+
+
+def distance(x: Tensor, goal: Tensor) -> float:
+    """Return the root mean square of the difference."""
+    return float((x.float() - goal.float()).square().mean().sqrt())
+
+
+def _compared(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the distances that the text names: of both ends of the first-order and of the second-order sampler."""
+    by = {(r["sampler"], r["steps"]): f"{r['distance']:.3g}" for r in runs}
+    few, many = BUDGETS[0], BUDGETS[-1]
+    numbers = {"few": str(few), "many": str(many), "ddim_few": by["ddim", few], "ddim_many": by["ddim", many]}
+    return numbers | {"second_few": by["dpmpp_2m", few], "second_many": by["dpmpp_2m", many]}
+
+
+def _pictures(
+    seen: Seen, names: tuple[str, ...], found: dict[tuple[str, int], tuple[Tensor, int]], goal: Tensor, steps: int
+) -> Html:
+    rows: list[Child] = []
+    for name in names:
+        figures = []
+        for n in BUDGETS:
+            x, calls = found[name, n]
+            alt = Text(*(text.format(name=name, n=calls) for text in WORDS["picture"]))
+            caption = say(WORDS["made"], "span", None, n=calls, distance=f"{distance(x, goal):.3g}")
+            figures.append(tag("figure", img(seen.painter(x), alt), tag("figcaption", caption)))
+        rows.append(tag("div", tag("p", tag("code", name), cls="name"), tag("div", *figures, cls="strip"), cls="reel"))
+    alt = Text(*(text.format(name=REFERENCE, n=steps) for text in WORDS["picture"]))
+    whole = tag("figure", img(seen.painter(goal), alt), tag("figcaption", tag("code", f"{REFERENCE}, {steps}")))
+    return tag("div", *rows, tag("div", tag("div", whole, cls="strip"), cls="reel"), cls="film")

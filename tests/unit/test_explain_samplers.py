@@ -1,0 +1,82 @@
+"""The panel that compares samplers: runs from the noise of the page's own, with distances that follow from its data."""
+
+from __future__ import annotations
+
+import base64
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from minidiff.explain import Seen, collect, explained
+from minidiff.explain.panel import Left, Panel
+from minidiff.explain.panels import samplers
+from minidiff.pipeline import StableDiffusion
+from minidiff.pipeline.request import Request
+from tests.support.tiny import tiny_ddpm, tiny_sd
+from tests.unit.test_explain import Elements
+
+pipe = cache(tiny_sd)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "STEPS", 12)
+    monkeypatch.setattr(samplers, "BUDGETS", (2, 4))
+
+
+def run(model: StableDiffusion | None = None, **options: object) -> Seen:
+    return collect(model or pipe(), Request("a star", **{"steps": 4, "seed": 5, "sampler": "ddim", **options}))  # type: ignore[arg-type]
+
+
+def numbers(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
+
+
+def test_distances_follow_from_the_data() -> None:
+    seen = run()
+    data = json.loads(Elements(explained(seen, panels=["samplers"])).texts["data-samplers"])
+    goal = numbers(data["reference"]["x"])
+    assert {r["sampler"] for r in data["runs"]} == {*samplers.NAMES}
+    for r in data["runs"]:
+        assert r["distance"] == pytest.approx(np.sqrt(np.square(numbers(r["x"]) - goal).mean()), rel=1e-5)
+
+
+def test_every_run_begins_at_the_same_noise() -> None:
+    """A result is that of a run by hand, with the seed of the page's run; that of the page's own is not made again."""
+    seen = run(seed=None)
+    x, calls = samplers.result(seen, "euler", 4)
+    plain = pipe().generate("a star", steps=4, seed=seen.recipe["seed"], sampler="euler", output="latent")
+    assert torch.equal(x, plain)
+    assert calls == 4
+    own, _ = samplers.result(seen, "ddim", 4)
+    assert own is seen.frames[-1].after
+    other, _ = samplers.result(seen, "ddpm", 4)
+    assert torch.equal(
+        other, pipe().generate("a star", steps=4, seed=seen.recipe["seed"], sampler="ddpm", output="latent")
+    )
+
+
+def test_the_sampler_of_the_run_is_among_them() -> None:
+    panel = samplers.build(run(sampler="heun"))
+    assert isinstance(panel, Panel)
+    assert {r["sampler"]: r["calls"] for r in panel.data["runs"] if r["steps"] == 4} == {
+        "ddim": 4,
+        "heun": 7,
+        "dpmpp_2m": 4,
+        "ddpm": 4,
+    }
+
+
+def test_a_run_from_a_picture_is_left_out() -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    left = samplers.build(run(image=image, strength=0.5))
+    assert isinstance(left, Left)
+    assert "from a picture" in left.why.en
+
+
+def test_a_model_without_text_and_another_program_have_the_panel() -> None:
+    assert isinstance(samplers.build(collect(tiny_ddpm(), Request(None, steps=2, seed=0))), Panel)
+    assert isinstance(samplers.build(run(like="a1111")), Panel)

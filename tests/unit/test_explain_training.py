@@ -1,0 +1,92 @@
+"""The panel of training: losses that follow from what it shows, and optimiser steps on a model of its own."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+import torch
+
+import minidiff
+from minidiff.explain import Seen, collect, explained, lesson
+from minidiff.explain.page import LARGE, chosen
+from minidiff.explain.panels import training
+from minidiff.pipeline.request import Request
+from minidiff.training.curves import rate_at
+from tests.support.tiny import tiny_sd
+from tests.unit.test_explain import PROMPT, Elements
+
+
+@cache
+def seen() -> Seen:
+    return collect(minidiff.bundled(), Request(PROMPT, steps=1, seed=0), bundled=True)
+
+
+@cache
+def page() -> str:
+    return explained(seen(), panels=["training"])
+
+
+def test_the_model_of_the_run_is_left_as_it_is() -> None:
+    before = {name: p.clone() for name, p in seen().pipe.unet.named_parameters()}
+    asked = {name: p.requires_grad for name, p in seen().pipe.unet.named_parameters()}
+    page()
+    for name, p in seen().pipe.unet.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.requires_grad == asked[name]
+
+
+def test_errors_of_one_answer_in_three_names_follow_from_each_other() -> None:
+    """v's error is signal * that of epsilon + ...: with x given, one error is a multiple of any other."""
+    data = json.loads(Elements(page()).texts["data-training"])
+    one = data["picture"]
+    assert data["prediction"] == "v_prediction"
+    for k, (signal, noise) in enumerate(zip(data["signal"], data["noise"], strict=True)):
+        assert one["v"][k] == pytest.approx(one["loss"][k], rel=1e-4)
+        assert one["epsilon"][k] == pytest.approx(signal**2 * one["v"][k], rel=1e-3)
+        assert one["x0"][k] == pytest.approx(noise**2 * one["v"][k], rel=1e-3)
+    assert len(one["t"]) == lesson.LEVELS
+    assert all(a > b for a, b in zip(data["nothing"], data["by t"]["loss"], strict=True))
+
+
+def test_the_loss_is_that_of_training() -> None:
+    """The answers against the task's own parts, on the same example."""
+    pipe = minidiff.bundled()
+    t = torch.tensor([500])
+    found, captions = lesson.answered(pipe, 3, 1, t)
+    assert captions == list(lesson.ShapesStream(lesson.SEED).batch(3, 1).captions or ())
+    assert torch.equal(found.x, pipe.schedule.add_noise(found.x0, found.epsilon, t))
+    context, _ = pipe.encode_prompt(captions)
+    with torch.no_grad():
+        out = pipe.unet(found.x, t, context)
+    assert torch.equal(out, found.out)
+    wanted = pipe.schedule.velocity(found.x0, found.epsilon, t)
+    assert found.losses["loss"].item() == pytest.approx(torch.nn.functional.mse_loss(out, wanted).item())
+
+
+def test_optimiser_steps_are_real() -> None:
+    data = json.loads(Elements(page()).texts["data-training"])
+    assert len(data["steps"]) == lesson.CONFIG.steps
+    for k, step in enumerate(data["steps"]):
+        assert step["rate"] == rate_at(lesson.CONFIG, k)
+        assert step["clipped"] == min(step["norm"], data["clip"])
+        assert step["loss"] > 0
+    one = data["steps"][-2]
+    assert f"{one['norm']:.4f} before, {one['clipped']:.4f} after" in page()
+
+
+def test_every_line_of_the_loop_is_shown_with_its_place() -> None:
+    for _, function, holding in training.CODE:
+        known = training.line(function, holding)
+        assert f"{known.file}:{known.number}" in page()
+    ids = {attributes.get("id") for _, attributes in Elements(page()).found}
+    assert {"q-loss-does-not-fall", "q-training-loop"} <= ids
+
+
+def test_another_model_gets_it_on_demand_and_is_told_whose_training_it_is() -> None:
+    other = collect(tiny_sd(), Request("a star", steps=1, seed=0))
+    assert "training" in LARGE
+    assert "training" not in chosen(other, None)
+    assert "This is not the training of the model above" in explained(other, panels=["training"])
+    assert "This is the training of the model above" in page()
