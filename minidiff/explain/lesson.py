@@ -23,7 +23,8 @@ SEED = 1
 LEVELS = 9  # timesteps at which the picture is shown
 TIMES = 10  # timesteps of the loss, each with ...
 EXAMPLES = 8  # ... as many pictures
-CONFIG = TrainConfig(steps=10, batch=4, warmup=3, rate=1e-4, clip=0.2, ema=0.9, seed=SEED)
+BATCH = 16  # of the model while it is asked
+CONFIG = TrainConfig(steps=6, batch=4, warmup=2, rate=1e-4, clip=0.2, ema=0.9, seed=SEED)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,7 +77,8 @@ def answered(pipe: StableDiffusion, first: int, count: int, t: Tensor) -> tuple[
     x0, epsilon, context = (value.repeat_interleave(len(t), dim=0) for value in (x0, epsilon, context))
     every = t.repeat(count)
     x = schedule.add_noise(x0, epsilon, every)
-    out = torch.cat([pipe.unet(*part) for part in zip(x.split(16), every.split(16), context.split(16), strict=True)])
+    parts = zip(*(torch.split(value, BATCH) for value in (x, every, context)), strict=True)
+    out = torch.cat([pipe.unet(*part) for part in parts])
     signal, noise = schedule.rates(every, x)
     wanted = target(schedule, x0, epsilon, every)
     values = {"t": every, "x0": x0, "epsilon": epsilon, "x": x, "wanted": wanted, "out": out}

@@ -100,7 +100,7 @@ class Chart:
         for y in steps(low_y, high_y, 5):
             place = round(TOP + (1 - (y - low_y) / ((high_y - low_y) or 1)) * high, 1)
             parts.append(tag("line", x1=LEFT, x2=LEFT + wide, y1=place, y2=place, cls="grid"))
-            shown = f"1e{y:.0f}" if self.log else f"{y:.4g}"
+            shown = _power(y) if self.log else f"{y:.4g}"
             parts.append(tag("text", shown, x=LEFT - 6, y=place + 4, text_anchor="end"))
         for x in steps(low_x, high_x, 8):
             place = round(LEFT + (x - low_x) / ((high_x - low_x) or 1) * wide, 1)
@@ -108,6 +108,11 @@ class Chart:
         parts.append(say(self.x, "text", {"x": LEFT + wide, "y": self.height - 4, "text_anchor": "end"}))
         parts.append(say(self.y, "text", {"x": LEFT + 4, "y": TOP + 10, "cls": "unit"}))
         return Html("".join(parts))
+
+
+def _power(y: float) -> str:
+    """Return 10 ** y as it stands at an axis: a narrow range has places between the powers of 10."""
+    return f"1e{y:.0f}" if math.isclose(y, round(y), abs_tol=1e-9) else f"{10**y:.2g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

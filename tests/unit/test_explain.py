@@ -133,3 +133,14 @@ def test_the_command_writes_a_page(tmp_path, capsys) -> None:  # type: ignore[no
     assert 'lang="zh"' in out.read_text("utf-8")[:100]
     assert main(["explain", PROMPT, "--panels", "nothing", "--out", str(out)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_narrow_logarithmic_axis_has_no_name_twice() -> None:
+    from minidiff.page.languages import Text
+    from minidiff.page.svg import Chart, Series
+
+    name = Text("x", "x")
+    svg = Chart(name, name, name, [Series(name, [(1, 0.02), (2, 0.5)])], log=True).svg()
+    shown = re.findall(r'text-anchor="end">([^<]+)</text>', svg)
+    assert len(shown) > 3
+    assert [float(each) for each in shown[:5]] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1], rel=0.03)

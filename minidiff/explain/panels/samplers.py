@@ -29,7 +29,7 @@ def build(seen: Seen) -> Panel | Left:
     """Return the panel."""
     if seen.request.image is not None:
         return Left(anchor="samplers", title=WORDS["title"], why=WORDS["from a picture"])
-    own = (seen.recipe.get("sampler") or {}).get("name")
+    own = str((seen.recipe.get("sampler") or {}).get("name"))
     names = NAMES if own in NAMES or own not in SAMPLERS else (NAMES[0], own, *NAMES[2:])
     steps = min(STEPS, len(seen.pipe.schedule))
     try:
@@ -37,7 +37,7 @@ def build(seen: Seen) -> Panel | Left:
         found = {(name, n): result(seen, name, n) for name in names for n in BUDGETS}
     except MinidiffError:  # a model without timesteps to choose from, or one that these samplers can't run
         return Left(anchor="samplers", title=WORDS["title"], why=WORDS["cannot"])
-    runs = [
+    runs: list[dict[str, Any]] = [
         {"sampler": name, "steps": n, "calls": calls, "distance": distance(x, goal), "x": packed(x[0])}
         for (name, n), (x, calls) in found.items()
     ]
@@ -51,7 +51,7 @@ def build(seen: Seen) -> Panel | Left:
         say(WORDS["intro"], "p", n=steps, reference=REFERENCE, spread=f"{spread:.4g}"),
         Chart(WORDS["chart"], WORDS["calls"], WORDS["distance"], curves, log=True).svg(),
         _pictures(seen, names, found, goal, steps),
-        say(WORDS["first order"], "p", **_compared(runs)),
+        say(WORDS["first order"], "p", None, **_compared(runs)),
         say(WORDS["noise"], "p"),
         say(WORDS["ends"], "p"),
     )
@@ -72,10 +72,14 @@ def result(seen: Seen, name: str, steps: int) -> tuple[Tensor, int]:
     own = recipe.get("name") == name and len(seen.frames) == len(seen.plan)
     if own and seen.request.steps == steps and seen.request.like is None:
         return seen.frames[-1].after, len(seen.frames)
-    noise = seen.frames[0].before / float(seen.plan.init_noise_sigma)
-    changes: dict[str, Any] = {"sampler": name, "steps": steps, "latents": noise, "like": None, "num_images": 1}
-    changes |= {"seed": seen.recipe.get("seed"), "generator": None, "progress": False}
-    run = seen.pipe.run(replace(seen.request, **changes))
+    asked = seen.request
+    changes: dict[str, Any] = {"sampler": name, "steps": steps, "like": None, "num_images": 1, "progress": False}
+    if asked.like is None and asked.generator is None:
+        changes["seed"] = seen.recipe.get("seed")  # gives the first noise as well
+    else:  # its first noise comes from another source
+        noise = seen.frames[0].before / float(seen.plan.init_noise_sigma)
+        changes |= {"latents": noise, "seed": seen.recipe.get("seed"), "generator": None}
+    run = seen.pipe.run(replace(asked, **changes))
     return run.last().x, len(run)
 
 
@@ -105,5 +109,7 @@ def _pictures(
             figures.append(tag("figure", img(seen.painter(x), alt), tag("figcaption", caption)))
         rows.append(tag("div", tag("p", tag("code", name), cls="name"), tag("div", *figures, cls="strip"), cls="reel"))
     alt = Text(*(text.format(name=REFERENCE, n=steps) for text in WORDS["picture"]))
-    whole = tag("figure", img(seen.painter(goal), alt), tag("figcaption", tag("code", f"{REFERENCE}, {steps}")))
-    return tag("div", *rows, tag("div", tag("div", whole, cls="strip"), cls="reel"), cls="film")
+    caption = say(WORDS["made"], "span", None, n=steps, distance=0)
+    whole = tag("figure", img(seen.painter(goal), alt), tag("figcaption", caption))
+    name = tag("p", tag("code", REFERENCE), cls="name")
+    return tag("div", *rows, tag("div", name, tag("div", whole, cls="strip"), cls="reel"), cls="film")

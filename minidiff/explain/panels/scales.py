@@ -39,7 +39,8 @@ def build(seen: Seen) -> Panel:
 
     begins: list[tuple[Text, Tensor]] = []
     if noise is not None:
-        begins = [(WORDS["noise"], noise), (_filled("times", factor=f"{factor:.6g}"), noise * factor)]
+        begins = [] if factor == 1 else [(WORDS["noise"], noise)]
+        begins.append((_filled("times", factor=f"{factor:.6g}"), noise * factor))
         if euler is not None and abs(float(euler.init_noise_sigma) - factor) > 1e-3:
             first = float(euler.init_noise_sigma)
             begins.append((_filled("euler", factor=f"{first:.6g}"), noise * first))
@@ -57,7 +58,7 @@ def build(seen: Seen) -> Panel:
     every = [*begins, *seen_by, *scaled] if scaled else [*begins, *seen_by, (WORDS["result"], result)]
     parts.append(_table(every))
     data["measured"] = [_measures(x) for _, x in every]
-    code = [line(FirstSample.from_noise, "first"), line(Method.scale_input, "sigma"), line(Levels)]
+    code = [line(FirstSample.from_noise, "init_noise_sigma"), line(Method.scale_input, "return x"), line(Levels)]
     if isinstance(seen.pipe, StableDiffusion):
         code += [line(Denoising.clean, "scaling_factor"), line(latent_scale, "std()")]
     return Panel(anchor="scales", title=WORDS["title"], body=tag("div", *parts), code=tuple(code), data=data)
@@ -114,7 +115,7 @@ def _why_first(seen: Seen, factor: float, euler: float | None) -> list[Html]:
     noise, signal = (1 - last) ** 0.5, last**0.5
     sigma = f"{noise / signal:.6g}" if signal else "∞"
     numbers = {"t": len(seen.pipe.schedule) - 1, "alpha_bar": f"{last:.6g}", "sigma": sigma}
-    said = [say(WORDS["first here"], "p", **numbers, noise=f"{noise:.5g}", factor=f"{factor:.6g}")]
+    said = [say(WORDS["first here"], "p", None, **numbers, noise=f"{noise:.5g}", factor=f"{factor:.6g}")]
     if euler is not None:
         said.append(say(WORDS["first euler"], "p", euler=f"{euler:.6g}"))
     return said
@@ -136,13 +137,13 @@ def _why_scaling(seen: Seen, data: dict[str, Any]) -> list[Html]:
     factor = data["scaling"] = _factor(seen)
     result = float(seen.frames[-1].after.float().std())
     numbers = {"factor": f"{factor:.6g}", "own": f"{1 / factor:.4g}", "result": f"{result:.4g}"}
-    said = [say(WORDS["scaling here"], "p", **numbers, before=f"{result / factor:.4g}")]
+    said = [say(WORDS["scaling here"], "p", None, **numbers, before=f"{result / factor:.4g}")]
     if not seen.bundled:
         return [*said, say(WORDS["one picture"], "p")]
     batch = Batch(*ShapesStream(0).batch(0, PICTURES))
     measured = data["measured scaling"] = latent_scale(seen.pipe, batch)
     found = {"n": PICTURES, "std": f"{1 / measured:.4g}", "scale": f"{measured:.4g}", "factor": f"{factor:.4g}"}
-    return [*said, say(WORDS["scaling measured"], "p", **found)]
+    return [*said, say(WORDS["scaling measured"], "p", None, **found)]
 
 
 def _measures(x: Tensor) -> dict[str, float]:

@@ -50,7 +50,13 @@ def build(seen: Seen) -> Panel:
         say(WORDS["not one"], "p") if all(step.direct is None for step in steps) else _weights(seen, frames, steps),
         answers(seen, frames[k], steps[k], grid.pixel),
     )
-    code = [line(Method.scale_input, "sigma"), line(Plan.x0), line(denoise, "sampler.step"), _own(seen), line(row_at)]
+    code = [
+        line(Method.scale_input, "return x"),
+        line(Plan.x0),
+        line(denoise, "sampler.step"),
+        _own(seen),
+        line(row_at),
+    ]
     return Panel(anchor="step", title=WORDS["title"], body=body, code=tuple(code), data=data(seen, frames, steps, grid))
 
 

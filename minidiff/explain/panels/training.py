@@ -34,7 +34,7 @@ CODE: tuple[tuple[str, Any, str], ...] = (
     ("clip", Trainer.step, "clip_grad_norm_"),
     ("rate", Trainer.step, '["lr"]'),
     ("step", Trainer.step, "self.scaler.step"),
-    ("zero", Trainer.step, "zero_grad"),
+    ("zero", Trainer.step, "optimizer.zero_grad()"),
     ("ema", Trainer.step, "self.ema.update"),
 )
 """The lines of the training loop that are explained: name of the text, function, and what the line holds."""
@@ -116,13 +116,13 @@ def _levels(one: Answers) -> Html:
 
 def _fall(many: Answers, reports: list[Report]) -> list[Html]:
     times = by_time(many, many.t.float())
-    colours = (("loss", 1), ("x0", 2), ("epsilon", 3), ("v", 4))
+    colours = (("loss", 1), ("x0", 2), ("epsilon", 3), ("v", 5))
     curves = [
         Series(WORDS[f"curve {name}"], list(zip(times, by_time(many, many.losses[name]), strict=True)), colour)
         for name, colour in colours
         if name != "v" or many.prediction != "v_prediction"
     ]
-    curves.append(Series(WORDS["curve nothing"], list(zip(times, by_time(many, many.nothing), strict=True)), 5))
+    curves.append(Series(WORDS["curve nothing"], list(zip(times, by_time(many, many.nothing), strict=True)), 4))
     each = many.losses["loss"]
     wobble = float(each.std())
     losses = [report.loss for report in reports]
@@ -131,7 +131,7 @@ def _fall(many: Answers, reports: list[Report]) -> list[Html]:
     numbers |= {"std": f"{wobble:.4f}", "batch": str(lesson.CONFIG.batch)}
     numbers |= {"least": f"{min(losses):.4f}", "most": f"{max(losses):.4f}", "k": str(len(losses))}
     chart = Chart(WORDS["chart loss"], WORDS["t"], WORDS["error"], curves, log=True)
-    return [say(WORDS["fall here"], "p", **numbers), chart.svg(), say(WORDS["fall says"], "p")]
+    return [say(WORDS["fall here"], "p", None, **numbers), chart.svg(), say(WORDS["fall says"], "p")]
 
 
 def _loop(reports: list[Report]) -> list[Html]:
@@ -152,7 +152,11 @@ def _loop(reports: list[Report]) -> list[Html]:
         _steps("chart norm", [("norm", [r.norm for r in reports]), ("after", [lesson.clipped(r) for r in reports])]),
         _steps("chart rate", [("rate", [report.rate for report in reports])]),
     ]
-    return [tag("dl", *lines, cls="lines"), say(WORDS["steps"], "p", **numbers), tag("div", *charts, cls="charts")]
+    return [
+        tag("dl", *lines, cls="lines"),
+        say(WORDS["steps"], "p", None, **numbers),
+        tag("div", *charts, cls="charts"),
+    ]
 
 
 def _steps(title: str, curves: list[tuple[str, list[float]]]) -> Html:
