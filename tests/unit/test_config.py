@@ -166,6 +166,7 @@ NAN, INF = float("nan"), float("inf")
         ("text_encoder.width", 0, "width=0"),
         ("text_encoder.layers", 10**9, "layers=1000000000"),
         ("text_encoder.layers", 0, "layers=0"),
+        ("text_encoder.layers", 513, "layers=513 must lie in 1..512"),
         ("text_encoder.heads", 0, "heads=0"),
         ("text_encoder.heads", 5, "heads=5 does not divide width=16"),
         ("text_encoder.mlp", 0, "mlp=0"),

@@ -427,6 +427,19 @@ def test_a_name_that_is_no_text(tmp_path: Path, zipped: bool) -> None:
         read_pickle(path)
 
 
+@pytest.mark.parametrize(
+    "system", [{"little_endian": False}, {"little_endian": 1}, {}, None, [("little_endian", True)]]
+)
+def test_big_endian_numbers_of_an_old_file_are_refused(tmp_path: Path, system: object) -> None:
+    path = written(tmp_path / "sd.ckpt", holding(rebuilt(storage(), 0, (4,), (1,))), zipped=False)
+    whole = path.read_bytes()
+    said = pickle.dumps({"protocol_version": 1001, "little_endian": True, "type_sizes": {}}, 2)
+    assert whole.count(said) == 1
+    path.write_bytes(whole.replace(said, pickle.dumps(system, 2)))
+    with pytest.raises(CheckpointError, match=r"a pickle, but none that torch\.save writes"):
+        read_pickle(path)
+
+
 def test_big_endian_numbers_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "sd.ckpt", holding(WHOLE), zipped=True)
     with zipfile.ZipFile(path, "a") as archive:
