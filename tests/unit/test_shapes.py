@@ -73,6 +73,14 @@ def test_the_first_items_of_seed_0_never_change() -> None:
     assert hashlib.sha256(levels.numpy().tobytes()).hexdigest()[:16] == FIRST_PIXELS
 
 
+def test_the_palette_never_changes() -> None:
+    """Recorded, as the pictures are; the nearest two colours are as far apart as the module says."""
+    assert bytes(sum(PALETTE.values(), ())).hex(" ", -3) == (
+        "e12328 ff8c00 ffe132 1ea53c 2350e1 962dbe ff78be fafafa 0f0f0f 808080"
+    )
+    assert round(min(math.dist(a, b) for a, b in itertools.combinations(PALETTE.values(), 2))) == 99
+
+
 def test_an_item_is_the_same_in_any_batch() -> None:
     pixels, captions = batch(3, 0, 40)
     for start, count in ((0, 1), (7, 1), (39, 1), (11, 20)):
