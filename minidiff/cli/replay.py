@@ -40,6 +40,7 @@ def run(args: Namespace) -> int:
     import tempfile
 
     from minidiff.pipeline import recipes
+    from minidiff.pipeline.metadata import suffix_of
 
     if not os.path.exists(args.recipe):
         raise CheckpointError(missing(args.recipe))
@@ -56,7 +57,7 @@ def run(args: Namespace) -> int:
     full = Namespace(**{**vars(generate_options.blank()), **vars(args)})
     with tempfile.TemporaryDirectory() as folder:
         if full.out is None:
-            full.out = os.path.join(folder, f"again{Path(args.recipe).suffix.lower()}")
+            full.out = os.path.join(folder, f"again{suffix_of(args.recipe)}")
         (path,) = generate.make(full)
         if args.out is not None:
             show(path)

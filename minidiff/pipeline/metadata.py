@@ -46,13 +46,26 @@ def texts_of(path: str | os.PathLike[str], most: int) -> dict[str, str]:
     Raises :class:`CheckpointError` for a file in another format, and for a text that is damaged or longer than ``most``
     bytes.
     """
+    return _of_png(path, most) if format_of(path) == "PNG" else _of_other(path, most)
+
+
+def format_of(path: str | os.PathLike[str]) -> str:
+    """Return which of ``FORMATS`` a file has by its first bytes. Raises :class:`CheckpointError` for another one."""
     with open_regular(path) as file:
         head = file.read(12)
     if head.startswith(SIGNATURE):
-        return _of_png(path, most)
-    if head.startswith(b"\xff\xd8") or (head.startswith(b"RIFF") and head.endswith(b"WEBP")):
-        return _of_other(path, most)
+        return "PNG"
+    if head.startswith(b"\xff\xd8"):
+        return "JPEG"
+    if head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        return "WEBP"
     raise CheckpointError(f"{os.fspath(path)}: carries no recipe; it is not a PNG, JPEG or WebP file")
+
+
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """Return the suffix of a file in lower case, or one of its format's if it has another one's."""
+    own, kind = os.path.splitext(os.fspath(path))[1].lower(), format_of(path)
+    return own if FORMATS.get(own) == kind else next(suffix for suffix, name in FORMATS.items() if name == kind)
 
 
 def _of_png(path: str | os.PathLike[str], most: int) -> dict[str, str]:

@@ -390,6 +390,18 @@ def test_a_replay_gives_the_same_file(suffix: str, tmp_path: Path, capsys: pytes
     assert PARAMETERS in metadata.texts_of(path, 2**20)
 
 
+@pytest.mark.parametrize("name", ["a", "a.png", "a.JPE", "a.dat"])
+def test_a_replay_is_written_in_the_format_that_the_file_has(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever its name is: a JPEG beside a PNG of the same pixels would be called another picture."""
+    assert cli.main(["generate", "a red star", *SMALL, "--out", str(tmp_path / "b.jpg")]) == 0
+    path = (tmp_path / "b.jpg").rename(tmp_path / name)
+    assert cli.main(["replay", str(path), "--quiet"]) == 0
+    assert f"{name}: the same file again, byte for byte" in capsys.readouterr().err
+    assert metadata.suffix_of(path) == ".jpg"
+
+
 def test_a_replay_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, again = tmp_path / "a.png", tmp_path / "again.png"
     assert cli.main(["generate", "a red star", *SMALL, "--out", str(path)]) == 0
