@@ -30,7 +30,7 @@ from weights_convert.configs_out import class_of, config_json
 from weights_convert.engine import Module, expand, restore
 from weights_convert.folder import rewrite
 from weights_convert.report import Report
-from weights_convert.tokenizer_out import tokenizer_files
+from minidiff.models.tokenizer_out import tokenizer_files
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SMALLEST_SHARD = 1000  # bytes: less is a mistake, and would fill the folder with thousands of files

@@ -13,7 +13,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
-from minidiff.cli import convert, explain, generate, info, parity, plan, probe, replay, tokens, train
+from minidiff.cli import convert, explain, export, generate, info, parity, plan, probe, replay, tokens, train
 from minidiff.config import quote
 from minidiff.console import Parser, guard, open_standard_streams
 from minidiff.console.spelling import near
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[[Namespace], int | None]] = {
     "replay": replay.run,
     "info": info.run,
     "convert": convert.run,
+    "export": export.run,
     "plan": plan.run,
     "train": train.run,
     "probe": probe.run,
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"minidiff {VERSION}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     top.epilog = "`minidiff COMMAND --help` explains a command."
-    added = (generate, explain, replay, info, convert, plan, train, parity, probe, tokens)
+    added = (generate, explain, replay, info, convert, export, plan, train, parity, probe, tokens)
     for add in (command.add for command in added):
         add(commands)
     for command in commands.choices.values():

@@ -55,7 +55,7 @@ class CLIPText(nn.Module):
         # The first end token: if a prompt is padded with end tokens, the later ones are padding.
         token = self.config.end_token
         end = (ids.int() if token is None else (ids == token).int()).argmax(dim=-1)
-        pooled = final[torch.arange(len(ids), device=ids.device), end]
+        pooled = final[torch.arange(ids.shape[0], device=ids.device), end]
         last = self.norm(states[-1 - skip]) if skip else final
         return TextOutput(last, states[-2 - skip], self.projection(pooled))
 

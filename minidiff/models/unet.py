@@ -53,7 +53,7 @@ class WayDown(nn.Module):
         temb: Tensor = self.time(code.to(x.dtype), guidance)
         if self.added is not None and added is not None:
             pooled, ids = added
-            sizes = sinusoid(ids.flatten(), c.added_sinusoid).reshape(len(pooled), -1)
+            sizes = sinusoid(ids.flatten(), c.added_sinusoid).reshape(pooled.shape[0], -1)
             temb = temb + self.added(torch.cat([pooled.to(temb.dtype), sizes.to(temb.dtype)], dim=-1))
         return temb
 

@@ -47,7 +47,7 @@ from tests.support.tiny import DDPM, SD, redraw, tiny_sd
 from weights_convert.configs_out import config_json
 from weights_convert.engine import Form, Pair, restore, translate
 from weights_convert.export_folder import shard_size, write_weights
-from weights_convert.tokenizer_out import tokenizer_files
+from minidiff.models.tokenizer_out import tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -42,6 +42,7 @@ LAYERS: dict[str, int] = {
     "minidiff.adapters.control": 5,
     "minidiff.fast": 6,
     "minidiff.parity": 7,
+    "minidiff.export": 7,
     "minidiff.training": 7,
     "minidiff": 8,  # the public names, gathered from everything below
     "weights_convert": 9,

@@ -1,0 +1,247 @@
+"""``minidiff parity MODEL --against``: an export, or another variant of the networks, held against the model.
+
+Each network is compared alone on random inputs: layer by layer where that is possible (torch.export keeps the modules;
+of an ONNX graph the values behind each module are outputs of the run; of an AOTInductor package only the outputs can be
+seen), and then the whole pipeline runs on the other networks, from the prompt to the pixels, beside the model's own.
+
+A variant is a function, ``MODULE:FUNCTION``, that takes the pipeline and returns networks by the names of the parts
+that they replace: quantised, compiled, or written anew.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.config import check
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.export.manifest import Export, open_export
+from minidiff.export.onnx_layers import Layers
+from minidiff.export.programs import SIZES, Program, Tensors, programs
+from minidiff.export.stand_ins import standing_in
+from minidiff.parity.engine import Row, find
+from minidiff.parity.names import module_names
+from minidiff.parity.ours import Asked, Ours
+from minidiff.parity.report import Report
+from minidiff.parity.taps import INPUT, Probe, Tap, in_float64
+from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.storage.reading import read_object
+
+Pipe = StableDiffusion | Unconditional
+Tell = Callable[[str], None]
+Names = Mapping[str, Mapping[str, str]]
+"""part -> module's name in minidiff -> its name in the variant."""
+
+
+@dataclass
+class Network:
+    """A program's network as a side, the outputs of its modules shown by ``names`` (its own -> the stage's). The inputs
+    are not: an export may pass them in another order."""
+
+    title: str
+    program: Program
+    module: nn.Module
+    inputs: Tensors
+    names: Mapping[str, str]
+
+    @torch.no_grad()
+    def run(self, tap: Tap) -> None:
+        """Call the network once."""
+        probe = Probe(lambda stage, value: value if stage.endswith(INPUT) else tap(stage, value))
+        wide = any(p.dtype == torch.float64 for p in self.module.parameters())
+        given = {name: x.double() if wide and x.is_floating_point() else x for name, x in self.inputs.items()}
+        with probe.watch(self.module, self.names):
+            found = self.program.named(self.module(**given))
+        _show(probe, found)
+
+    def wide(self) -> AbstractContextManager[None]:
+        """Return a context in which the network is in float64."""
+        return in_float64([self.module])
+
+
+@dataclass
+class Outside:
+    """A program that runs outside of torch as a side: it can be looked at, but not be given other values."""
+
+    title: str
+    call: Callable[[], tuple[Tensors, Tensors]]
+
+    def run(self, tap: Tap) -> None:
+        """Run it once, and show its layers and its outputs."""
+        layers, outputs = self.call()
+        probe = Probe(tap)
+        for name, value in layers.items():
+            probe.show(name, value)
+        _show(probe, outputs)
+
+    def wide(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+
+def _show(probe: Probe, outputs: Tensors) -> None:
+    for name, value in outputs.items():
+        probe.show(f"output {name}", value)
+
+
+def against(
+    pipe: Pipe, other: str, request: Asked, tolerance: float | None = None, names: Names | None = None,
+    judge: bool = True, tell: Tell = lambda text: None,
+) -> Report:  # fmt: skip
+    """Compare ``pipe`` with ``other``: the folder of an export, or ``MODULE:FUNCTION``.
+
+    ``tolerance``: largest difference of a stage, of its largest value; None: the bound of the export's format, for a
+    variant 0. ``names``: those of a variant's modules, where they differ. Raises :class:`CheckpointError` for a folder
+    that is no export of this model, and :class:`ConfigError` for a function that is not there.
+    """
+    if _is_function(other):
+        parts, title = _variant(pipe, other), other
+        mine = programs(pipe.config, pipe.parts)
+        theirs = programs(pipe.config, {**pipe.parts, **parts})
+        bound = tolerance or 0.0
+        pairs = zip(mine, theirs, strict=True)
+        found = [_networks(a, b.module, names or {}, other, bound, judge, tell) for a, b in pairs if _part(a) in parts]
+        replaced: Any = type(pipe)(pipe.config, {**pipe.parts, **parts}, pipe.hash)
+    else:
+        export = open_export(other, pipe.identity)
+        bound, title = export.bound if tolerance is None else tolerance, f"{other} ({export.to})"
+        mine = export.programs_of(pipe.config, pipe.parts)
+        found = [_exported(export, program, title, bound, judge, tell) for program in mine]
+        replaced = standing_in(pipe, {program.name: export.runner(program) for program in mine})
+    found.append(_runs(pipe, replaced, request, title, bound, tell))
+    rows, only_a, only_b = ([x for part in column for x in part] for column in zip(*found, strict=True))
+    return Report("minidiff", title, rows, bound, only_a, only_b)
+
+
+Found = tuple[list[Row], list[str], list[str]]
+
+
+def _exported(export: Export, program: Program, title: str, bound: float, judge: bool, tell: Tell) -> Found:
+    if export.to == "torch":
+        opened = torch.export.unflatten(torch.export.load(export.path(program.name)))
+        return _networks(program, opened, {}, title, bound, judge, tell)
+    inputs = program.example(*SIZES[0], seed=1)
+    names: Mapping[str, str] = {}
+    if export.to == "onnx":
+        layers = Layers(export.path(program.name), program, module_names(program.module))
+        names = layers.names
+        other = Outside(title, lambda: layers.run(inputs))
+    else:
+        runner = export.runner(program)
+        other = Outside(title, lambda: ({}, runner(inputs)))
+    mine = Network("minidiff", program, program.module, inputs, {name: name for name in names})
+    return _within(program.name, find(mine, _Once(other), bound, judge=False, tell=tell), local=False)
+
+
+def _networks(
+    program: Program, module: nn.Module, names: Names, title: str, bound: float, judge: bool, tell: Tell
+) -> Found:
+    """Compare two networks that torch runs, layer by layer."""
+    prefix = next(name for name, _ in program.module.named_children())
+    told = {f"{prefix}.{a}": f"{prefix}.{b}" for a, b in names.get(_part(program), {}).items()}
+    have = set(module_names(module))
+    for theirs in told.values():
+        check(theirs in have, f"names: {title} has no module {theirs.removeprefix(prefix + '.')!r}")
+    pairs = told or {name: name for name in module_names(program.module) if name in have}
+    inputs = program.example(*SIZES[0], seed=1)
+    a = Network("minidiff", program, program.module, inputs, {x: x for x in pairs})
+    b = Network(title, program, module, inputs, {y: x for x, y in pairs.items()})
+    return _within(program.name, find(a, b, bound, judge=judge, tell=tell))
+
+
+def _part(program: Program) -> str:
+    return "vae" if program.name.startswith("vae_") else program.name
+
+
+class _Once:
+    """A side whose values can't be replaced: it is run once, and what it showed is shown again."""
+
+    def __init__(self, inner: Outside) -> None:
+        self.title, self.inner = inner.title, inner
+        self.tape: list[tuple[str, Tensor]] = []
+
+    def run(self, tap: Tap) -> None:
+        """Show every stage."""
+        if not self.tape:
+            self.inner.run(lambda stage, value: self.tape.append((stage, value)) or value)  # type: ignore[func-returns-value]
+        for stage, value in self.tape:
+            tap(stage, value)
+
+    def wide(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+
+def _within(name: str, found: Found, local: bool = True) -> Found:
+    """Return rows and stages under the name of their program; without ``local`` no differences on equal inputs, which
+    what runs outside of torch does not have."""
+    rows, only_a, only_b = found
+    rows = [replace(row, stage=f"{name}/{row.stage}", local=row.local if local else None) for row in rows]
+    return rows, [f"{name}/{stage}" for stage in only_a], [f"{name}/{stage}" for stage in only_b]
+
+
+def _runs(pipe: Pipe, other: Pipe, request: Asked, title: str, bound: float, tell: Tell) -> Found:
+    """Compare whole runs, without layers."""
+    none: Names = {part: {} for part in pipe.parts}
+    a, b = (Ours(one, request, none, lambda scope: False, name) for one, name in ((pipe, "minidiff"), (other, title)))
+    return find(a, b, bound, judge=False, tell=tell)
+
+
+def _is_function(other: str) -> bool:
+    module, colon, name = other.rpartition(":")
+    return (
+        bool(colon)
+        and name.isidentifier()
+        and not os.path.lexists(other)
+        and all(part.isidentifier() for part in module.split("."))
+    )
+
+
+def _variant(pipe: Pipe, other: str) -> dict[str, nn.Module]:
+    """Call the function that makes a variant. Raises :class:`ConfigError` if it is not there, or returns other
+    things."""
+    module, _, name = other.rpartition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as e:
+        raise ConfigError(f"--against {other}: {e}; it is looked for in this folder and where Python looks") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    check(callable(function), f"--against {other}: {module} has no function {name}")
+    parts = function(pipe)  # type: ignore[misc]
+    known = (
+        isinstance(parts, Mapping)
+        and bool(parts)
+        and all(name in pipe.parts and isinstance(part, nn.Module) for name, part in parts.items())
+    )
+    check(known, f"--against {other}: it should return networks by the names of parts: {', '.join(pipe.parts)}")
+    return dict(parts)
+
+
+def read_names(path: str | None) -> Names | None:
+    """Read a JSON file with the names of a variant's modules. Raises :class:`CheckpointError` for another content."""
+    if path is None:
+        return None
+    found = read_object(Path(path))
+    for part, names in found.items():
+        texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+        if not texts:
+            raise CheckpointError(f"{path}: {part!r} should be an object of names, minidiff's to the variant's")
+    return found
+
+
+def run(args: Namespace, pipe: Pipe, request: Asked, tell: Tell) -> Report:
+    """Run the command on an opened model."""
+    tolerance = args.tolerance or None
+    return against(pipe, args.against, request, tolerance, read_names(args.names), args.judge, tell)

@@ -1,0 +1,125 @@
+"""The manifest of an export: what lies in the folder, of which model it is, and how near to it each program was.
+
+    {"format": "minidiff export 1", "to": "onnx", "family": ..., "model": identity, "minidiff": ..., "torch": ...,
+     "config": {...}, "scaling_factor": ..., "factor": ...,
+     "programs": {"unet": {"file": "unet.onnx", "inputs": {"x": ["batch", 4, "height", "width"], ...},
+                           "outputs": ["out"], "bound": 5e-05, "measured": 4.1e-07}, ...},
+     "plans": ["plans/pndm-50.json"], "files": {"unet.onnx": sha256, ...}}
+
+``bound``: the largest difference from the model that an export may have, of the output's largest value; ``measured``:
+the one that it had, on random inputs of several sizes. A file whose hash differs is not opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minidiff.config import ModelConfig
+from minidiff.errors import CheckpointError
+from minidiff.export.formats import BOUNDS, Runner, reading
+from minidiff.export.programs import Program, programs
+from minidiff.storage.reading import read_object
+
+FORMAT = "minidiff export 1"
+NAME = "manifest.json"
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Export:
+    """An export that was opened. ``bound``: largest difference from the model, of an output's largest value."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def to(self) -> str:
+        """Format of the programs: "torch", "onnx" or "aoti"."""
+        return str(self.manifest["to"])
+
+    @property
+    def bound(self) -> float:
+        return BOUNDS[self.to].relative
+
+    def path(self, program: str) -> Path:
+        """Return the file of a program."""
+        return self.folder / str(self.manifest["programs"][program]["file"])
+
+    def runner(self, program: Program) -> Runner:
+        """Return a function that runs a program. Raises :class:`CheckpointError` for a damaged file."""
+        return reading(self.to, program, self.path(program.name))
+
+    def programs_of(self, config: ModelConfig, parts: Mapping[str, nn.Module]) -> list[Program]:
+        """Return the programs of the model that this is an export of."""
+        found = programs(config, parts)
+        names = [program.name for program in found]
+        if names != list(self.manifest["programs"]):
+            has = ", ".join(self.manifest["programs"])
+            raise CheckpointError(f"{self.folder}: an export of {has}; the model has {', '.join(names)}")
+        return found
+
+
+def open_export(folder: str | Path, identity: str | None = None) -> Export:
+    """Open an export and check its files. ``identity``: that of the model that it has to be of.
+
+    Raises :class:`CheckpointError` for a folder that is no export, of another version or model, or changed since.
+    """
+    folder = Path(folder)
+    path = folder / NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no export: there is no {NAME} in it; `minidiff export` writes one")
+    found = read_object(path)
+    if found.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format={found.get('format')!r}, and {FORMAT!r} is read; export the model again")
+    try:
+        export = Export(folder, found)
+        to, of, listed = export.to, str(found["model"]), dict(found["files"])
+        files = [str(entry["file"]) for entry in found["programs"].values()]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise CheckpointError(f"{path}: entries are missing or of another kind; export the model again") from None
+    if to not in BOUNDS:
+        raise CheckpointError(f"{path}: to={to!r}; known are {', '.join(BOUNDS)}")
+    if identity is not None and of != identity:
+        raise CheckpointError(
+            f"{folder}: an export of another model, {of} ({found.get('family')}), and this one is {identity}"
+        )
+    for name in {*listed, *files}:
+        _check(folder, name, listed.get(name))
+    return export
+
+
+def _check(folder: Path, name: str, known: Any) -> None:
+    """Raise :class:`CheckpointError` unless the file is one of the folder, with the hash that the manifest tells."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+        raise CheckpointError(f"{path}: is missing; export the model again")
+    if digest(path) != known:
+        raise CheckpointError(f"{path}: its content is not what {NAME} tells; export the model again")
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, as hex digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the hashes of all files in a folder and those below it, by their paths."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a new JSON file, with its folder."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
