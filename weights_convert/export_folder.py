@@ -18,6 +18,7 @@ from typing import Any
 from minidiff.config import CLIPTextConfig, ModelConfig
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.clip import rows
+from minidiff.models.tokenizer_out import tokenizer_files
 from minidiff.samplers import sampler_from_config
 from minidiff.samplers.diffusers.classes import READERS
 from minidiff.samplers.diffusers.config import passed_to_call, sampler_to_diffusers
@@ -30,7 +31,6 @@ from weights_convert.configs_out import class_of, config_json
 from weights_convert.engine import Module, expand, restore
 from weights_convert.folder import rewrite
 from weights_convert.report import Report
-from minidiff.models.tokenizer_out import tokenizer_files
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SMALLEST_SHARD = 1000  # bytes: less is a mistake, and would fill the folder with thousands of files

@@ -28,6 +28,8 @@ examples:
   minidiff parity ./stable-diffusion-v1-5
   minidiff parity ./stable-diffusion-v1-5 --sampler euler --steps 8 --size 512x512 --html report.html
   minidiff parity ./stable-diffusion-inpainting --image room.png --mask wall.png
+  minidiff parity sd15.safetensors --against ./sd15-onnx
+  minidiff parity sd15.safetensors --against my_variants:quantised --tolerance 0.02
   minidiff parity record sd15.safetensors ours.safetensors
   minidiff parity compare ours.safetensors yours.safetensors --tolerance 1e-5
 
@@ -87,6 +89,17 @@ def add(commands: Any) -> None:
         dest="judge",
         action="store_false",
         help="do not run both in float64 where they differ (twice the memory), to tell rounding from a fault",
+    )
+    g.add_argument(
+        "--against",
+        metavar="WHAT",
+        help="instead of diffusers: the folder of an export, or MODULE:FUNCTION, which takes the pipeline and returns "
+        "networks by the names of the parts that they replace",
+    )
+    g.add_argument(
+        "--names",
+        metavar="FILE.json",
+        help='--against a function: names of its modules, {"unet": {"conv_in": "its name", ...}} (default: the same)',
     )
     _add_record(commands)
     _add_compare(commands)
@@ -227,4 +240,8 @@ def run(args: Namespace) -> int:
     check_there(args)
     device = device_of(args.device)
     assert device is not None
+    if args.command == "parity" and args.against is not None:
+        from minidiff.export import against
+
+        return against.run(args, converter, device)
     return run(args, converter, device)

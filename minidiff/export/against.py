@@ -14,8 +14,8 @@ import importlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
 from minidiff.export.programs import SIZES, Program, Tensors, programs
 from minidiff.export.stand_ins import standing_in
-from minidiff.parity.engine import Row, find
+from minidiff.parity.command import DTYPES, Converter, about_run, request_of, teller
+from minidiff.parity.compare_command import show, writable
+from minidiff.parity.engine import find
 from minidiff.parity.names import module_names
 from minidiff.parity.ours import Asked, Ours
 from minidiff.parity.report import Report
-from minidiff.parity.taps import INPUT, Probe, Tap, in_float64
+from minidiff.parity.rows import INPUT, Row
+from minidiff.parity.taps import Probe, Tap, in_float64
 from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.samplers import check_name, sampler_from_config
 from minidiff.storage.reading import read_object
 
 Pipe = StableDiffusion | Unconditional
@@ -95,7 +99,7 @@ def _show(probe: Probe, outputs: Tensors) -> None:
 
 
 def against(
-    pipe: Pipe, other: str, request: Asked, tolerance: float | None = None, names: Names | None = None,
+    pipe: Pipe, other: str | Export, request: Asked, tolerance: float | None = None, names: Names | None = None,
     judge: bool = True, tell: Tell = lambda text: None,
 ) -> Report:  # fmt: skip
     """Compare ``pipe`` with ``other``: the folder of an export, or ``MODULE:FUNCTION``.
@@ -104,7 +108,7 @@ def against(
     variant 0. ``names``: those of a variant's modules, where they differ. Raises :class:`CheckpointError` for a folder
     that is no export of this model, and :class:`ConfigError` for a function that is not there.
     """
-    if _is_function(other):
+    if isinstance(other, str) and _is_function(other):
         parts, title = _variant(pipe, other), other
         mine = programs(pipe.config, pipe.parts)
         theirs = programs(pipe.config, {**pipe.parts, **parts})
@@ -113,8 +117,9 @@ def against(
         found = [_networks(a, b.module, names or {}, other, bound, judge, tell) for a, b in pairs if _part(a) in parts]
         replaced: Any = type(pipe)(pipe.config, {**pipe.parts, **parts}, pipe.hash)
     else:
-        export = open_export(other, pipe.identity)
-        bound, title = export.bound if tolerance is None else tolerance, f"{other} ({export.to})"
+        export = other if isinstance(other, Export) else open_export(other)
+        export.require(pipe.identity)
+        bound, title = export.bound if tolerance is None else tolerance, f"{export.folder} ({export.to})"
         mine = export.programs_of(pipe.config, pipe.parts)
         found = [_exported(export, program, title, bound, judge, tell) for program in mine]
         replaced = standing_in(pipe, {program.name: export.runner(program) for program in mine})
@@ -152,11 +157,29 @@ def _networks(
     have = set(module_names(module))
     for theirs in told.values():
         check(theirs in have, f"names: {title} has no module {theirs.removeprefix(prefix + '.')!r}")
-    pairs = told or {name: name for name in module_names(program.module) if name in have}
     inputs = program.example(*SIZES[0], seed=1)
+    pairs = told or {name: name for name in module_names(program.module) if name in have}
+    single = _single(module, inputs, pairs.values())
+    pairs = {x: y for x, y in pairs.items() if y in single}
     a = Network("minidiff", program, program.module, inputs, {x: x for x in pairs})
     b = Network(title, program, module, inputs, {y: x for x, y in pairs.items()})
     return _within(program.name, find(a, b, bound, judge=judge, tell=tell))
+
+
+@torch.no_grad()
+def _single(module: nn.Module, inputs: Tensors, names: Iterable[str]) -> set[str]:
+    """Return those modules that return one tensor. A block that adds to a list of skips has none in an export, where
+    the skips are further outputs."""
+    found: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda part, args, out: found.add(name) if isinstance(out, Tensor) else None
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(module.get_submodule(name).register_forward_hook(note(name)).remove)
+        module(**inputs)
+    return found
 
 
 def _part(program: Program) -> str:
@@ -229,10 +252,8 @@ def _variant(pipe: Pipe, other: str) -> dict[str, nn.Module]:
     return dict(parts)
 
 
-def read_names(path: str | None) -> Names | None:
+def read_names(path: str) -> Names:
     """Read a JSON file with the names of a variant's modules. Raises :class:`CheckpointError` for another content."""
-    if path is None:
-        return None
     found = read_object(Path(path))
     for part, names in found.items():
         texts = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
@@ -241,7 +262,15 @@ def read_names(path: str | None) -> Names | None:
     return found
 
 
-def run(args: Namespace, pipe: Pipe, request: Asked, tell: Tell) -> Report:
-    """Run the command on an opened model."""
-    tolerance = args.tolerance or None
-    return against(pipe, args.against, request, tolerance, read_names(args.names), args.judge, tell)
+def run(args: Namespace, converter: Converter, device: torch.device) -> int:
+    """Compare what ``--against`` names with a checkpoint; print the report, return the exit status."""
+    html, tell = writable(args.html, args), teller(args.quiet)
+    other = args.against if _is_function(args.against) else open_export(args.against)
+    names = None if args.names is None else read_names(args.names)
+    pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
+    request = request_of(args, pipe, converter)
+    if args.sampler is not None:
+        request = replace(request, sampler=sampler_from_config({"name": check_name(args.sampler, settable=False)}))
+    report = against(pipe, other, request, args.tolerance or None, names, args.judge, tell)
+    about = {"model": f"{args.checkpoint} ({pipe.config.family})", **about_run(pipe, request, args)}
+    return show(replace(report, about=about), args, html)

@@ -56,6 +56,12 @@ class Export:
         """Return a function that runs a program. Raises :class:`CheckpointError` for a damaged file."""
         return reading(self.to, program, self.path(program.name))
 
+    def require(self, identity: str) -> None:
+        """Raise :class:`CheckpointError` unless this is an export of the model with that identity."""
+        if self.manifest["model"] != identity:
+            of = f"{self.manifest['model']} ({self.manifest.get('family')})"
+            raise CheckpointError(f"{self.folder}: an export of another model, {of}, and this one is {identity}")
+
     def programs_of(self, config: ModelConfig, parts: Mapping[str, nn.Module]) -> list[Program]:
         """Return the programs of the model that this is an export of."""
         found = programs(config, parts)
@@ -66,10 +72,10 @@ class Export:
         return found
 
 
-def open_export(folder: str | Path, identity: str | None = None) -> Export:
-    """Open an export and check its files. ``identity``: that of the model that it has to be of.
+def open_export(folder: str | Path) -> Export:
+    """Open an export and check its files.
 
-    Raises :class:`CheckpointError` for a folder that is no export, of another version or model, or changed since.
+    Raises :class:`CheckpointError` for a folder that is no export, of another version, or changed since.
     """
     folder = Path(folder)
     path = folder / NAME
@@ -80,16 +86,12 @@ def open_export(folder: str | Path, identity: str | None = None) -> Export:
         raise CheckpointError(f"{path}: format={found.get('format')!r}, and {FORMAT!r} is read; export the model again")
     try:
         export = Export(folder, found)
-        to, of, listed = export.to, str(found["model"]), dict(found["files"])
+        to, listed, _ = export.to, dict(found["files"]), str(found["model"])
         files = [str(entry["file"]) for entry in found["programs"].values()]
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{path}: entries are missing or of another kind; export the model again") from None
     if to not in BOUNDS:
         raise CheckpointError(f"{path}: to={to!r}; known are {', '.join(BOUNDS)}")
-    if identity is not None and of != identity:
-        raise CheckpointError(
-            f"{folder}: an export of another model, {of} ({found.get('family')}), and this one is {identity}"
-        )
     for name in {*listed, *files}:
         _check(folder, name, listed.get(name))
     return export

@@ -70,10 +70,10 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
     if not os.path.exists(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint}: no such file or folder")
     theirs.import_diffusers()  # before opening a large model
-    tell = _teller(args.quiet)
+    tell = teller(args.quiet)
     with tempfile.TemporaryDirectory() as beside:
         pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
-        request = replace(_request(args, pipe, converter), draw_like_diffusers=True)
+        request = replace(request_of(args, pipe, converter), draw_like_diffusers=True)
         folder = _folder(args.checkpoint, Path(beside) / "folder", converter, tell)
         reference = theirs.open_pipeline(folder, DTYPES[args.dtype], device)
         if request.image is not None:
@@ -94,7 +94,7 @@ def parity(args: Namespace, converter: Converter, device: torch.device) -> int:
         pairs = pair(Ours(pipe, request).parts, reference, tables)
         for block in controls.apart(request.controls or (), pipe.unet.config):
             del pairs["unet"][block]
-        about = {"model": f"{args.checkpoint} ({pipe.config.family})", **_about(pipe, request, args)}
+        about = {"model": f"{args.checkpoint} ({pipe.config.family})", **about_run(pipe, request, args)}
         report = hold(pipe, reference, request, pairs, args, tell)
     return show(replace(report, about=about), args, html)
 
@@ -144,7 +144,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
     out = writable(args.out, args)
     assert out is not None
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
-    request = _request(args, pipe, converter)
+    request = request_of(args, pipe, converter)
     if args.sampler is not None:
         name = check_name(args.sampler, settable=False)
         request = replace(request, sampler=sampler_from_config({"name": name}))
@@ -189,7 +189,7 @@ def run_of(pipe: Pipe, request: Asked) -> dict[str, Any]:
     }
 
 
-def _request(args: Namespace, pipe: Pipe, converter: Converter) -> Asked:
+def request_of(args: Namespace, pipe: Pipe, converter: Converter) -> Asked:
     """Return the requested run. Raises :class:`ConfigError` for options that an unconditional model does not take."""
     found = {name: getattr(args, name) for name in TAKEN if getattr(args, name) is not None}
     found["eta"] = getattr(pipe.sampler(None), "eta", 0.0)
@@ -210,7 +210,7 @@ def _request(args: Namespace, pipe: Pipe, converter: Converter) -> Asked:
     return asked(args.prompt or PROMPT, **{**found, "width": width, "height": height, **start})
 
 
-def _about(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
+def about_run(pipe: Pipe, r: Asked, args: Namespace) -> dict[str, str]:
     """Describe the run in a few words, for the report."""
     sampler = sampler_to_config(pipe.sampler(r.sampler))["name"]
     run = f"{r.steps} steps of {sampler}, seed {r.seed}"
@@ -242,5 +242,5 @@ def _folder(checkpoint: str, beside: Path, converter: Converter, tell: Callable[
     return str(beside)
 
 
-def _teller(quiet: bool) -> Callable[[str], None]:
+def teller(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else say

@@ -16,7 +16,7 @@ def command(program: str, optimize: str = "-O2") -> list[str]:
     libraries = Path(torch.__file__).parent / "lib"
     flags = ["-std=c++20", optimize, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     includes = [word for path in include_paths() for word in ("-isystem", path)]
-    link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    link = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     return [get_cpp_compiler(), *flags, *includes, str(Path(__file__).parent / "draw.cpp"), "-o", program, *link]
 
 

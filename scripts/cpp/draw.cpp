@@ -3,8 +3,7 @@
 //     draw DIR PLAN.json IDS.txt OUT.ppm [SEED] [GUIDANCE] [WIDTHxHEIGHT] [LATENTS.bin]
 //
 // IDS.txt holds the token ids of the negative prompt and of the prompt, equally many. PLAN.json is one of DIR/plans. The
-// picture is written as PPM; LATENTS.bin, if it is named, gets the finished latents as raw float32. For models with one
-// text encoder: Stable Diffusion 1 and 2, and minidiff's own. build.py beside this file compiles it.
+// picture is written as PPM, and the latents as raw float32. For models with one text encoder; build.py compiles it.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>

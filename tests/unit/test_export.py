@@ -38,6 +38,7 @@ from minidiff.config import (
     text,
 )
 from minidiff.models.tokenizer_files import tokenizer_config
+from minidiff.models.tokenizer_out import tokenizer_files
 from minidiff.pipeline import random_model
 from minidiff.storage import checkpoint
 from minidiff.storage.files import TensorFile, lazy, write_tensors
@@ -47,7 +48,6 @@ from tests.support.tiny import DDPM, SD, redraw, tiny_sd
 from weights_convert.configs_out import config_json
 from weights_convert.engine import Form, Pair, restore, translate
 from weights_convert.export_folder import shard_size, write_weights
-from minidiff.models.tokenizer_out import tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[2]
 

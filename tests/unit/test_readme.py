@@ -238,6 +238,7 @@ PAGES = {
     "minidiff/fast/README.md": Page(
         said={"fast.restore(sd)  # the plain model, bit for bit": quick, "guidance_interval=(0.2, 0.8)": shown},
     ),
+    "minidiff/export/README.md": Page({"sd15.safetensors": minidiff_file}),
     "minidiff/training/README.md": Page(),
     "weights_convert/README.md": Page({"stable-diffusion-v1-5": diffusers_folder}),
     "CONTRIBUTING.md": Page(said={"latents = sd.generate(": own_sampler, "layers = put_on(": own_switch}),

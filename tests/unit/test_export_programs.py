@@ -1,0 +1,207 @@
+"""Exports of a model's networks: equal programs, complete folders, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from minidiff import CheckpointError, ConfigError, UnsupportedError
+from minidiff.export import export, formats, open_export
+from minidiff.export.against import against
+from minidiff.export.formats import BOUNDS, measured, traced
+from minidiff.export.programs import SIZES, programs
+from minidiff.models.tokenizer_files import tokenizer_config
+from minidiff.parity.ours import asked
+from minidiff.pipeline import StableDiffusion
+from tests.support.command import Run, one_error
+from tests.support.export_models import FAMILIES, MINI
+from tests.support.tiny import drawn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_programs_are_equal_to_the_networks(family: str) -> None:
+    """At every batch and size, also those that the program was not made from."""
+    pipe = drawn(FAMILIES[family], 3)
+    found = programs(pipe.config, pipe.parts)
+    if family in ("inpainting", "lcm", "sd2"):  # their other parts are those of sd1
+        found = [p for p in found if p.name == "unet" or (family == "sd2" and p.name == "text_encoder")]
+    elif family == "taesd":
+        found = [p for p in found if p.name.startswith("vae")]
+    assert found
+    for program in found:
+        module = traced(program).module()
+        assert measured(program, lambda inputs, m=module, p=program: p.named(m(**inputs))) == 0, program.name
+
+
+@pytest.fixture(scope="module")
+def mini() -> StableDiffusion:
+    pipe = drawn(MINI, 1)
+    assert isinstance(pipe, StableDiffusion)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def made(mini: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the mini model, and its file, which no test changes."""
+    folder = tmp_path_factory.mktemp("export")
+    mini.save(folder / "mini.safetensors")
+    export(mini, folder / "out", plans=[("euler", 3), ("pndm", 2)])
+    return folder / "out"
+
+
+def test_the_folder_has_all_that_a_caller_needs(mini: StableDiffusion, made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    assert list(manifest["programs"]) == ["unet", "vae_encoder", "vae_decoder", "text_encoder"]
+    assert manifest["programs"]["unet"]["inputs"]["x"] == {"axes": ["batch", 4, "height", "width"], "dtype": "float32"}
+    assert manifest["programs"]["text_encoder"]["inputs"]["ids"] == {"axes": ["batch", "length"], "dtype": "int64"}
+    assert manifest["programs"]["unet"]["measured"] == manifest["programs"]["unet"]["bound"] == 0
+    assert (manifest["model"], manifest["factor"]) == (mini.identity, 2)
+    assert manifest["scaling_factor"] == mini.vae.config.scaling_factor
+    assert {"unet.pt2", "schedule.json", "tokenizer/vocab.json", "plans/euler-3.json"} < manifest["files"].keys()
+    assert tokenizer_config(made / "tokenizer") == mini.config.tokenizer
+    plan = json.loads((made / manifest["plans"][0]).read_text())
+    assert [row["timestep"] for row in plan["rows"]] == [999, 499.5, 0]
+    alpha_bar = torch.tensor(json.loads((made / "schedule.json").read_text())["alpha_bar"])
+    assert torch.equal(alpha_bar, mini.schedule.alphas_cumprod)
+
+
+def test_what_was_exported_runs_a_whole_pipeline(mini: StableDiffusion, made: Path) -> None:
+    report = against(mini, str(made), asked("a star", steps=2, height=16, width=16))
+    assert report.equal
+    stages = [row.stage for row in report.rows]
+    assert {"unet/unet.down.0.res.0.conv1", "vae_decoder/vae.decoder.conv_out", "step.1/x", "decode/pixels"} < {*stages}
+    assert len(stages) > 200
+
+
+def test_a_changed_weight_is_found(mini: StableDiffusion, made: Path) -> None:
+    weight = mini.unet.up[1].res[0].conv1.weight
+    kept = weight.clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0, 0, 0] += 0.1
+        mini.source = open_export(made).manifest["model"]  # as if nobody knew
+        report = against(mini, str(made), asked("a star", steps=1, height=16, width=16), judge=False)
+    finally:
+        mini.source = ""
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert report.first is not None
+    assert report.first.stage == "unet/unet.up.1.res.0.conv1"
+
+
+@pytest.mark.parametrize(
+    "what", ["a hash", "a missing file", "a path outside", "a format", "a kind", "no manifest", "an entry"]
+)
+def test_a_folder_that_was_changed_is_refused(made: Path, tmp_path: Path, what: str) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    for name in ("unet.pt2", "vae_encoder.pt2", "vae_decoder.pt2", "text_encoder.pt2"):
+        os.link(made / name, tmp_path / name)
+    words = {"a hash": "its content is not what manifest.json tells", "a missing file": r"decoder.pt2: is missing"}
+    words |= {"a path outside": "is missing", "a format": "format='minidiff export 2'", "a kind": "to='tflite'"}
+    words |= {"no manifest": "no export: there is no manifest.json", "an entry": "entries are missing"}
+    manifest["files"] = {
+        name: hash for name, hash in manifest["files"].items() if "/" not in name and name != "schedule.json"
+    }
+    if what == "a hash":
+        manifest["files"]["unet.pt2"] = "0" * 64
+    if what == "a missing file":
+        (tmp_path / "vae_decoder.pt2").unlink()
+    if what == "a path outside":
+        manifest["programs"]["unet"]["file"] = "../unet.pt2"
+    if what == "a format":
+        manifest["format"] = "minidiff export 2"
+    if what == "a kind":
+        manifest["to"] = "tflite"
+    if what == "an entry":
+        del manifest["files"]
+    if what != "no manifest":
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=words[what]):
+        open_export(tmp_path)
+
+
+def test_an_export_of_another_model(made: Path, run: Run) -> None:
+    one_error(run("parity", "text", "--against", made), "an export of another model", "(tiny sd)")
+    one_error(run("parity", "text", "--against", "nowhere"), "nowhere: no export: there is no manifest.json in it")
+    one_error(run("parity", "text", "--against", "no.such:function"), "No module named 'no'")
+
+
+def refused(pipe: Any, out: Path, words: str, kind: type[Exception], **options: Any) -> None:
+    before = sorted(out.parent.parent.rglob("*"))
+    with pytest.raises(kind, match=words):
+        export(pipe, out, **options)
+    assert sorted(out.parent.parent.rglob("*")) == before
+
+
+def test_what_cannot_be_exported_leaves_nothing(
+    mini: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    refused(mini, out, "to='tflite': known are torch, onnx, aoti", ConfigError, to="tflite")
+    refused(mini, out, "CM with clip=1.0 clamps x0", UnsupportedError, plans=[("cm", 2)])
+    refused(mini, tmp_path / "no" / "out", "the folder .* does not exist", CheckpointError)
+    half = drawn(MINI, 1).to(dtype=torch.float16)
+    refused(half, out, "the model is in float16 on cpu; an export is made of float32", ConfigError)
+    fast = drawn(MINI, 1)
+    fast.fast = ("packed",)
+    refused(fast, out, "changed by packed: load it anew", ConfigError)
+    monkeypatch.setattr(formats, "measured", lambda *given: 1e-3)
+    refused(mini, out, "unet: torch is 0.001 of the largest value from the model, beyond 0", UnsupportedError)
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    refused(mini, out, "not replaced; name a folder that is new or empty", CheckpointError)
+
+
+def test_missing_packages_and_compilers(
+    mini: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    for name in ("onnx", "onnxscript"):
+        monkeypatch.setitem(__import__("sys").modules, name, nn)
+    one_error(run("export", "text", "out", "--to", "onnx"), "--to onnx: onnxruntime", "pip install 'minidiff[export]'")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    one_error(run("export", "text", "out", "--to", "aoti"), "needs a C++ compiler", "install g++")
+    assert not (tmp_path / "out").exists()
+
+
+class Slipped(nn.GroupNorm):
+    """A norm with an eps of its own."""
+
+
+def slipped(pipe: Any) -> dict[str, nn.Module]:
+    """A variant for ``--against``: the decoder with one slip."""
+    vae = type(pipe.vae)(pipe.vae.config).requires_grad_(False)
+    vae.load_state_dict(pipe.vae.state_dict())
+    vae.decoder.mid.res2.norm1.eps = 1e-2
+    return {"vae": vae}
+
+
+def test_a_variant_is_compared_layer_by_layer(run: Run, tmp_path: Path) -> None:
+    name = f"{__name__}:slipped"
+    ended = run("parity", "text", "--against", name, "--steps", 1, "--size", "32x32", "--no-judge", "--quiet")
+    assert ended.status == 1
+    assert "first difference at vae_decoder/vae.decoder.mid.res2.norm1" in "\n".join(ended.out)
+    (tmp_path / "names.json").write_text(json.dumps({"vae": {"decoder.conv_in": "decoder.conv_inn"}}))
+    one_error(run("parity", "text", "--against", name, "--names", "names.json"), "no module 'decoder.conv_inn'")
+    (tmp_path / "names.json").write_text(json.dumps({"vae": ["decoder"]}))
+    one_error(run("parity", "text", "--against", name, "--names", "names.json"), "'vae' should be an object of names")
+    one_error(run("parity", "text", "--against", f"{__name__}:no_such"), "has no function no_such")
+
+
+def test_the_command(mini: StableDiffusion, made: Path, run: Run, tmp_path: Path) -> None:
+    ended = run("export", "plain", "out", "--plan", "ddim:3", "--quiet")
+    assert (ended.status, ended.out, ended.err) == (0, ["out"], [])
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["plans"] == ["plans/ddim-3.json"]
+    ended = run("parity", "plain", "--against", "out", "--steps", 2, "--quiet")
+    assert ended.status == 0, ended
+    one_error(run("export", "plain", "out"), "out: is a folder with files in it, which is not replaced")
+    one_error(run("export", "plain", "other", "--plan", "ddim"), "'ddim' should be SAMPLER:STEPS")
+    assert BOUNDS["torch"].relative == 0
+    assert {size[0] for size in SIZES} == {1, 2, 3}
