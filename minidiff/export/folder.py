@@ -12,6 +12,7 @@ model than its bound is an error, and leaves nothing.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,8 +71,18 @@ def export(
             _write_tokenizer(getattr(pipe.config, name), part / name)
         write_json(part / "schedule.json", _schedule(pipe.schedule, asdict(pipe.config.schedule)))
         manifest = _manifest(pipe, to, entries, [f"plans/{name}.json" for name in made])
-        write_json(part / NAME, manifest | {"files": digests(part)})
+        manifest["files"] = digests(part)
+        write_json(part / NAME, manifest)
+        _sync(part)
     return Export(Path(folder), manifest)
+
+
+def _sync(folder: Path) -> None:
+    """Flush the files of a folder to the disk, before it gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 def _check_plain(pipe: Pipe) -> None:
@@ -108,10 +119,10 @@ def _dtype(name: str) -> str:
 
 def _plans(pipe: Pipe, choices: Sequence[PlanChoice] | None) -> dict[str, Any]:
     """Return the plans as JSON, by the names of their files."""
-    own = pipe.config.sampler
-    found = {}
-    for name, steps in [(None, pipe.own_steps())] if choices is None else choices:
-        sampler: Any = sampler_from_config(own if name in (None, own["name"]) else {"name": name})
+    own, found = pipe.config.sampler, {}
+    usual = [(str(own["name"]), pipe.own_steps())] if "name" in own else []
+    for name, steps in usual if choices is None else choices:
+        sampler: Any = sampler_from_config(own if name == own.get("name") else {"name": name})
         try:
             made = table(sampler, sampler.plan(pipe.schedule, steps)).to_json()
         except UnsupportedError as e:
@@ -120,7 +131,7 @@ def _plans(pipe: Pipe, choices: Sequence[PlanChoice] | None) -> dict[str, Any]:
             warn(f"no plan is written: {e}")
             continue
         asked = {"sampler": sampler_to_config(sampler), "schedule": asdict(pipe.config.schedule)}
-        found[f"{name or own['name']}-{steps}"] = {"format": "minidiff plan 1", **asked, **made}
+        found[f"{name}-{steps}"] = {"format": "minidiff plan 1", **asked, **made}
     return found
 
 
