@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import weights_convert
-from minidiff.parity import Writer, assert_recording, goldens
+from minidiff.parity import Writer, assert_recording, automap, goldens, theirs
 from minidiff.parity.recording import Recording, read_recording
 from minidiff.parity.report import Report
+from minidiff.parity.values import open_recording
 from tests.tolerances import RECORDED
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "recorders"))
@@ -103,3 +104,34 @@ def test_named_modules_widen_bfloat16(tmp_path: Path) -> None:
     found = read_recording(tmp_path / "mine.safetensors")
     assert list(found.tape) == ["a/0", "b/0"]
     assert torch.equal(found.tape["a/0"], want.float())
+
+
+DIFFUSERS = {
+    "prompt": goldens.PROMPT,
+    "negative_prompt": goldens.NEGATIVE,
+    "num_inference_steps": goldens.STEPS,
+    "width": goldens.WIDTH,
+    "height": goldens.HEIGHT,
+}
+
+
+def test_diffusers(golden: Recording, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="records diffusers; it is in the `parity` extra")
+    import diffusers_pipeline
+
+    pipe = theirs.open_pipeline(MODEL, torch.float32, "cpu")
+    names = diffusers_pipeline.minidiff_names(pipe, MODEL)
+    for given, file in ((names, "mapped.safetensors"), (None, "own.safetensors")):
+        generator = torch.Generator().manual_seed(goldens.SEED)
+        diffusers_pipeline.record(pipe, tmp_path / file, given, generator=generator, **DIFFUSERS)
+    report = assert_recording(tmp_path / "mapped.safetensors", RECORDING, exact(golden))
+    assert not report.only_b, "a stage that the golden does not have"
+    assert [stage for stage in report.only_a if not stage.endswith((":in", "/ids", "/context", "plan/timesteps"))] == [
+        "plan/init_noise_sigma"
+    ]
+    with open_recording(RECORDING) as a, open_recording(tmp_path / "own.safetensors") as b:
+        sure = automap.as_names([pair for pair in automap.propose(a, b) if pair.confidence == "values"])
+    assert sure["step.0/unet/mid.res1.conv1"] == "step.0/unet/mid_block.resnets.0.conv1"
+    report = assert_recording(tmp_path / "own.safetensors", RECORDING, exact(golden), names=sure)
+    assert len(report.rows) > 200, "--names auto pairs diffusers' own names"
+    assert "step" not in vars(pipe.scheduler)
