@@ -37,6 +37,12 @@ SNR = Tolerance(0.0, 1e-5, "the reference takes two roots and squares their quot
 RECORDED = Tolerance(
     0.0, 1e-4, "a run that was recorded on another processor, whose kernels sum in another order; of a stage's largest"
 )
+PORTED = Tolerance(
+    0.0,
+    5e-6,
+    "float32 layers by another program on the same inputs, against diffusers, of a stage's largest: its kernels sum in "
+    "another order. Measured: a ResBlock in C++ 2.3e-7, a tiny UNet by OpenVINO 1.4e-6 and by ONNX Runtime 1.7e-6",
+)
 PIXELS_ELSEWHERE = Tolerance(
     1.0,
     0.0,

@@ -5,6 +5,8 @@ A writer whose program is not installed is skipped, by name.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights_convert
@@ -19,14 +22,16 @@ from minidiff.parity import Writer, assert_recording, automap, goldens, theirs
 from minidiff.parity.recording import Recording, read_recording
 from minidiff.parity.report import Report
 from minidiff.parity.values import open_recording
-from tests.tolerances import RECORDED
+from tests.tolerances import PORTED, RECORDED
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "recorders"))
 import named_modules
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORDERS = ROOT / "scripts" / "recorders"
 GOLDEN = ROOT / "tests" / "fixtures" / "goldens" / "sd1"
 MODEL, RECORDING = GOLDEN / goldens.FOLDER, GOLDEN / goldens.RECORDING
+WEIGHTS = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +140,84 @@ def test_diffusers(golden: Recording, tmp_path: Path) -> None:
     report = assert_recording(tmp_path / "own.safetensors", RECORDING, exact(golden), names=sure)
     assert len(report.rows) > 200, "--names auto pairs diffusers' own names"
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.fixture(scope="module")
+def resblock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ program, compiled."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("needs a C++ compiler: c++, g++ or clang++")
+    program = tmp_path_factory.mktemp("cpp") / "resblock"
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, *options, str(RECORDERS / "cpp" / "resblock.cpp"), "-o", str(program)], check=True)
+    return program
+
+
+RESBLOCK = [f"step.0/unet/down.0.res.0{layer}" for layer in (".norm1", ".conv1", ".time", ".norm2", ".conv2", "")]
+
+
+def test_cpp(resblock: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine.safetensors"
+    subprocess.run([resblock, WEIGHTS, RECORDING, out], check=True)
+    report = assert_recording(out, RECORDING, PORTED.relative)
+    assert stages(report, "") == RESBLOCK
+    assert not report.only_b
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_cpp_finds_a_slip(resblock: Path, tmp_path: Path) -> None:
+    weights = load_file(WEIGHTS)
+    weights["down_blocks.0.resnets.0.conv2.weight"] *= 1.001
+    save_file(weights, tmp_path / "weights.safetensors")
+    subprocess.run([resblock, tmp_path / "weights.safetensors", RECORDING, tmp_path / "mine"], check=True)
+    with pytest.raises(AssertionError, match=r"first difference at step\.0/unet/down\.0\.res\.0\.conv2"):
+        assert_recording(tmp_path / "mine", RECORDING, PORTED.relative)
+
+
+def test_cpp_refuses_a_file_that_is_none(resblock: Path, tmp_path: Path) -> None:
+    """A file that is none is one line of an error, and leaves nothing behind."""
+    (tmp_path / "weights").write_bytes(b"no")
+    done = subprocess.run(
+        [resblock, tmp_path / "weights", RECORDING, tmp_path / "mine"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, f"{tmp_path / 'weights'}: no safetensors file\n")
+    assert not (tmp_path / "mine").exists()
+
+
+def traced_inputs(golden: Recording) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of the UNet with a timestep for each picture, as a graph takes it."""
+    x, t, context = unet_inputs(golden)
+    return x, t.expand(len(x)).contiguous(), context
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_openvino(model: Any, golden: Recording, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="records OpenVINO: pip install openvino")
+    import openvino_graph
+
+    inputs = traced_inputs(golden)
+    graph = openvino.convert_model(model.unet, example_input=inputs)
+    with Writer(tmp_path / "mine.safetensors", "openvino", dtype="float32") as writer:
+        openvino_graph.record(graph, [value.numpy() for value in inputs], writer, "step.0/unet/")
+    report = assert_recording(tmp_path / "mine.safetensors", RECORDING, PORTED.relative)
+    assert len(stages(report, "step.0/unet/")) > 140
+    assert {"step.0/unet/conv_out", "step.0/unet/mid.attn.0.blocks.0.attn2"} < set(stages(report, ""))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_runtime(model: Any, golden: Recording, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="records ONNX Runtime: pip install onnx onnxscript onnxruntime")
+    import onnx_runtime
+
+    inputs, names = traced_inputs(golden), ["x", "t", "context"]
+    torch.onnx.export(model.unet, inputs, str(tmp_path / "unet.onnx"), input_names=names, dynamo=True, verbose=False)
+    with Writer(tmp_path / "mine.safetensors", "onnxruntime", dtype="float32") as writer:
+        given = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+        onnx_runtime.record(tmp_path / "unet.onnx", given, writer, "step.0/unet/")
+    report = assert_recording(tmp_path / "mine.safetensors", RECORDING, PORTED.relative)
+    assert len(stages(report, "step.0/unet/")) > 140
+    assert {"step.0/unet/conv_out", "step.0/unet/mid.attn.0.blocks.0.attn2"} < set(stages(report, ""))
