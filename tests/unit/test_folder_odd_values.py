@@ -20,6 +20,7 @@ from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.samplers import Scheduler, sampler_from_diffusers
 from minidiff.samplers.diffusers.classes import READERS, SCHEDULE
 from weights_convert import configs_diffusers as configs
+from weights_convert import single_schedule
 from weights_convert.component import read_component
 
 ODD: tuple[Any, ...] = (
@@ -108,6 +109,28 @@ def test_numbers_have_a_limit(value: Any) -> None:
     assert configs.Options({"eps": -most}, "config.json").number("eps", 0) == -most
     with pytest.raises(CheckpointError, match="a number"):
         configs.Options({"eps": value}, "config.json").number("eps", 0)
+
+
+@pytest.mark.parametrize(("said", "read"), [(2, None), (3, 3), (1, 1), (49407, 49407)])
+def test_the_end_of_a_prompt_where_old_configs_are_wrong(said: int, read: int | None) -> None:
+    assert configs.clip(configs.Options({"eos_token_id": said}, "config.json")).end_token == read
+    assert configs.clip(configs.Options({}, "config.json")).end_token == 49407
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "name"),
+    [
+        ("sd1", "epsilon", "PNDMScheduler"),
+        ("sd1", "v_prediction", "PNDMScheduler"),
+        ("sd2", "epsilon", "PNDMScheduler"),
+        ("sd2", "v_prediction", "DDIMScheduler"),
+        ("sdxl", "epsilon", "EulerDiscreteScheduler"),
+        ("sdxl", "v_prediction", "EulerDiscreteScheduler"),
+    ],
+)
+def test_the_scheduler_of_a_single_file_is_the_published_one(family: str, prediction: str, name: str) -> None:
+    found = single_schedule.scheduler({}, family, {"schedule": {"prediction": prediction}}, "a file")
+    assert (found["_class_name"], found["prediction_type"]) == (name, prediction)
 
 
 def test_an_unknown_field_of_a_scheduler_is_a_warning() -> None:

@@ -460,6 +460,9 @@ def test_nothing_is_changed_by_an_adapter_that_does_not_fit(sd: StableDiffusion)
     for strength in (float("nan"), float("inf"), 10**400):
         with pytest.raises(ConfigError, match="finite"):
             lora.apply(sd.parts, [(Adapter("a", {Q: good}), strength)])
+    for strength in (lora.LARGEST, -lora.LARGEST):  # which float32 holds
+        nothing = Update(*map(torch.zeros_like, drawn(sd, Q)))
+        lora.apply(sd.parts, [(Adapter("a", {Q: nothing}), strength)]).remove()
     norm = {"unet.norm_out": Update(torch.ones(1, 16), torch.ones(16, 1))}
     with pytest.raises(CheckpointError, match="not a layer that an adapter can change"):
         lora.apply(sd.parts, [(Adapter("a", norm), 1.0)])

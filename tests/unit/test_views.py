@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import minidiff
 from minidiff import cli, read_recipe
@@ -40,7 +40,8 @@ def test_a_table_of_pictures() -> None:
             assert bare.getpixel((j * side + 5, i * side + 5)) == cell.getpixel((0, 0))
     labelled = table(cells, ["steps 10", "a long label of many words in several lines"], ["euler", "ddim"])
     left, top = labelled.width - 2 * side, labelled.height - 2 * side
-    assert left > 0
+    draw = ImageDraw.Draw(labelled)
+    assert left == 4 + int(max(draw.textbbox((0, 0), label)[2] for label in ("euler", "ddim"))) + 4
     assert top > 20
     assert labelled.getpixel((left + side + 5, top + side + 5)) == (9, 9, 9)
 
