@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load_file as numpy_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -221,3 +222,29 @@ def test_onnx_runtime(model: Any, golden: Recording, tmp_path: Path) -> None:
     report = assert_recording(tmp_path / "mine.safetensors", RECORDING, PORTED.relative)
     assert len(stages(report, "step.0/unet/")) > 140
     assert {"step.0/unet/conv_out", "step.0/unet/mid.attn.0.blocks.0.attn2"} < set(stages(report, ""))
+
+
+@pytest.mark.slow
+def test_tinygrad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DEV", "PYTHON")  # its interpreter, which needs no compiler
+    monkeypatch.setenv("CACHELEVEL", "0")
+    tinygrad = pytest.importorskip("tinygrad", reason="records tinygrad: pip install tinygrad")
+    import tinygrad_blocks
+
+    weights, tape, section = numpy_file(WEIGHTS), numpy_file(RECORDING), "step.0/unet/down.0."
+
+    def below(prefix: str) -> dict[str, Any]:
+        return {k.removeprefix(prefix): tinygrad.Tensor(v) for k, v in weights.items() if k.startswith(prefix)}
+
+    with Writer(tmp_path / "mine.safetensors", "tinygrad", dtype="float32") as writer:
+        show = tinygrad_blocks.shower(writer, section + "res.0.")
+        given = [tinygrad.Tensor(tape[f"step.0/unet/{name}"]) for name in ("conv_in", "time")]
+        tinygrad_blocks.resblock(below("down_blocks.0.resnets.0."), *given, show, groups=4)
+        show = tinygrad_blocks.shower(writer, section + "attn.0.blocks.0.")
+        given = [tinygrad.Tensor(tape[name]) for name in (section + "attn.0.blocks.0:in", "step.0/context")]
+        block = below("down_blocks.0.attentions.0.transformer_blocks.0.")
+        tinygrad_blocks.transformer_block(block, *given, show, heads=2)
+    report = assert_recording(tmp_path / "mine.safetensors", RECORDING, PORTED.relative)
+    assert not report.only_b
+    assert set(RESBLOCK) < set(stages(report, ""))
+    assert len(stages(report, section + "attn.0.blocks.0")) == 17
