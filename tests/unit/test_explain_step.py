@@ -112,6 +112,19 @@ def test_other_samplers_are_sums_as_well(name: str) -> None:
     assert ("noise" in names) == any(frame.noise for frame in seen.frames)
 
 
+@pytest.mark.parametrize("name", ["ddim", "euler", "dpmpp_2m"])
+def test_epsilon_is_what_the_model_answered(name: str) -> None:
+    """The model predicts epsilon; x = signal * x0 + noise * epsilon holds at the scale of the sampler's own x."""
+    seen = run(name)
+    assert seen.plan.prediction == "epsilon"
+    for row in step.build(seen).data["steps"]:
+        found = values(row)
+        assert np.abs(found["epsilon"] - found["out"]).max() <= ROUNDING * np.abs(found["x"]).max() / row["noise"]
+        share = 1 if name == "euler" else row["signal"] ** 2 + row["noise"] ** 2
+        assert share == pytest.approx(1)
+        assert name != "euler" or row["signal"] == 1
+
+
 def test_a_run_from_the_middle_has_the_weights_of_its_own_steps() -> None:
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     panel = step.build(run("dpmpp_2m", image=image, strength=0.6))

@@ -65,6 +65,16 @@ def test_the_loss_is_that_of_training() -> None:
     assert found.losses["loss"].item() == pytest.approx(torch.nn.functional.mse_loss(out, wanted).item())
 
 
+def test_each_example_goes_with_its_own_caption_and_timesteps() -> None:
+    pipe, t = minidiff.bundled(), torch.tensor([900, 300])
+    both, captions = lesson.answered(pipe, 3, 2, t)
+    second, caption = lesson.answered(pipe, 4, 1, t)
+    assert captions[1:] == caption
+    assert both.t.tolist() == [900, 300, 900, 300]
+    assert torch.allclose(both.x[2:], second.x, atol=1e-5)  # a batch of another size rounds otherwise
+    assert torch.allclose(both.out[2:], second.out, atol=1e-4)
+
+
 def test_optimiser_steps_are_real() -> None:
     data = json.loads(Elements(page()).texts["data-training"])
     assert len(data["steps"]) == lesson.CONFIG.steps
