@@ -59,8 +59,8 @@ def sums(seen: Seen, frame: Frame) -> Sums:
         row = row_at(sampler, plan, frame.i, frame.state)
     except UnsupportedError:
         options = {name: getattr(sampler, name, None) for name in NOT_LINEAR}
-        odd = (name for name, value in options.items() if value not in (None, False, "fixed_small", "fixed_large"))
-        why = next(odd, "other")
+        set_ = (name for name, value in options.items() if not (value is None or value is False or _fixed(value)))
+        why = next(set_, "other")
     again = iter(frame.noise)
     stepped, _ = sampler.step(plan, frame.i, frame.before, frame.out, frame.state, lambda like: next(again))
     signal, noise = float(plan.signal[frame.i]), float(plan.noise[frame.i])
@@ -80,6 +80,10 @@ def sums(seen: Seen, frame: Frame) -> Sums:
         why=why,
         kept=not torch.equal(stepped, frame.after),
     )
+
+
+def _fixed(variance: object) -> bool:
+    return isinstance(variance, str) and variance.startswith("fixed")
 
 
 def _given(frame: Frame) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def remembered(state: Any) -> dict[str, Tensor]:
 def _check_options(sampler: Any, method: str) -> None:
     for option, (does, instead) in NOT_LINEAR.items():
         value = getattr(sampler, option, None)
-        if value in (None, False) or (option == "variance" and not value.startswith("learned")):
+        if value is None or value is False or (option == "variance" and not value.startswith("learned")):
             continue
         raise UnsupportedError(
             f"{method} with {option}={value!r} {does}, which weights can't: use {option}={instead} or another sampler"

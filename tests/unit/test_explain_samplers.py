@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 
 from minidiff.explain import Seen, collect, explained
 from minidiff.explain.panel import Left, Panel
-from minidiff.explain.panels import samplers
+from minidiff.explain.panels import samplers, step
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.request import Request
-from tests.support.tiny import tiny_ddpm, tiny_sd
+from tests.support.tiny import DDPM, drawn, tiny_ddpm, tiny_sd
 from tests.unit.test_explain import Elements
 
 pipe = cache(tiny_sd)
@@ -75,6 +76,16 @@ def test_a_run_from_a_picture_is_left_out() -> None:
     left = samplers.build(run(image=image, strength=0.5))
     assert isinstance(left, Left)
     assert "from a picture" in left.why.en
+
+
+def test_a_model_that_predicts_a_variance_is_left_out() -> None:
+    model = drawn(replace(DDPM, unet=replace(DDPM.unet, out_channels=6)))
+    sampler = {"name": "ddpm", "variance": "learned_range"}
+    seen = collect(model, Request(None, steps=2, seed=0, sampler=sampler))
+    left = samplers.build(seen)
+    assert isinstance(left, Left)
+    assert "can't run this model" in left.why.en
+    assert "The variance of this sampler's noise comes from the model" in step.build(seen).body
 
 
 def test_a_model_without_text_and_another_program_have_the_panel() -> None:

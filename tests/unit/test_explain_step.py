@@ -143,6 +143,13 @@ def test_a_sampler_that_clamps_has_no_weights_and_says_so() -> None:
     assert np.array_equal(sums[-1], seen.frames[-1].after.flatten().double().numpy())
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_noise_of_its_own_is_named(seed: int) -> None:
+    panel = step.build(run({"name": "dpmpp_sde", "noise_seed": seed}))
+    assert all(row["direct"] is None for row in panel.data["steps"])
+    assert "a Brownian path of its own" in panel.body
+
+
 def test_what_a_mask_changes_afterwards_is_said() -> None:
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(1, 1, 64, 64)

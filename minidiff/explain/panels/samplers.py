@@ -29,6 +29,8 @@ def build(seen: Seen) -> Panel | Left:
     """Return the panel."""
     if seen.request.image is not None:
         return Left(anchor="samplers", title=WORDS["title"], why=WORDS["from a picture"])
+    if seen.frames[0].out.shape != seen.frames[0].before.shape:  # the model predicts a variance as well
+        return Left(anchor="samplers", title=WORDS["title"], why=WORDS["cannot"])
     own = str((seen.recipe.get("sampler") or {}).get("name"))
     names = NAMES if own in NAMES or own not in SAMPLERS else (NAMES[0], own, *NAMES[2:])
     steps = min(STEPS, len(seen.pipe.schedule))
