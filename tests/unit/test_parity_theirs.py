@@ -21,6 +21,7 @@ from minidiff.parity.engine import Row
 from minidiff.parity.ours import Asked, asked
 from minidiff.parity.stages import Deep
 from minidiff.parity.theirs import Theirs
+from minidiff.samplers import sampler_from_diffusers, sampler_to_config
 
 PICTURE, MASK = Image.new("RGB", (8, 8)), Image.new("L", (8, 8))
 
@@ -327,3 +328,10 @@ def test_a_bare_folder_has_its_own_scheduler_or_the_default(
         silent=True,
         device="cpu",
     )
+
+
+@pytest.mark.parametrize(("name", "order"), [("dpmpp_2m_sde", 2), ("dpmpp_3m_sde", 3)])
+def test_options_of_a_class_of_diffusers_make_the_sampler_they_stand_for(name: str, order: int) -> None:
+    cls, options = theirs.VARIANTS[name]
+    read = sampler_to_config(sampler_from_diffusers({"_class_name": cls, **options}))
+    assert (read["algorithm"], read["solver_order"]) == ("sde-dpmsolver++", order)

@@ -592,3 +592,8 @@ def test_unconditional_refusals(ddpm: Unconditional, arguments: dict[str, Any], 
         ddpm.generate(**{"batch_size": 2, "steps": 3, "progress": False} | arguments)
     assert words in str(caught.value)
     assert seen == []
+
+
+def test_a_model_without_text_makes_one_picture_unless_asked_for_more(ddpm: Unconditional) -> None:
+    assert len(ddpm.generate(steps=1, seed=0, output="latent", progress=False)) == 1
+    assert len(ddpm.generate(3, steps=1, seed=0, output="latent", progress=False)) == 3
