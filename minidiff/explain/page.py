@@ -19,7 +19,7 @@ from minidiff.version import VERSION
 Build = Callable[[Seen], Panel | Left]
 
 # In the order of the page. The module of each has `build`.
-PANELS = ("guidance", "timesteps", "film", "step", "scales", "training", "samplers")
+PANELS = ("guidance", "timesteps", "film", "step", "scales", "words", "unet", "training", "samplers")
 LARGE = ("training", "samplers")  # panels that make about twenty runs: on by themselves for the bundled model alone
 
 WORDS = words("minidiff.explain", "page.json")

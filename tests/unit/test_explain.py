@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from string import Formatter
 
 import pytest
@@ -156,3 +157,14 @@ def test_a_narrow_logarithmic_axis_has_no_name_twice() -> None:
     shown = re.findall(r'text-anchor="end">([^<]+)</text>', svg)
     assert len(shown) > 3
     assert [float(each) for each in shown[:5]] == pytest.approx([0.01, 10**-1.5, 0.1, 10**-0.5, 1], rel=0.03)
+
+
+def test_every_question_has_a_line_in_the_readme(html: str) -> None:
+    readme = (Path(minidiff.__path__[0]) / "explain" / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| .+ \| (\w+) \| `#(q-[\w-]+)` \|$", readme, re.M)
+    listed = {(panel, anchor) for panel, anchor in rows if panel in PANELS}
+    panel, there = "", set()
+    for anchor, kind in re.findall(r'<section id="([\w-]+)" class="(panel|answer)', html):
+        panel = anchor if kind == "panel" else panel
+        there |= {(panel, anchor)} if anchor.startswith("q-") else set()
+    assert there == listed

@@ -240,6 +240,7 @@ PAGES = {
     ),
     "minidiff/export/README.md": Page({"sd15.safetensors": minidiff_file}),
     "minidiff/training/README.md": Page(),
+    "minidiff/explain/README.md": Page(),
     "weights_convert/README.md": Page({"stable-diffusion-v1-5": diffusers_folder}),
     "CONTRIBUTING.md": Page(said={"latents = sd.generate(": own_sampler, "layers = put_on(": own_switch}),
 }

@@ -1,0 +1,123 @@
+// Words: a token, a transformer and a step are picked, and the map lies over the picture.
+for (const place of document.querySelectorAll("[data-words]")) {
+  const { tokens, calls, groups, tops, maps } = page.read("data-words");
+  const levels = page.bytes(maps);
+  const top = page.floats(tops);
+  const sizes = groups.map(([, h, w]) => h * w);
+  const block = sizes.reduce((a, b) => a + b, 0) * tokens.length;
+  const image = place.querySelector("img");
+  const names = (en, zh) => {
+    const both = [["en", en], ["zh", zh]].map(([code, text]) => {
+      const span = document.createElement("span");
+      span.lang = code;
+      span.textContent = text;
+      return span;
+    });
+    return both;
+  };
+
+  // The values of one map: call n, group g, token k.
+  function read(n, g, k) {
+    const before = sizes.slice(0, g).reduce((a, b) => a + b, 0) * tokens.length;
+    const start = n * block + before + k * sizes[g];
+    const most = top[(n * groups.length + g) * tokens.length + k];
+    return levels.subarray(start, start + sizes[g]).reduce((out, v, m) => ((out[m] = (v / 255) * most), out), new Float32Array(sizes[g]));
+  }
+
+  const canvas = document.createElement("canvas");
+  canvas.setAttribute("role", "img");
+  const said = document.createElement("output");
+  const buttons = document.createElement("div");
+  buttons.className = "tokens";
+  buttons.setAttribute("role", "group");
+  buttons.setAttribute("aria-label", "token / 词元");
+  const layer = document.createElement("select");
+  layer.setAttribute("aria-label", "transformer / 层");
+  for (const [value, text] of [["-1", "all transformers / 全部"], ...groups.map(([name, h, w], g) => [String(g), name.includes(" x ") ? name : `${name} (${h} x ${w})`])]) {
+    const option = document.createElement("option");
+    option.value = value;
+    option.textContent = text;
+    layer.append(option);
+  }
+  const step = document.createElement("input");
+  step.type = "range";
+  step.min = -1;
+  step.max = calls.length - 1;
+  step.value = -1;
+  step.setAttribute("aria-label", "step / 步");
+  const lengths = tokens.map(([, text, kind]) => (kind === "word" ? text.length : 0));
+  let chosen = lengths.indexOf(Math.max(...lengths)); // a longest word: more is to be seen in it than in an article
+  let seenPadding = 0;
+  tokens.forEach(([, text, kind], k) => {
+    if (kind === "padding" && seenPadding++ > 2) return;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = kind === "padding" ? `+${seenPadding}` : text;
+    button.dataset.token = k;
+    button.dataset.kind = kind;
+    button.addEventListener("click", () => {
+      chosen = k;
+      show();
+    });
+    buttons.append(button);
+  });
+
+  function show() {
+    const wanted = Number(layer.value);
+    const call = Number(step.value);
+    const some = wanted < 0 ? groups.map((_, g) => g) : [wanted];
+    const when = call < 0 ? calls.map((_, n) => n) : [call];
+    const [, h, w] = some.map((g) => groups[g]).reduce((a, b) => (b[1] * b[2] > a[1] * a[2] ? b : a));
+    const sum = new Float32Array(h * w);
+    for (const n of when)
+      for (const g of some) {
+        const one = read(n, g, chosen);
+        const [, gh, gw] = groups[g];
+        for (let y = 0; y < h; y++)
+          for (let x = 0; x < w; x++)
+            sum[y * w + x] += one[Math.floor((y * gh) / h) * gw + Math.floor((x * gw) / w)] / (some.length * when.length);
+      }
+    let most = 0;
+    let total = 0;
+    for (const v of sum) {
+      most = Math.max(most, v);
+      total += v;
+    }
+    const small = document.createElement("canvas");
+    small.width = w;
+    small.height = h;
+    const inside = small.getContext("2d");
+    const heat = inside.createImageData(w, h);
+    sum.forEach((v, m) => heat.data.set([255, 90, 0, Math.round((230 * v) / (most || 1))], 4 * m));
+    inside.putImageData(heat, 0, 0);
+    canvas.width = 2 * image.width;
+    canvas.height = 2 * image.height;
+    const context = canvas.getContext("2d");
+    context.filter = "grayscale(1) brightness(0.6)";
+    context.drawImage(image, 0, 0, canvas.width, canvas.height);
+    context.filter = "none";
+    context.imageSmoothingEnabled = true;
+    context.drawImage(small, 0, 0, canvas.width, canvas.height);
+    for (const button of buttons.children) button.setAttribute("aria-pressed", String(Number(button.dataset.token) === chosen));
+    const share = ((100 * total) / sum.length).toFixed(2);
+    const highest = (100 * most).toFixed(1);
+    const time = call < 0 ? ["all steps", "所有步"] : [`timestep ${calls[call][1]}`, `时间步 ${calls[call][1]}`];
+    said.replaceChildren(
+      ...names(
+        `${tokens[chosen][1]}, ${time[0]}: ${share} % of the attention, at most ${highest} % at one place`,
+        `${tokens[chosen][1]}，${time[1]}：占注意力的 ${share} %，单个位置最高 ${highest} %`,
+      ),
+    );
+    canvas.setAttribute("aria-label", said.textContent);
+    step.setAttribute("aria-valuetext", time.join(" / "));
+  }
+
+  const controls = document.createElement("div");
+  controls.className = "map-controls";
+  controls.append(buttons, layer, step, said);
+  image.hidden = true;
+  place.append(canvas, controls);
+  layer.addEventListener("change", show);
+  step.addEventListener("input", show);
+  image.decode().catch(() => null).then(show);
+}

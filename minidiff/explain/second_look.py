@@ -1,0 +1,206 @@
+"""A second, plain forward of a run's model calls, by a UNet that can be looked into: attention maps and features.
+
+The run itself is left alone. The UNet here is another module that shares the weights of the model's, has none of the
+switches of :mod:`minidiff.fast`, and computes in its cross-attention also what the run's kernel never writes down: the
+matrix softmax(q k^T / sqrt(d)) (Vaswani et al. 2017, equation 1), of each place of the picture over the tokens of the
+prompt. It is called as the run called the UNet, for the picture with its prompt alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.explain.collect import Frame, Seen
+from minidiff.models.attention import Attention, Kernel, Linear, SpatialTransformer
+from minidiff.models.blocks import ResBlock
+from minidiff.models.clip import CLIPText
+from minidiff.models.unet import DownLevel, Middle, UNet, UpLevel
+from minidiff.pipeline import StableDiffusion, Unconditional
+from minidiff.pipeline.model import Parts
+from minidiff.precision import apply_policy
+from minidiff.storage.checkpoint import build
+
+SMALL = 100_000_000  # weights of a UNet up to which (almost) every step is looked into
+MANY, FEW = 20, 3  # steps of a small model and of a large one
+ADAPTERS = "minidiff.adapters.lora"
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What one model call passed through. ``frame``: the call in the run; ``out``: what the UNet here predicted.
+
+    ``maps``: by transformer ("down.1.attn.0"), the attention of each place to each token, (L, h, w) float32: averages
+    over its heads and blocks, which sum to 1 over the tokens. ``features``: mean and standard deviation of what a part
+    gives on; ``shapes``: (C, h, w) of that, and inside each ResBlock. ``shifts``: by ResBlock, the mean size of what
+    the time adds to a channel, and that of the channels.
+    """
+
+    frame: Frame
+    out: Tensor
+    maps: dict[str, Tensor]
+    features: dict[str, tuple[float, float]]
+    shapes: dict[str, tuple[int, ...]]
+    shifts: dict[str, tuple[float, float]]
+
+
+def weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) in float32, (B, heads, L, M), for q (B, heads, L, d) and k (B, heads, M, d)."""
+    scores = q.float() @ k.float().transpose(-1, -2) / q.shape[-1] ** 0.5
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def own_unet(seen: Seen) -> UNet:
+    """Return another UNet with the weights, adapters and precision of the model's, and nothing else that was put on
+    it."""
+    own = build(seen.pipe.config)["unet"]
+    share(seen.pipe.unet, own)
+    apply_policy(seen.pipe.config, {"unet": own})
+    assert isinstance(own, UNet)
+    return own
+
+
+def own_pipe(seen: Seen) -> StableDiffusion | Unconditional:
+    """Return another pipeline with the weights and adapters of the run's, plain, which can be bent without it."""
+    own, parts = copy(seen.pipe), build(seen.pipe.config)
+    for name, part in parts.items():
+        share(seen.pipe.parts[name], part)
+        if hasattr(own, name):
+            setattr(own, name, part)
+    own.parts = Parts(parts)
+    own.fast, own.kernels, own.approximations, own.low_memory = (), {}, {}, None
+    own.__dict__.pop("_fast", None)
+    apply_policy(own.config, own.parts)
+    return own
+
+
+def share(module: nn.Module, own: nn.Module) -> None:
+    """Give ``own``, built alike, the weights of ``module`` and the adapters that are live in it."""
+    own.load_state_dict(module.state_dict(), assign=True)
+    own.requires_grad_(False)
+    for theirs, mine in zip(module.modules(), own.modules(), strict=True):
+        for hook in theirs._forward_hooks.values():
+            if getattr(hook, "__module__", "") == ADAPTERS:
+                mine.register_forward_hook(hook)
+        if isinstance(theirs, Linear) and isinstance(mine, Linear):
+            mine.frozen.update(theirs.frozen)
+
+
+def looks(seen: Seen) -> list[Look]:
+    """Return a look at some of the model calls, at equal distances, the last one among them; made once."""
+    if "looks" not in seen.kept:
+        unet = own_unet(seen)
+        many = MANY if sum(p.numel() for p in unet.parameters()) <= SMALL else FEW
+        n = min(many, len(seen.frames))
+        frames = [seen.frames[(k + 1) * len(seen.frames) // n - 1] for k in range(n)]
+        seen.kept["looks"] = [look(unet, frame) for frame in frames]
+    found: list[Look] = seen.kept["looks"]
+    return found
+
+
+@torch.no_grad()
+def look(unet: UNet, frame: Frame) -> Look:
+    """Call ``unet``, which must be the caller's own, as the run did in ``frame``."""
+    watch = _Watch(unet)
+    try:
+        out = unet(*frame.call)
+    finally:
+        watch.end()
+    maps = {name: (sum(each) / len(each)).cpu() for name, each in watch.maps.items()}  # type: ignore[union-attr]
+    return Look(frame, out, maps, watch.features, watch.shapes, watch.shifts)
+
+
+class _Watch:
+    """What is put on a UNet for one call: recording kernels, and hooks on its parts."""
+
+    def __init__(self, unet: UNet) -> None:
+        self.maps: dict[str, list[Tensor]] = {}
+        self.features: dict[str, tuple[float, float]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shifts: dict[str, tuple[float, float]] = {}
+        self.undo: list[Callable[[], None]] = []
+        for name, part in unet.named_modules():
+            if isinstance(part, SpatialTransformer):
+                self._transformer(name, part)
+            if isinstance(part, ResBlock) and part.time is not None:
+                self.undo.append(part.conv1.register_forward_hook(self._sizes(name)).remove)
+                self.undo.append(part.time.register_forward_hook(self._shift(name)).remove)
+            if isinstance(part, (DownLevel, Middle, UpLevel)) or name in ("conv_in", "conv_out"):
+                self.undo.append(part.register_forward_hook(self._feature(name)).remove)
+
+    def end(self) -> None:
+        """Take everything off again."""
+        for undo in self.undo:
+            undo()
+
+    def _transformer(self, name: str, part: SpatialTransformer) -> None:
+        size: list[int] = []
+
+        def before(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            size[:] = args[0].shape[-2:]
+
+        def keep(found: Tensor) -> None:
+            place = found[0].mean(dim=0).t()  # (L, h * w)
+            self.maps.setdefault(name, []).append(place.reshape(len(place), *size))
+
+        self.undo.append(part.register_forward_pre_hook(before).remove)
+        for block in part.blocks:
+            self.undo.append(record(block.get_submodule("attn2"), keep))
+
+    def _feature(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def after(layer: nn.Module, args: object, out: Tensor) -> None:
+            values = out.float()
+            self.features[name] = (float(values.mean()), float(values.std()))
+            self.shapes[name] = tuple(out.shape[1:])
+
+        return after
+
+    def _sizes(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def after(layer: nn.Module, args: object, out: Tensor) -> None:
+            self.shifts[name] = (0.0, float(out.float().abs().mean()))
+            self.shapes[name] = tuple(out.shape[1:])
+
+        return after
+
+    def _shift(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def after(layer: nn.Module, args: object, out: Tensor) -> None:
+            self.shifts[name] = (float(out.float().abs().mean()), self.shifts[name][1])
+
+        return after
+
+
+def record(attention: nn.Module, keep: Callable[[Tensor], None]) -> Callable[[], None]:
+    """Let an :class:`Attention` hand its weights to ``keep`` in every call; return what undoes it."""
+    assert isinstance(attention, Attention)
+    kernel = attention.kernel
+
+    def recording(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        keep(weights(q, k, causal))
+        return kernel(q, k, v, causal)
+
+    attention.kernel = recording
+    return lambda: _put_back(attention, kernel)
+
+
+def _put_back(attention: Attention, kernel: Kernel) -> None:
+    attention.kernel = kernel
+
+
+@torch.no_grad()
+def read_prompt(seen: Seen, name: str, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return, for int64 ``ids`` (1, L), the causal attention of each layer of the text encoder of that ``name``, (L, L)
+    each, averages over heads, and the output of its last layer (L, width). The model's encoder is left alone."""
+    encoder, own = seen.pipe.parts[name], build(seen.pipe.config)[name]
+    assert isinstance(own, CLIPText)
+    share(encoder, own)
+    maps: list[Tensor] = []
+    for layer in own.layers:
+        record(layer.get_submodule("attn"), lambda found: maps.append(found[0].mean(dim=0).cpu()))
+    return maps, own(ids.to(own.token.weight.device)).last[0].float().cpu()

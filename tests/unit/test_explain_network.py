@@ -1,0 +1,196 @@
+"""The panels of `minidiff explain` that look into the networks: words and UNet."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import minidiff
+from minidiff import fast
+from minidiff.adapters import lora
+from minidiff.explain import Seen, collect, explained
+from minidiff.explain.panel import Left, Panel
+from minidiff.explain.panels import unet, words
+from minidiff.explain.second_look import looks, own_pipe, own_unet, read_prompt, record, weights
+from minidiff.models.attention import Attention
+from minidiff.page.languages import label
+from minidiff.pipeline.request import Request
+from tests.support import tiny
+
+PROMPT = "a red circle left of a blue star on a white background"
+
+
+@pytest.fixture(scope="module")
+def seen() -> Seen:
+    return collect(minidiff.bundled(), Request(PROMPT, steps=3, seed=0), bundled=True)
+
+
+def data_of(html: str, name: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="data-{name}">(.*?)</script>', html)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_second_look_sees_what_the_run_saw(seen: Seen) -> None:
+    for look in looks(seen):
+        assert look.frame.conditional is not None
+        # The run computed both halves in one batch, so the last bits differ.
+        torch.testing.assert_close(look.out, look.frame.conditional, rtol=0, atol=5e-5)
+
+
+def test_attention_sums_to_one_and_gives_back_the_layer_s_output() -> None:
+    torch.manual_seed(0)
+    layer = Attention(24, 3, 16)
+    x, context = torch.randn(1, 10, 24), torch.randn(1, 7, 16)
+    plain, kept = layer(x, context), []
+    undo = record(layer, kept.append)
+    assert torch.equal(layer(x, context), plain)
+    undo()
+    layer(x, context)
+    assert len(kept) == 1
+    torch.testing.assert_close(kept[0].sum(dim=-1), torch.ones(1, 3, 10))
+    v = layer.v(context).unflatten(-1, (3, 8)).transpose(1, 2)
+    torch.testing.assert_close(layer.out((kept[0] @ v).transpose(1, 2).flatten(2)), plain)
+
+
+def test_the_causal_mask_hides_every_later_token() -> None:
+    found = weights(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), causal=True)
+    assert bool((found.triu(1) == 0).all())
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(1, 2, 5))
+
+
+def test_maps_are_those_of_the_plain_model_under_fast_and_nothing_is_left_on_it() -> None:
+    sd = minidiff.bundled()
+    request = Request(PROMPT, steps=1, seed=0)
+    plain = looks(collect(sd, request))[0]
+    fast.optimize(sd)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in sd.unet.modules()]
+    before = sd.generate(PROMPT, steps=1, seed=0, output="tensor")
+    seen = collect(sd, request)
+    again = looks(seen)[0]
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in sd.unet.modules()]
+    assert torch.equal(seen.pixels, before[0])
+    assert torch.equal(sd.generate(PROMPT, steps=1, seed=0, output="tensor"), before)
+    for name, each in plain.maps.items():  # the input of the only step is the same noise
+        assert torch.equal(again.maps[name], each)
+
+
+def test_live_adapters_are_in_the_second_look() -> None:
+    sd = tiny.tiny_sd()
+    layer = "unet.down.0.attn.0.blocks.0.attn2.k"
+    wide, narrow = sd.unet.down[0].attn[0].blocks[0].attn2.k.weight.shape  # type: ignore[index, union-attr]
+    update = lora.Update(torch.randn(2, narrow), torch.randn(wide, 2))
+    request = Request("a photo", steps=1, seed=0)
+    bare = looks(collect(sd, request))[0].maps["down.0.attn.0"]
+    applied = lora.apply(sd.parts, [(lora.Adapter("x", {layer: update}), 1.0)], live=True)
+    seen = collect(sd, request)
+    look = looks(seen)[0]
+    assert look.frame.conditional is not None
+    torch.testing.assert_close(look.out, look.frame.conditional, rtol=0, atol=5e-5)
+    assert not torch.allclose(look.maps["down.0.attn.0"], bare)
+    applied.remove()
+
+
+def maps_of(found: dict[str, Any]) -> dict[tuple[int, str], Tensor]:
+    """The maps of the words' data, by call and group, (L, h, w)."""
+    tops = np.frombuffer(base64.b64decode(found["tops"]), "<f4")
+    levels = np.frombuffer(base64.b64decode(found["maps"]), np.uint8)
+    count, at, maps = len(found["tokens"]), 0, {}
+    for n in range(len(found["calls"])):
+        for g, (name, h, w) in enumerate(found["groups"]):
+            start = (n * len(found["groups"]) + g) * count
+            values = levels[at : at + count * h * w].reshape(count, h, w).astype("f4") / 255
+            maps[n, name] = torch.tensor(values * tops[start : start + count, None, None])
+            at += count * h * w
+    assert at == len(levels)
+    return maps
+
+
+def test_the_page_s_maps_sum_to_one_at_every_place(seen: Seen) -> None:
+    found = data_of(explained(seen, panels=["words"]), "words")
+    for each in maps_of(found).values():
+        assert float((each.sum(dim=0) - 1).abs().max()) < 0.02  # 8 bits a value
+    for n, look in enumerate(looks(seen)):
+        for name, _, _ in found["groups"]:
+            torch.testing.assert_close(maps_of(found)[n, name], look.maps[name], rtol=0, atol=0.003)
+
+
+def test_the_page_names_the_prompt_s_tokens(seen: Seen) -> None:
+    found = data_of(explained(seen, panels=["words"]), "words")["tokens"]
+    assert [i for i, _, _ in found] == minidiff.bundled().tokenizer(PROMPT)[0].tolist()
+    assert " ".join(text for _, text, kind in found if kind == "word") == PROMPT
+    assert [kind for _, _, kind in found].count("padding") == 32 - 14
+
+
+def test_later_words_do_not_change_earlier_vectors(seen: Seen) -> None:
+    ids = minidiff.bundled().tokenizer(PROMPT)
+    maps, read = read_prompt(seen, "text_encoder", ids)
+    assert all(bool((each.triu(1) == 0).all()) for each in maps)
+    assert torch.equal(read, minidiff.bundled().text_encoder(ids).last[0])
+
+
+def test_large_models_have_one_map_for_each_way_and_size() -> None:
+    maps = {f"down.{k}.attn.0": torch.full((77, 64, 64), float(k)) for k in range(2)} | {
+        "mid.attn.0": torch.ones(77, 8, 8)
+    }
+    found = words.groups(maps)
+    assert {name: each.shape for name, each in found.items()} == {"down 64 x 64": (77, 64, 64), "mid 8 x 8": (77, 8, 8)}
+    assert float(found["down 64 x 64"].mean()) == 0.5
+
+
+def test_the_unet_s_parts_are_all_of_it(seen: Seen) -> None:
+    parts = unet.parts_of(seen, looks(seen)[0])
+    model = seen.pipe.unet
+    rest = sum(p.numel() for part in (model.time, model.norm_out) for p in part.parameters())
+    assert sum(part.parameters for part in parts) + rest == sum(p.numel() for p in model.parameters())
+    assert [part.name for part in parts][::4] == ["conv_in", "mid", "conv_out"]
+    # conv_in by hand: 2 operations for each weight at each place
+    first = next(part for part in parts if part.name == "conv_in")
+    assert first.operations == 2 * model.conv_in.weight.numel() * 16 * 16
+
+
+def test_features_are_those_of_the_part(seen: Seen) -> None:
+    frame, own = seen.frames[0], own_unet(seen)
+    kept: list[Tensor] = []
+    own.mid.register_forward_hook(lambda layer, args, out: kept.append(out))
+    own(*frame.call)
+    found = data_of(explained(seen, panels=["unet"]), "unet")["features"][0][1]["mid"]
+    assert found == pytest.approx([float(kept[0].mean()), float(kept[0].std())], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", [tiny.tiny_xl, tiny.tiny_sd, tiny.tiny_ddpm])
+def test_every_family_has_panels_or_reasons(model: Any) -> None:
+    pipe = model()
+    text = pipe.config.text_encoder is not None
+    request = Request("a photo of a cat", steps=2, seed=0) if text else Request(None, steps=2, seed=0)
+    seen = collect(pipe, request)
+    assert isinstance(unet.build(seen), Panel)
+    assert isinstance(words.build(seen), Panel if text else Left)
+    assert explained(seen, panels=["words", "unet"])
+
+
+def test_prompts_without_words_are_left_out() -> None:
+    sd = tiny.tiny_sd()
+    context, _ = sd.encode_prompt("a cat")
+    for request in (
+        Request(None, prompt_embeds=context, steps=1),
+        Request("a (cat:1.2)", prompt_style="a1111", steps=1),
+    ):
+        found = words.build(collect(sd, replace(request, seed=0)))
+        assert isinstance(found, Left)
+        assert label(found.why)
+
+
+def test_a_copy_shares_the_weights_and_nothing_else(seen: Seen) -> None:
+    own = own_pipe(seen)
+    assert own.unet is not seen.pipe.unet
+    assert own.unet.conv_in.weight.data_ptr() == seen.pipe.unet.conv_in.weight.data_ptr()
+    assert own.parts["unet"] is own.unet
