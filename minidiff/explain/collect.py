@@ -155,7 +155,7 @@ class _Spy:
             more = (*more[:3], ([*more[3][0]], more[3][1]), *more[4:])
         k = 0 if len(x) == self.count else self.count  # with guidance, the pictures without the prompt come first
         one = Call(x, t, *more)
-        self.latest = Call(x[k : k + 1].clone(), t, *(_one(part, k, len(x)) for part in one[2:]))  # type: ignore[arg-type]
+        self.latest = Call(x[k : k + 1].clone(), t, *(_one(part, k, len(x)) for part in one[2:]))
         out: Tensor = self.unet(x, t, *more)
         return out
 

@@ -19,8 +19,8 @@ from minidiff.version import VERSION
 Build = Callable[[Seen], Panel | Left]
 
 # In the order of the page. The module of each has `build`.
-PANELS = ("guidance", "timesteps", "film", "step", "scales", "words", "unet", "training", "samplers")
-LARGE = ("training", "samplers")  # panels that make about twenty runs: on by themselves for the bundled model alone
+PANELS = ("guidance", "timesteps", "film", "step", "scales", "words", "unet", "training", "samplers", "whatif", "quiz")
+LARGE = ("training", "samplers", "whatif")  # those that make about ten runs: by themselves for the bundled model alone
 
 WORDS = words("minidiff.explain", "page.json")
 LISTED = (

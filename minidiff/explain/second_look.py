@@ -54,7 +54,8 @@ def weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
     if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -torch.inf)
-    return scores.softmax(dim=-1)
+    found: Tensor = scores.softmax(dim=-1)
+    return found
 
 
 def own_unet(seen: Seen) -> UNet:

@@ -15,7 +15,7 @@ import torch
 import minidiff
 from minidiff.cli import main
 from minidiff.errors import ConfigError
-from minidiff.explain import Seen, collect, explained
+from minidiff.explain import Seen, collect, explained, mistakes
 from minidiff.explain.page import PANELS
 from minidiff.explain.panels import samplers
 from minidiff.page.html import resource
@@ -53,6 +53,7 @@ def short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samplers, "STEPS", 3)
         patch.setattr(samplers, "BUDGETS", (1, 2))
+        patch.setattr(mistakes, "STEPS", 2)
         yield
 
 

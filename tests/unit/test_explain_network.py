@@ -1,4 +1,4 @@
-"""The panels of `minidiff explain` that look into the networks: words and UNet."""
+"""The panels of `minidiff explain` that look into the networks: words, UNet, mistakes, quiz."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import minidiff
 from minidiff import fast
 from minidiff.adapters import lora
 from minidiff.explain import Seen, collect, explained
+from minidiff.explain.mistakes import compare
 from minidiff.explain.panel import Left, Panel
-from minidiff.explain.panels import unet, words
+from minidiff.explain.panels import quiz, unet, whatif, words
 from minidiff.explain.second_look import looks, own_pipe, own_unet, read_prompt, record, weights
 from minidiff.models.attention import Attention
 from minidiff.page.languages import label
@@ -174,7 +175,9 @@ def test_every_family_has_panels_or_reasons(model: Any) -> None:
     seen = collect(pipe, request)
     assert isinstance(unet.build(seen), Panel)
     assert isinstance(words.build(seen), Panel if text else Left)
-    assert explained(seen, panels=["words", "unet"])
+    assert isinstance(whatif.build(seen), Panel)
+    assert len(quiz.questions(seen)) >= 6
+    assert explained(seen, panels=["words", "unet", "whatif", "quiz"])
 
 
 def test_prompts_without_words_are_left_out() -> None:
@@ -189,8 +192,43 @@ def test_prompts_without_words_are_left_out() -> None:
         assert label(found.why)
 
 
+def test_mistakes_part_where_they_were_made(seen: Seen) -> None:
+    before = {name: value.clone() for name, value in seen.pipe.unet.state_dict().items()}
+    right, found = compare(seen)
+    plain = minidiff.bundled().generate(
+        PROMPT, steps=3, seed=0, sampler={"name": "euler", "spacing": "leading", "steps_offset": 1}, output="tensor"
+    )
+    assert torch.equal(right, plain[0])
+    stages = {one.name: one.stage for one in found}
+    assert stages == {
+        "offset": "plan/timesteps",
+        "unscaled": "step.0/input",
+        "prediction": "step.0/x",
+        "eps": "step.0/unet/down.1.attn.0.norm",
+        "twice": "step.0/out",
+        "unpadded": "step.0/context",
+    }
+    assert all(one.apart > 0 for one in found)
+    assert all(torch.equal(value, before[name]) for name, value in seen.pipe.unet.state_dict().items())
+    norms = [m for m in seen.pipe.unet.modules() if isinstance(m, nn.GroupNorm)]
+    assert {norm.eps for norm in norms} == {1e-5, 1e-6}
+
+
 def test_a_copy_shares_the_weights_and_nothing_else(seen: Seen) -> None:
     own = own_pipe(seen)
     assert own.unet is not seen.pipe.unet
     assert own.unet.conv_in.weight.data_ptr() == seen.pipe.unet.conv_in.weight.data_ptr()
     assert own.parts["unet"] is own.unet
+
+
+def test_the_quiz_s_answers_are_the_run_s(seen: Seen) -> None:
+    asked = {one.name: one for one in quiz.questions(seen)}
+    assert len(asked) == 8
+    right = {name: one.options[one.right].en for name, one in asked.items()}
+    assert right["first"] == f"{seen.frames[0].t:g}"
+    assert right["calls"] == "6"
+    assert right["scale"] == "2"
+    assert right["weights"] == "the way up"
+    for one in asked.values():
+        assert len({*one.options}) == 3
+    assert data_of(explained(seen, panels=["quiz"]), "quiz") == [[one.name, one.right] for one in asked.values()]

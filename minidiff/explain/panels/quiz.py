@@ -48,7 +48,7 @@ def build(seen: Seen) -> Panel:
 
 def questions(seen: Seen) -> list[Question]:
     """Return the first eight of the questions that this run can answer."""
-    found = []
+    found: list[Question] = []
     for name, answer, others, values in _each(seen):
         wrong = list(dict.fromkeys(other for other in others if other != answer))[: CHOICES - 1]
         if len(wrong) == CHOICES - 1:
@@ -126,10 +126,10 @@ def _percent(value: float) -> Text:
 
 def _item(k: int, question: Question) -> Html:
     options = [tag("li", say(text), data_option=n) for n, text in enumerate(question.options)]
-    why = say(WORDS[f"why {question.name}"], "p", **question.values)
+    why = say(WORDS[f"why {question.name}"], "p", None, **question.values)
     return tag(
         "div",
-        say(WORDS[f"ask {question.name}"], "p", **question.values),
+        say(WORDS[f"ask {question.name}"], "p", None, **question.values),
         tag("ul", *options, cls="options"),
         tag("details", tag("summary", say(WORDS["answer"])), why),
     )

@@ -123,7 +123,7 @@ def _shape_alone(part: object) -> object:
     if isinstance(part, Tensor):
         kind = torch.float32 if part.is_floating_point() else part.dtype
         return torch.empty(part.shape, dtype=kind, device="meta")
-    return type(part)(map(_shape_alone, part)) if isinstance(part, (tuple, list)) else part  # type: ignore[call-arg]
+    return type(part)(map(_shape_alone, part)) if isinstance(part, (tuple, list)) else part
 
 
 def _diagram(parts: Sequence[Part], levels: int) -> Html:

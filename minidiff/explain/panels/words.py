@@ -58,10 +58,12 @@ def build(seen: Seen) -> Panel | Left:
         tag("div", img(seen.pixels, WORDS["under"], side=SIDE), cls="map-picker needs-script", data_words=True),
         _pictures(seen, tokens, found),
         answer("q-which-word", WORDS["which?"], say(WORDS["which"], "p")),
-        answer("q-padding", WORDS["padding?"], say(WORDS["padding"], "p", **_padding(pipe, tokens, found))),
+        answer("q-padding", WORDS["padding?"], say(WORDS["padding"], "p", None, **_padding(pipe, tokens, found))),
         _shares(tokens, found),
         _causal(seen, tokens),
-        answer("q-clip-layer", WORDS["layer?"], say(WORDS["layer " + pipe.config.text_layer], "p", **_layers(seen))),
+        answer(
+            "q-clip-layer", WORDS["layer?"], say(WORDS["layer " + pipe.config.text_layer], "p", None, **_layers(seen))
+        ),
     )
     return Panel(
         anchor="words",
