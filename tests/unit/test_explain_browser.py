@@ -109,7 +109,12 @@ def test_every_control_does_something(page: Page, path: Path) -> None:
               states.push(seen(section));
               if (!control.matches("button, input[type=radio]")) note(control, states);
             }}
-            for (const canvas of section.querySelectorAll("canvas")) canvas.click();
+            for (const canvas of section.querySelectorAll("canvas")) {{
+              const box = canvas.getBoundingClientRect();
+              const at = {{ clientX: box.left + box.width / 3, clientY: box.top + box.height / 3, bubbles: true }};
+              for (const kind of ["pointerdown", "pointermove", "pointerup", "click"])
+                canvas.dispatchEvent(new (kind === "click" ? MouseEvent : PointerEvent)(kind, at));
+            }}
           }}
           return idle;
         }})()"""

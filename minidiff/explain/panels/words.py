@@ -168,7 +168,8 @@ def _pictures(seen: Seen, tokens: list[Token], found: list[Look]) -> Html:
     over = torch.stack([mean_map(look) for look in found]).mean(dim=0)
     figures = []
     for token in _shown(tokens):
-        alt = Text(*(text.format(token=token.text) for text in WORDS["map of"]))
+        said = token.text.replace("{", "{{").replace("}", "}}")  # an alternative text is filled in once more
+        alt = Text(*(text.format(token=said) for text in WORDS["map of"]))
         caption = tag("figcaption", token.text if token.kind == "word" else say(WORDS[f"kind {token.kind}"]))
         figures.append(tag("figure", img(heated(seen.pixels, over[token.k], SMALL), alt, side=SMALL), caption))
     return tag("div", say(WORDS["each"], "p"), tag("div", *figures, cls="strip words"))
