@@ -117,13 +117,14 @@ def against(
         found = [_networks(a, b.module, names or {}, other, bound, judge, tell) for a, b in pairs if _part(a) in parts]
         replaced: Any = type(pipe)(pipe.config, {**pipe.parts, **parts}, pipe.hash)
     else:
-        export = other if isinstance(other, Export) else open_export(other)
-        export.require(pipe.identity)
-        bound, title = export.bound if tolerance is None else tolerance, f"{export.folder} ({export.to})"
-        mine = export.programs_of(pipe.config, pipe.parts)
-        found = [_exported(export, program, title, bound, judge, tell) for program in mine]
-        replaced = standing_in(pipe, {program.name: export.runner(program) for program in mine})
-    found.append(_runs(pipe, replaced, request, title, bound, tell))
+        other = other if isinstance(other, Export) else open_export(other)
+        other.require(pipe.identity)
+        bound, title = other.bound if tolerance is None else tolerance, f"{other.folder} ({other.to})"
+        mine = other.programs_of(pipe.config, pipe.parts)
+        found = [_exported(other, program, title, bound, judge, tell) for program in mine]
+        replaced = standing_in(pipe, {program.name: other.runner(program) for program in mine})
+    layers_too = not isinstance(other, Export) or other.to == "torch"
+    found.append(_within("", _runs(pipe, replaced, request, title, bound, tell), local=layers_too))
     rows, only_a, only_b = ([x for part in column for x in part] for column in zip(*found, strict=True))
     return Report("minidiff", title, rows, bound, only_a, only_b)
 
@@ -206,11 +207,12 @@ class _Once:
 
 
 def _within(name: str, found: Found, local: bool = True) -> Found:
-    """Return rows and stages under the name of their program; without ``local`` no differences on equal inputs, which
-    what runs outside of torch does not have."""
+    """Return rows and stages under the name of their program. Without ``local`` there are no differences on equal
+    inputs: a layer that runs outside of torch has none, and a run that has some would hide it from the verdict."""
     rows, only_a, only_b = found
-    rows = [replace(row, stage=f"{name}/{row.stage}", local=row.local if local else None) for row in rows]
-    return rows, [f"{name}/{stage}" for stage in only_a], [f"{name}/{stage}" for stage in only_b]
+    under = f"{name}/" if name else ""
+    rows = [replace(row, stage=f"{under}{row.stage}", local=row.local if local else None) for row in rows]
+    return rows, [f"{under}{stage}" for stage in only_a], [f"{under}{stage}" for stage in only_b]
 
 
 def _runs(pipe: Pipe, other: Pipe, request: Asked, title: str, bound: float, tell: Tell) -> Found:
