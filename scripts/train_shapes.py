@@ -2,6 +2,7 @@
 
     python scripts/train_shapes.py                   # everything; can be stopped, and goes on where it was
     python scripts/train_shapes.py --out out/shapes  # where the runs are kept (this is the default)
+    python scripts/train_shapes.py --begin 18-loose --model FILE   # the stages from one on, from a model that is there
 
 An autoencoder learns to repeat the pictures of the procedural data set through 16 x 16 x 4 latents; a UNet and a text
 encoder learn to denoise those latents given the captions, and in between the text encoder learns, as CLIP's did, which
@@ -39,7 +40,7 @@ from minidiff.storage import checkpoint
 from minidiff.storage.files import lazy
 from minidiff.training import scenes, shapes
 from minidiff.training.batch import Data
-from minidiff.training.captions import SHAPES, vocabulary
+from minidiff.training.captions import PLURALS, SHAPES, vocabulary
 from minidiff.training.data import ShapesStream
 from minidiff.training.loop import Trainer
 from minidiff.training.run import MODEL, STATE, train
@@ -68,6 +69,7 @@ UNET = TrainConfig(
     sample_every=1000,
     samples=36,
 )
+LOOSE_STEPS = 6000
 
 
 Stage = Callable[[StableDiffusion, Path], StableDiffusion]  # a model and a folder for the run -> the model trained
@@ -87,7 +89,8 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
-    17 is that again, shorter and at a lower rate.
+    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out, and with them a few new words:
+    the text encoder is trained again, too.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
@@ -116,6 +119,7 @@ def stages() -> dict[str, Stage]:
             replace(even, noisy=1.5, steps=5500, rate=6e-4, curve="linear", ema=0.999, seed=33),
             HardSingles(33),
         ),
+        "18-loose": loosely,
     }
 
 
@@ -167,6 +171,23 @@ class HardSingles:
         return anywhere + small + (thing.shape in ("star", "triangle", "ring")) + (thing.colour in ("green", "purple"))
 
 
+class HalfLoose:
+    """Training data of which the odd items are loose; the even ones are those of :class:`HardSingles`."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.whole = HardSingles(seed)
+
+    def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
+        """Return pictures ``start`` .. ``start + count - 1``."""
+        pixels, captions = self.whole.batch(start // 2, count // 2 + 1)
+        loose_pixels, loose = shapes.drawn(shapes.items(self.seed, start // 2, count // 2 + 1, "loose"))
+        ks = range(start, start + count)
+        sources = ((pixels, captions), (loose_pixels, loose))
+        chosen = [(sources[k % 2], k // 2 - start // 2) for k in ks]
+        return torch.stack([source[0][i] for source, i in chosen]), [source[1][i] for source, i in chosen]
+
+
 class Crowd:
     """Training data of the autoencoder: half of it the data set's pictures, half crowds of the same shapes.
 
@@ -196,11 +217,15 @@ class Crowd:
         return Scene(str(rng.choice(colours)), tuple(things))
 
 
-def config() -> ModelConfig:
-    """Return the config: Stable Diffusion's parts at a hundredth of the size, with only the tokens of the captions."""
+def known_tokens() -> tuple[int, ...]:
+    """Return the ids of the tokens that captions are made of, ascending."""
     tokenizer = Tokenizer()
     known = {i for word in (*vocabulary(), ",") for i in tokenizer.encode(word)}
-    kept = tuple(sorted(known | {tokenizer.start, tokenizer.end}))
+    return tuple(sorted(known | {tokenizer.start, tokenizer.end}))
+
+
+def config() -> ModelConfig:
+    """Return the config: Stable Diffusion's parts at a hundredth of the size, with only the tokens of the captions."""
     return ModelConfig(
         family="shapes",
         unet=UNetConfig(
@@ -212,7 +237,7 @@ def config() -> ModelConfig:
             sample_size=16,
         ),
         vae=VAEConfig(channels=(16, 32, 64), layers=1, groups=8, mid_attention=False, sample_size=64),
-        text_encoder=CLIPTextConfig(width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=kept),
+        text_encoder=CLIPTextConfig(width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=known_tokens()),
         tokenizer=TokenizerConfig(length=LENGTH),
         schedule=ScheduleConfig(prediction="v_prediction"),
         sampler={"name": "ddim"},
@@ -239,6 +264,42 @@ def run(settings: TrainConfig, data: Data, pipe: StableDiffusion, folder: Path) 
     trained = load(folder / MODEL)
     assert isinstance(trained, StableDiffusion)
     return trained
+
+
+def loosely(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
+    """Train the UNet and the text encoder on loose captions, after giving new words their first vectors."""
+    settings = replace(
+        UNET,
+        steps=LOOSE_STEPS,
+        rate=5e-4,
+        curve="linear",
+        noisy=1.5,
+        drop_prompt=0.2,
+        ema=0.999,
+        seed=34,
+    )
+    return run(settings, HalfLoose(34), widened(pipe), folder)
+
+
+def widened(pipe: StableDiffusion) -> StableDiffusion:
+    """Return the model with every token of the captions: a plural begins as its singular, other new ones as "and"."""
+    old = pipe.config.text_encoder
+    assert old is not None
+    assert old.kept is not None
+    kept = known_tokens()
+    if kept == old.kept:
+        return pipe
+    wide = random_model(replace(pipe.config, text_encoder=replace(old, kept=kept)), seed=0)
+    assert isinstance(wide, StableDiffusion)
+    encode, row = Tokenizer().encode, {token: k for k, token in enumerate(old.kept, start=1)}
+    like = {token: row[encode(one)[0]] for one, many in PLURALS.items() for token in encode(many)}
+    rows = [0] + [row.get(token, like.get(token, row[encode("and")[0]])) for token in kept]
+    for name, part in wide.parts.items():
+        weights = pipe.parts[name].state_dict()
+        if name == "text_encoder":
+            weights["token.weight"] = weights["token.weight"][rows]
+        part.load_state_dict(weights)
+    return wide
 
 
 def words(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
@@ -268,19 +329,31 @@ def ship(pipe: StableDiffusion, path: Path) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def begun(model: str | None) -> StableDiffusion:
+    """Return the model that the first stage starts from, its weights in float32 and in memory of their own."""
+    if model is None:
+        return new_model()
+    pipe = load(model, dtype=torch.float32)
+    assert isinstance(pipe, StableDiffusion)
+    return pipe
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/shapes", metavar="FOLDER", help="(default: out/shapes)")
     parser.add_argument(
         "--asset", default=str(ASSET), metavar="FILE", help="where the model goes (default: the package)"
     )
+    parser.add_argument("--begin", choices=stages(), default="1-vae", metavar="STAGE", help="the first stage that runs")
+    parser.add_argument("--model", metavar="FILE", help="the model it starts from (default: random weights)")
     args = parser.parse_args()
     folder = Path(args.out)
     try:
-        pipe = new_model()
+        pipe = begun(args.model)
         print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
-        for name, stage in stages().items():
-            pipe = stage(pipe, folder / name)
+        names = list(stages())
+        for name in names[names.index(args.begin) :]:
+            pipe = stages()[name](pipe, folder / name)
         ship(pipe, Path(args.asset))
     except (MinidiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

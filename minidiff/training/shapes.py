@@ -6,6 +6,9 @@ the scenes have one thing, half have two.
 
 One in ten (shape, colour, background) triples is held out: no training scene contains it and no caption names it,
 although each of its words, and each pair of them, occurs in training. A model that draws these has learned to compose.
+
+Loose items have captions with parts left out. What is not said is drawn at random, a trained triple as ever, so that a
+thing never has the colour of its background.
 """
 
 from __future__ import annotations
@@ -20,10 +23,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from minidiff.config import check
-from minidiff.training.captions import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES, Facts, Named, caption
+from minidiff.training.captions import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Facts,
+    Named,
+    caption,
+    loose_caption,
+)
 from minidiff.training.scenes import SIDE, Scene, Thing, draw
 
-Kind = Literal["train", "single", "held_out", "two"]
+Kind = Literal["train", "single", "held_out", "two", "loose"]
 Triple = tuple[str, str, str]  # shape, colour, background
 
 RADIUS = {"small": 7.0, "medium": 9.6, "large": 13.0}  # pixels
@@ -39,6 +53,14 @@ SIZE_NAMED = 0.6
 PLACE_NAMED = 0.6
 JOINED_BY_AND = 0.2
 DRAWS = 16  # number of random numbers per item
+
+LOOSE_PAIRS = 0.4  # shares of the loose scenes, or of their captions
+LOOSE_PLURAL = 0.5  # of the pairs
+LOOSE_COLOUR_NAMED = 0.6
+LOOSE_GROUND_NAMED = 0.35
+LOOSE_SIZE_NAMED = 0.3
+LOOSE_PLACE_NAMED = 0.4
+LOOSE_DRAWS = 24
 
 
 def held_out(shape: str, colour: str, background: str) -> bool:
@@ -69,13 +91,15 @@ def items(seed: int, start: int, count: int, kind: Kind = "train") -> list[Item]
     """Return items ``start`` to ``start + count - 1`` of ``seed``, without drawing their scenes.
 
     ``kind``: "train"; or for evaluation "single" (one thing, a trained triple), "held_out" (one thing, a held-out
-    triple), "two" (two things whose relation the caption states). Each kind is a separate stream.
+    triple), "two" (two things whose relation the caption states); "loose" (one or two things, captions with parts left
+    out). Each kind is a separate stream.
     Raises :class:`ConfigError` for a seed or a start below 0 or a count below 1.
     """
     check(0 <= seed < 2**63, f"seed={seed} must lie in 0..2**63 - 1")
     check(start >= 0 and count >= 1, f"start={start}, count={count}: items are counted from 0, at least one at a time")
     check(kind in _SALT, f"kind={kind!r} is none of {', '.join(_SALT)}")
-    return [_item(row, kind) for row in _uniforms(seed, start, count, kind).tolist()]
+    rows = _uniforms(seed, start, count, kind).tolist()
+    return [_loose(row) if kind == "loose" else _item(row, kind) for row in rows]
 
 
 def batch(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
@@ -127,14 +151,20 @@ def two_object_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
     return [(item.caption, item.facts) for item in items(seed, 0, n, "two")]
 
 
-_SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3}
+def loose_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
+    """Return ``n`` captions with parts left out, each with the facts of a correct picture."""
+    return [(item.caption, item.facts) for item in items(seed, 0, n, "loose")]
+
+
+_SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3, "loose": 4}
 
 
 def _uniforms(seed: int, start: int, count: int, kind: str) -> np.ndarray:
-    """Return float64 (count, DRAWS) in [0, 1), a hash of seed, kind, item and column."""
+    """Return float64 (count, DRAWS or LOOSE_DRAWS) in [0, 1), a hash of seed, kind, item and column."""
+    draws = LOOSE_DRAWS if kind == "loose" else DRAWS
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(_SALT[kind]))
     rows = _mix(key + np.arange(start, start + count, dtype=np.uint64))
-    bits = _mix(rows[:, None] + _GOLDEN * np.arange(1, DRAWS + 1, dtype=np.uint64))
+    bits = _mix(rows[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64))
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
 
 
@@ -175,6 +205,42 @@ def _item(u: list[float], kind: Kind) -> Item:
     return Item(Scene(ground, (thing, thing_2)), facts, caption(facts, wording))
 
 
+def _loose(u: list[float]) -> Item:
+    """Make a loose item from ``LOOSE_DRAWS`` numbers in [0, 1), each of which is used once."""
+    shape, colour, ground = TRAINED[int(u[0] * len(TRAINED))]
+    size = SIZES[int(u[1] * 3)]
+    sized, coloured = u[2] < LOOSE_SIZE_NAMED, u[3] < LOOSE_COLOUR_NAMED
+    named = Named(shape, colour if coloured else None, size if sized else None)
+    told = ground if u[4] < LOOSE_GROUND_NAMED else None
+    wording = int(u[5] * 2**39)
+    if u[6] >= LOOSE_PAIRS:
+        place = PLACES[int(u[8] * len(PLACES))]
+        scene = Scene(ground, (_thing(shape, colour, size, CENTRES[place], SCATTER[1], u[9], u[10], u[11]),))
+        facts = Facts(told, (named,), place=place if u[7] < LOOSE_PLACE_NAMED else None)
+        return Item(scene, facts, loose_caption(facts, wording))
+    relation: str | None = RELATIONS[int(u[8] * 2)]
+    here, there = PAIR[str(relation)]
+    size_2 = SIZES[int(u[15] * 3)]
+    if u[7] < LOOSE_PLURAL:
+        # Of one shape; what is said, colour or size, is said of both.
+        colours = [colour] if coloured else [c for s, c, _ in ON_GROUND[ground] if s == shape]
+        shape_2, colour_2, size_2 = shape, colours[int(u[16] * len(colours))], size if sized else size_2
+        named_2, relation_said = named, False
+    else:
+        shape_2, colour_2, _ = _another((shape, colour, ground), u[16])
+        said = colour_2 if u[17] < LOOSE_COLOUR_NAMED else None
+        named_2 = Named(shape_2, said, size_2 if u[18] < LOOSE_SIZE_NAMED else None)
+        relation_said = u[19] < LOOSE_PLACE_NAMED
+    things = (
+        _thing(shape, colour, size, here, SCATTER[2], u[9], u[10], u[11]),
+        _thing(shape_2, colour_2, size_2, there, SCATTER[2], u[12], u[13], u[14]),
+    )
+    if not relation_said and u[20] < 0.5:  # "and" promises no order
+        named, named_2 = named_2, named
+    facts = Facts(told, (named, named_2), relation=relation if relation_said else None)
+    return Item(Scene(ground, things), facts, loose_caption(facts, wording))
+
+
 def _another(first: Triple, u: float) -> Triple:
     """Return a trained triple on the same background as ``first`` with another shape, another colour or both."""
     candidates = ON_GROUND[first[2]]
@@ -200,6 +266,7 @@ __all__ = [
     "held_out",
     "held_out_prompts",
     "items",
+    "loose_prompts",
     "single_object_prompts",
     "two_object_prompts",
 ]
