@@ -87,39 +87,48 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Correct parts of a caption in a picture. ``size`` and ``place`` are None where the caption says nothing of them.
+    """Correct parts of a caption in a picture; None where the caption says nothing of them.
 
-    ``place`` is also the relation of two things. ``right``: shape, colour and background of everything, and the
-    relation of two; neither more nor fewer things than named. Size and the place of a single thing are counted apart.
+    ``place`` is also the relation of two things. ``right``: shape, colour and background of everything as far as they
+    are said, the relation of two, and neither more nor fewer things than named. Size and the place of a single thing
+    are counted apart. ``all_right``: these as well, on a background of one colour.
     """
 
-    background: bool
+    background: bool | None
     shape: bool
-    colour: bool
+    colour: bool | None
     size: bool | None
     place: bool | None
     right: bool
+    all_right: bool
 
 
 # ---- the caption ----
 
 _SIZE = {"small": "small", "little": "small", "medium": "medium", "large": "large", "big": "large"}
-_THING = re.compile(rf"(?:({'|'.join(_SIZE)}) )?({'|'.join(NAMES)}) ({'|'.join(SHAPES)})\b")
+_PLURAL = {shape + ("es" if shape == "cross" else "s"): shape for shape in SHAPES}
+_WORDS = (*_PLURAL, *SHAPES)
+_THING = re.compile(rf"(\btwo )?(?:\b({'|'.join(_SIZE)}) )?(?:\b({'|'.join(NAMES)}) )?\b({'|'.join(_WORDS)})\b")
 _GROUND = re.compile(rf"\b({'|'.join(NAMES)}|grey) background\b|\bon ({'|'.join(NAMES)}|grey)$")
-_PLACE = re.compile(r"\b(?:on|at|in) the (left|right|top|bottom|centre|center|middle)\b")
+_PLACE = re.compile(r"\b(?:on|at|in) (?:the )?(left|right|top|bottom|centre|center|middle)\b(?! of)")
 _RELATION = re.compile(r"\b(left of|above)\b")
 
 
 def parse(caption: str) -> Facts:
     """Parse ``caption``. Raises ValueError for one that is not in the language of the shapes."""
-    ground, things = _GROUND.search(caption), _THING.findall(caption)
-    if ground is None or len(things) not in (1, 2):
-        raise ValueError(f"{caption!r} does not name one or two things and a background")
-    background = (ground[1] or ground[2]).replace("grey", "gray")
+    ground, found = _GROUND.search(caption), _THING.findall(caption)
+    things = [
+        Named(_PLURAL.get(shape, shape), colour or None, _SIZE.get(size))
+        for two, size, colour, shape in found
+        for _ in range(2 if two else 1)
+    ]
+    if len(things) not in (1, 2) or any(bool(two) != (shape in _PLURAL) for two, _, _, shape in found):
+        raise ValueError(f"{caption!r} does not name one or two things")
+    background = None if ground is None else (ground[1] or ground[2]).replace("grey", "gray")
     place, relation = _PLACE.search(caption), _RELATION.search(caption)
     return Facts(
         background,
-        tuple(Named(shape, colour, _SIZE.get(size)) for size, colour, shape in things),
+        tuple(things),
         place=re.sub("center|middle", "centre", place[1]) if place and len(things) == 1 else None,
         relation=relation[1] if relation else None,
     )
@@ -292,29 +301,36 @@ def templates(half: int) -> tuple[list[str], Array, list[tuple[float, float, flo
 
 def judge(seen: Seen, facts: Facts) -> Verdict:
     """Compare the contents of a picture with its caption."""
-    background = seen.background == facts.background
+    background = None if facts.background is None else seen.background == facts.background
     orders = [seen.things, seen.things[::-1]] if len(facts.things) == 2 else [seen.things]
     if len(seen.things) != len(facts.things):
         named = any(t.size for t in facts.things)
         placed = facts.place or facts.relation
-        return Verdict(background, False, False, False if named else None, False if placed else None, False)
-    return max((_compare(order, facts, background) for order in orders), key=_merit)
+        coloured = any(t.colour for t in facts.things)
+        said = [False if stated else None for stated in (coloured, named, placed)]
+        return Verdict(background, False, *said, right=False, all_right=False)
+    plain = seen.background is not None
+    return max((_compare(order, facts, background, plain) for order in orders), key=_merit)
 
 
-def _merit(verdict: Verdict) -> tuple[bool, int]:
+def _merit(verdict: Verdict) -> tuple[int, int]:
     """Return the merit of a match of two things with the caption; the order that explains more counts."""
-    return verdict.right, sum(map(bool, (verdict.shape, verdict.colour, verdict.size, verdict.place)))
+    return verdict.all_right + verdict.right, sum(
+        map(bool, (verdict.shape, verdict.colour, verdict.size, verdict.place))
+    )
 
 
-def _compare(things: tuple[Found, ...], facts: Facts, background: bool) -> Verdict:
+def _compare(things: tuple[Found, ...], facts: Facts, background: bool | None, plain: bool) -> Verdict:
     pairs = list(zip(things, facts.things, strict=True))
     shape = all(found.shape == named.shape for found, named in pairs)
-    colour = all(found.colour == named.colour for found, named in pairs)
+    colours = [found.colour == named.colour for found, named in pairs if named.colour]
+    colour = all(colours) if colours else None
     sizes = [found.size == named.size for found, named in pairs if named.size]
     size = all(sizes) if sizes else None
     place = things[0].place == facts.place if facts.place else None
     if facts.relation:
         dx, dy = things[1].x - things[0].x, things[1].y - things[0].y
         place = bool(dx > abs(dy) if facts.relation == "left of" else dy > abs(dx))
-    right = background and shape and colour and (place or not facts.relation)
-    return Verdict(background, shape, colour, size, place, bool(right))
+    right = background is not False and shape and colour is not False and (place or not facts.relation)
+    every = right and size is not False and place is not False and plain
+    return Verdict(background, shape, colour, size, place, bool(right), bool(every))

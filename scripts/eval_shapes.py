@@ -1,13 +1,17 @@
-"""Measure how often a model draws what its caption says: three sets of prompts, judged from the saved PNG files.
+"""Measure how often a model draws what its caption says: four sets of prompts, judged from the saved PNG files.
 
-    python scripts/eval_shapes.py --model FILE       # 500 prompts of one thing, of held-out triples, of two things
+    python scripts/eval_shapes.py --model FILE       # 500 prompts of each set
+    python scripts/eval_shapes.py --sets loose --prompts 300 --scale 2   # captions with parts left out
     python scripts/eval_shapes.py --no-guidance      # the bundled model; the score falls
     python scripts/eval_shapes.py --shuffle          # each picture against another one's caption: what chance gives
     python scripts/eval_shapes.py --drawn            # the judge on pictures drawn by the data set: 100 % or it is wrong
 
 "right" means shape, colour and background of everything, and for two things their relation as well; size and place
-are counted over the captions that name them. A grid of the first pictures of each set is written beside, framed
-green or red. The judge (scripts/_judge.py) knows nothing of the model and of the drawing code.
+are counted over the captions that name them. "all_right" is everything that is said, size and place as well, on a
+background of one colour. The sets are captions of one thing, of held-out triples, of two things, and loose captions,
+which leave parts out ("a blue square", "two circles"): of these the rest is free, but the thing must be there. A grid
+of the first pictures of each set is written beside, framed green or red. The judge (scripts/_judge.py) knows nothing of
+the model and of the drawing code.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ from minidiff.training import shapes  # noqa: E402
 if TYPE_CHECKING:
     from PIL import Image
 
-SETS: tuple[shapes.Kind, ...] = ("single", "held_out", "two")
-COLUMNS = ("right", "shape", "colour", "background", "size", "place")
+SETS: tuple[shapes.Kind, ...] = ("single", "held_out", "two", "loose")
+COLUMNS = ("right", "all_right", "shape", "colour", "background", "size", "place")
 BATCH = 25
 GRID = (5, 10)  # rows and columns of pictures per set
 GREEN, RED = (40, 170, 60), (220, 40, 40)
@@ -144,7 +148,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FILE", help="a minidiff file; the bundled model if left out")
     parser.add_argument("--drawn", action="store_true", help="no model: judge the data set's own pictures")
     parser.add_argument("--prompts", type=int, default=500, metavar="N", help="of each set (default: 500)")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="which sets (default: all three)")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="which sets (default: all four)")
     parser.add_argument("--steps", type=int, default=25, help="(default: 25)")
     parser.add_argument("--scale", type=float, default=5.0, help="guidance scale (default: 5)")
     parser.add_argument("--no-guidance", action="store_true", help="guidance scale 1: the plain prediction")

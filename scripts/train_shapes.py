@@ -89,8 +89,8 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
-    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out, and with them a few new words:
-    the text encoder is trained again, too.
+    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out, and a few new words with them,
+    so the text encoder is trained again, too.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
@@ -237,7 +237,9 @@ def config() -> ModelConfig:
             sample_size=16,
         ),
         vae=VAEConfig(channels=(16, 32, 64), layers=1, groups=8, mid_attention=False, sample_size=64),
-        text_encoder=CLIPTextConfig(width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=known_tokens()),
+        text_encoder=CLIPTextConfig(
+            width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=known_tokens()
+        ),
         tokenizer=TokenizerConfig(length=LENGTH),
         schedule=ScheduleConfig(prediction="v_prediction"),
         sampler={"name": "ddim"},

@@ -30,7 +30,7 @@ import _judge  # noqa: E402
 import eval_shapes  # noqa: E402
 
 SETS: tuple[shapes.Kind, ...] = ("single", "held_out", "two")
-KINDS: tuple[shapes.Kind, ...] = ("train", *SETS)
+KINDS: tuple[shapes.Kind, ...] = ("train", *SETS, "loose")
 
 
 def seen(pixels: Tensor, folder: Path) -> list[_judge.Seen]:
@@ -123,7 +123,7 @@ def test_each_wrong_word_about_one_thing_is_noticed(field: str, value: str, tmp_
 
 @pytest.mark.parametrize("field", ["shape", "colour", "size", "background", "relation"])
 def test_each_wrong_word_about_two_things_is_noticed(field: str, tmp_path: Path) -> None:
-    assert verdict(TWO.scene, TWO.facts, tmp_path) == _judge.Verdict(True, True, True, True, True, True)
+    assert verdict(TWO.scene, TWO.facts, tmp_path) == _judge.Verdict(True, True, True, True, True, True, True)
     values = ("left of", "above") if field == "relation" else WORDS[field]
     taken = {getattr(t, field, None) for t in TWO.facts.things} | {getattr(TWO.facts, field, None)}
     value = next(v for v in values if v not in taken)
@@ -214,7 +214,9 @@ def test_the_judge_reads_every_caption() -> None:
             assert facts == item.facts, item.caption
 
 
-@pytest.mark.parametrize("text", ["", "a dragon", "a red star", "a blue background", "a red dragon on blue"])
+@pytest.mark.parametrize(
+    "text", ["", "a dragon", "a blue background", "a red dragon on blue", "three stars", "two stars and a ring"]
+)
 def test_what_is_no_caption_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="does not name"):
         _judge.parse(text)
@@ -224,6 +226,29 @@ def test_a_caption_is_read() -> None:
     assert _judge.parse("a big orange ring to the left of a red cross on a grey background") == Facts(
         "gray", (Named("ring", "orange", "large"), Named("cross", "red")), relation="left of"
     )
+
+
+def test_a_loose_caption_is_read() -> None:
+    assert _judge.parse("two big circles") == Facts(None, (Named("circle", None, "large"),) * 2)
+    assert _judge.parse("the star on top") == Facts(None, (Named("star", None),), place="top")
+
+
+def test_of_a_loose_caption_only_what_it_says_counts(tmp_path: Path) -> None:
+    scene, thing = ONE.scene, ONE.facts.things[0]
+    verdicts = {
+        said: verdict(scene, Facts(None, (said,)), tmp_path)
+        for said in (
+            Named(thing.shape, None),
+            Named(thing.shape, thing.colour),
+            Named(thing.shape, None, next(size for size in SIZES if size != thing.size)),
+            Named(next(shape for shape in SHAPES if shape != thing.shape), None),
+        )
+    }
+    assert [found.all_right for found in verdicts.values()] == [True, True, False, False]
+    assert [found.right for found in verdicts.values()] == [True, True, True, False]
+    assert all(found.background is None and found.place is None for found in verdicts.values())
+    twice = verdict(scene, Facts(None, (Named(thing.shape, None),) * 2), tmp_path)
+    assert not twice.right
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -248,9 +273,9 @@ def test_the_command_judges_drawn_pictures(tmp_path: Path, capsys: pytest.Captur
     args = ["--drawn", "--prompts", "12", "--grid", str(png), "--keep", str(tmp_path / "kept")]
     assert eval_shapes.main(args) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == list(SETS)
-    assert all(line.split()[1:9:2] == ["100.0"] * 4 for line in lines[1:4])
-    assert len(list((tmp_path / "kept").glob("*/*.png"))) == 36
+    assert [line.split()[0] for line in lines[1:5]] == [*SETS, "loose"]
+    assert all(line.split()[1:11:2] == ["100.0"] * 5 for line in lines[1:5])
+    assert len(list((tmp_path / "kept").glob("*/*.png"))) == 48
     with Image.open(png) as sheet:
         assert sheet.getpixel((2, 2)) == eval_shapes.GREEN
 

@@ -56,6 +56,13 @@ PROMPTS = {
     ],
 }
 
+LOOSE = [
+    "white triangle and purple triangle",
+    "the red triangle",
+    "a yellow triangle on a blue background",
+    "two green crosses, blue background",
+]
+
 
 @pytest.fixture(scope="module")
 def many() -> list[shapes.Item]:
@@ -348,7 +355,27 @@ def test_one_picture_is_said_in_several_ways() -> None:
 
 
 def test_the_vocabulary_is_what_captions_use(many: list[shapes.Item]) -> None:
-    assert {word for item in many for word in words(item.caption)} == vocabulary()
-    assert 40 <= len(vocabulary()) <= 60
-    assert all(re.fullmatch(r"[a-z ,]+", item.caption) for item in many)
-    assert not any("  " in item.caption or " ," in item.caption for item in many)
+    every = [*many, *items(5, 0, 20_000, "loose")]
+    assert {word for item in every for word in words(item.caption)} == vocabulary()
+    assert 40 <= len(vocabulary()) <= 70
+    assert all(re.fullmatch(r"[a-z ,]+", item.caption) for item in every)
+    assert not any("  " in item.caption or " ," in item.caption or item.caption[0] == " " for item in every)
+
+
+def test_what_a_loose_caption_does_not_say_never_hides_the_thing() -> None:
+    loose = items(6, 0, 20_000, "loose")
+    for item in loose:
+        assert len(item.scene.things) == len(item.facts.things)
+        for thing in item.scene.things:
+            assert (thing.shape, thing.colour, item.scene.background) in TRAINED
+    kinds = {
+        "no background": sum(item.facts.background is None for item in loose),
+        "no colour": sum(not any(thing.colour for thing in item.facts.things) for item in loose),
+        "plural": sum(item.caption.startswith("two ") or " two " in item.caption for item in loose),
+        "nothing but a shape": sum(item.caption in SHAPES for item in loose),
+    }
+    assert all(count > 200 for count in kinds.values()), kinds
+
+
+def test_the_first_loose_prompts_never_change() -> None:
+    assert [c for c, _ in shapes.loose_prompts(4)] == LOOSE

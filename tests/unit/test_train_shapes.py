@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from minidiff.pipeline import random_model
 from minidiff.training import shapes
 from minidiff.training.captions import COLOURS, SHAPES
 
@@ -20,7 +22,7 @@ def said(stream: train_shapes.Data, count: int) -> list[Facts]:
     return [parse(caption) for caption in stream.batch(0, count)[1]]
 
 
-STREAMS = [train_shapes.Singles, train_shapes.MostlySingles, train_shapes.HardSingles]
+STREAMS = [train_shapes.Singles, train_shapes.MostlySingles, train_shapes.HardSingles, train_shapes.HalfLoose]
 
 
 @pytest.mark.parametrize("kind", STREAMS)
@@ -57,3 +59,27 @@ def test_hard_captions_come_more_often_and_all_come() -> None:
         return sum(facts.things[0].colour in colours for facts in of) / len(of)
 
     assert share(hard, ("green", "purple")) > share(alone, ("green", "purple")) + 0.1
+
+
+def test_every_other_caption_leaves_parts_out() -> None:
+    facts = said(train_shapes.HalfLoose(7), 400)
+    whole = [f.background is not None and all(thing.colour for thing in f.things) for f in facts]
+    assert all(whole[::2])
+    assert sum(whole[1::2]) < 100
+
+
+def test_new_words_begin_as_what_they_are_like() -> None:
+    known = train_shapes.known_tokens()
+    old = train_shapes.begun(None)
+    text = old.config.text_encoder
+    encode = train_shapes.Tokenizer().encode
+    without = tuple(token for token in known if token not in (*encode("circles"), *encode("two")))
+    smaller = replace(old.config, text_encoder=replace(text, kept=without))
+    narrow = random_model(smaller, seed=1)
+    wide = train_shapes.widened(narrow)
+    ids, parts = wide.tokenizer(["a red circle", "and"]), (narrow.text_encoder, wide.text_encoder)
+    assert wide.config.text_encoder.kept == known
+    assert torch.equal(*(part(ids).last for part in parts))
+    for new, like in (("circles", "circle"), ("two", "and")):
+        assert torch.equal(*(wide.text_encoder(wide.tokenizer([word])).last for word in (new, like)))
+    assert train_shapes.widened(wide) is wide
