@@ -89,8 +89,8 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
-    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out, and a few new words with them,
-    so the text encoder is trained again, too.
+    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out and a few new words, so the
+    text encoder is trained again, too.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)

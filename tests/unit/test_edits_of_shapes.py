@@ -14,7 +14,7 @@ from minidiff.pipeline.png import to_pil, to_unit
 from minidiff.training.scenes import Scene, Thing, draw
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))  # at the end: see test_eval_shapes.py
-import _judge  # noqa: E402
+import _judge
 
 OF = 8  # pictures a test; other processors round otherwise, so one or two may differ
 
