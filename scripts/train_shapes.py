@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from minidiff.storage import checkpoint
 from minidiff.storage.files import lazy
 from minidiff.training import scenes, shapes
 from minidiff.training.batch import Data
-from minidiff.training.captions import PLURALS, SHAPES, vocabulary
+from minidiff.training.captions import PLURALS, SHAPES, loose_vocabulary, vocabulary
 from minidiff.training.data import ShapesStream
 from minidiff.training.loop import Trainer
 from minidiff.training.run import MODEL, STATE, train
@@ -89,8 +89,7 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
-    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out and a few new words, so the
-    text encoder is trained again, too.
+    17 is that again, shorter and at a lower rate.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
@@ -119,8 +118,15 @@ def stages() -> dict[str, Stage]:
             replace(even, noisy=1.5, steps=5500, rate=6e-4, curve="linear", ema=0.999, seed=33),
             HardSingles(33),
         ),
-        "18-loose": loosely,
     }
+
+
+def later() -> dict[str, Stage]:
+    """Return the stages that the bundled model has not been through, which ``--begin`` names.
+
+    18 learns captions with parts left out and a few new words, so the text encoder is trained again, too.
+    """
+    return {"18-loose": loosely}
 
 
 class Singles:
@@ -217,10 +223,10 @@ class Crowd:
         return Scene(str(rng.choice(colours)), tuple(things))
 
 
-def known_tokens() -> tuple[int, ...]:
-    """Return the ids of the tokens that captions are made of, ascending."""
+def known_tokens(words: Collection[str]) -> tuple[int, ...]:
+    """Return the ids of the tokens of captions made of these ``words``, ascending."""
     tokenizer = Tokenizer()
-    known = {i for word in (*vocabulary(), ",") for i in tokenizer.encode(word)}
+    known = {i for word in (*words, ",") for i in tokenizer.encode(word)}
     return tuple(sorted(known | {tokenizer.start, tokenizer.end}))
 
 
@@ -238,7 +244,7 @@ def config() -> ModelConfig:
         ),
         vae=VAEConfig(channels=(16, 32, 64), layers=1, groups=8, mid_attention=False, sample_size=64),
         text_encoder=CLIPTextConfig(
-            width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=known_tokens()
+            width=WIDTH, layers=2, heads=4, mlp=3 * WIDTH, positions=LENGTH, kept=known_tokens(vocabulary())
         ),
         tokenizer=TokenizerConfig(length=LENGTH),
         schedule=ScheduleConfig(prediction="v_prediction"),
@@ -284,11 +290,11 @@ def loosely(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
 
 
 def widened(pipe: StableDiffusion) -> StableDiffusion:
-    """Return the model with every token of the captions: a plural begins as its singular, other new ones as "and"."""
+    """Return the model with every token of loose captions: a plural begins as its singular, other new ones as "and"."""
     old = pipe.config.text_encoder
     assert old is not None
     assert old.kept is not None
-    kept = known_tokens()
+    kept = known_tokens(loose_vocabulary())
     if kept == old.kept:
         return pipe
     wide = random_model(replace(pipe.config, text_encoder=replace(old, kept=kept)), seed=0)
@@ -346,16 +352,18 @@ def main() -> int:
     parser.add_argument(
         "--asset", default=str(ASSET), metavar="FILE", help="where the model goes (default: the package)"
     )
-    parser.add_argument("--begin", choices=stages(), default="1-vae", metavar="STAGE", help="the first stage that runs")
+    parser.add_argument(
+        "--begin", choices=[*stages(), *later()], default="1-vae", metavar="STAGE", help="the first stage that runs"
+    )
     parser.add_argument("--model", metavar="FILE", help="the model it starts from (default: random weights)")
     args = parser.parse_args()
     folder = Path(args.out)
     try:
         pipe = begun(args.model)
         print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
-        names = list(stages())
-        for name in names[names.index(args.begin) :]:
-            pipe = stages()[name](pipe, folder / name)
+        chain = stages() if args.begin in stages() else later()
+        for name in list(chain)[list(chain).index(args.begin) :]:
+            pipe = chain[name](pipe, folder / name)
         ship(pipe, Path(args.asset))
     except (MinidiffError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)

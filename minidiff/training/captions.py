@@ -165,11 +165,19 @@ def article(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def vocabulary() -> frozenset[str]:
-    """Return every word that a caption can contain, about sixty, without the comma."""
+    """Return every word that a caption with all parts can contain, about fifty, without the comma."""
     canonical = (*SHAPES, *COLOURS, *BACKGROUNDS, "medium", "above", "and", "a", "an")
+    return _words_of(*canonical, *(phrase for options in SYNONYMS.values() for phrase in options), *ONE, *TWO)
+
+
+@lru_cache(maxsize=1)
+def loose_vocabulary() -> frozenset[str]:
+    """Return every word that any caption can contain: those of loose ones, such as plurals, as well."""
     synonyms = (phrase for options in LOOSE_SYNONYMS.values() for phrase in options)
-    loose = ("two", *PLURALS.values(), *LOOSE_ON_GROUND, *LOOSE_ARTICLES)
-    phrases = (*canonical, *synonyms, *ONE, *TWO, *loose)
+    return vocabulary() | _words_of("two", *PLURALS.values(), *synonyms, *LOOSE_ON_GROUND, *LOOSE_ARTICLES)
+
+
+def _words_of(*phrases: str) -> frozenset[str]:
     return frozenset(word for phrase in phrases for word in words(re.sub(r"\{\w+\}", " ", phrase)))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from minidiff.pipeline import random_model
 from minidiff.training import shapes
-from minidiff.training.captions import COLOURS, SHAPES
+from minidiff.training.captions import COLOURS, SHAPES, loose_vocabulary
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))  # at the end: see test_eval_shapes.py
 import train_shapes
@@ -69,7 +69,7 @@ def test_every_other_caption_leaves_parts_out() -> None:
 
 
 def test_new_words_begin_as_what_they_are_like() -> None:
-    known = train_shapes.known_tokens()
+    known = train_shapes.known_tokens(loose_vocabulary())
     old = train_shapes.begun(None)
     text = old.config.text_encoder
     encode = train_shapes.Tokenizer().encode
