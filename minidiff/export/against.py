@@ -27,7 +27,7 @@ from minidiff.config import check
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
-from minidiff.export.programs import SIZES, Program, Tensors, programs
+from minidiff.export.programs import Program, Tensors, programs
 from minidiff.export.stand_ins import standing_in
 from minidiff.parity.command import DTYPES, Converter, about_run, request_of, teller
 from minidiff.parity.compare_command import show, writable
@@ -136,7 +136,7 @@ def _exported(export: Export, program: Program, title: str, bound: float, judge:
     if export.to == "torch":
         opened = torch.export.unflatten(torch.export.load(export.path(program.name)))
         return _networks(program, opened, {}, title, bound, judge, tell)
-    inputs = program.example(*SIZES[0], seed=1)
+    inputs = program.example(*program.sizes[0], seed=1)
     names: Mapping[str, str] = {}
     if export.to == "onnx":
         layers = Layers(export.path(program.name), program, module_names(program.module))
@@ -158,7 +158,7 @@ def _networks(
     have = set(module_names(module))
     for theirs in told.values():
         check(theirs in have, f"names: {title} has no module {theirs.removeprefix(prefix + '.')!r}")
-    inputs = program.example(*SIZES[0], seed=1)
+    inputs = program.example(*program.sizes[0], seed=1)
     pairs = told or {name: name for name in module_names(program.module) if name in have}
     single = _single(module, inputs, pairs.values())
     pairs = {x: y for x, y in pairs.items() if y in single}

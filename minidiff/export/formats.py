@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minidiff.errors import CheckpointError, ConfigError
-from minidiff.export.programs import SIZES, Program, Tensors
+from minidiff.export.programs import Program, Tensors
 
 Format = Literal["torch", "onnx", "aoti"]
 Runner = Callable[[Tensors], "dict[str, Tensor]"]
@@ -71,7 +71,7 @@ def traced(program: Program) -> Any:
     shapes = {
         name: {k: free for k, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in program.inputs.items()
     }
-    example = program.example(*SIZES[0])
+    example = program.example(*program.sizes[0])
     with _quiet():
         return torch.export.export(program.module.eval(), (), example, dynamic_shapes=shapes, strict=False)
 
@@ -174,10 +174,10 @@ def gap(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:
     return largest
 
 
-def measured(program: Program, run: Runner, sizes: tuple[tuple[int, int, int, int], ...] = SIZES) -> float:
+def measured(program: Program, run: Runner) -> float:
     """Return the largest :func:`gap` between the network and its export, over several sizes."""
     found = 0.0
-    for k, size in enumerate(sizes):
+    for k, size in enumerate(program.sizes):
         inputs = program.example(*size, seed=k + 1)
         found = max(found, gap(program.eager(inputs), run(inputs)))
     return found

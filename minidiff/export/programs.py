@@ -26,14 +26,13 @@ Axes = tuple["str | int", ...]
 """Shape of a tensor; a name stands for any size."""
 Tensors = Mapping[str, Tensor]
 
-SIZES = ((2, 8, 12, 77), (1, 8, 8, 77), (3, 9, 7, 40))
-"""Batch, height and width of latents, and length of the text, for which programs are made (the first) and checked."""
+LEAST = 8  # side of the smallest latents for which programs are made and checked
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """A network as a function: ``module`` takes the ``inputs`` by name and returns the ``outputs`` in this order.
-    ``scale``: what a side of its picture is in sides of latents."""
+    ``scale``: what a side of its picture is in sides of latents. ``least``: the smallest side."""
 
     name: str
     module: nn.Module
@@ -41,6 +40,13 @@ class Program:
     outputs: Sequence[str]
     scale: int = 1
     vocab: int = 0
+    least: int = LEAST
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Batch, height and width of latents, and length of the text, for which it is made (the first) and checked."""
+        n = self.least
+        return (2, n, n + n // 2, 77), (1, n, n, 77), (3, n + 1, n + 3, 40)
 
     def example(self, batch: int, height: int, width: int, length: int, seed: int = 0) -> dict[str, Tensor]:
         """Return random inputs for latents of this size."""
@@ -93,7 +99,8 @@ def _unet(config: UNetConfig, numbers: int, unet: nn.Module) -> Program:
         inputs["sizes"] = ("batch", numbers)
     if config.guidance_dim is not None:
         inputs["guidance"] = ("batch", config.guidance_dim)
-    return Program("unet", _Denoiser(unet), inputs, ("out",))
+    least = max(LEAST, 2 ** (len(config.levels) - 1))  # a side is halved between levels
+    return Program("unet", _Denoiser(unet), inputs, ("out",), least=least)
 
 
 def _text(name: str, config: CLIPTextConfig, encoder: nn.Module, layer: str) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import torch
 from torch import nn
 
 from minidiff import CheckpointError, ConfigError, UnsupportedError
+from minidiff.config import Level
 from minidiff.export import export, formats, open_export
 from minidiff.export.against import against
 from minidiff.export.formats import BOUNDS, measured, traced
-from minidiff.export.programs import SIZES, programs
+from minidiff.export.programs import programs
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.parity.ours import asked
 from minidiff.pipeline import StableDiffusion
 from tests.support.command import Run, one_error
 from tests.support.export_models import FAMILIES, MINI
-from tests.support.tiny import drawn
+from tests.support.tiny import DDPM, drawn
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,4 +206,15 @@ def test_the_command(mini: StableDiffusion, made: Path, run: Run, tmp_path: Path
     one_error(run("export", "plain", "out"), "out: is a folder with files in it, which is not replaced")
     one_error(run("export", "plain", "other", "--plan", "ddim"), "'ddim' should be SAMPLER:STEPS")
     assert BOUNDS["torch"].relative == 0
-    assert {size[0] for size in SIZES} == {1, 2, 3}
+
+
+def test_networks_of_many_levels_are_run_at_sizes_that_they_can_halve() -> None:
+    """Six levels, as the ddpm models of 256 pixels have: 8 pixels would be gone before the last."""
+    level = Level(channels=16)
+    config = replace(DDPM, unet=replace(DDPM.unet, levels=(level,) * 6, mid=level))
+    pipe = drawn(config, 1)
+    (program,) = programs(config, pipe.parts)
+    assert {size[0] for size in program.sizes} == {1, 2, 3}
+    for size in program.sizes:
+        inputs = program.example(*size)
+        assert program.eager(inputs)["out"].shape == inputs["x"].shape
