@@ -140,6 +140,20 @@ def test_second_prompts_that_cannot_work(xl: StableDiffusion, refiner: StableDif
         assert seen == []
 
 
+def test_a_unet_is_told_the_sizes_of_its_picture(xl: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[float]] = []
+    forward = type(xl.unet).forward
+
+    def watched(unet: Any, x: Any, t: Any, context: Any, added: Any = None, *rest: Any, **more: Any) -> Any:
+        told.extend(added[1].tolist())
+        return forward(unet, x, t, context, added, *rest, **more)
+
+    monkeypatch.setattr(type(xl.unet), "forward", watched)
+    size = (6 * xl.vae.config.factor, 4 * xl.vae.config.factor)
+    xl.generate("a", steps=1, sampler="ddim", height=size[0], width=size[1], output="latent", progress=False)
+    assert told == [[*size, 0, 0, *size]] * 2
+
+
 def test_what_a_run_from_a_picture_begins_with(sd: StableDiffusion) -> None:
     """Scaled latents with as much noise as the first row expects; none is added to what another model hands over."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
