@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from minidiff.adapters.control import Control, ControlModel
     from minidiff.errors import Cancelled, CheckpointError, ConfigError, MinidiffError, UnsupportedError
     from minidiff.pipeline.denoise import Run, Step
+    from minidiff.pipeline.estimate import Estimate
     from minidiff.pipeline.job import Prediction
-    from minidiff.pipeline.opening import bundled, load
+    from minidiff.pipeline.opening import bundled, estimate, load
     from minidiff.pipeline.png import read_recipe, save_picture, save_png
     from minidiff.pipeline.request import Request, Sizes
     from minidiff.pipeline.stable_diffusion import StableDiffusion
@@ -39,7 +40,8 @@ HOMES = {
     "errors": ("Cancelled", "CheckpointError", "ConfigError", "MinidiffError", "UnsupportedError"),
     "pipeline.denoise": ("Run", "Step"),
     "pipeline.job": ("Prediction",),
-    "pipeline.opening": ("bundled", "load"),
+    "pipeline.estimate": ("Estimate",),
+    "pipeline.opening": ("bundled", "estimate", "load"),
     "pipeline.png": ("read_recipe", "save_picture", "save_png"),
     "pipeline.request": ("Request", "Sizes"),
     "pipeline.stable_diffusion": ("StableDiffusion",),
@@ -61,6 +63,7 @@ __all__ = [
     "ConfigError",
     "Control",
     "ControlModel",
+    "Estimate",
     "MinidiffError",
     "NoiseSchedule",
     "Prediction",
@@ -73,6 +76,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "bundled",
+    "estimate",
     "load",
     "read_recipe",
     "save_picture",

@@ -65,7 +65,10 @@ def open_file(
     try:
         kind = choose(found.config, str(path))
         tensors = checkpoint.copied(found.file.lazy, low_memory) if copy else found.file.lazy
-        return build(kind, found.config, tensors, device, dtype, str(path), found.hash, low_memory)
+        model = build(kind, found.config, tensors, device, dtype, str(path), found.hash, low_memory)
+        kept = {t.dtype for t in tensors.values()} == {model.dtype} and model.device.type == "cpu"
+        model.mapped = kept and not copy  # nothing was converted: the weights are the file
+        return model
     finally:
         if not low_memory:
             found.file.close()  # converted tensors no longer need the map; the others hold it themselves

@@ -22,10 +22,12 @@ from minidiff.config import ControlConfig, ModelConfig, check
 from minidiff.errors import CheckpointError
 from minidiff.models.unet import UNet
 from minidiff.pipeline.denoise import Progress, Run
+from minidiff.pipeline.estimate import Estimate, Extent, estimate, reorders
 from minidiff.pipeline.guidance import Conditioned, Network
 from minidiff.pipeline.images import Opened, Pictures
 from minidiff.pipeline.job import Job, Predict
 from minidiff.pipeline.latents import FirstSample, Sample
+from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.model import Model
 from minidiff.pipeline.png import label, to_pil, to_unit
 from minidiff.pipeline.recipe import Made, Recipe, Steered
@@ -37,6 +39,7 @@ from minidiff.programs.program_sampler import ProgramSampler
 from minidiff.programs.streams import Streams
 from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule
+from minidiff.storage import checkpoint
 from minidiff.version import VERSION
 
 if TYPE_CHECKING:
@@ -85,8 +88,7 @@ class Pipeline(Model):
 
     def __repr__(self) -> str:
         """Summary in a few lines: family, parts with their sizes, and active speed-ups."""
-        factor = 1 if self.config.vae is None else self.config.vae.factor
-        height, width = (side * factor for side in self.unet.config.sides)
+        height, width = (side * self._factor for side in self.unet.config.sides)
         size, sampler = f"{width} x {height}", self.config.sampler.get("name", "none of its own")
         first = f"{type(self).__name__}: {self.config.family}, {size} pixels, predicts {self.schedule.prediction}"
         return "\n  ".join([first, self._sizes(), f"sampler: {sampler}", *self._done()])
@@ -109,15 +111,10 @@ class Pipeline(Model):
 
         Raises :class:`ConfigError` for a request that this model cannot run, before anything is computed.
         """
-        self._check(request)
+        opened, steering, shape = self._begun(request)
+        count, factor = shape[0], self._factor
         config, total = self.config, len(self.schedule)
-        count = request.num_images * self._prompts_of(request)
-        opened = self._pictures(request)
-        steering = Steering(self.unet, request.controls or ())
-        factor = 1 if config.vae is None else config.vae.factor
-        own = steering.size(factor) if opened is None else opened.size
-        shape = (count, *self._shape(request, own))
-        self._check_memory(shape)
+        check_fits(config, self._extent(request, shape), self.device)
         steering.fits(config, shape, self.device, self.dtype)
 
         program = programs.read(request.like)
@@ -161,6 +158,49 @@ class Pipeline(Model):
             recipes=self._recipes(request, program, chosen, noise, conditioned, shape, pictures, steering.notes),
         )
 
+    def estimate(self, request: Request) -> Estimate:
+        """Return the memory that a run of ``request`` will take: that of its weights, and at its peak.
+
+        Nothing is computed. Raises :class:`ConfigError` for a request that this model cannot run.
+        """
+        return self._estimate(request, in_turn=self.low_memory is not None)
+
+    def _estimate(self, request: Request, *, in_turn: bool) -> Estimate:
+        _, steering, shape = self._begun(request)
+        steering.fits(self.config, shape, self.device, self.dtype)
+        sizes = {name: next(part.parameters()).element_size() for name, part in self.parts.items()}
+        beside = sum(t.numel() * t.element_size() for net in steering.parts.values() for t in net.parameters())
+        return estimate(
+            self.config,
+            checkpoint.build(self.config) if "packed" in self.fast else self.parts,  # which leaves no shapes
+            self._extent(request, shape),
+            sizes,
+            beside,
+            copies=reorders(self.device),
+            mapped=self.mapped and "packed" not in self.fast,
+            in_turn=in_turn,
+        )
+
+    @property
+    def _factor(self) -> int:
+        """Pixels per number of a sample along a side."""
+        return 1 if self.config.vae is None else self.config.vae.factor
+
+    def _begun(self, request: Request) -> tuple[Opened | None, Steering, tuple[int, ...]]:
+        """Return what a run begins from, its controls, and the shape (B, C, h, w) of its samples."""
+        self._check(request)
+        count = request.num_images * self._prompts_of(request)
+        opened = self._pictures(request)
+        steering = Steering(self.unet, request.controls or ())
+        own = steering.size(self._factor) if opened is None else opened.size
+        return opened, steering, (count, *self._shape(request, own))
+
+    def _extent(self, request: Request, shape: tuple[int, ...]) -> Extent:
+        """Return what the memory of a run with samples of ``shape`` (B, C, h, w) depends on."""
+        count, height, width = shape[0], shape[2] * self._factor, shape[3] * self._factor
+        size = self.dtype.itemsize
+        return Extent(count=count, height=height, width=width, size=size, vae_size=size, decoded=count)
+
     # What a kind of pipeline decides for itself:
 
     @abstractmethod
@@ -190,10 +230,6 @@ class Pipeline(Model):
         """Return the first sample."""
         return first.from_noise()
 
-    @abstractmethod
-    def _check_memory(self, shape: tuple[int, ...]) -> None:
-        """Raise :class:`ConfigError` if samples of ``shape`` (B, C, h, w) do not fit into memory."""
-
     def _given(self, latents: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         """Return the initial noise that was given, checked, on the model's device."""
         if latents is None:
@@ -215,7 +251,7 @@ class Pipeline(Model):
         controls: tuple[Steered, ...],
     ) -> tuple[Recipe, ...]:
         """Return the recipe of each picture: the request for it alone, and where it is made."""
-        factor = 1 if self.config.vae is None else self.config.vae.factor
+        factor = self._factor
         asked = {f.name: getattr(request, f.name) for f, option in options(type(request)) if option.kept is not None}
         asked |= {
             "steps": int(request.steps),

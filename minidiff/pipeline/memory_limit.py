@@ -1,8 +1,7 @@
 """Check, before a run starts, that it can fit into the memory of this machine, or of this container.
 
-Counted is only the minimum that any order of the arithmetic needs: the UNet's skips, which are kept for the way up, and
-one layer's input and output at the finest resolution, there and in the decoder. A run takes a few times as much. Only
-what cannot work is refused: twice the memory that the system reports leaves room for swapping.
+Counted is what the tensors of the run take at their peak (:mod:`estimate`), without the weights. Only what cannot work
+is refused: twice the memory that the system reports leaves room for swapping, and for speed-ups that save memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from minidiff.config import ModelConfig, VAEConfig, check
+from minidiff.config import ModelConfig, check
+from minidiff.pipeline.estimate import Extent, least
 
 MARGIN = 2  # times the memory that there is
 UNKNOWN = 2**38  # bytes, assumed if the system does not say
@@ -57,29 +57,16 @@ def limits() -> list[int]:
     return found
 
 
-def least(config: ModelConfig, count: int, height: int, width: int, size: int, at_once: int) -> int:
-    """Return the bytes that ``count`` pictures of ``height`` x ``width`` pixels need at the least, in numbers of
-    ``size`` bytes; ``at_once`` of them are decoded together, 0 for none whole."""
-    c, vae = config.unet, config.vae
-    area = height * width if vae is None else (height // vae.factor) * (width // vae.factor)
-    skips = sum((c.layers + 1) * level.channels * (area >> 2 * k) for k, level in enumerate(c.levels))
-    unet = count * (skips + 2 * c.levels[0].channels * area) * size
-    if vae is None:
-        return unet
-    finest = vae.channels[0] if isinstance(vae, VAEConfig) else vae.width
-    decoder = at_once * 2 * finest * height * width * size
-    return max(unet, decoder) + count * 3 * height * width * 4  # and the pictures themselves, in float32
-
-
-def check_fits(
-    config: ModelConfig, count: int, height: int, width: int, *, device: torch.device, size: int, at_once: int
-) -> None:
-    """Raise :class:`ConfigError` for a run that this machine cannot hold. The arguments are those of :func:`least`."""
-    need, have = least(config, count, height, width, size, at_once), physical(device)
+def check_fits(config: ModelConfig, extent: Extent, device: torch.device) -> None:
+    """Raise :class:`ConfigError` for a run that this machine cannot hold."""
+    need, have = least(config, extent), physical(device)
     shown = f"{need / 1e9:,.0f} GB" if need < 10**18 else "more than 1,000,000,000 GB"
-    what = f"{count:,} pictures of {width} x {height} need" if count > 1 else f"a picture of {width} x {height} needs"
+    e = extent
+    size = f"{e.width} x {e.height}"
+    what = f"{e.count:,} pictures of {size} need" if e.count > 1 else f"a picture of {size} needs"
+    rows = f" ({e.rows} predictions of each at once)" if e.rows > 2 else ""
     check(
         need <= MARGIN * have,
-        f"{what} {shown} of memory at the least, and this process may use {have / 1e9:,.0f} GB; make it smaller, or "
-        "fewer",
+        f"{what} about {shown} of memory beside the weights{rows}, and this process may use {have / 1e9:,.0f} GB; make "
+        "it smaller, or fewer",
     )

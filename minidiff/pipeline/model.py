@@ -44,6 +44,7 @@ class Model(ABC):
         self.fast: tuple[str, ...] = ()  # active speed-ups (minidiff.fast), for the recipe
         self.kernels: dict[str, str] = {}  # what "many_keys" chose on this processor
         self.approximations: dict[str, Any] = {}  # active approximations, which change the result
+        self.mapped = False  # the weights lie in the file that they came from
         self.low_memory: LowMemory | None = None  # set if the parts take turns in memory
         apply_policy(config, parts)
 
@@ -102,6 +103,7 @@ class Model(ABC):
         for part in self.parts.values():
             part.to(device=device, dtype=dtype)
         apply_policy(self.config, self.parts)
+        self.mapped = False
         return self
 
     def save(self, path: str | os.PathLike[str]) -> str:

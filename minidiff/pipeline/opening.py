@@ -11,9 +11,11 @@ from torch import nn
 
 from minidiff.adapters.control import ControlModel
 from minidiff.config import ControlConfig, ModelConfig
-from minidiff.errors import UnsupportedError
+from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.initial import first_weights
 from minidiff.pipeline import assembly
+from minidiff.pipeline.estimate import Estimate
+from minidiff.pipeline.request import Request
 from minidiff.pipeline.stable_diffusion import StableDiffusion
 from minidiff.pipeline.unconditional import Unconditional
 from minidiff.storage import checkpoint
@@ -103,6 +105,27 @@ def bundled(
         raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
     with as_file(asset) as path:
         return StableDiffusion.load(path, device, dtype, low_memory=low_memory)
+
+
+def estimate(
+    path: str | os.PathLike[str],
+    request: Request,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    low_memory: bool = False,
+    copy: bool = False,
+) -> Estimate:
+    """Return the memory that a run of ``request`` will take with the model at ``path``, whose weights are not read.
+
+    The other arguments are those of :func:`load`. Raises :class:`CheckpointError` if ``path`` holds no pipeline, and
+    :class:`ConfigError` for a request that the model cannot run.
+    """
+    pipe = load(path, device, dtype, low_memory=True)
+    if isinstance(pipe, ControlModel):
+        raise CheckpointError(f"{path}: a {pipe.config.family}, which steers a model; estimate a run of the model")
+    pipe.mapped = pipe.mapped and not copy
+    return pipe._estimate(request, in_turn=low_memory)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> StableDiffusion | Unconditional:

@@ -14,18 +14,20 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from minidiff import programs
+from minidiff.adapters.control import ControlModel
 from minidiff.config import ModelConfig, check
 from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.clip import CLIPText
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.models.vae import VAE
 from minidiff.pipeline import images, prompts
-from minidiff.pipeline.dialects.conditioned import in_dialect
+from minidiff.pipeline.dialects.conditioned import in_dialect, measured
 from minidiff.pipeline.entrance import Entrance
+from minidiff.pipeline.estimate import Extent
 from minidiff.pipeline.guidance import Conditioned, Conditions, predictor
 from minidiff.pipeline.images import Opened, Pictures
 from minidiff.pipeline.latents import FirstSample, Sample
-from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.prompts import NEGATIVE_SCORE, SCORE, Encoder, Prompt
 from minidiff.pipeline.request import Request, Sizes, Text, check_sides
 from minidiff.programs import Program
@@ -138,12 +140,25 @@ class StableDiffusion(Entrance):
         h, w = height // factor if height else sides[0], width // factor if width else sides[1]
         return self.vae.config.latent_channels, h, w
 
-    def _check_memory(self, shape: tuple[int, ...]) -> None:
-        """Raise :class:`ConfigError` if latents of ``shape``, and the pictures decoded from them, do not fit."""
-        factor, count = self.vae.config.factor, shape[0]
-        sliced, tiled = "vae_slices" in self.fast, "vae_tiles" in self.approximations
-        sides, at_once = (shape[2] * factor, shape[3] * factor), 0 if tiled else 1 if sliced else count
-        check_fits(self.config, count, *sides, device=self.device, size=self.dtype.itemsize, at_once=at_once)
+    def _extent(self, request: Request, shape: tuple[int, ...]) -> Extent:
+        """Return what the memory of a run with latents of ``shape`` depends on."""
+        conditionals, tokens = 1, 0 if request.prompt_embeds is None else request.prompt_embeds.shape[1]
+        if request.prompt_style is not None:
+            conditionals, tokens = measured(self, request)
+        scale = self.own_scale if request.guidance_scale is None else float(request.guidance_scale)
+        guided = programs.read(request.like).guided(scale) or conditionals > 1
+        controls = [cast(ControlModel, control.model).config.control for control in request.controls or ()]
+        return replace(
+            super()._extent(request, shape),
+            rows=conditionals + int(guided and self.unet.config.guidance_dim is None),
+            tokens=tokens or max(tokenizer.config.length for tokenizer, _ in self.encoders),
+            vae_size=self.vae.decoder.conv_in.weight.element_size(),
+            encoded=0 if request.image is None else 1,
+            decoded=1 if "vae_slices" in self.fast else shape[0],
+            tile=self.approximations.get("vae_tiles", 0),
+            together="halves" not in self.fast,
+            controls=tuple(controls),
+        )
 
     def _conditioned(
         self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int

@@ -15,7 +15,6 @@ from minidiff.pipeline.base import Pipeline, SamplerChoice
 from minidiff.pipeline.denoise import Progress, Run
 from minidiff.pipeline.guidance import Conditioned
 from minidiff.pipeline.job import Prediction
-from minidiff.pipeline.memory_limit import check_fits
 from minidiff.pipeline.request import Output, Request, Seed, count, options
 from minidiff.programs import Program
 
@@ -151,12 +150,6 @@ class Unconditional(Pipeline):
     def _shape(self, request: Request, own: tuple[int, int] | None) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of a sample, which is pixels."""
         return self.unet.config.in_channels, *self.unet.config.sides
-
-    def _check_memory(self, shape: tuple[int, ...]) -> None:
-        """Raise :class:`ConfigError` if samples of ``shape`` do not fit."""
-        count, _, height, width = shape
-        size = self.dtype.itemsize
-        check_fits(self.config, count, height, width, device=self.device, size=size, at_once=count)
 
     def _conditioned(
         self, request: Request, program: Program, shape: tuple[int, ...], calls: int, made: int

@@ -13,41 +13,12 @@ import torch
 from PIL import Image
 
 from minidiff import StableDiffusion, Unconditional, fast
-from minidiff.config import SD15, VAE_SD, ModelConfig, ScheduleConfig, TAESDConfig
+from minidiff.config import SD15, ModelConfig, ScheduleConfig
 from minidiff.errors import ConfigError
 from minidiff.pipeline import memory_limit
+from minidiff.pipeline.estimate import Extent, least
 
 CPU = torch.device("cpu")
-
-
-def test_what_is_counted() -> None:
-    """By hand for Stable Diffusion 1: skips of 320, 640, 1280, 1280 channels, three a level, two maps of 320; and two
-    maps of 128 channels in the decoder."""
-    config = ModelConfig(family="sd1", unet=SD15, vae=VAE_SD, schedule=ScheduleConfig())
-    area = 64 * 64
-    unet = (3 * (320 + 640 / 4 + 1280 / 16 + 1280 / 64) + 2 * 320) * area
-    decoder, pixels = 2 * 128 * 512 * 512, 3 * 512 * 512
-    assert memory_limit.least(config, 1, 512, 512, 4, 1) == 4 * (decoder + pixels)
-    assert memory_limit.least(config, 1, 512, 512, 2, 0) == 2 * unet + 4 * pixels
-    assert memory_limit.least(config, 5, 512, 512, 4, 1) == 4 * (max(5 * unet, decoder) + 5 * pixels)
-    alone = ModelConfig(family="ddpm", unet=SD15, schedule=ScheduleConfig())
-    assert memory_limit.least(alone, 2, 64, 64, 4, 2) == 4 * 2 * unet
-    tiny = ModelConfig(family="sd1", unet=SD15, vae=TAESDConfig(), schedule=ScheduleConfig())
-    assert memory_limit.least(tiny, 1, 512, 512, 4, 1) == 4 * (2 * 64 * 512 * 512 + pixels)
-
-
-def test_a_run_takes_more_than_what_is_counted(sd: StableDiffusion) -> None:
-    """So that nothing is refused which could work: the tensors that the decoder makes at the finest resolution."""
-    made: list[int] = []
-
-    def watch(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
-        made.append(inputs[0].numel() + out.numel())
-
-    hooks = [layer.register_forward_hook(watch) for layer in sd.vae.modules() if not list(layer.children())]
-    sd.generate("a", steps=1, seed=0, width=64, height=40)
-    for hook in hooks:
-        hook.remove()
-    assert memory_limit.least(sd.config, 1, 40, 64, 4, 1) - 4 * 3 * 40 * 64 <= 4 * max(made)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +52,18 @@ def test_what_cannot_fit(sd: StableDiffusion, given: dict[str, Any], words: str)
 def test_the_figure_has_a_readable_length(need: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_limit, "least", lambda *_: need)
     config = ModelConfig(family="sd1", unet=SD15, schedule=ScheduleConfig())
-    with pytest.raises(ConfigError, match=f"a picture of 8 x 8 needs {words} of memory"):
-        memory_limit.check_fits(config, 1, 8, 8, device=CPU, size=4, at_once=1)
+    with pytest.raises(ConfigError, match=f"a picture of 8 x 8 needs about {words} of memory"):
+        memory_limit.check_fits(config, Extent(count=1, height=8, width=8), CPU)
 
 
 def test_models_without_text(ddpm: Unconditional) -> None:
-    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory at the least"):
+    with pytest.raises(ConfigError, match=r"100,000,000 pictures of 8 x 8 need .* GB of memory beside the weights"):
         ddpm.generate(10**8, steps=1)
 
 
 def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, against the memory that there is; slices and tiles need less of it."""
-    need = memory_limit.least(sd.config, 6, 40, 32, 4, 6)
+    need = least(sd.config, Extent(count=6, height=40, width=32, rows=2, tokens=77, decoded=6))
     given: dict[str, Any] = {"steps": 1, "seed": 0, "height": 40, "width": 32, "num_images": 6, "output": "tensor"}
     monkeypatch.setattr(memory_limit, "MARGIN", 1)
     monkeypatch.setattr(memory_limit, "physical", lambda device: need)
@@ -104,8 +75,9 @@ def test_what_fits_is_let_through(sd: StableDiffusion, monkeypatch: pytest.Monke
     sliced = sd.generate("a", **given)
     fast.restore(sd)
     assert np.allclose(plain, sliced, atol=1e-4)
+    extent = Extent(count=1, height=8, width=16, rows=2, tokens=77, encoded=1)
     small = Image.new("RGB", (16, 8))  # a picture smaller than the model's own size
-    monkeypatch.setattr(memory_limit, "physical", lambda device: memory_limit.least(sd.config, 1, 8, 16, 4, 1))
+    monkeypatch.setattr(memory_limit, "physical", lambda device: least(sd.config, extent))
     assert sd.generate("a", image=small, steps=2, seed=0, output="tensor").shape == (1, 3, 8, 16)
 
 
@@ -148,7 +120,7 @@ def test_a_run_that_does_not_fit_into_its_container(
     (tmp_path / "memory.max").write_text("1000000\n")
     monkeypatch.setattr(memory_limit, "CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(memory_limit, "CGROUPS", tmp_path)
-    with pytest.raises(ConfigError, match=r"a picture of 256 x 256 needs .* GB of memory at the least"):
+    with pytest.raises(ConfigError, match=r"a picture of 256 x 256 needs .* GB of memory beside the weights"):
         sd.generate("a", steps=1, width=256, height=256)
 
 

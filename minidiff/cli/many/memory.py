@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minidiff.pipeline.memory_limit import least, limits, physical
+from minidiff.pipeline.estimate import least
+from minidiff.pipeline.memory_limit import limits, physical
 
 if TYPE_CHECKING:
     from minidiff.pipeline import StableDiffusion, Unconditional
@@ -21,17 +22,14 @@ if TYPE_CHECKING:
 
 MOST = 8  # pictures at once
 SHARE = 0.5  # of the free memory: for what a trial does not see, and for other programs
-USUAL = 4  # times the least that a run needs, where nothing can be measured
 STATUS, RESET, MACHINE = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
 
 def at_once(pipe: StableDiffusion | Unconditional, request: Request) -> int:
     """Return how many pictures like that of ``request``, which is for one, this process should make at once."""
-    shape = pipe.job(request).x.shape
-    factor = 1 if pipe.config.vae is None else pipe.config.vae.factor
-    need = least(pipe.config, 1, shape[2] * factor, shape[3] * factor, pipe.dtype.itemsize, 1)
+    need = least(pipe.config, pipe.estimate(request).extent)
     trial = taken(pipe.device, lambda: _try(pipe, request))
-    each = USUAL * need if trial is None else max(need, trial)
+    each = max(need, trial or 0)
     own = free(pipe.device) / (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if pipe.device.type == "cpu" else 1)
     return max(1, min(MOST, int(SHARE * own) // max(1, each)))
 

@@ -70,6 +70,9 @@ class A1111(Dialect):
             raise UnsupportedError(f"{region[0]} splits the picture into regions, as an extension does; leave it out")
         return [_weighted(one) for one in _AND.split(text)]
 
+    def conditionals_of(self, text: str) -> int:
+        return len(self.conditionals(text, negative=False))
+
     def readings(self, text: str, tokenizer: Tokenizer, calls: int, negative: bool = False) -> Iterator[Reading]:
         conditionals = self.conditionals(text, negative)
         for k, (one, weight) in enumerate(conditionals, 1):

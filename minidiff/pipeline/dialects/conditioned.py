@@ -75,6 +75,20 @@ def in_dialect(
     return replace(stages[ways[0]], later={k: stages[way] for k, way in enumerate(ways) if way != ways[0]})
 
 
+def measured(sd: StableDiffusion, request: Request) -> tuple[int, int]:
+    """Return how many conditionals a picture has at the most, and the most tokens of one, without encoding any."""
+    dialect, calls = dialects.read(str(request.prompt_style)), request.steps
+    texts, against = (prompts.texts_of(text or "") for text in (request.prompt, request.negative_prompt))
+    lengths = [
+        sum(len(chunk.ids) for chunk in reading.chunks)
+        for tokenizer, _ in sd.encoders
+        for negative, side in enumerate((texts, against))
+        for text in side
+        for reading in dialect.readings(text, tokenizer, calls, bool(negative))
+    ]
+    return max(map(dialect.conditionals_of, texts)), max(lengths)
+
+
 def _sides(sd: StableDiffusion, request: Request, dialect: Dialect, calls: int) -> tuple[Side, Side]:
     """Encode prompts and negative prompts, pair by pair."""
     readers = [

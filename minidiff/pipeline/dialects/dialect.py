@@ -62,6 +62,10 @@ class Dialect(ABC):
         """Return a text without a schedule in weighted chunks. Raises :class:`ConfigError` for what the program does
         not take, or minidiff does not do."""
 
+    def conditionals_of(self, text: str) -> int:
+        """Return the number of conditionals that a prompt is split into."""
+        return 1
+
     @abstractmethod
     def parts(self, model: Model, texts: Texts, calls: int, negative: bool) -> list[Part]:
         """Encode a prompt."""
