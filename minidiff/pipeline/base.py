@@ -169,7 +169,7 @@ class Pipeline(Model):
         _, steering, shape = self._begun(request)
         steering.fits(self.config, shape, self.device, self.dtype)
         sizes = {name: next(part.parameters()).element_size() for name, part in self.parts.items()}
-        beside = sum(t.numel() * t.element_size() for net in steering.parts.values() for t in net.parameters())
+        beside = sum(t.numel() * t.element_size() for net in set(steering.parts.values()) for t in net.parameters())
         return estimate(
             self.config,
             checkpoint.build(self.config) if "packed" in self.fast else self.parts,  # which leaves no shapes

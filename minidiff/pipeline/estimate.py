@@ -15,6 +15,7 @@ from torch import nn
 from minidiff.config import ControlNetConfig, ModelConfig, T2IAdapterConfig, UNetConfig
 from minidiff.models.unet import skip_widths
 from minidiff.pipeline.peaks import Peaks, way_down
+from minidiff.storage.files import FRESH_MAP
 
 STAGES = ("text", "image", "denoising", "decoding")
 PART_OF = {"text": ("text_encoder", "text_encoder_2"), "image": ("vae",), "denoising": ("unet",), "decoding": ("vae",)}
@@ -181,6 +182,7 @@ def estimate(
         own = [name for name in PART_OF[stage] if name in weights]
         if in_turn:
             read = sum(weights[name] - unread[name] for name in own)
+            read += min(FRESH_MAP, read)  # of the file, beside what was made of it
         elif mapped and most:
             read += sum(weights[name] - unread[name] for name in own if name not in seen)
             seen.update(own)

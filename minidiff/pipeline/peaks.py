@@ -112,13 +112,14 @@ class Peaks:
         """T2I-Adapter, on pixels. Its features are included."""
         h, w = height // c.factor, width // c.factor
         first = self.rows * c.image_channels * c.factor**2 * h * w
-        top, made, before = first + self.conv(c.image_channels * c.factor**2, c.channels[0], h * w), 0, first
+        top, made = first + self.conv(c.image_channels * c.factor**2, c.channels[0], h * w), 0
+        before = first if c.kind == "light" else self.rows * c.channels[0] * h * w
         for k, out in enumerate(c.channels):
             if (k == 2) if c.kind == "xl" else (k > 0):
                 h, w = ceil(h / 2), ceil(w / 2)
             inner = out // 4 if c.kind == "light" else out
             x = self.rows * inner * h * w
-            top = max(top, before + made + 2 * x + x + self.conv(inner, inner, h * w))
+            top = max(top, before + made + x + max(2 * x, x + self.conv(inner, inner, h * w)))
             made, before = made + self.rows * out * h * w, 0
         return max(top, made)
 
@@ -174,7 +175,8 @@ class Peaks:
                 x = self.rows * out * area
             else:
                 x = made
-        return max(top, 3 * x, 2 * x + self.conv(channels, c.image_channels, area))
+        beside = self.rows * c.latent_channels * height * width if c.quant_convs else 0
+        return beside + max(top, 3 * x, 2 * x + self.conv(channels, c.image_channels, area))
 
     def encoder(self, c: VAEConfig | TAESDConfig, height: int, width: int) -> int:
         if isinstance(c, TAESDConfig):
@@ -221,7 +223,7 @@ class Peaks:
         """CLIP: the states of all layers, and one layer at work, whose feed-forward computes gelu in three steps."""
         one = self.rows * c.positions * c.width
         inside = self.rows * c.positions * c.mlp * (3 if c.activation == "quick_gelu" else 2)
-        return (c.layers + 1) * one + max(2 * one + inside, 6 * one)
+        return (c.layers + 1) * one + max(inside, 5 * one)
 
 
 def way_down(c: UNetConfig, height: int, width: int) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ class Live(TorchDispatchMode):
 
 
 def held(make: Callable[[], nn.Module], call: Callable[[Any], object], copies: bool) -> int:
-    """Return the most numbers that are alive while ``call`` uses the module that ``make`` builds, without its inputs."""
+    """Return the most numbers that are alive, without inputs, while ``call`` uses the module that ``make`` builds."""
 
     def scores_unseen(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         """Return the output of a kernel that holds no scores."""
