@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minidiff.config import quote
@@ -117,17 +117,18 @@ def check_there(args: Namespace) -> None:
                 raise CheckpointError(f"--control: the {what} {missing(path, 'file or folder')}")
 
 
-def open_controls(pipe: StableDiffusion, args: Namespace) -> list[Control]:
-    """Open the controls that were named, in the precision of ``pipe``; a file that is named twice is opened once."""
+def open_controls(
+    pipe: StableDiffusion, wanted_ones: Sequence[Named], models: dict[str, ControlModel], *, quiet: bool
+) -> list[Control]:
+    """Open the controls that were named, in the precision of ``pipe``. ``models``: those that are open, by path."""
     from minidiff import Control
 
-    models: dict[str, ControlModel] = {}
     found = []
-    for named in args.control:
+    for named in wanted_ones:
         if named.path not in models:
             models[named.path] = open_control(named.path, pipe)
             wanted = expects(named.path)
-            if wanted and not args.quiet:
+            if wanted and not quiet:
                 say(f"{quote(os.path.basename(os.path.normpath(named.path)))} expects {wanted}")
         found.append(Control(models[named.path], named.picture, **named.settings))
     return found

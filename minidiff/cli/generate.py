@@ -6,12 +6,12 @@ import os
 import random
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minidiff.cli.controls import check_there, open_controls
+from minidiff.cli.controls import Named, check_there, open_controls
 from minidiff.cli.generate_options import add as add
 from minidiff.cli.grid import checked
 from minidiff.cli.opening import device_of, dtype_of, large, open_model, parts_of, probed
@@ -55,7 +55,15 @@ def _run_many(args: Namespace) -> int:
     def opened() -> Maker:
         pipe, added, converted = _opened(args, choice, None, low_memory=False)
         _remark(pipe, args, None, asked, converted)
-        return Maker(pipe, lambda fields: _request(pipe, args, {**added, **fields}))
+        there = zip(args.control, added.get("controls", ()), strict=False)
+        models = {named.path: control.model for named, control in there}
+
+        def request(fields: Mapping[str, Any]) -> Request:
+            named, others = fields.get("control"), {name: fields[name] for name in fields if name != "control"}
+            own = {} if named is None else {"controls": _controls(pipe, args, named, models, equip=True)}
+            return _request(pipe, args, {**added, **own, **others})
+
+        return Maker(pipe, request)
 
     return many.run(args, {**asked, **({"sampler": choice} if choice else {})}, _check_sampler, opened)
 
@@ -137,7 +145,7 @@ def _opened(
     if recipe is not None:
         check_family(args, recipe, pipe)
     _teach(pipe, args)
-    controls = _controls(pipe, args)
+    controls = _controls(pipe, args, args.control, {})
     for model in (pipe, *{control.model for control in controls}):
         _equip(model, args, large(args.model))
     return pipe, {"sampler": choice, **({"controls": controls} if controls else {})}, converted
@@ -229,13 +237,24 @@ def _teach(pipe: StableDiffusion | Unconditional, args: Namespace) -> None:
             say(adapter)
 
 
-def _controls(pipe: StableDiffusion | Unconditional, args: Namespace) -> list[Control]:
-    """Open the controls that were named."""
+def _controls(
+    pipe: StableDiffusion | Unconditional,
+    args: Namespace,
+    wanted: Sequence[Named],
+    models: dict[str, Any],
+    *,
+    equip: bool = False,
+) -> list[Control]:
+    """Open the controls that were named, but for the ``models`` that are open; ``equip``: make new ones fast."""
     from minidiff import StableDiffusion
 
-    if args.control and not isinstance(pipe, StableDiffusion):
+    if wanted and not isinstance(pipe, StableDiffusion):
         raise ConfigError(f"{args.model}: a {pipe.config.family} model knows no text; it cannot take --control")
-    return open_controls(pipe, args) if isinstance(pipe, StableDiffusion) else []
+    before = set(models)
+    found = open_controls(pipe, wanted, models, quiet=args.quiet) if isinstance(pipe, StableDiffusion) else []
+    for path in models.keys() - before if equip else ():
+        _equip(models[path], args, large(args.model))
+    return found
 
 
 def _equip(pipe: Model, args: Namespace, measure: bool) -> None:

@@ -19,6 +19,9 @@ ROWS = 1024  # tokens at a time
 
 def in_blocks(self: FeedForward, x: Tensor) -> Tensor:
     """Compute :meth:`FeedForward.forward`, ``ROWS`` tokens at a time."""
+    if torch.is_grad_enabled():  # parts of one tensor that are written one by one have no gradient
+        parts = [FeedForward.forward(self, tokens) for tokens in torch.split(x.flatten(0, 1), ROWS)]
+        return torch.cat(parts).view(x.shape)
     out = x.new_empty(x.shape)  # in rows, whatever the layout of x
     for tokens, made in zip(torch.split(x.flatten(0, 1), ROWS), torch.split(out.flatten(0, 1), ROWS), strict=True):
         value, gate = self.gate(tokens).chunk(2, dim=-1)

@@ -1,11 +1,13 @@
 """Lines of ``--prompts``: a prompt each, or a JSON object with any option of a Request.
 
 A file whose first line begins with ``{"``, or whose name ends in .jsonl, holds JSON lines. A line is read with the
-types of a recipe and checked like a Request. What is wrong with one is kept with its number, and stops no other.
+types of a recipe and checked like a Request; ``control`` holds one text, or a list, in the form of ``--control``. What
+is wrong with one is kept with its number, and stops no other.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from minidiff.cli.controls import Named, read_control
 from minidiff.config import check, quote, read_value
 from minidiff.console.spelling import near
 from minidiff.errors import ConfigError, MinidiffError
@@ -76,7 +79,7 @@ def _text(row: bytes) -> str:
 def kinds() -> dict[str, Any]:
     """Return the options that a line may give, with their types in JSON."""
     kept = {f.name: option.kept for f, option in options(Request) if option.kept is not None}
-    return {**kept, **dict.fromkeys(PICTURES, str), "num_images": int}
+    return {**kept, **dict.fromkeys(PICTURES, str), "num_images": int, "control": tuple[str, ...]}
 
 
 def read_options(row: bytes) -> dict[str, Any]:
@@ -91,12 +94,28 @@ def read_options(row: bytes) -> dict[str, Any]:
         check(name in known, f"{quote(name)} is no option of a line{near(name, known)}")
     if isinstance(found.get("sampler"), str):
         found["sampler"] = {"name": found["sampler"]}
-    return {name: read_value(known[name], value, name) for name, value in found.items() if value is not None}
+    if isinstance(found.get("control"), str):
+        found["control"] = [found["control"]]
+    asked = {name: read_value(known[name], value, name) for name, value in found.items() if value is not None}
+    return {**asked, "control": read_controls(asked["control"])} if "control" in asked else asked
+
+
+def read_controls(texts: tuple[str, ...]) -> tuple[Named, ...]:
+    """Return the controls of a line, each in the form of ``--control``. Raises :class:`ConfigError`."""
+    found = []
+    for text in texts:
+        try:
+            found.append(read_control(text))
+        except argparse.ArgumentTypeError as e:
+            raise ConfigError(f"control: {e}") from None
+        for path in found[-1][:2]:
+            check(os.path.exists(path), f"control {missing(path, 'file or folder')}")
+    return tuple(found)
 
 
 def check_asked(asked: Mapping[str, Any], check_sampler: Check) -> None:
     """Raise an error for a request that no model could run."""
-    request = Request(**{"prompt": None, **asked})
+    request = Request(**{"prompt": None, **{name: value for name, value in asked.items() if name != "control"}})
     check_range(request)
     request.check_together()
     check(request.num_images <= MOST, f"num_images={request.num_images} must be at most {MOST:,} for one line")

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from minidiff.config import check, quote
-from minidiff.errors import UnsupportedError
+from minidiff.errors import ConfigError, UnsupportedError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline.dialects.chunks import Chunk, Encoded, Fragment, Reader, check_weight, spans
 from minidiff.pipeline.dialects.dialect import Dialect, Model, Part, Reading, Texts, side_by_side, zeros
@@ -114,7 +114,11 @@ class A1111(Dialect):
         before = z.mean()
         weights = torch.tensor([chunk.weights for chunk in column], device=z.device)
         z = z.to(weights.dtype) * weights[..., None]
-        return z * (before / z.mean()), pooled
+        restored = z * (before / z.mean())
+        if z.isfinite().all() and not restored.isfinite().all():  # there a black picture comes of it
+            mean = "the weights of this prompt leave an encoding whose mean is 0, and restoring the mean gives NaN"
+            raise ConfigError(f"prompt_style=a1111: {mean}, as there; change a weight")
+        return restored, pooled
 
 
 def _read_at(ways: Sequence[tuple[int, str]], calls: int) -> dict[str, list[int]]:
