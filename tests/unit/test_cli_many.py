@@ -245,3 +245,39 @@ def test_one_two_and_three_processes_make_the_same_files(models: Path, prompts: 
             assert sorted(done.stdout.split()) == [f"{ranks}/{name}" for name in made[ranks]]
     assert len(made[1]) == 7
     assert made[1] == made[2] == made[3]
+
+
+def test_lines_name_their_controls(run: Run, models: Path, tmp_path: Path) -> None:
+    """In place of those of the command line; a control that is missing or none breaks its line alone."""
+    net = tiny_controlnet(config=TEXT)
+    for name in ("canny", "depth"):
+        net.save(tmp_path / f"{name}.safetensors")
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "edges.png")
+    lines = [
+        {"prompt": "a fox", "seed": 3},
+        {"prompt": "a fox", "seed": 3, "control": "depth.safetensors=edges.png,0.5"},
+        {
+            "prompt": "a fox",
+            "seed": 3,
+            "control": ["canny.safetensors=edges.png", "depth.safetensors=edges.png,0.5,0,0.5"],
+        },
+        {"prompt": "a fox", "seed": 3, "control": []},
+        {"prompt": "a fox", "seed": 3, "control": "none.safetensors=edges.png"},
+        {"prompt": "a fox", "seed": 3, "control": "edges.png"},
+        {"prompt": "a fox", "seed": 3, "control": 4},
+        {"prompt": "a fox", "seed": 3, "control": "text.safetensors=edges.png"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shared = ("--control", "canny.safetensors=edges.png,0.8", "--plain")
+    ended = run("generate", "--prompts", "p.jsonl", "--out", "pics/", "--together", 1, *MADE, *shared)
+    assert ended.status == 1
+    for number, told in ((5, "none.safetensors"), (6, "FILE=PICTURE"), (7, "expected a list"), (8, "text.safetensors")):
+        (line,) = (line for line in ended.err if f"p.jsonl, line {number}: " in line)
+        assert told in line
+    sd = minidiff.load(models / "text.safetensors")
+    one, two = Control(net, "edges.png", 0.8), Control(net, "edges.png", 0.5)
+    half = [Control(net, "edges.png"), Control(net, "edges.png", 0.5, 0, 0.5)]
+    assert len(ended.out) == 4
+    for path, controls in zip(ended.out, ([one], [two], half, []), strict=True):
+        wanted = sd.generate("a fox", steps=2, seed=3, controls=controls, progress=False)[0]
+        assert np.array_equal(pixels(path), np.asarray(wanted))

@@ -361,3 +361,18 @@ def test_like_suggests_the_dialect_in_one_line(tmp_path: Path, capsys: pytest.Ca
     for more, hints in ((["--like", "a1111"], 1), (["--like", "a1111", "--prompt-style", "a1111"], 0), ([], 0)):
         assert main([*command, *more]) == 0
         assert capsys.readouterr().err.count("--prompt-style a1111 reads its brackets") == hints
+
+
+def test_a_mean_that_cannot_be_restored_is_told() -> None:
+    """With all that counts weighed with 0, the mean is 0, and what restores it is NaN, as in that program."""
+    from minidiff.pipeline.dialects.a1111 import A1111
+    from minidiff.pipeline.dialects.chunks import Chunk
+
+    def reader(ids: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([[[0.0], [3.0]]]), torch.zeros(1, 1)
+
+    told = "weights of this prompt leave an encoding whose mean is 0"
+    with pytest.raises(ConfigError, match=told):
+        A1111()._column(reader, [Chunk((1, 2), (1.0, 0.0))])  # type: ignore[arg-type]
+    z, _ = A1111()._column(reader, [Chunk((1, 2), (1.0, 0.5))])  # type: ignore[arg-type]
+    assert z[0, 1] == 3

@@ -328,3 +328,21 @@ def test_live_adapters_stay_on(sd: StableDiffusion) -> None:
     assert torch.equal(drawn(sd), plain)
     applied.remove()
     assert torch.equal(drawn(sd), without)
+
+
+def test_feed_forwards_in_blocks_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the plain layer; parts of one tensor that are written one by one would have none."""
+    monkeypatch.setattr(blocks, "ROWS", 7)
+    torch.manual_seed(0)
+    layer, x = FeedForward(16), torch.randn(2, 11, 16, requires_grad=True)
+    layer(x).square().sum().backward()
+    plain, own = x.grad, layer.gate.weight.grad
+    x.grad = layer.gate.weight.grad = None
+    put_on(Blocks(), [layer])
+    layer(x).square().sum().backward()
+    assert plain is not None
+    assert own is not None
+    assert x.grad is not None
+    assert layer.gate.weight.grad is not None
+    assert torch.allclose(x.grad, plain, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(layer.gate.weight.grad, own, rtol=1e-4, atol=1e-5)
