@@ -63,6 +63,10 @@ def check_cancelled() -> None:
         now.check()
 
 
+def _unknown() -> None:
+    """Return no estimate."""
+
+
 @dataclass
 class Step:
     """Result of one model call: row ``i`` of the plan, at timestep ``t``, took the sample to ``x`` (B, C, H, W).
@@ -77,7 +81,7 @@ class Step:
     out: Tensor
     conditional: Tensor | None = None
     unconditional: Tensor | None = None
-    _x0: Callable[[], Tensor | None] = field(default=lambda: None, repr=False)
+    _x0: Callable[[], Tensor | None] = field(default_factory=lambda: _unknown, repr=False)
     _work: Work = field(default_factory=Work, repr=False, compare=False)
 
     def cancel(self) -> None:
