@@ -121,8 +121,8 @@ def _denoising(config: ModelConfig, e: Extent, h: int, w: int, copies: bool) -> 
         before = min(k, 1) * outputs
         call = max(call, before + batch.hint(c, e.height, e.width) + batch.rows * c.image_channels * e.height * e.width)
         call = max(call, before + batch.control_net(c, h, w, e.tokens), (before + outputs) + min(k, 1) * outputs)
-    for c in adapters:
-        call = max(call, Peaks(e.count, copies).features(c, e.height, e.width))
+    for adapter in adapters:
+        call = max(call, Peaks(e.count, copies).features(adapter, e.height, e.width))
     return call + context + pixels + hints + features
 
 
