@@ -142,7 +142,9 @@ class StableDiffusion(Entrance):
 
     def _extent(self, request: Request, shape: tuple[int, ...]) -> Extent:
         """Return what the memory of a run with latents of ``shape`` depends on."""
-        conditionals, tokens = 1, 0 if request.prompt_embeds is None else request.prompt_embeds.shape[1]
+        embeds = request.prompt_embeds
+        given = isinstance(embeds, Tensor) and embeds.ndim == 3  # anything else is refused where it is read
+        conditionals, tokens = 1, embeds.shape[1] if given and embeds is not None else 0
         if request.prompt_style is not None:
             conditionals, tokens = measured(self, request)
         scale = self.own_scale if request.guidance_scale is None else float(request.guidance_scale)
