@@ -85,8 +85,6 @@ def read(body: bytes) -> Work:
 
 def make(sd: minidiff.StableDiffusion, work: Work) -> None:
     """Make the previews and the pictures of a request."""
-    if work.gone.is_set():
-        return
     run = sd.steps(work.request)
     shown = {len(run) * k // (work.partial + 1) - 1: k - 1 for k in range(1, work.partial + 1)}
     for k, step in enumerate(run):
@@ -113,7 +111,8 @@ class Server(ThreadingHTTPServer):
         while True:  # whoever is next
             work, result = self.waiting.get(), None
             try:
-                make(self.sd, work)
+                if not work.gone.is_set():
+                    make(self.sd, work)
             except minidiff.MinidiffError as e:
                 result = Refused(400, str(e))
             except Exception as e:  # the server goes on, and the client learns nothing of its inside
@@ -127,7 +126,8 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
-    protocol_version, default_request_version, timeout = "HTTP/1.1", "HTTP/1.0", 30
+    protocol_version, default_request_version = "HTTP/1.1", "HTTP/1.0"
+    timeout, disable_nagle_algorithm = 30, True  # seconds for a client to send; nothing waits to be sent together
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
