@@ -27,6 +27,7 @@ import json
 import random
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -82,19 +83,19 @@ Rows = list[tuple[list[int], list[float]]]
 """Chunks: the ids of each, and the weights."""
 
 
-class Program:
+class Program(ABC):
     """One program on one model: what it makes of a text, and of a prompt with a negative prompt."""
 
     def __init__(self, pipe: Any, kind: str) -> None:
         self.pipe, self.kind, self.xl = pipe, kind, kind == "sdxl"
 
+    @abstractmethod
     def facts(self, text: str) -> dict[str, Any]:
         """Return what is recorded of a text beside its encoding."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, prompt: str, negative: str) -> Tensors:
         """Return what ``tests.support.dialects.spoken`` returns of ours."""
-        raise NotImplementedError
 
 
 def stub(name: str, **contents: Any) -> ModuleType:

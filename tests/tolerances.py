@@ -23,6 +23,14 @@ class Tolerance:
 
 EXACT = Tolerance(0.0, 0.0, "the same operations in the same order")
 BATCH = Tolerance(1e-4, 1e-5, "the kernels that a batch size picks sum in another order")
+HALF_BATCH = Tolerance(5e-5, 0.0, "one half of a guided batch alone: the kernels that it picks sum in another order")
+REMIXED = Tolerance(
+    0.0, 1e-4, "of the largest value: x0 mixed from two estimates in float32, not from the guided output"
+)
+EIGHT_BITS = Tolerance(0.003, 0.0, "a map in 255 levels of its largest value, at most 1: half a level is 0.002")
+FITTED = Tolerance(1e-3, 0.0, "37 unknowns of a linear map by least squares in float32")
+PARTWISE = Tolerance(1e-5, 1e-4, "gradients of a layer that is computed in parts are summed in another order")
+SMALL_SIGNAL = Tolerance(1e-4, 1e-5, "x0 in float32 where alpha_bar is near 0: a small difference times up to 15")
 FLOAT16_CUDA = Tolerance(
     0.05,
     0.0,

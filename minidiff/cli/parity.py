@@ -199,9 +199,9 @@ def _add_report(g: Any) -> None:
     g.add_argument(
         "--tolerance",
         type=_fraction,
-        default=0.0,
         metavar="X",
-        help="largest difference allowed in a stage, relative to its largest value (default: 0: equal values)",
+        help="largest difference allowed in a stage, relative to its largest value (default: 0, equal values; of an "
+        "export, the bound of its format)",
     )
     g.add_argument("--format", choices=FORMATS, default="text", help="how the report is printed (default: text)")
     g.add_argument("--html", metavar="FILE", help="also write the report as one self-contained HTML page")

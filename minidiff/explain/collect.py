@@ -96,7 +96,7 @@ class Seen:
 
     @cached_property
     def painter(self) -> Painter:
-        """What turns samples into pictures."""
+        """The function that turns samples into pictures."""
         return Painter(self.pipe, self.frames[-1].after)
 
 

@@ -29,7 +29,7 @@ CONFIG = TrainConfig(steps=6, batch=4, warmup=2, rate=1e-4, clip=0.2, ema=0.9, s
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Answers:
-    """What the model answered to noised latents, (B, C, h, w) each, at timesteps ``t`` (B,). ``wanted``: the target.
+    """Answers of the model to noised latents, (B, C, h, w) each, at timesteps ``t`` (B,). ``wanted``: the target.
     ``signal`` and ``noise``: the rates of the mixture, (B, 1, 1, 1)."""
 
     t: Tensor

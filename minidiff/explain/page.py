@@ -87,7 +87,7 @@ def _switches() -> Html:
     names = {"en": "English", "zh": "中文"}
     return tag(
         "div",
-        [tag("button", name, data_speak=code, type="button", lang=None) for code, name in names.items()],
+        [tag("button", name, data_speak=code, type="button") for code, name in names.items()],
         tag("button", say(WORDS["scheme"]), data_scheme_switch=True, type="button"),
         cls="switches needs-script",
     )

@@ -32,7 +32,7 @@ ADAPTERS = "minidiff.adapters.lora"
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What one model call passed through. ``frame``: the call in the run; ``out``: what the UNet here predicted.
+    """Record of one model call. ``frame``: the call in the run; ``out``: what the UNet here predicted.
 
     ``maps``: by transformer ("down.1.attn.0"), the attention of each place to each token, (L, h, w) float32: averages
     over its heads and blocks, which sum to 1 over the tokens. ``features``: mean and standard deviation of what a part
@@ -119,7 +119,7 @@ def look(unet: UNet, frame: Frame) -> Look:
 
 
 class _Watch:
-    """What is put on a UNet for one call: recording kernels, and hooks on its parts."""
+    """Recorder that is put on a UNet for one call: recording kernels, and hooks on its parts."""
 
     def __init__(self, unet: UNet) -> None:
         self.maps: dict[str, list[Tensor]] = {}

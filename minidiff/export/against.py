@@ -273,6 +273,6 @@ def run(args: Namespace, converter: Converter, device: torch.device) -> int:
     request = request_of(args, pipe, converter)
     if args.sampler is not None:
         request = replace(request, sampler=sampler_from_config({"name": check_name(args.sampler, settable=False)}))
-    report = against(pipe, other, request, args.tolerance or None, names, args.judge, tell)
+    report = against(pipe, other, request, args.tolerance, names, args.judge, tell)
     about = {"model": f"{args.checkpoint} ({pipe.config.family})", **about_run(pipe, request, args)}
     return show(replace(report, about=about), args, html)

@@ -32,7 +32,7 @@ class Pair:
 
     @property
     def confidence(self) -> str:
-        """How sure the pair is."""
+        """Confidence in the pair."""
         if self.distance <= NEAR and self.distance < self.rival / 2:
             return "values"
         return "likely" if self.distance <= ALIKE and self.distance < self.rival else "order and shape"

@@ -104,14 +104,14 @@ def hold(
 ) -> Report:
     """Run both sides. If the first difference is in the UNet of a later step, run again with that step's layers."""
 
+    tolerance = args.tolerance or 0.0
+
     def run(deep: Deep) -> Report:
         a = Ours(pipe, request, {part: {x: x for x in found} for part, found in pairs.items()}, deep)
         steering = controls.options(request.controls or (), reference)
         b = theirs.Theirs(reference, request, theirs.renamed(pairs), deep, steering=steering)
         a.title, b.title = f"minidiff {VERSION}", f"diffusers {theirs.import_diffusers().__version__}"
-        return Report(
-            a.title, b.title, *_spread(find(a, b, args.tolerance, judge=args.judge, tell=tell), args.tolerance)
-        )
+        return Report(a.title, b.title, *_spread(find(a, b, tolerance, judge=args.judge, tell=tell), tolerance))
 
     report = run(first_step_only)
     late = report.first and re.fullmatch(r"(step\.[1-9]\d*)/prediction", report.first.stage)

@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
         judges = [stack.enter_context(open_source(path)) for path in args.judge]
         local = None if args.local is None else stack.enter_context(open_source(args.local))
         names = _names(args, a, b)
-        report = compare(a, b, args.tolerance, judges, local, names)
+        report = compare(a, b, args.tolerance or 0.0, judges, local, names)
     if kept is not None:
         with atomic(kept, existing(args)) as file:
             file.write(json.dumps(dict(names), indent=1).encode())

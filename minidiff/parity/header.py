@@ -15,25 +15,11 @@ from typing import Any
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError
+from minidiff.parity.writer import DTYPES, LAYOUTS, VERSION
 
-VERSION = "2"
 VERSIONS = ("1", VERSION)  # that are read
 VERSION_KEY, STAGES_KEY, RUN_KEY = "recording.version", "recording.stages", "recording.run"
-LAYOUTS = ("NCHW", "NHWC", "plain")
 BRANCHES = ("unconditional", "conditional")  # the halves of a batch with guidance, in this order
-# Names of dtypes, and what safetensors calls them.
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
 NAMES = {code: name for name, code in DTYPES.items()}
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 # Of two recordings that both say one of these about their runs, the values must be equal.

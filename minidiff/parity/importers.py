@@ -21,9 +21,10 @@ import numpy as np
 
 from minidiff.config import quote
 from minidiff.errors import CheckpointError, UnsupportedError
-from minidiff.parity.header import DTYPES, NAMES
+from minidiff.parity.header import NAMES
 from minidiff.parity.rows import INPUT
 from minidiff.parity.values import Array, Source, Value, of_hash, open_recording, type_of, value_of
+from minidiff.parity.writer import DTYPES
 from minidiff.storage.reading import PICKLES, content_of, open_regular, read_json
 from minidiff.storage.table import read_table
 

@@ -23,8 +23,10 @@ PART_OF = {"text": ("text_encoder", "text_encoder_2"), "image": ("vae",), "denoi
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """What a run's memory depends on: ``count`` pictures of ``height`` x ``width`` pixels, each predicted in ``rows``
-    rows of the batch (with the prompt, without, and more with AND), with contexts of ``tokens``.
+    """Facts on which a run's memory depends.
+
+    They are ``count`` pictures of ``height`` x ``width`` pixels, each predicted in ``rows`` rows of the batch (with the
+    prompt, without, and more with AND), with contexts of ``tokens``.
 
     ``size``, ``vae_size``: bytes of a number in the UNet and in the VAE. ``encoded``: pictures encoded at once, 0 for
     none. ``decoded``: pictures decoded at once; ``tile``: the side in latents of the tiles in which they are, 0 for

@@ -3,7 +3,7 @@
 Every function follows the ``forward`` of the same name in ``models/`` line by line, adds up the tensors that are alive,
 and returns the largest sum in numbers (not bytes), beyond the input, which its caller keeps. A tensor lives as long as
 a name refers to it: the input of a layer until the layer returns, what is computed for the next call until that
-returns. ``tests/unit/test_peaks.py`` compares the sums with those of the modules themselves.
+returns. ``tests/unit/test_estimate.py`` compares the sums with those of the modules themselves.
 
 Not counted: norms' statistics, embeddings of the timestep, and the scores of attention, which kernels never hold whole.
 """
@@ -57,7 +57,7 @@ class Peaks:
         return 6 * self.rows * channels * area
 
     def attention(self, c: UNetConfig, level: Level, area: int, tokens: int) -> int:
-        """What follows a ResBlock; 0 if nothing does."""
+        """Attention behind a ResBlock; 0 if there is none."""
         if level.attention == "text":
             return self.transformer(level, area, tokens, c.linear_proj)
         return self.self_attention(level.channels, area) if level.attention == "self" else 0

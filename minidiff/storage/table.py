@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Table:
-    """What the header of a safetensors file says. ``identity`` distinguishes the file from one that took its name."""
+    """Contents of a safetensors file's header. ``identity`` distinguishes the file from one that took its name."""
 
     metadata: dict[str, str]
     places: dict[str, Place]

@@ -25,6 +25,7 @@ from minidiff.models.attention import Attention
 from minidiff.page.languages import label
 from minidiff.pipeline.request import Request
 from tests.support import tiny
+from tests.tolerances import EIGHT_BITS, HALF_BATCH, assert_close
 
 PROMPT = "a red circle left of a blue star on a white background"
 
@@ -44,7 +45,7 @@ def test_the_second_look_sees_what_the_run_saw(seen: Seen) -> None:
     for look in looks(seen):
         assert look.frame.conditional is not None
         # The run computed both halves in one batch, so the last bits differ.
-        torch.testing.assert_close(look.out, look.frame.conditional, rtol=0, atol=5e-5)
+        assert_close(look.out, look.frame.conditional, HALF_BATCH)
 
 
 def test_attention_sums_to_one_and_gives_back_the_layer_s_output() -> None:
@@ -95,7 +96,7 @@ def test_live_adapters_are_in_the_second_look() -> None:
     seen = collect(sd, request)
     look = looks(seen)[0]
     assert look.frame.conditional is not None
-    torch.testing.assert_close(look.out, look.frame.conditional, rtol=0, atol=5e-5)
+    assert_close(look.out, look.frame.conditional, HALF_BATCH)
     assert not torch.allclose(look.maps["down.0.attn.0"], bare)
     applied.remove()
 
@@ -121,7 +122,7 @@ def test_the_page_s_maps_sum_to_one_at_every_place(seen: Seen) -> None:
         assert float((each.sum(dim=0) - 1).abs().max()) < 0.02  # 8 bits a value
     for n, look in enumerate(looks(seen)):
         for name, _, _ in found["groups"]:
-            torch.testing.assert_close(maps_of(found)[n, name], look.maps[name], rtol=0, atol=0.003)
+            assert_close(maps_of(found)[n, name], look.maps[name], EIGHT_BITS)
 
 
 def test_the_page_names_the_prompt_s_tokens(seen: Seen) -> None:

@@ -15,6 +15,7 @@ from minidiff.explain.panels import training
 from minidiff.pipeline.request import Request
 from minidiff.training.curves import rate_at
 from tests.support.tiny import tiny_sd
+from tests.tolerances import BATCH, assert_close
 from tests.unit.test_explain import PROMPT, Elements
 
 
@@ -71,8 +72,8 @@ def test_each_example_goes_with_its_own_caption_and_timesteps() -> None:
     second, caption = lesson.answered(pipe, 4, 1, t)
     assert captions[1:] == caption
     assert both.t.tolist() == [900, 300, 900, 300]
-    assert torch.allclose(both.x[2:], second.x, atol=1e-5)  # a batch of another size rounds otherwise
-    assert torch.allclose(both.out[2:], second.out, atol=1e-4)
+    assert_close(both.x[2:], second.x, BATCH)
+    assert_close(both.out[2:], second.out, BATCH)
 
 
 def test_optimiser_steps_are_real() -> None:

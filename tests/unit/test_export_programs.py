@@ -208,6 +208,16 @@ def test_the_command(mini: StableDiffusion, made: Path, run: Run, tmp_path: Path
     assert BOUNDS["torch"].relative == 0
 
 
+def test_a_tolerance_of_0_is_honoured_beside_a_bound(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound of a format stands in only where no tolerance is given."""
+    assert run("export", "plain", "out", "--quiet").status == 0
+    monkeypatch.setitem(BOUNDS, "torch", formats.Bound(0.25, "planted"))
+    for given, wanted in (((), 0.25), (("--tolerance", "0"), 0.0), (("--tolerance", "0.5"), 0.5)):
+        ended = run("parity", "plain", "--against", "out", "--steps", 1, "--quiet", "--format", "json", *given)
+        assert ended.status == 0, ended
+        assert json.loads("\n".join(ended.out))["tolerance"] == wanted
+
+
 def test_networks_of_many_levels_are_run_at_sizes_that_they_can_halve() -> None:
     """Six levels, as the ddpm models of 256 pixels have: 8 pixels would be gone before the last."""
     level = Level(channels=16)

@@ -1,4 +1,4 @@
-"""What scripts/web computes by itself, in JavaScript: token ids, torch's noise, and a plan's steps."""
+"""Tests of what scripts/web computes by itself, in JavaScript: token ids, torch's noise, and a plan's steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = ["a large red star on a blue background", "Photograph of Zürich's caf
 
 
 def node(folder: Path, code: str) -> Any:
-    """What ``code`` prints as JSON, in a module beside draw.js."""
+    """Return what ``code`` prints as JSON, in a module beside draw.js."""
     shutil.copy(WEB / "draw.js", folder / "draw.mjs")
     (folder / "test.mjs").write_text(
         'import fs from "fs";\nimport { Model, Random, Tokenizer } from "./draw.mjs";\n' + code

@@ -334,7 +334,7 @@ def test_a_header_that_lies_is_refused(metadata: dict[str, str], said: str, tmp_
 
 @pytest.mark.parametrize(("metadata", "said"), LIES)
 def test_the_schema_refuses_what_the_reader_refuses(metadata: dict[str, str], said: str) -> None:
-    """Where the header alone is at fault; what needs the file, no schema can see."""
+    """Refusals by the header alone; what needs the file, no schema can see."""
     jsonschema = pytest.importorskip("jsonschema", reason="the `test` extra installs it")
     schema = json.loads((HERE / "recording.schema.json").read_text(encoding="utf-8"))
     if said.endswith(("missing", "in the file", r"shape \(2, 3\)")) or "100_000" in said:

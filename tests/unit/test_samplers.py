@@ -390,7 +390,7 @@ def test_printed_plan_of_fifty_leading_steps():
 
 
 def test_methods_leave_the_choice_of_levels_to_the_grids() -> None:
-    """What diffusers chooses otherwise stands in diffusers/grid.py: nothing that builds levels asks whom to follow."""
+    """Choices of diffusers stand in diffusers/grid.py: nothing that builds levels asks whom to follow."""
     steps = {"step", "rows", "_coefficients", "multistep_rows", "root"}  # mathematics of a step, and its coefficients
     allowed = {"grid", "plan", "__post_init__", *steps}
     found = set()

@@ -32,7 +32,7 @@ from minidiff.samplers import (
 from minidiff.samplers.linear import table
 from minidiff.schedule import NoiseSchedule
 from tests.support.command import Run, one_error
-from tests.tolerances import LINEAR
+from tests.tolerances import LINEAR, SMALL_SIGNAL, assert_close
 
 OPTIONS = [
     DDPM(variance="fixed_large_log"),
@@ -107,7 +107,7 @@ def test_x0_is_the_picture_that_the_sampler_sees() -> None:
     for i, row in enumerate(table(sampler, plan).rows):
         x, out = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(i))
         x0 = sampler.denoised(plan, i, x, out, sampler.start())
-        torch.testing.assert_close(row.x0["x"] * x + row.x0["out"] * out, x0, rtol=1e-5, atol=1e-4)
+        assert_close(row.x0["x"] * x + row.x0["out"] * out, x0, SMALL_SIGNAL)
 
 
 def test_ddims_weights_are_those_of_the_paper() -> None:

@@ -220,7 +220,7 @@ def _negative(seen: Seen) -> list[Html]:
 
 
 def _size(seen: Seen, both: tuple[Frame, ...]) -> Html:
-    """How much the prompt changes, step by step."""
+    """Return the chart of how much the prompt changes, step by step."""
 
     def size(x: Tensor) -> float:
         return float(x.float().square().mean().sqrt())

@@ -18,7 +18,7 @@ WORDS = words(__package__, "timesteps_answers.json")
 
 
 def first(seen: Seen) -> list[Html]:
-    """Why it begins where it begins, and what the offset is for."""
+    """Answer why it begins where it begins, and what the offset is for."""
     total, n = len(seen.pipe.schedule), steps_of(seen)
     found = {name: t[0] for name, t in grids(total, n).items()}
     said: dict[str, object] = {"total": total, "last": total - 1, "n": n, "apart": total // n}
@@ -41,7 +41,7 @@ def _last(*plans: tuple[str, Plan[Any]]) -> list[tuple[str, str, float]]:
 
 
 def _own(seen: Seen) -> Html:
-    """What this run's sampler is set to."""
+    """Return the settings of this run's sampler, in words."""
     like, spacing = seen.recipe.get("like"), getattr(seen.sampler, "spacing", None)
     if like:
         return say(WORDS["own like"], "p", like=like, first=f"{seen.frames[0].t:g}")
@@ -54,7 +54,7 @@ def _own(seen: Seen) -> Html:
 
 
 def twice(seen: Seen) -> list[Html]:
-    """Why a run of 50 steps may call the model 51 times."""
+    """Answer why a run of 50 steps may call the model 51 times."""
     pndm, heun = planned(seen, "pndm"), planned(seen, "heun")
     parts = [say(WORDS["calls"], "p", n=steps_of(seen), k=len(seen.plan), made=len(seen.frames))]
     if pndm is not None and len(pndm) > 2:
@@ -99,7 +99,7 @@ def _call(seen: Seen, i: int) -> int:
 
 
 def after(seen: Seen) -> list[Html]:
-    """What comes after the last row: the negative timestep, and where the last step lands."""
+    """Answer what comes after the last row: the negative timestep, and where the last step lands."""
     past = seen.plan if seen.plan.levels.landing is not None else planned(seen, "ddim")
     negative = []
     if past is not None and past.levels.landing is not None:
