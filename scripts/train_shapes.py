@@ -69,7 +69,7 @@ UNET = TrainConfig(
     sample_every=1000,
     samples=36,
 )
-LOOSE_STEPS = 6000
+LOOSE_STEPS = 14000
 
 
 Stage = Callable[[StableDiffusion, Path], StableDiffusion]  # a model and a folder for the run -> the model trained
@@ -178,7 +178,12 @@ class HardSingles:
 
 
 class HalfLoose:
-    """Training data of which the odd items are loose; the even ones are those of :class:`HardSingles`."""
+    """Training data of which the odd items are loose; the even ones are those of :class:`HardSingles`.
+
+    Of every other loose item there are two candidates, and the one with more, and more different, things is taken.
+    """
+
+    CANDIDATES = 2
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -186,12 +191,21 @@ class HalfLoose:
 
     def batch(self, start: int, count: int) -> tuple[Tensor, list[str]]:
         """Return pictures ``start`` .. ``start + count - 1``."""
-        pixels, captions = self.whole.batch(start // 2, count // 2 + 1)
-        loose_pixels, loose = shapes.drawn(shapes.items(self.seed, start // 2, count // 2 + 1, "loose"))
-        ks = range(start, start + count)
-        sources = ((pixels, captions), (loose_pixels, loose))
-        chosen = [(sources[k % 2], k // 2 - start // 2) for k in ks]
+        first, pairs = start // 2, count // 2 + 1
+        sources = self.whole.batch(first, pairs), shapes.drawn([self.loose(k) for k in range(first, first + pairs)])
+        chosen = [(sources[k % 2], k // 2 - first) for k in range(start, start + count)]
         return torch.stack([source[0][i] for source, i in chosen]), [source[1][i] for source, i in chosen]
+
+    def loose(self, k: int) -> shapes.Item:
+        """Return loose item ``k``: an odd one is the harder of two."""
+        n = self.CANDIDATES
+        candidates = shapes.items(self.seed, n * k, n, "loose")
+        return max(candidates, key=self.hardness) if k % 2 else candidates[0]
+
+    def hardness(self, item: shapes.Item) -> int:
+        """Return 2 for a caption of one thing, 3 for a plural and 4 for two things that differ."""
+        things = item.facts.things
+        return len(things) + len(set(things))
 
 
 class Crowd:
@@ -279,7 +293,7 @@ def loosely(pipe: StableDiffusion, folder: Path) -> StableDiffusion:
     settings = replace(
         UNET,
         steps=LOOSE_STEPS,
-        rate=5e-4,
+        rate=8e-4,
         curve="linear",
         noisy=1.5,
         drop_prompt=0.2,

@@ -17,6 +17,7 @@ from minidiff.fast import onednn
 from minidiff.fast.packed import Packing
 from minidiff.fast.switch import OFF, ON, MethodSwitch
 from minidiff.models import attention
+from minidiff.models.replacement import PREPARING
 
 SMALLEST = 2**14  # weights
 ROWS = 32  # rows of the input: with fewer, the time is that of reading the weight
@@ -29,10 +30,15 @@ class PackedLinear(Packing):
     layer: nn.Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight, rows = self.layer.weight, x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() or (rows < ROWS and not weight.is_mkldnn):
-            out: Tensor = F.linear(x, weight.to_dense(), self.layer.bias) if weight.is_mkldnn else self.inner(x)
-            return out
+        rows, grad = x.numel() // x.shape[-1], torch.is_grad_enabled()
+        if (grad or rows < ROWS) and not self.layer.weight.is_mkldnn:
+            with PREPARING:  # until the layer has read its weight, no other thread packs it
+                if not self.layer.weight.is_mkldnn:
+                    out: Tensor = self.inner(x)
+                    return out
+        weight = self.layer.weight
+        if grad:
+            return F.linear(x, weight.to_dense(), self.layer.bias)
         return onednn.product(x, self.packed(x) if rows >= MANY else weight, self.layer.bias)
 
     def arranged(self, weight: Tensor, x: Tensor) -> Tensor:

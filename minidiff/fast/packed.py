@@ -70,8 +70,7 @@ class Packing(Replacement):
             if plain.is_mkldnn:
                 return plain
             packed = nn.Parameter(self.arranged(plain.detach(), x), requires_grad=False)
-            self.layer.weight = packed
-            plain.data = plain.data.new_empty(0)  # in low-memory mode, the weight's slot still holds it
+            self.layer.weight = packed  # the plain one, which another thread may be reading, is left as it is
             return packed
 
     def undo(self) -> None:

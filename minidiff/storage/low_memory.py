@@ -30,13 +30,12 @@ class Slot:
         self.layer, self.name, self.fetch = layer, name, fetch
         self.original = layer.get_parameter(name)
         self.rest = torch.full((), float("nan"), dtype=self.original.dtype, device=device).expand(self.original.shape)
-        self.weight = nn.Parameter(self.rest, requires_grad=False)
         self.here = False
 
     def put(self, value: Tensor) -> None:
+        """Set the weight. Only the layer holds it, so its memory is free as soon as a switch puts another (packed)."""
         self.here = True
-        self.weight.data = value
-        setattr(self.layer, self.name, self.weight)  # a switch may have put another one in its place (packed)
+        setattr(self.layer, self.name, nn.Parameter(value, requires_grad=False))
         self.here = value is not self.rest
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -67,6 +70,51 @@ def test_the_weight_is_packed_for_many_rows(dtype: torch.dtype) -> None:
     assert asked.grad is not None
     Linear().take_off(layer)
     assert torch.equal(layer.weight, 2 * weight)
+
+
+@pytest.mark.usefixtures("_paying")
+@torch.no_grad()
+def test_packing_leaves_the_plain_weight_to_who_reads_it() -> None:
+    """Another thread may be multiplying by it; when nobody does, its memory is free."""
+    layer, x = nn.Linear(64, 256), torch.randn(MANY, 64)
+    plain, copied = layer.weight, layer.weight.clone()
+    kept = weakref.ref(plain)
+    put_on(Linear(), [layer])
+    layer(x)
+    assert layer.weight.is_mkldnn
+    assert torch.equal(plain, copied)
+    del plain
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.usefixtures("_paying")
+@pytest.mark.parametrize("grad", [False, True])
+def test_no_thread_packs_a_weight_that_the_plain_layer_is_about_to_read(grad: bool) -> None:
+    layer, few, many = nn.Linear(64, 256), torch.randn(1, 64), torch.randn(MANY, 64)
+    wanted = layer(few)
+    put_on(Linear(), [layer])
+    replacement = layer.forward
+    assert isinstance(replacement, PackedLinear)
+    plain = replacement.inner
+
+    @torch.no_grad()
+    def pack() -> None:
+        layer(many)
+
+    other = threading.Thread(target=pack)
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        other.start()
+        other.join(0.2)
+        out: torch.Tensor = plain(x)
+        return out
+
+    replacement.inner = inner
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(layer(few), wanted)
+    other.join()
+    assert layer.weight.is_mkldnn, "and when it has been read, it is packed"
 
 
 @pytest.mark.usefixtures("_paying")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,34 @@ def test_groups_are_consecutive_and_of_one_kind() -> None:
 @pytest.mark.skipif(not memory.RESET.exists(), reason="peaks of memory are Linux's")
 def test_a_trial_sees_what_is_taken() -> None:
     taken = memory.taken(torch.device("cpu"), lambda: torch.ones(64 << 20, dtype=torch.uint8).numel())
+    assert taken is not None
+    assert 60 << 20 < taken < 100 << 20
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="peaks of memory are Linux's")
+def test_a_trial_is_not_deceived_by_garbage() -> None:
+    """A model that nobody holds any more lives, in cycles of references, until Python looks for them."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me, self.weight = self, torch.ones(256 << 20, dtype=torch.uint8)
+
+    def work() -> int:
+        gc.collect()
+        return torch.ones(64 << 20, dtype=torch.uint8).numel()
+
+    gc.disable()
+    try:
+        calls: list[int] = []
+
+        def littering() -> None:
+            calls.append(work())
+            if len(calls) == 1:
+                Cycle()
+
+        taken = memory.taken(torch.device("cpu"), littering)
+    finally:
+        gc.enable()
     assert taken is not None
     assert 60 << 20 < taken < 100 << 20
 

@@ -5,6 +5,7 @@ Larger groups are faster, but not by much once the processor is busy, and a kill
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +55,7 @@ def taken(device: torch.device, work: Callable[[], object]) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, KeyError, ValueError):
         if device.type == "cpu":
+            gc.collect()  # else garbage from before, collected during the work, would hide what that takes
             RESET.write_text("5")  # Linux: the peak is what there is now
             before = _field(STATUS, "VmRSS")
             work()

@@ -623,7 +623,7 @@ FAMILIES = [
                 {"timestep_spacing": "linspace"},
                 steps(5),
                 (ValueError, "not supported"),
-                "has no timestep_spacing='linspace'",
+                "there is no timestep_spacing='linspace'",
             ),
         ],
     ),
