@@ -188,9 +188,8 @@ def _request(pipe: StableDiffusion | Unconditional, args: Namespace, asked: Mapp
     request = Request(**{"prompt": None, "steps": pipe.own_steps(asked.get("sampler")), **asked})
     if isinstance(pipe, StableDiffusion):
         if request.prompt is None:
-            raise ConfigError(
-                'no prompt given; say what the picture shows: minidiff generate "a red star on a blue background"'
-            )
+            example = f'minidiff {args.command} "a red star on a blue background"'
+            raise ConfigError(f"no prompt given; say what the picture shows: {example}")
         return request
     flags = {f.name: option.flag for f, option in options(Request)}
     for name in request.of_text():

@@ -31,6 +31,7 @@ LISTED = (
     ("steps", "steps"),
     ("scale", "guidance_scale"),
     ("seed", "seed"),
+    ("approximate", "approximate"),
 )
 
 
@@ -97,12 +98,20 @@ def _head(seen: Seen) -> Html:
     facts: list[Any] = []
     for name, key in LISTED:
         value = seen.recipe.get(key)
-        if value is not None:
-            shown = value.get("name") if isinstance(value, dict) else value
-            facts += [tag("dt", say(WORDS[name])), tag("dd", one_line(str(shown), 500))]
-    made = say(WORDS["made"], "p", version=VERSION, calls=len(seen.frames))
+        if value not in (None, {}):
+            facts += [tag("dt", say(WORDS[name])), tag("dd", one_line(_shown(value), 500))]
+    made = [say(WORDS["made"], "p", version=VERSION, calls=len(seen.frames))]
+    if seen.recipe.get("approximate"):
+        made.append(say(WORDS["approximated"], "p"))
     picture = img(seen.pixels, WORDS["result"], cls="result")
     return tag("header", say(WORDS["title"], "h1"), tag("div", picture, tag("dl", facts), cls="facts"), made)
+
+
+def _shown(value: Any) -> str:
+    """Return a sampler's name, or the settings of a dict, or the value itself."""
+    if not isinstance(value, dict):
+        return str(value)
+    return str(value.get("name") or ", ".join(f"{key}={setting}" for key, setting in value.items()))
 
 
 def _contents(built: Sequence[Panel | Left]) -> Html:

@@ -140,6 +140,11 @@ def test_a_panel_that_there_is_not_is_refused(seen: Seen) -> None:
         explained(seen, panels=["film", "films"])
 
 
+def test_without_a_prompt_the_hint_is_this_command(capsys) -> None:  # type: ignore[no-untyped-def]
+    assert main(["explain"]) == 2
+    assert 'minidiff explain "' in capsys.readouterr().err
+
+
 def test_the_command_writes_a_page(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "page.html"
     assert main(["explain", PROMPT, "--steps", "2", "--seed", "1", "--lang", "zh", "--out", str(out), "--quiet"]) == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import minidiff
-from minidiff import fast
+from minidiff import Control, ControlModel, fast
 from minidiff.adapters import lora
 from minidiff.explain import Seen, collect, explained
 from minidiff.explain.mistakes import compare
@@ -83,6 +85,88 @@ def test_maps_are_those_of_the_plain_model_under_fast_and_nothing_is_left_on_it(
     assert torch.equal(sd.generate(PROMPT, steps=1, seed=0, output="tensor"), before)
     for name, each in plain.maps.items():  # the input of the only step is the same noise
         assert torch.equal(again.maps[name], each)
+
+
+def from_a_picture(**options: Any) -> tuple[Any, Request]:
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return tiny.tiny_sd(), Request("a fox", steps=4, seed=0, image=picture, **options)
+
+
+def with_a_control(*controls: ControlModel) -> tuple[Any, Request]:
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    steered = tuple(Control(model, picture) for model in controls)
+    return tiny.tiny_sd(), Request("a fox", steps=2, seed=0, controls=steered)
+
+
+def inpainting_model() -> tuple[Any, Request]:
+    config = replace(tiny.SD, unet=replace(tiny.SD.unet, in_channels=9))
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    _, request = from_a_picture(mask=mask)
+    return tiny.drawn(config), request
+
+
+def approximated(**how: Any) -> tuple[Any, Request]:
+    sd = tiny.tiny_sd()
+    fast.approximate(sd, **how)
+    return sd, Request("a fox", steps=3, seed=0)
+
+
+RUNS: dict[str, Callable[[], tuple[Any, Request]]] = {
+    "image to image": lambda: from_a_picture(strength=0.6),
+    "kept outside of a mask": lambda: from_a_picture(mask=torch.ones(1, 1, 64, 64), strength=0.6),
+    "inpainting": inpainting_model,
+    "ControlNet": lambda: with_a_control(tiny.tiny_controlnet()),
+    "T2I-Adapter": lambda: with_a_control(tiny.tiny_adapter()),
+    "both": lambda: with_a_control(tiny.tiny_controlnet(), tiny.tiny_adapter()),
+    "AND": lambda: (tiny.tiny_sd(), Request("a fox AND a hen", steps=2, seed=0, prompt_style="a1111")),
+    "alternation": lambda: (tiny.tiny_sd(), Request("a [fox|hen]", steps=3, seed=0, prompt_style="a1111")),
+    "without guidance": lambda: (tiny.tiny_sd(), Request("a fox", steps=2, seed=0, guidance_scale=1.0)),
+    "guidance on a part": lambda: (tiny.tiny_sd(), Request("a fox", steps=4, seed=0, guidance_interval=(0.3, 0.8))),
+    "deep": lambda: approximated(deep=2),
+    "merged": lambda: approximated(merge=0.5),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_kind_of_run_is_left_as_it_is_and_looked_into(name: str) -> None:
+    sd, request = RUNS[name]()
+    plain = sd.run(request)
+    wanted = sd.finish(plain, progress=False)[0].float()
+    seen = collect(sd, request)
+    assert torch.equal(seen.pixels, wanted)
+    assert torch.equal(collect(sd, request).pixels, wanted), "and again"
+    if name in ("deep", "merged", "AND"):
+        return  # the second look is at the plain model, and at the first of joined prompts
+    for look in looks(seen):
+        predicted = look.frame.out if look.frame.conditional is None else look.frame.conditional
+        assert_close(look.out, predicted, HALF_BATCH)
+
+
+def test_the_second_look_at_joined_prompts_is_at_the_first() -> None:
+    sd, request = RUNS["AND"]()
+    joined, alone = (looks(collect(sd, replace(request, prompt=text)))[0] for text in (request.prompt, "a fox"))
+    assert_close(joined.out, alone.out, HALF_BATCH)
+
+
+def test_the_page_says_that_a_run_was_approximated() -> None:
+    pages = [
+        explained(collect(*run()), panels=["film"]) for run in (lambda: approximated(deep=2), lambda: from_a_picture())
+    ]
+    assert ["deep=2" in page for page in pages] == [True, False]
+    assert ["This run was approximated" in page for page in pages] == [True, False]
+
+
+def test_a_model_whose_parts_take_turns_is_looked_into(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tiny.tiny_sd().save(path)
+    request = Request("a fox", steps=2, seed=0)
+    whole, turning = (minidiff.StableDiffusion.load(path, "cpu", low_memory=low) for low in (False, True))
+    seen, wanted = collect(turning, request), collect(whole, request)
+    assert torch.equal(seen.pixels, wanted.pixels)
+    for name, each in looks(wanted)[0].maps.items():
+        assert torch.equal(looks(seen)[0].maps[name], each)
+    assert explained(seen)
 
 
 def test_live_adapters_are_in_the_second_look() -> None:
