@@ -27,12 +27,14 @@ Axes = tuple["str | int", ...]
 Tensors = Mapping[str, Tensor]
 
 LEAST = 8  # side of the smallest latents for which programs are made and checked
+LONGEST = 77  # tokens of a text for which they are; fewer where the text encoder takes fewer
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """A network as a function: ``module`` takes the ``inputs`` by name and returns the ``outputs`` in this order.
-    ``scale``: what a side of its picture is in sides of latents. ``least``: the smallest side."""
+    ``scale``: what a side of its picture is in sides of latents. ``least``: the smallest side. ``longest``: the most
+    tokens of a text."""
 
     name: str
     module: nn.Module
@@ -41,12 +43,13 @@ class Program:
     scale: int = 1
     vocab: int = 0
     least: int = LEAST
+    longest: int = LONGEST
 
     @property
     def sizes(self) -> tuple[tuple[int, int, int, int], ...]:
         """Batch, height and width of latents, and length of the text, for which it is made (the first) and checked."""
-        n = self.least
-        return (2, n, n + n // 2, 77), (1, n, n, 77), (3, n + 1, n + 3, 40)
+        n, most = self.least, min(self.longest, LONGEST)
+        return (2, n, n + n // 2, most), (1, n, n, most), (3, n + 1, n + 3, (most + 3) // 2)
 
     def example(self, batch: int, height: int, width: int, length: int, seed: int = 0) -> dict[str, Tensor]:
         """Return random inputs for latents of this size."""
@@ -104,7 +107,9 @@ def _unet(config: UNetConfig, numbers: int, unet: nn.Module) -> Program:
 
 
 def _text(name: str, config: CLIPTextConfig, encoder: nn.Module, layer: str) -> Program:
-    return Program(name, _Text(encoder, layer), {"ids": ("batch", "length")}, ("context", "pooled"), vocab=config.vocab)
+    inputs: dict[str, Axes] = {"ids": ("batch", "length")}
+    outputs = ("context", "pooled")
+    return Program(name, _Text(encoder, layer), inputs, outputs, vocab=config.vocab, longest=config.positions)
 
 
 class _Denoiser(nn.Module):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import minidiff
 from minidiff import CheckpointError, ConfigError, UnsupportedError
 from minidiff.config import Level
 from minidiff.export import export, formats, open_export
@@ -39,6 +40,15 @@ def test_programs_are_equal_to_the_networks(family: str) -> None:
     for program in found:
         module = traced(program).module()
         assert measured(program, lambda inputs, m=module, p=program: p.named(m(**inputs))) == 0, program.name
+
+
+def test_a_text_encoder_for_short_texts_is_made_at_its_own_length() -> None:
+    """The bundled model's takes 32 tokens."""
+    sd = minidiff.bundled(dtype=torch.float32)
+    text = next(p for p in programs(sd.config, sd.parts) if p.name == "text_encoder")
+    assert [size[3] for size in text.sizes] == [32, 32, 17]
+    module = traced(text).module()
+    assert measured(text, lambda inputs: text.named(module(**inputs))) == 0
 
 
 @pytest.fixture(scope="module")
