@@ -24,7 +24,7 @@ async function draw() {
   }
   canvas.getContext("2d").putImageData(picture, 0, 0);
   said.value = "done";
-  return found;
+  return { latents: found.latents, picture: canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data };
 }
 
 form.addEventListener("submit", (event) => {
@@ -34,6 +34,6 @@ form.addEventListener("submit", (event) => {
 
 if (asked.has("report")) {
   const send = (content) => fetch("/report", { method: "POST", body: JSON.stringify(content) });
-  draw().then(({ latents, pixels }) => send({ latents: [...latents], pixels: [...pixels] }),
+  draw().then(({ latents, picture }) => send({ latents: [...latents], picture: [...picture] }),
     (error) => send({ error: String(error?.stack ?? error) }));
 }
