@@ -10,9 +10,6 @@ that they replace: quantised, compiled, or written anew.
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.config import check
-from minidiff.errors import CheckpointError, ConfigError
+from minidiff.errors import CheckpointError
 from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
 from minidiff.export.programs import Program, Tensors, programs
 from minidiff.export.stand_ins import standing_in
+from minidiff.export.variants import is_function, variant
 from minidiff.parity.command import DTYPES, Converter, about_run, request_of, teller
 from minidiff.parity.compare_command import show, writable
 from minidiff.parity.engine import find
@@ -108,8 +106,8 @@ def against(
     variant 0. ``names``: those of a variant's modules, where they differ. Raises :class:`CheckpointError` for a folder
     that is no export of this model, and :class:`ConfigError` for a function that is not there.
     """
-    if isinstance(other, str) and _is_function(other):
-        parts, title = _variant(pipe, other), other
+    if isinstance(other, str) and is_function(other):
+        parts, title = variant(pipe, other), other
         mine = programs(pipe.config, pipe.parts)
         theirs = programs(pipe.config, {**pipe.parts, **parts})
         bound = tolerance or 0.0
@@ -222,38 +220,6 @@ def _runs(pipe: Pipe, other: Pipe, request: Asked, title: str, bound: float, tel
     return find(a, b, bound, judge=False, tell=tell)
 
 
-def _is_function(other: str) -> bool:
-    module, colon, name = other.rpartition(":")
-    return (
-        bool(colon)
-        and name.isidentifier()
-        and not os.path.lexists(other)
-        and all(part.isidentifier() for part in module.split("."))
-    )
-
-
-def _variant(pipe: Pipe, other: str) -> dict[str, nn.Module]:
-    """Call the function that makes a variant. Raises :class:`ConfigError` if it is not there, or returns other
-    things."""
-    module, _, name = other.rpartition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as e:
-        raise ConfigError(f"--against {other}: {e}; it is looked for in this folder and where Python looks") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    check(callable(function), f"--against {other}: {module} has no function {name}")
-    parts = function(pipe)  # type: ignore[misc]
-    known = (
-        isinstance(parts, Mapping)
-        and bool(parts)
-        and all(name in pipe.parts and isinstance(part, nn.Module) for name, part in parts.items())
-    )
-    check(known, f"--against {other}: it should return networks by the names of parts: {', '.join(pipe.parts)}")
-    return dict(parts)
-
-
 def read_names(path: str) -> Names:
     """Read a JSON file with the names of a variant's modules. Raises :class:`CheckpointError` for another content."""
     found = read_object(Path(path))
@@ -267,7 +233,7 @@ def read_names(path: str) -> Names:
 def run(args: Namespace, converter: Converter, device: torch.device) -> int:
     """Compare what ``--against`` names with a checkpoint; print the report, return the exit status."""
     html, tell = writable(args.html, args), teller(args.quiet)
-    other = args.against if _is_function(args.against) else open_export(args.against)
+    other = args.against if is_function(args.against) else open_export(args.against)
     names = None if args.names is None else read_names(args.names)
     pipe = converter.open_model(args.checkpoint, device, DTYPES[args.dtype])
     request = request_of(args, pipe, converter)

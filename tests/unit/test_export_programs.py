@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from minidiff.export import export, formats, open_export
 from minidiff.export.against import against
 from minidiff.export.formats import BOUNDS, measured, traced
 from minidiff.export.programs import programs
+from minidiff.export.variants import variant
 from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.parity.ours import asked
 from minidiff.pipeline import StableDiffusion
@@ -205,6 +207,63 @@ def test_a_variant_is_compared_layer_by_layer(run: Run, tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(json.dumps({"vae": ["decoder"]}))
     one_error(run("parity", "text", "--against", name, "--names", "names.json"), "'vae' should be an object of names")
     one_error(run("parity", "text", "--against", f"{__name__}:no_such"), "has no function no_such")
+
+
+VARIANT = """
+import sys
+from pathlib import Path
+PATH = list(sys.path)
+{first}
+
+def unchanged(pipe):
+    Path("seen").write_text("it ran")
+    return {{"vae": pipe.vae}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("own_file.py", "own_file"),
+        ("own_package/__init__.py", "own_package"),
+        ("own_folder/inside.py", "own_folder.inside"),
+    ],
+)
+def test_a_variant_is_found_in_this_folder_and_the_path_of_imports_stays(
+    file: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the module is read: other threads import by it."""
+    pipe, before = drawn(MINI, 1), list(sys.path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(VARIANT.format(first=""))
+    monkeypatch.chdir(tmp_path)
+    for k in range(2):
+        assert variant(pipe, f"{name}:unchanged") == {"vae": pipe.parts["vae"]}, k
+    assert (tmp_path / "seen").read_text() == "it ran"
+    assert sys.modules[name].PATH == sys.path == before
+
+
+def test_a_variant_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = drawn(MINI, 1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needy.py").write_text(VARIANT.format(first="import no_such_helper"))
+    with pytest.raises(
+        ConfigError, match=r"'no_such_helper'; needy needs it; .* in a package with it, or where Python"
+    ):
+        variant(pipe, "needy:unchanged")
+    assert "needy" not in sys.modules
+    (tmp_path / "needy.py").write_text(VARIANT.format(first=""))
+    assert variant(pipe, "needy:unchanged"), "a module that failed is read again"
+    with pytest.raises(ConfigError, match=r"needy.more.*; it is looked for in this folder and where Python looks"):
+        variant(pipe, "needy.more:unchanged")
+    (tmp_path / "torch").mkdir()
+    with pytest.raises(ConfigError, match="torch has no function no_such"):
+        variant(pipe, "torch:no_such")
+    (tmp_path / "email").mkdir()
+    monkeypatch.delitem(sys.modules, "email")
+    with pytest.raises(ConfigError, match="email has no function no_such"):
+        variant(pipe, "email:no_such")
+    assert sys.modules["email"].__file__ is not None, "a folder without __init__.py stands back for a module"
 
 
 def test_the_command(mini: StableDiffusion, made: Path, run: Run, tmp_path: Path) -> None:
