@@ -37,7 +37,7 @@ from minidiff.training.captions import (
 )
 from minidiff.training.scenes import SIDE, Scene, Thing, draw
 
-Kind = Literal["train", "single", "held_out", "two", "loose"]
+Kind = Literal["train", "single", "held_out", "two", "loose", "ordered"]
 Triple = tuple[str, str, str]  # shape, colour, background
 
 RADIUS = {"small": 7.0, "medium": 9.6, "large": 13.0}  # pixels
@@ -92,14 +92,17 @@ def items(seed: int, start: int, count: int, kind: Kind = "train") -> list[Item]
 
     ``kind``: "train"; or for evaluation "single" (one thing, a trained triple), "held_out" (one thing, a held-out
     triple), "two" (two things whose relation the caption states); "loose" (one or two things, captions with parts left
-    out). Each kind is a separate stream.
+    out). Each kind is a separate stream, but for "ordered", for training: the scenes of "loose", with things that are
+    joined by "and" named from left to right or from top to bottom, where "loose" has either order.
     Raises :class:`ConfigError` for a seed or a start below 0 or a count below 1.
     """
     check(0 <= seed < 2**63, f"seed={seed} must lie in 0..2**63 - 1")
     check(start >= 0 and count >= 1, f"start={start}, count={count}: items are counted from 0, at least one at a time")
     check(kind in _SALT, f"kind={kind!r} is none of {', '.join(_SALT)}")
     rows = _uniforms(seed, start, count, kind).tolist()
-    return [_loose(row) if kind == "loose" else _item(row, kind) for row in rows]
+    if kind in ("loose", "ordered"):
+        return [_loose(row, ordered=kind == "ordered") for row in rows]
+    return [_item(row, kind) for row in rows]
 
 
 def batch(seed: int, start: int, count: int) -> tuple[Tensor, list[str]]:
@@ -156,12 +159,12 @@ def loose_prompts(n: int, seed: int = 0) -> list[tuple[str, Facts]]:
     return [(item.caption, item.facts) for item in items(seed, 0, n, "loose")]
 
 
-_SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3, "loose": 4}
+_SALT: dict[str, int] = {"train": 0, "single": 1, "held_out": 2, "two": 3, "loose": 4, "ordered": 4}
 
 
 def _uniforms(seed: int, start: int, count: int, kind: str) -> np.ndarray:
     """Return float64 (count, DRAWS or LOOSE_DRAWS) in [0, 1), a hash of seed, kind, item and column."""
-    draws = LOOSE_DRAWS if kind == "loose" else DRAWS
+    draws = LOOSE_DRAWS if _SALT[kind] == _SALT["loose"] else DRAWS
     key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(_SALT[kind]))
     rows = _mix(key + np.arange(start, start + count, dtype=np.uint64))
     bits = _mix(rows[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64))
@@ -205,8 +208,9 @@ def _item(u: list[float], kind: Kind) -> Item:
     return Item(Scene(ground, (thing, thing_2)), facts, caption(facts, wording))
 
 
-def _loose(u: list[float]) -> Item:
-    """Make a loose item from ``LOOSE_DRAWS`` numbers in [0, 1), each of which is used once."""
+def _loose(u: list[float], ordered: bool = False) -> Item:
+    """Make a loose item from ``LOOSE_DRAWS`` numbers in [0, 1), each of which is used once. ``ordered``: things joined
+    by "and" are named as they are read, from left to right or from top to bottom."""
     shape, colour, ground = TRAINED[int(u[0] * len(TRAINED))]
     size = SIZES[int(u[1] * 3)]
     sized, coloured = u[2] < LOOSE_SIZE_NAMED, u[3] < LOOSE_COLOUR_NAMED
@@ -235,7 +239,7 @@ def _loose(u: list[float]) -> Item:
         _thing(shape, colour, size, here, SCATTER[2], u[9], u[10], u[11]),
         _thing(shape_2, colour_2, size_2, there, SCATTER[2], u[12], u[13], u[14]),
     )
-    if not relation_said and u[20] < 0.5:  # "and" promises no order
+    if not relation_said and u[20] < 0.5 and not ordered:  # "and" promises no order
         named, named_2 = named_2, named
     facts = Facts(told, (named, named_2), relation=relation if relation_said else None)
     return Item(Scene(ground, things), facts, loose_caption(facts, wording))

@@ -34,7 +34,7 @@ from minidiff.training.captions import (
     words,
 )
 from minidiff.training.scenes import PALETTE, SIDE, Scene, Thing, draw
-from minidiff.training.shapes import HELD_OUT, RADIUS, TRAINED, Shapes, batch, drawn, held_out, items
+from minidiff.training.shapes import HELD_OUT, RADIUS, TRAINED, Item, Shapes, batch, drawn, held_out, items
 from tests.tolerances import assert_close
 
 FIRST = [
@@ -377,6 +377,23 @@ def test_what_a_loose_caption_does_not_say_never_hides_the_thing() -> None:
         "nothing but a shape": sum(item.caption in SHAPES for item in loose),
     }
     assert all(count > 200 for count in kinds.values()), kinds
+
+
+def test_in_order_and_joins_things_as_they_are_read() -> None:
+    """The scenes are those of loose captions; of these, half of the pairs are named in the other order."""
+    either, ordered = (items(8, 0, 4_000, kind) for kind in ("loose", "ordered"))
+    assert [item.scene for item in either] == [item.scene for item in ordered]
+
+    def as_read(item: Item) -> bool:
+        return [thing.shape for thing in item.scene.things] == [thing.shape for thing in item.facts.things]
+
+    pairs = [k for k, item in enumerate(ordered) if len(item.facts.things) == 2 and item.facts.relation is None]
+    assert all(as_read(ordered[k]) for k in pairs)
+    swapped = sum(not as_read(either[k]) for k in pairs)
+    distinct = sum(len({thing.shape for thing in ordered[k].facts.things}) == 2 for k in pairs)
+    assert 0.4 * distinct < swapped < 0.6 * distinct
+    for k, item in enumerate(ordered):
+        assert item == either[k] or k in pairs
 
 
 def test_the_first_loose_prompts_never_change() -> None:

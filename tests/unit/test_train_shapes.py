@@ -68,6 +68,27 @@ def test_every_other_caption_leaves_parts_out() -> None:
     assert sum(whole[1::2]) < 100
 
 
+def test_every_other_loose_caption_is_the_harder_of_two() -> None:
+    data = train_shapes.HalfLoose(7)
+    hardness = [data.hardness(data.loose(k)) for k in range(1200)]
+    easy, hard = hardness[::2], hardness[1::2]
+    for level in (2, 4):  # one thing; two things that are named apart
+        assert (easy.count(level) > 1.3 * hard.count(level)) == (level == 2)
+        assert (hard.count(level) > 1.3 * easy.count(level)) == (level == 4)
+
+
+def test_the_later_loose_captions_name_things_as_they_are_read() -> None:
+    data, first = train_shapes.HalfLoose(7), train_shapes.HalfLoose.ORDERED
+
+    def swapped(start: int) -> int:
+        found = [data.loose(k) for k in range(start, start + 400)]
+        orders = (([t.shape for t in item.scene.things], [t.shape for t in item.facts.things]) for item in found)
+        return sum(there != named for there, named in orders)
+
+    assert swapped(first - 400) > 20
+    assert swapped(first) == 0
+
+
 def test_new_words_begin_as_what_they_are_like() -> None:
     known = train_shapes.known_tokens(loose_vocabulary())
     old = train_shapes.begun(None)
