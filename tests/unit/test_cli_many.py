@@ -18,6 +18,7 @@ from PIL import Image
 
 import minidiff
 from minidiff import Control, fast
+from minidiff.cli.many.inputs import WHOLE, fingerprint
 from minidiff.training.run import claimed
 from tests.support.command import ROOT, TEXT, Run, one_error, pixels, process
 from tests.support.tiny import tiny_controlnet
@@ -281,3 +282,44 @@ def test_lines_name_their_controls(run: Run, models: Path, tmp_path: Path) -> No
     for path, controls in zip(ended.out, ([one], [two], half, []), strict=True):
         wanted = sd.generate("a fox", steps=2, seed=3, controls=controls, progress=False)[0]
         assert np.array_equal(pixels(path), np.asarray(wanted))
+
+
+def test_a_file_that_has_changed_since_is_not_mixed_in(run: Run, tmp_path: Path) -> None:
+    """Of the command line and of a line, pictures and controls."""
+    for seed, name in ((5, "canny"), (6, "other")):
+        tiny_controlnet(seed, config=TEXT).save(tmp_path / f"{name}.safetensors")
+    colours = {"edges.png": "white", "start.png": "red", "own.png": "blue"}
+    for name, colour in colours.items():
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name)
+    lines = [{"prompt": "a fox", "control": "canny.safetensors=edges.png"}, {"prompt": "an owl", "image": "own.png"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ("generate", "--prompts", "p.jsonl", "--out", "pics/", "--seed", 1, *MADE, "--image", "start.png")
+    assert run(*command).status == 0
+    for path in (*colours, "canny.safetensors"):
+        before = (tmp_path / path).read_bytes()
+        if path.endswith(".png"):
+            Image.new("RGB", (32, 32), "green").save(tmp_path / path)
+        else:
+            (tmp_path / path).write_bytes((tmp_path / "other.safetensors").read_bytes())
+        one_error(run(*command), f"pics/job.json: was begun with another '{path}'; name another folder with --out")
+        (tmp_path / path).write_bytes(before)
+    assert run(*command).status == 0
+    job = tmp_path / "pics" / "job.json"
+    told = json.loads(job.read_text())
+    assert set(told.pop("inputs")) == {*colours, "canny.safetensors"}
+    job.write_text(json.dumps(told))  # as versions before this wrote it
+    assert run(*command).status == 0
+
+
+@pytest.mark.parametrize("size", [100, WHOLE + 5])
+def test_a_fingerprint_sees_both_ends_of_a_file(tmp_path: Path, size: int) -> None:
+    path, found = tmp_path / "file", set()
+    for change in (None, 0, size - 1):
+        with path.open("wb") as file:
+            file.truncate(size)
+            if change is not None:
+                file.seek(change)
+                file.write(b"x")
+        found.add(fingerprint(path))
+    assert len(found) == 3
+    assert fingerprint(tmp_path) != fingerprint(path), "a folder counts names as well"

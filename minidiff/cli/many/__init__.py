@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.many.groups import PATTERN, pictures
+from minidiff.cli.many.inputs import inputs
 from minidiff.cli.many.job import Job, given
 from minidiff.cli.many.lines import Check, read_lines
 from minidiff.cli.many.work import Maker, Work, agreed
@@ -43,7 +44,13 @@ def run(args: Namespace, asked: Mapping[str, Any], check_sampler: Check, opened:
     if len(seeds) > 1:
         del base["num_images"]  # is what --seed says
     lines = read_lines(args.prompts, base, check_sampler)
-    wanted = Job(lines=lines.hash, options=given(args), names=output.name or PATTERN, seeds=tuple(seeds))
+    wanted = Job(
+        lines=lines.hash,
+        options=given(args),
+        names=output.name or PATTERN,
+        seeds=tuple(seeds),
+        inputs=inputs(args, lines.good),
+    )
     ranks = joined(args)
     try:
         with ExitStack() as stack:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class Job:
     """Facts that a job's pictures depend on.
 
     ``lines``: hash of the file; ``options``: what else the command line gave; ``names``: pattern of the files' names;
-    ``model``: identity, with the hashes of adapters and controls; ``place``: dtype, device and versions.
+    ``model``: identity, with the hashes of adapters and controls; ``inputs``: hashes of other files (:mod:`inputs`);
+    ``place``: dtype, device and versions.
     """
 
     lines: str
@@ -35,6 +36,7 @@ class Job:
     together: int = 0
     threads: int = 0
     model: tuple[str, ...] = ()
+    inputs: dict[str, str] = field(default_factory=dict)
     place: str = ""
 
 
@@ -66,12 +68,18 @@ def save(job: Job, folder: Path) -> None:
 
 
 def check_same(before: Job, now: Job, folder: Path, names: tuple[str, ...]) -> None:
-    """Raise :class:`ConfigError` if this run would make other pictures than those begun."""
+    """Raise :class:`ConfigError` if this run would make other pictures than those begun: if one of the fields ``names``
+    differs, or a file that both read."""
     for name in names:
         then, here = getattr(before, name), getattr(now, name)
         if then != here:
             what = "; ".join(_changes(name, then, here))
             raise ConfigError(f"{folder / FILE}: was begun with {what}; name another folder with --out")
+    others = [name for name in before.inputs if before.inputs[name] != now.inputs.get(name, before.inputs[name])]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        what = f"another {quote(others[0])}{more}"
+        raise ConfigError(f"{folder / FILE}: was begun with {what}; name another folder with --out")
 
 
 def _changes(name: str, then: Any, here: Any) -> Iterator[str]:
