@@ -32,7 +32,10 @@ SIGNS = re.compile(r"[()\[\]]|\b(?:BREAK|AND)\b")  # that mean something in a111
 
 
 def run(args: Namespace) -> int | None:
-    """Make the pictures and print their paths."""
+    """Make the pictures and print their paths, or the memory that it would take."""
+    if args.estimate:
+        _estimate(args)
+        return None
     if args.prompts is not None:
         return _run_many(args)
     if args.together is not None:
@@ -40,6 +43,15 @@ def run(args: Namespace) -> int | None:
     for path in make(args):
         show(path)
     return None
+
+
+def _estimate(args: Namespace) -> None:
+    """Print what the run would take."""
+    for option in ("prompts", "grid"):
+        if getattr(args, option) is not None:
+            raise ConfigError(f"--estimate is about one run; leave out --{option}, and give the options of its largest")
+    pipe, request = prepared(args, _in_turn(args))
+    show(pipe.estimate(request))
 
 
 def _run_many(args: Namespace) -> int:
@@ -84,10 +96,7 @@ def make(args: Namespace) -> Iterator[Path]:
     output = Output(args.out, args.force, mark=not args.no_mark, infotext=args.infotext)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
-    # One run, text encoder to UNet to VAE: none is needed twice. Adapters change a model that is in memory, and a
-    # preview needs the VAE in between.
-    low_memory = not (args.lora or args.embedding or args.preview or args.grid)
-    pipe, added, converted = _opened(args, choice, recipe, low_memory)
+    pipe, added, converted = _opened(args, choice, recipe, _in_turn(args))
     if args.grid is not None:
 
         def start(changes: Mapping[str, Any]) -> Run:
@@ -107,14 +116,23 @@ def make(args: Namespace) -> Iterator[Path]:
         yield from watching.save(k, path, args.force)
 
 
-def prepared(args: Namespace) -> tuple[StableDiffusion | Unconditional, Request]:
+def prepared(args: Namespace, low_memory: bool = False) -> tuple[StableDiffusion | Unconditional, Request]:
     """Open the model that the command line names, and return it with the request, for one run that is not saved."""
+    from minidiff.cli.recipe import open_recipe
+
     _check_there(args)
-    asked = _asked(args, None)
+    recipe = None if args.recipe is None else open_recipe(args)
+    asked = _asked(args, recipe)
     choice = _changed(asked.get("sampler"), args.set)
     _check_sampler(choice, asked.get("like"))
-    pipe, added, _ = _opened(args, choice, None, low_memory=False)
+    pipe, added, _ = _opened(args, choice, recipe, low_memory)
     return pipe, _request(pipe, args, {**asked, **added})
+
+
+def _in_turn(args: Namespace) -> bool:
+    """Return True if the parts of the model may take turns in memory: one run needs text encoder, UNet and VAE one
+    after the other, but adapters change a model that is in memory, and a preview needs the VAE in between."""
+    return not (args.lora or args.embedding or args.preview or args.grid)
 
 
 def _check_there(args: Namespace) -> None:
@@ -187,6 +205,8 @@ def _request(pipe: StableDiffusion | Unconditional, args: Namespace, asked: Mapp
 
     request = Request(**{"prompt": None, "steps": pipe.own_steps(asked.get("sampler")), **asked})
     if isinstance(pipe, StableDiffusion):
+        if request.prompt is None and args.estimate:  # a prompt of any length up to 75 tokens takes the same
+            return replace(request, prompt="")
         if request.prompt is None:
             example = f'minidiff {args.command} "a red star on a blue background"'
             raise ConfigError(f"no prompt given; say what the picture shows: {example}")

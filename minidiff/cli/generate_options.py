@@ -45,6 +45,7 @@ examples:
   minidiff generate --prompts prompts.txt --model sd15.safetensors --out pictures/
   minidiff generate "a <cat-toy> in ink" --model sd15.safetensors --embedding cat.safetensors --lora ink.safetensors=0.8
   minidiff generate "a castle" --model sd15.safetensors --control canny.safetensors=edges.png,0.8
+  minidiff generate "a castle" --model sdxl.safetensors --size 1024x1024 --num-images 4 --estimate
   minidiff generate "in winter" --model sd15.safetensors --image lighthouse.png --strength 0.6
 """
 
@@ -87,6 +88,11 @@ def add(commands: Any) -> None:
     )
     add_set(groups["sampling"])
     g = groups["memory"]
+    g.add_argument(
+        "--estimate",
+        action="store_true",
+        help="print the memory that the run would take, that of its weights and at its peak, and make no picture",
+    )
     g.add_argument("--vae-slices", action="store_true", help="decode the pictures of a batch one by one")
     g.add_argument(
         "--vae-tiles",

@@ -56,6 +56,35 @@ def test_the_command_line_and_the_library_agree(run: Run, models: Path, tmp_path
     assert fast_again == fast
 
 
+def test_the_estimate_is_printed_and_nothing_is_made(run: Run, models: Path, tmp_path: Path) -> None:
+    """With the options of the run: a recipe's, sizes, tiles, weights that take turns or, with an adapter, do not."""
+    path = models / "text.safetensors"
+
+    def told(*command: str | int | Path) -> str:
+        before = sorted(tmp_path.iterdir())
+        ended = run("generate", *command, "--model", "text", "--estimate", "--quiet")
+        assert (ended.status, ended.err, len(ended.out)) == (0, [], 1)
+        assert sorted(tmp_path.iterdir()) == before
+        return ended.out[0]
+
+    request = minidiff.Request("a fox", num_images=2, height=64, width=96)
+    wanted = str(minidiff.estimate(path, request, low_memory=True))
+    assert wanted.startswith("2 pictures of 96 x 64: ")
+    assert told("a fox", "--num-images", 2, "--size", "96x64") == wanted
+    assert told("--num-images", 2, "--size", "96x64") == wanted, "any prompt takes the same"
+    run("generate", "a fox", "--model", "text", "--seed", 1, "--size", "96x64", "--steps", 1, "--out", "fox.png")
+    assert told("--recipe", "fox.png").startswith("a picture of 96 x 64: ")
+    preview = told("a fox", "--num-images", 2, "--size", "96x64", "--preview", "now.png")
+    assert preview == str(minidiff.estimate(path, request))
+    assert preview != wanted
+    large = told("--size", "1024x1024")
+    assert told("--size", "1024x1024", "--vae-tiles") != large
+    assert run("generate", "--model", "plain", "--estimate").out[0].startswith("a picture of 8 x 8: ")
+    one_error(run("generate", "a fox", "--model", "text", "--estimate", "--grid", "steps=1,2"), "leave out --grid")
+    one_error(run("generate", "--prompts", "a.txt", "--model", "text", "--estimate"), "leave out --prompts")
+    one_error(run("generate", "a fox", "--model", "text", "--estimate", "--size", "33x32"), "33")
+
+
 def test_options_of_the_sampler(run: Run, models: Path, tmp_path: Path) -> None:
     """--set changes the named sampler, the checkpoint's own, or that of a recipe, as Python's options do."""
     made = ("generate", "a fox", "--model", "text", "--steps", 3, "--seed", 7, "--quiet", "--plain")
