@@ -8,6 +8,7 @@ prompt. It is called as the run called the UNet, for the picture with its prompt
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minidiff.explain.collect import Frame, Seen
+from minidiff.explain.operations import count_in
 from minidiff.models.attention import Attention, Kernel, Linear, SpatialTransformer
 from minidiff.models.blocks import ResBlock
 from minidiff.models.clip import CLIPText
@@ -37,7 +39,7 @@ class Look:
     ``maps``: by transformer ("down.1.attn.0"), the attention of each place to each token, (L, h, w) float32: averages
     over its heads and blocks, which sum to 1 over the tokens. ``features``: mean and standard deviation of what a part
     gives on; ``shapes``: (C, h, w) of that, and inside each ResBlock. ``shifts``: by ResBlock, the mean size of what
-    the time adds to a channel, and that of the channels.
+    the time adds to a channel, and that of the channels. ``operations``: floating-point operations, by module.
     """
 
     frame: Frame
@@ -46,6 +48,7 @@ class Look:
     features: dict[str, tuple[float, float]]
     shapes: dict[str, tuple[int, ...]]
     shifts: dict[str, tuple[float, float]]
+    operations: Counter[str]
 
 
 def weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
@@ -115,7 +118,7 @@ def look(unet: UNet, frame: Frame) -> Look:
     finally:
         watch.end()
     maps = {name: (sum(each) / len(each)).cpu() for name, each in watch.maps.items()}  # type: ignore[union-attr]
-    return Look(frame, out, maps, watch.features, watch.shapes, watch.shifts)
+    return Look(frame, out, maps, watch.features, watch.shapes, watch.shifts, watch.operations)
 
 
 class _Watch:
@@ -126,7 +129,8 @@ class _Watch:
         self.features: dict[str, tuple[float, float]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.shifts: dict[str, tuple[float, float]] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.operations: Counter[str] = Counter()
+        self.undo = count_in(unet, self.operations)
         for name, part in unet.named_modules():
             if isinstance(part, SpatialTransformer):
                 self._transformer(name, part)
@@ -137,8 +141,8 @@ class _Watch:
                 self.undo.append(part.register_forward_hook(self._feature(name)).remove)
 
     def end(self) -> None:
-        """Take everything off again."""
-        for undo in self.undo:
+        """Take everything off again, what was put on last first."""
+        for undo in reversed(self.undo):
             undo()
 
     def _transformer(self, name: str, part: SpatialTransformer) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import minidiff
 from minidiff import Control, ControlModel, fast
@@ -26,6 +27,7 @@ from minidiff.explain.second_look import looks, own_pipe, own_unet, read_prompt,
 from minidiff.models.attention import Attention
 from minidiff.page.languages import label
 from minidiff.pipeline.request import Request
+from minidiff.storage.checkpoint import build
 from tests.support import tiny
 from tests.tolerances import EIGHT_BITS, HALF_BATCH, assert_close
 
@@ -250,6 +252,25 @@ def test_features_are_those_of_the_part(seen: Seen) -> None:
     own(*frame.call)
     found = data_of(explained(seen, panels=["unet"]), "unet")["features"][0][1]["mid"]
     assert found == pytest.approx([float(kept[0].mean()), float(kept[0].std())], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", [tiny.tiny_xl, tiny.tiny_sd, tiny.tiny_ddpm])
+def test_operations_are_those_that_torch_counts(model: Any) -> None:
+    pipe = model()
+    seen = collect(pipe, Request(None if model is tiny.tiny_ddpm else "a cat", steps=1, seed=0))
+
+    def shapes(part: Any) -> Any:
+        if isinstance(part, tuple):
+            return tuple(map(shapes, part))
+        return part.to("meta") if isinstance(part, Tensor) else part
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:  # on a CPU it knows no kernel of attention
+        build(pipe.config)["unet"](*map(shapes, tuple(seen.frames[0].call)))
+    counted = {name.partition(".")[2]: sum(each.values()) for name, each in counter.get_flop_counts().items()}
+    (look,) = looks(seen)
+    counted.pop("")  # the whole
+    assert len(counted) > 60
+    assert counted == {name: look.operations[name] for name in counted}  # it leaves out lists of modules
 
 
 @pytest.mark.parametrize("model", [tiny.tiny_xl, tiny.tiny_sd, tiny.tiny_ddpm])

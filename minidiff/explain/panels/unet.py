@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from minidiff.explain.collect import Call, Seen
+from minidiff.explain.collect import Seen
 from minidiff.explain.panel import Panel, answer, line
 from minidiff.explain.pictures import img
 from minidiff.explain.second_look import Look, looks
@@ -19,7 +18,6 @@ from minidiff.page.html import Html, flat, table, tag
 from minidiff.page.languages import Text, label, say, words
 from minidiff.page.svg import Chart, Series
 from minidiff.pipeline.png import to_unit
-from minidiff.storage.checkpoint import build as build_parts
 
 WORDS = words(__package__, "unet.json")
 WIDE, BOX, HIGH, STEP = 760, 250, 62, 92  # of the diagram, in pixels: all of it, a box, and from box to box
@@ -85,7 +83,6 @@ def parts_of(seen: Seen, look: Look) -> list[Part]:
     unet = seen.pipe.unet
     names = ["conv_in", *(f"down.{i}" for i in range(len(unet.down))), "mid"]
     names += [*(f"up.{i}" for i in range(len(unet.up))), "conv_out"]
-    counted = operations(seen, look.frame.call)
     found = []
     for name in names:
         module = unet.get_submodule(name)
@@ -101,29 +98,10 @@ def parts_of(seen: Seen, look: Look) -> list[Part]:
                 inside.count("SpatialSelfAttention"),
                 look.shapes[first],
                 sum(p.numel() for p in module.parameters()),
-                counted.get(name, 0),
+                look.operations[name],
             )
         )
     return found
-
-
-@torch.no_grad()
-def operations(seen: Seen, call: Call) -> dict[str, int]:
-    """Return the floating-point operations of each module in one call, counted on tensors without memory."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    unet = build_parts(seen.pipe.config)["unet"]
-    with FlopCounterMode(display=False) as counter:
-        unet(*(_shape_alone(part) for part in call))
-    counts = counter.get_flop_counts()
-    return {name.partition(".")[2]: sum(each.values()) for name, each in counts.items() if "." in name}
-
-
-def _shape_alone(part: object) -> object:
-    if isinstance(part, Tensor):
-        kind = torch.float32 if part.is_floating_point() else part.dtype
-        return torch.empty(part.shape, dtype=kind, device="meta")
-    return type(part)(map(_shape_alone, part)) if isinstance(part, (tuple, list)) else part
 
 
 def _diagram(parts: Sequence[Part], levels: int) -> Html:
