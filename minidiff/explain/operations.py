@@ -1,6 +1,6 @@
 """Floating-point operations of a UNet's modules in one call.
 
-Convolutions and matrix products are counted, since all others are few. A multiplication with its addition counts as two.
+Convolutions and matrix products are counted, since all others are few. A multiplication and its addition count as two.
 """
 
 from __future__ import annotations
