@@ -17,7 +17,6 @@ from minidiff.fast import onednn
 from minidiff.fast.packed import Packing
 from minidiff.fast.switch import OFF, ON, MethodSwitch
 from minidiff.models import attention
-from minidiff.models.replacement import PREPARING
 
 SMALLEST = 2**14  # weights
 ROWS = 32  # rows of the input: with fewer, the time is that of reading the weight
@@ -25,21 +24,21 @@ MANY = 256  # rows from which on the weight is packed: not for a prompt, whose k
 
 
 class PackedLinear(Packing):
-    """Replacement for the ``forward`` of one linear layer; few rows go to the original."""
+    """Replacement for the ``forward`` of one linear layer; few rows are multiplied as in the original.
+
+    Which of the two it is follows from the input alone, not from what the layer, or another thread, did before: the two
+    libraries add in another order, while a weight gives the same bits packed and plain.
+    """
 
     layer: nn.Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows, grad = x.numel() // x.shape[-1], torch.is_grad_enabled()
-        if (grad or rows < ROWS) and not self.layer.weight.is_mkldnn:
-            with PREPARING:  # until the layer has read its weight, no other thread packs it
-                if not self.layer.weight.is_mkldnn:
-                    out: Tensor = self.inner(x)
-                    return out
-        weight = self.layer.weight
-        if grad:
-            return F.linear(x, weight.to_dense(), self.layer.bias)
-        return onednn.product(x, self.packed(x) if rows >= MANY else weight, self.layer.bias)
+        rows, layer = x.numel() // x.shape[-1], self.layer
+        weight = layer.weight  # read once: another thread may pack it at any time
+        if not torch.is_grad_enabled() and rows >= ROWS:
+            return onednn.product(x, self.packed(x) if rows >= MANY else weight, layer.bias)
+        plain = weight.to_dense() if weight.is_mkldnn else weight
+        return layer.product(x, plain) if isinstance(layer, attention.Linear) else F.linear(x, plain, layer.bias)
 
     def arranged(self, weight: Tensor, x: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
@@ -47,7 +46,7 @@ class PackedLinear(Packing):
 
 
 class Linear(MethodSwitch):
-    """Switch of every large linear layer. CPU only; float32, and bfloat16 if torch supports it."""
+    """Switch of every large linear layer. CPU only; float32, and bfloat16 where oneDNN has it."""
 
     replacement = PackedLinear
     device = "cpu"
@@ -59,15 +58,14 @@ class Linear(MethodSwitch):
             and type(layer) in (nn.Linear, attention.Linear)
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
-            and layer.weight.dtype in (torch.float32, torch.bfloat16)
-            and onednn.available()
+            and onednn.available(layer.weight.dtype)
         )
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Set up a trial: the product into a feed-forward network at 32 x 32 tokens, by torch and by oneDNN."""
     x = torch.ones(1024, 640, dtype=dtype, device="cpu")
-    plain, layer = (nn.Linear(640, 2560, device="cpu", dtype=dtype) for _ in range(2))
+    plain, layer = (onednn.of_ones(nn.Linear(640, 2560, device="meta", dtype=dtype)) for _ in range(2))
     found: dict[str, Callable[[], object]] = {OFF: partial(plain, x)}
     if onednn.pays(dtype):
         found[ON] = partial(PackedLinear(layer), x)

@@ -7,13 +7,24 @@ neither is ahead. :mod:`trial` decides for a machine where it was tried; elsewhe
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
-def available() -> bool:
-    """Return True if torch was built with oneDNN."""
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+def available(dtype: torch.dtype = torch.float32) -> bool:
+    """Return True if torch was built with oneDNN, and that has ``dtype``, float32 or bfloat16, on this processor.
+
+    With AVX2 alone it has no bfloat16: torch computes such layers in another way, and refuses to pack their weights.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def pays(dtype: torch.dtype = torch.float32) -> bool:
@@ -22,7 +33,7 @@ def pays(dtype: torch.dtype = torch.float32) -> bool:
     That is the case for float32 with AVX512, and for bfloat16 with instructions for it (AVX512_BF16, AMX), without
     which all computation in bfloat16 is slow.
     """
-    if not available():
+    if not available(dtype):
         return False
     if dtype == torch.bfloat16:
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -37,3 +48,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return made
+
+
+@torch.no_grad()
+def of_ones(layer: Layer) -> Layer:
+    """Return ``layer``, made on the meta device, on the CPU with weights of 1: a trial draws no random numbers, which
+    are those of the whole process."""
+    layer.to_empty(device="cpu")
+    for weight in layer.parameters():
+        weight.fill_(1)
+    return layer

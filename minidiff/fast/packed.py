@@ -22,19 +22,19 @@ SMALLEST = 2**16  # weights: with fewer, the rearrangement costs too little to m
 
 
 class Packed(Switch):
-    """Switch that packs the weight of every large convolution. CPU only; float32, and bfloat16 if torch supports it."""
+    """Switch that packs the weight of every large convolution. CPU only; float32, and bfloat16 where
+    oneDNN has it."""
 
     device = "cpu"
 
     def applies(self, layer: nn.Module) -> bool:
         return (
-            onednn.available()
-            and isinstance(layer, nn.Conv2d)
+            isinstance(layer, nn.Conv2d)
             and layer.kernel_size != (1, 1)  # a matrix product, whose plain kernel is as fast and more exact
             and layer.weight.numel() >= SMALLEST
             and layer.weight.device.type == "cpu"
-            and layer.weight.dtype in (torch.float32, torch.bfloat16)
             and layer.padding_mode == "zeros"
+            and onednn.available(layer.weight.dtype)
         )
 
     def put_on(self, layer: nn.Module) -> None:

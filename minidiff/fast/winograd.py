@@ -98,9 +98,9 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {OFF: lambda: None}
     if dtype != torch.float32 or onednn.pays() or not onednn.available():
         return found
-    with torch.device("cpu"):
-        packed, other = (nn.Conv2d(320, 320, 3, padding=1) for _ in range(2))
-        x = torch.ones(1, 320, 32, 32)
+    layers = (nn.Conv2d(320, 320, 3, padding=1, device="meta", dtype=dtype) for _ in range(2))
+    packed, other = map(onednn.of_ones, layers)
+    x = torch.ones(1, 320, 32, 32, device="cpu", dtype=dtype)
     PackedConvolution(packed)
     WinogradConvolution(other)
     return {OFF: lambda: packed(x), ON: lambda: other(x)}

@@ -46,9 +46,13 @@ class Linear(nn.Linear):
         self.frozen: OrderedDict[int, None] = OrderedDict()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Compute the layer's output with ``weight`` in place of its own."""
         if x.ndim != 3 or x.is_contiguous() or self.frozen:
-            return super().forward(x)
-        out = (x.reshape(-1, x.shape[-1]) @ self.weight.t()).view(*x.shape[:2], -1)
+            return F.linear(x, weight, self.bias)
+        out = (x.reshape(-1, x.shape[-1]) @ weight.t()).view(*x.shape[:2], -1)
         return out if self.bias is None else out + self.bias
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from minidiff import fast
 from minidiff.adapters import lora
 from minidiff.adapters.lora import Adapter, Update
 from minidiff.errors import ConfigError
-from minidiff.fast import blocks, winograd
+from minidiff.fast import blocks, onednn, winograd
 from minidiff.fast.blocks import Blocks
 from minidiff.fast.many_keys import ManyKeys
 from minidiff.fast.memory import Memory
@@ -118,6 +122,7 @@ def test_packed_convolutions_at_full_width(layer: Callable[[], nn.Conv2d], side:
     assert torch.equal(conv(x), plain)
 
 
+@pytest.mark.skipif(not onednn.available(torch.bfloat16), reason="oneDNN has no bfloat16 on this processor")
 @torch.no_grad()
 def test_packed_convolutions_in_bfloat16() -> None:
     """No farther from the truth than plain ones; both are a rounding to 8 bits away from it."""
@@ -129,6 +134,31 @@ def test_packed_convolutions_in_bfloat16() -> None:
     assert put_on(Packed(), [conv]) == [conv]
     assert (conv(x) - exact).norm() <= NO_FARTHER * plain
     assert conv.weight.is_mkldnn
+
+
+AVX2_ONLY = """
+import torch
+from minidiff import fast
+from minidiff.fast import packed
+from tests.support.tiny import tiny_sd
+
+packed.SMALLEST = 1
+for dtype in (torch.float32, torch.bfloat16):
+    sd = tiny_sd()
+    sd.to(dtype=dtype)
+    on = fast.optimize(sd)
+    assert sd.generate("a horse", steps=1, seed=0, output="tensor").isfinite().all()
+    print(dtype, on["packed"] > 0)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="of processors with AVX2")
+def test_a_processor_with_avx2_only() -> None:
+    """There oneDNN refuses to pack weights in bfloat16."""
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", AVX2_ONLY], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch.float32 True", "torch.bfloat16 False"]
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200), (70, 96)])

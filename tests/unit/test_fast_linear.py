@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from minidiff import fast
@@ -17,9 +17,13 @@ from minidiff.adapters.lora import Adapter, Update
 from minidiff.fast import onednn
 from minidiff.fast.linear import MANY, ROWS, Linear, PackedLinear
 from minidiff.fast.switch import put_on
+from minidiff.models import attention
 from minidiff.models.replacement import Replacement
 from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS
+
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.available(dtype)]
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def test_layers_at_full_width(into: int, out: int, bias: bool) -> None:
 
 
 @pytest.mark.usefixtures("_paying")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_the_weight_is_packed_for_many_rows(dtype: torch.dtype) -> None:
     """Packed, it gives the same bits, for few rows too, and it is saved and restored as it was."""
@@ -90,31 +94,48 @@ def test_packing_leaves_the_plain_weight_to_who_reads_it() -> None:
 
 @pytest.mark.usefixtures("_paying")
 @pytest.mark.parametrize("grad", [False, True])
-def test_no_thread_packs_a_weight_that_the_plain_layer_is_about_to_read(grad: bool) -> None:
-    layer, few, many = nn.Linear(64, 256), torch.randn(1, 64), torch.randn(MANY, 64)
+@pytest.mark.parametrize("make", [nn.Linear, attention.Linear])
+def test_a_weight_may_be_packed_while_the_plain_way_is_taken(
+    make: type[nn.Linear], grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread, after the layer has read it and before it multiplies."""
+    layer, few, many = make(64, 256), torch.randn(1, 3, 128).chunk(2, dim=2)[1], torch.randn(MANY, 64)
     wanted = layer(few)
     put_on(Linear(), [layer])
-    replacement = layer.forward
-    assert isinstance(replacement, PackedLinear)
-    plain = replacement.inner
+    multiply = F.linear
 
-    @torch.no_grad()
-    def pack() -> None:
-        layer(many)
+    def late(*given: torch.Tensor) -> torch.Tensor:
+        monkeypatch.undo()
+        with torch.no_grad():
+            layer(many)
+        return multiply(*given)
 
-    other = threading.Thread(target=pack)
-
-    def inner(x: torch.Tensor) -> torch.Tensor:
-        other.start()
-        other.join(0.2)
-        out: torch.Tensor = plain(x)
-        return out
-
-    replacement.inner = inner
+    monkeypatch.setattr(F, "linear", late)
+    layer.frozen = {0: None}  # type: ignore[assignment]  # both classes multiply by F.linear
     with torch.set_grad_enabled(grad):
         assert torch.equal(layer(few), wanted)
-    other.join()
-    assert layer.weight.is_mkldnn, "and when it has been read, it is packed"
+    assert layer.weight.is_mkldnn
+
+
+@pytest.mark.usefixtures("_paying")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [nn.Linear, attention.Linear])
+@torch.no_grad()
+def test_a_result_does_not_depend_on_what_was_computed_before(make: type[nn.Linear], dtype: torch.dtype) -> None:
+    """Another thread's larger request packs a weight, which this one's few rows meet packed or plain: equal bits."""
+    torch.manual_seed(0)
+    layer = make(320, 640).to(dtype)
+    given = [torch.randn(2, rows, 640).to(dtype).chunk(2, dim=2)[1] for rows in (1, 8, ROWS // 2 - 1, ROWS, MANY // 3)]
+    put_on(Linear(), [layer])
+    first = [layer(x) for x in given]
+    assert not layer.weight.is_mkldnn
+    layer(torch.randn(MANY, 320).to(dtype))
+    assert layer.weight.is_mkldnn
+    assert all(torch.equal(layer(x), wanted) for x, wanted in zip(given, first, strict=True))
+    with torch.enable_grad():
+        packed = [layer(x) for x in given]
+        Linear().take_off(layer)
+        assert all(torch.equal(layer(x), found) for x, found in zip(given, packed, strict=True))
 
 
 @pytest.mark.usefixtures("_paying")

@@ -132,6 +132,22 @@ def test_a_real_trial(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(0 < seconds < float("inf") for seconds in result.seconds.values())
 
 
+@pytest.mark.parametrize("pays", [True, False])
+@torch.no_grad()
+def test_a_trial_draws_no_random_numbers_and_needs_no_default(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both belong to the whole process."""
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for set_up in trial.TRIALS.values():
+            for way in set_up(torch.float32).values():
+                assert way() is None or way().dtype == torch.float32  # type: ignore[attr-defined]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- how long it holds -----------------------------------------------------------------------------------------------
 
 
