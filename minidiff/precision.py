@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from minidiff.config import ControlConfig, ModelConfig, UNetConfig, VAEConfig
 from minidiff.errors import MinidiffError
 from minidiff.models.attention import Attention, attention
-from minidiff.models.undo import forward_hook
+from minidiff.models.undo import ThreadHook, forward_hook
 
 
 def attention_in_float32(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -55,12 +54,9 @@ class _FoundError(Exception):
 def watched(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Context manager: inside, the first module that returns a value that is not finite ends the pass with a
     :class:`MinidiffError` that names it. In this thread: what others do with the same modules goes on."""
-    mine = get_ident()
 
     def watch(name: str) -> Callable[..., None]:
         def look(module: nn.Module, _: Any, out: Any) -> None:
-            if get_ident() != mine:
-                return
             for tensor in out if isinstance(out, tuple) else (out,):
                 if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
                     raise _FoundError(f"{name} ({type(module).__name__}, {str(tensor.dtype).removeprefix('torch.')})")
@@ -71,7 +67,7 @@ def watched(parts: Mapping[str, nn.Module]) -> Iterator[None]:
     handles: list[RemovableHandle] = []
     try:
         for name, module in named.items():
-            forward_hook(module, watch(name), handles)
+            forward_hook(module, ThreadHook(watch(name)), handles)
         yield
     except _FoundError as e:
         raise MinidiffError(f"NaN or infinite values, first from {e}; {ADVICE}") from None

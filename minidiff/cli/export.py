@@ -63,6 +63,7 @@ def run(args: Namespace) -> None:
     from minidiff.export import export, formats
 
     formats.need(args.to)
+    formats.hush()
     path = None if args.model == "bundled" else args.model
     pipe, _ = open_model(path, torch.device("cpu"), torch.float32, **parts_of(args))
     made = export(pipe, args.dst, args.to, plans=args.plan, tell=(lambda text: None) if args.quiet else say)

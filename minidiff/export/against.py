@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.config import check
 from minidiff.errors import CheckpointError
+from minidiff.export.formats import hush
 from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
 from minidiff.export.programs import Program, Tensors, programs
@@ -239,6 +240,7 @@ def run(args: Namespace, converter: Converter, device: torch.device) -> int:
     request = request_of(args, pipe, converter)
     if args.sampler is not None:
         request = replace(request, sampler=sampler_from_config({"name": check_name(args.sampler, settable=False)}))
+    hush()
     report = against(pipe, other, request, args.tolerance, names, args.judge, tell)
     about = {"model": f"{args.checkpoint} ({pipe.config.family})", **about_run(pipe, request, args)}
     return show(replace(report, about=about), args, html)

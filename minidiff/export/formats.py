@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +53,11 @@ def need(to: str) -> None:
         check_compiler()
 
 
+def hush() -> None:
+    """Let exporters keep their remarks to themselves. For the command line alone: filters are the whole process's."""
+    warnings.filterwarnings("ignore", module=r"(torch|onnx\w*|copyreg|minidiff\.export\.formats)(\.|$)")
+
+
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -72,20 +76,18 @@ def traced(program: Program) -> Any:
         name: {k: free for k, axis in enumerate(axes) if isinstance(axis, str)} for name, axes in program.inputs.items()
     }
     example = program.example(*program.sizes[0])
-    with _quiet():
-        return torch.export.export(program.module.eval(), (), example, dynamic_shapes=shapes, strict=False)
+    return torch.export.export(program.module.eval(), (), example, dynamic_shapes=shapes, strict=False)
 
 
 def write(to: str, program: Program, made: Any, folder: Path) -> Path:
     """Write the traced program ``made`` into ``folder``; return the file that is opened to run it."""
     path = folder / FILES[to].format(program.name)
-    with _quiet():
-        if to == "torch":
-            torch.export.save(made, path)
-        elif to == "aoti":
-            torch._inductor.aoti_compile_and_package(made, package_path=str(path))
-        else:
-            _write_onnx(program, made, path)
+    if to == "torch":
+        torch.export.save(made, path)
+    elif to == "aoti":
+        torch._inductor.aoti_compile_and_package(made, package_path=str(path))
+    else:
+        _write_onnx(program, made, path)
     return path
 
 
@@ -115,8 +117,7 @@ def _name_axes(graph: Any, program: Program) -> None:
 def reading(to: str, program: Program, path: Path) -> Runner:
     """Read a program back. Raises :class:`CheckpointError` for a file that is missing or damaged."""
     try:
-        with _quiet():
-            return {"torch": _read_torch, "aoti": _read_aoti, "onnx": _read_onnx}[to](program, path)
+        return {"torch": _read_torch, "aoti": _read_aoti, "onnx": _read_onnx}[to](program, path)
     except ConfigError:
         raise
     except Exception as e:
@@ -181,11 +182,3 @@ def measured(program: Program, run: Runner) -> float:
         inputs = program.example(*size, seed=k + 1)
         found = max(found, gap(program.eager(inputs), run(inputs)))
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Return a context in which exporters keep their remarks to themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -13,6 +13,7 @@ share. What controls add to the UNet comes behind its start.
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def halves(tensors: tuple[Any, ...]) -> list[Tensor] | None:
 
 
 def watched(layer: nn.Module) -> bool:
-    """Return True if a forward hook is on ``layer`` or on a layer inside it."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    """Return True if a forward hook is on ``layer`` or on a layer inside it, other than one of another thread."""
+    here = get_ident()
+    tables = (table for m in layer.modules() for table in (m._forward_hooks, m._forward_pre_hooks) if table)
+    return any(getattr(hook, "thread", here) == here for table in tables for hook in list(table.values()))
 
 
 def start_of(unet: WayDown) -> list[nn.Module]:

@@ -7,6 +7,7 @@ undoes all of them before it propagates. Undoing a change twice is harmless, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -56,3 +57,14 @@ def _register(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any], ha
     handle = RemovableHandle(hooks)
     handles.append(handle)
     hooks[handle.id] = hook
+
+
+class ThreadHook:
+    """Hook of a layer for the calls of the thread that made it: those of others, who may share the model, go on as if
+    it were not there."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.thread = hook, get_ident()
+
+    def __call__(self, *given: Any) -> Any:
+        return self.hook(*given) if get_ident() == self.thread else None

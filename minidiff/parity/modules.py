@@ -37,7 +37,8 @@ def compare(
     if they differ, run both again in float64, to distinguish rounding from another function.
 
     Both run in their current mode (eval or train), without gradients, from the same state of the global generator, and
-    are unchanged afterwards. Raises :class:`ConfigError` for a name that is in neither.
+    are unchanged afterwards. While ``judge`` has them in float64, no other thread should use them. Raises
+    :class:`ConfigError` for a name that is in neither.
     """
     pairs = with_blocks(module_a, module_b, checked(module_a, module_b, names))
     a = Alone(module_a, inputs, {x: x for x in pairs}, type(module_a).__name__)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minidiff.models.undo import ThreadHook
 from minidiff.parity.rows import INPUT
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -115,9 +116,10 @@ def named(stage: str) -> Show:
 
 
 def hook(stack: ExitStack, part: nn.Module, before: Any, after: Any) -> None:
-    """Register both hooks on ``part`` until ``stack`` is closed."""
-    stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
-    stack.callback(part.register_forward_hook(after).remove)
+    """Register both hooks on ``part`` until ``stack`` is closed. They see the calls of this thread only: those of other
+    threads belong to other runs, and go on as they are."""
+    stack.callback(part.register_forward_pre_hook(ThreadHook(before), with_kwargs=True).remove)
+    stack.callback(part.register_forward_hook(ThreadHook(after)).remove)
 
 
 def swap_first(value: Any, change: Callable[[Tensor], Tensor]) -> tuple[Any, bool]:

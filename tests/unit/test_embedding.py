@@ -11,6 +11,7 @@ import locale
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,7 @@ def state() -> tuple[Any, ...]:
         (sys.stdout, sys.stderr, sys.excepthook, threading.excepthook),
         locale.setlocale(locale.LC_ALL),
         sys.getrecursionlimit(),
+        tuple(sys.path),
     )
 
 
@@ -381,6 +383,32 @@ def test_reading_pictures_to_train_on_changes_nothing_of_the_process(tmp_path: P
     with watched(state) as seen:
         assert len(ImageFolder(tmp_path, 8)) == 20
     assert changes(seen) == []
+
+
+SETTINGS = re.compile(
+    r"catch_warnings|simplefilter|filterwarnings|sys\.path\.|os\.environ\[[^]]+\] = |putenv|chdir|umask\(|setlocale|"
+    r"torch\.manual_seed|set_rng_state|fork_rng|set_default_|set_num_threads|use_deterministic|signal\.signal|"
+    r"torch\.backends\.\S+ = |set_float32|MAX_IMAGE_PIXELS = |LOAD_TRUNCATED|setrecursionlimit|"
+    r"showwarning = |excepthook = "
+)
+SET_BY = {
+    "minidiff/console/__init__.py": "the frame of the command line",
+    "minidiff/console/signals.py": "of the command line, and put back",
+    "minidiff/cli/many/work.py": "of the command line",
+    "minidiff/training/command.py": "of the command line",
+    "minidiff/parity/goldens.py": "of the command line",
+    "minidiff/export/formats.py": "hush(), of the command line",
+    "minidiff/fast/__init__.py": "names one in its advice",
+    "minidiff/parity/modules.py": "both modules draw the same numbers, which its docstring says",
+}
+
+
+def test_settings_of_the_process_are_touched_by_the_command_line_alone() -> None:
+    """By reading: a moment is too short to be seen for sure, and what torch's exporter sets hides the rest."""
+    root = Path(minidiff.__file__).parents[1]
+    files = [path for name in ("minidiff", "weights_convert") for path in (root / name).rglob("*.py")]
+    found = {path.relative_to(root).as_posix() for path in files if SETTINGS.search(path.read_text(encoding="utf-8"))}
+    assert found == {*SET_BY}
 
 
 def test_an_untrained_model_leaves_the_random_numbers_alone() -> None:

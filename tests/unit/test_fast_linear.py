@@ -22,7 +22,6 @@ from minidiff.models.replacement import Replacement
 from tests.support.tiny import tiny_sd
 from tests.tolerances import BLOCKS
 
-
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.available(dtype)]
 
 

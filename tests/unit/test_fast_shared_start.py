@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from minidiff import fast
+from minidiff import fast, precision
 from minidiff.fast.shared_start import ComputedOnce, SharedStart, start_of
 from minidiff.fast.switch import put_on
 from minidiff.models.unet import UNet
+from minidiff.parity.taps import Probe
 from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
 from tests.tolerances import BATCH, assert_close
 
@@ -50,6 +53,32 @@ def inputs(unet: UNet, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     c = unet.config
     x = torch.randn(batch, c.in_channels, 8, 8)
     return torch.cat([x, x]), torch.tensor(500), torch.randn(2 * batch, 77, c.context_dim or 1)
+
+
+def test_what_another_thread_watches_is_computed_as_ever(unet: UNet) -> None:
+    """Its run with NaN is looked into, or it records: the bits here are those without it."""
+    given, held, done = inputs(unet), threading.Event(), threading.Event()
+    put_on(SharedStart(), [unet])
+    start = dict(zip(("conv_in", "res", "norm", "proj_in", "norm1", "attn1"), start_of(unet), strict=True))
+    wanted = sizes(unet, start, *given)[1]
+    probe = Probe(lambda stage, value: value)
+
+    def look() -> None:
+        with precision.watched({"unet": unet}), probe.watch(unet, {"conv_in": "conv_in", "down.0": "down.0"}):
+            held.set()
+            done.wait()
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(look)
+        held.wait()
+        try:
+            seen, out = sizes(unet, start, *given)
+        finally:
+            done.set()
+        other.result()
+    assert seen == dict.fromkeys(start, 1)
+    assert torch.equal(out, wanted)
+    assert not probe.seen, "nor is this a part of what it records"
 
 
 @pytest.mark.parametrize("batch", [1, 2])
