@@ -5,10 +5,11 @@ A writer whose program is not installed is skipped, by name.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,14 @@ from torch import Tensor
 
 import weights_convert
 from minidiff.parity import Writer, assert_recording, automap, goldens, theirs
-from minidiff.parity.recording import Recording, read_recording
+from minidiff.parity.command import run_of
+from minidiff.parity.comparing import compare
+from minidiff.parity.ours import Ours, asked
+from minidiff.parity.recording import Recording, read_recording, record, write_recording
 from minidiff.parity.report import Report
 from minidiff.parity.values import open_recording
-from tests.tolerances import PORTED, RECORDED
+from minidiff.samplers import sampler_from_config
+from tests.tolerances import PORTED, PORTED_RUN, RECORDED
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts" / "recorders"))
 import named_modules
@@ -224,6 +229,31 @@ def test_onnx_runtime(model: Any, golden: Recording, tmp_path: Path) -> None:
     assert {"step.0/unet/conv_out", "step.0/unet/mid.attn.0.blocks.0.attn2"} < set(stages(report, ""))
 
 
+def hold_blocks(path: Path, writer: Writer, blocks: Any, array: Callable[[Any], Any]) -> None:
+    """Record a ResBlock and a transformer block of a module like ``tinygrad_blocks``, and compare with the golden.
+
+    ``array`` makes a value of the program from one of numpy.
+    """
+    weights, tape, section = numpy_file(WEIGHTS), numpy_file(RECORDING), "step.0/unet/down.0."
+
+    def below(prefix: str) -> dict[str, Any]:
+        return {k.removeprefix(prefix): array(v) for k, v in weights.items() if k.startswith(prefix)}
+
+    with writer:
+        show = blocks.shower(writer, section + "res.0.")
+        x = tape["step.0/unet/conv_in"]
+        given = [array(x if writer.layout == "NCHW" else x.transpose(0, 2, 3, 1)), array(tape["step.0/unet/time"])]
+        blocks.resblock(below("down_blocks.0.resnets.0."), *given, show, groups=4)
+        show = blocks.shower(writer, section + "attn.0.blocks.0.")
+        given = [array(tape[name]) for name in (section + "attn.0.blocks.0:in", "step.0/context")]
+        block = below("down_blocks.0.attentions.0.transformer_blocks.0.")
+        blocks.transformer_block(block, *given, show, heads=2)
+    report = assert_recording(path, RECORDING, PORTED.relative)
+    assert not report.only_b
+    assert set(RESBLOCK) < set(stages(report, ""))
+    assert len(stages(report, section + "attn.0.blocks.0")) == 17
+
+
 @pytest.mark.slow
 def test_tinygrad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DEV", "PYTHON")  # its interpreter, which needs no compiler
@@ -231,20 +261,58 @@ def test_tinygrad(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tinygrad = pytest.importorskip("tinygrad", reason="records tinygrad: pip install tinygrad")
     import tinygrad_blocks
 
-    weights, tape, section = numpy_file(WEIGHTS), numpy_file(RECORDING), "step.0/unet/down.0."
+    path = tmp_path / "mine.safetensors"
+    hold_blocks(path, Writer(path, "tinygrad", dtype="float32"), tinygrad_blocks, tinygrad.Tensor)
 
-    def below(prefix: str) -> dict[str, Any]:
-        return {k.removeprefix(prefix): tinygrad.Tensor(v) for k, v in weights.items() if k.startswith(prefix)}
 
-    with Writer(tmp_path / "mine.safetensors", "tinygrad", dtype="float32") as writer:
-        show = tinygrad_blocks.shower(writer, section + "res.0.")
-        given = [tinygrad.Tensor(tape[f"step.0/unet/{name}"]) for name in ("conv_in", "time")]
-        tinygrad_blocks.resblock(below("down_blocks.0.resnets.0."), *given, show, groups=4)
-        show = tinygrad_blocks.shower(writer, section + "attn.0.blocks.0.")
-        given = [tinygrad.Tensor(tape[name]) for name in (section + "attn.0.blocks.0:in", "step.0/context")]
-        block = below("down_blocks.0.attentions.0.transformer_blocks.0.")
-        tinygrad_blocks.transformer_block(block, *given, show, heads=2)
-    report = assert_recording(tmp_path / "mine.safetensors", RECORDING, PORTED.relative)
+def test_mlx(tmp_path: Path) -> None:
+    mlx = pytest.importorskip("mlx.core", reason="records MLX: pip install mlx, or mlx[cpu] where there is no Mac")
+    import mlx_blocks
+
+    path = tmp_path / "mine.safetensors"
+    hold_blocks(path, Writer(path, "mlx", layout="NHWC", dtype="float32"), mlx_blocks, mlx.array)
+
+
+@pytest.fixture
+def k_diffusion() -> Any:
+    for name in ("k_diffusion", "scipy", "torchsde"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install scipy torchsde, pip install --no-deps k-diffusion")
+    import k_diffusion_samplers
+
+    return k_diffusion_samplers
+
+
+def hold_k_diffusion(k_diffusion: Any, model: Any, sampler: str, folder: Path) -> Report:
+    """Let k-diffusion repeat a run of minidiff with a sampler, and compare the two."""
+    request = asked(**K_DIFFUSION_RUN, sampler=sampler_from_config({"name": sampler}))
+    ours, theirs_ = folder / "minidiff.safetensors", folder / "k_diffusion.safetensors"
+    found = record(Ours(model, request, deep=lambda scope: False), run_of(model, request))
+    write_recording(ours, found)
+    k_diffusion.record(model.unet, model.schedule.alphas_cumprod, ours, theirs_)
+    with open_recording(ours) as a, open_recording(theirs_) as b:
+        return compare(a, b, PORTED_RUN.relative)
+
+
+# 5 steps: timesteps between those of the table, which minidiff interpolates in sigma and k-diffusion in its logarithm
+K_DIFFUSION_RUN = {"prompt": "a red fox", "negative_prompt": "blurry", "steps": 5, "width": 16, "height": 8}
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("euler", 5), ("euler_ancestral", 5), ("heun", 9), ("lms", 5)])
+def test_k_diffusion(k_diffusion: Any, model: Any, tmp_path: Path, sampler: str, calls: int) -> None:
+    report = hold_k_diffusion(k_diffusion, model, sampler, tmp_path)
+    assert report.equal, str(report)
     assert not report.only_b
-    assert set(RESBLOCK) < set(stages(report, ""))
-    assert len(stages(report, section + "attn.0.blocks.0")) == 17
+    steps = [f"step.{i}/{name}" for i in range(calls) for name in ("input", "t", "prediction", "x")]
+    assert stages(report, "step.") == steps
+    assert "start/x" in stages(report, "")
+
+
+def test_k_diffusion_with_another_sampler(
+    k_diffusion: Any, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMS begins as Euler does; its second step, which remembers the first, is the one that differs."""
+    monkeypatch.setitem(k_diffusion.SAMPLERS, "euler", "sample_lms")
+    report = hold_k_diffusion(k_diffusion, model, "euler", tmp_path)
+    assert report.first is not None
+    assert report.first.stage == "step.1/x"
