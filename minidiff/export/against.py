@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.config import check
 from minidiff.errors import CheckpointError
-from minidiff.export.formats import hush
+from minidiff.export.formats import Runner, hush
 from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
 from minidiff.export.programs import Program, Tensors, programs
@@ -120,8 +120,9 @@ def against(
         other.require(pipe.identity)
         bound, title = other.bound if tolerance is None else tolerance, f"{other.folder} ({other.to})"
         mine = other.programs_of(pipe.config, pipe.parts)
-        found = [_exported(other, program, title, bound, judge, tell) for program in mine]
-        replaced = standing_in(pipe, {program.name: other.runner(program) for program in mine})
+        runners = {program.name: other.runner(program) for program in mine}
+        found = [_exported(other, one, runners[one.name], title, bound, judge, tell) for one in mine]
+        replaced = standing_in(pipe, runners)
     layers_too = not isinstance(other, Export) or other.to == "torch"
     found.append(_within("", _runs(pipe, replaced, request, title, bound, tell), local=layers_too))
     rows, only_a, only_b = ([x for part in column for x in part] for column in zip(*found, strict=True))
@@ -131,7 +132,9 @@ def against(
 Found = tuple[list[Row], list[str], list[str]]
 
 
-def _exported(export: Export, program: Program, title: str, bound: float, judge: bool, tell: Tell) -> Found:
+def _exported(
+    export: Export, program: Program, runner: Runner, title: str, bound: float, judge: bool, tell: Tell
+) -> Found:
     if export.to == "torch":
         opened = torch.export.unflatten(torch.export.load(export.path(program.name)))
         return _networks(program, opened, {}, title, bound, judge, tell)
@@ -142,7 +145,6 @@ def _exported(export: Export, program: Program, title: str, bound: float, judge:
         names = layers.names
         other = Outside(title, lambda: layers.run(inputs))
     else:
-        runner = export.runner(program)
         other = Outside(title, lambda: ({}, runner(inputs)))
     mine = Network("minidiff", program, program.module, inputs, {name: name for name in names})
     return _within(program.name, find(mine, _Once(other), bound, judge=False, tell=tell), local=False)

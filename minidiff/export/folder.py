@@ -25,8 +25,8 @@ from minidiff.console import warn
 from minidiff.errors import UnsupportedError
 from minidiff.export import formats
 from minidiff.export.formats import BOUNDS
-from minidiff.export.manifest import FORMAT, NAME, Export, digests, write_json
-from minidiff.export.programs import Axes, Program, programs
+from minidiff.export.manifest import FORMAT, NAME, Export, digests, ends, write_json
+from minidiff.export.programs import Program, programs
 from minidiff.models.tokenizer_out import tokenizer_files
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers import sampler_from_config, sampler_to_config
@@ -102,19 +102,7 @@ def _written(to: str, program: Program, folder: Path) -> dict[str, Any]:
         raise UnsupportedError(
             f"{program.name}: {to} is {found:.3g} of the largest value from the model, beyond {bound:g}"
         )
-    axes: Mapping[str, Axes] = program.inputs
-    inputs = {name: {"axes": list(shape), "dtype": _dtype(name)} for name, shape in axes.items()}
-    return {
-        "file": path.name,
-        "inputs": inputs,
-        "outputs": list(program.outputs),
-        "bound": bound,
-        "measured": found,
-    }
-
-
-def _dtype(name: str) -> str:
-    return "int64" if name == "ids" else "float32"
+    return {"file": path.name, **ends(program), "bound": bound, "measured": found}
 
 
 def _plans(pipe: Pipe, choices: Sequence[PlanChoice] | None) -> dict[str, Any]:

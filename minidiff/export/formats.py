@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minidiff.errors import CheckpointError, ConfigError
+from minidiff.errors import CheckpointError, ConfigError, MinidiffError
 from minidiff.export.programs import Program, Tensors
 
 Format = Literal["torch", "onnx", "aoti"]
@@ -46,7 +47,7 @@ def need(to: str) -> None:
     """Raise :class:`ConfigError` unless everything that the format needs is here, before anything is computed."""
     if to == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
-            _module(name)
+            package(name)
     if to == "aoti":
         from minidiff.fast.compile import check_compiler
 
@@ -58,14 +59,15 @@ def hush() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|onnx\w*|copyreg|minidiff\.export\.formats)(\.|$)")
 
 
-def _module(name: str) -> Any:
+def package(name: str) -> Any:
+    """Return a package that ONNX needs. Raises :class:`ConfigError` if it can't be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
         why = (
             "is not installed" if isinstance(e, ModuleNotFoundError) and e.name == name else f"can't be imported ({e})"
         )
-        raise ConfigError(f"--to onnx: {name} {why}; pip install 'minidiff[export]'") from None
+        raise ConfigError(f"for ONNX: {name} {why}; pip install 'minidiff[export]'") from None
 
 
 @torch.no_grad()
@@ -116,14 +118,33 @@ def _name_axes(graph: Any, program: Program) -> None:
 
 def reading(to: str, program: Program, path: Path) -> Runner:
     """Read a program back. Raises :class:`CheckpointError` for a file that is missing or damaged."""
-    try:
+    with blaming(path, "read"):
         return {"torch": _read_torch, "aoti": _read_aoti, "onnx": _read_onnx}[to](program, path)
-    except ConfigError:
+
+
+def tried(to: str, program: Program, path: Path) -> Runner:
+    """Read a program back, and run it once. Raises :class:`CheckpointError` for a program of other inputs or outputs
+    than the network's, too."""
+    run, inputs = reading(to, program, path), program.example(*program.sizes[0], seed=1)
+    with blaming(path, f"run as the model's {program.name}"):
+        found = run(inputs)
+    for name, value in program.eager(inputs).items():
+        if found[name].shape != value.shape:
+            shapes = f"{tuple(found[name].shape)}, and the model's has {tuple(value.shape)}"
+            raise CheckpointError(f"{path}: its {name!r} has the shape {shapes}; export the model again")
+    return run
+
+
+@contextmanager
+def blaming(path: Path, what: str) -> Iterator[None]:
+    """Return a context in which whatever another library raises is an error of the file."""
+    try:
+        yield
+    except (MinidiffError, MemoryError):
         raise
     except Exception as e:
-        raise CheckpointError(
-            f"{path}: can't be read ({str(e).strip().splitlines()[0]}); export the model again"
-        ) from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: can't be {what} ({why}); export the model again") from None
 
 
 def _read_torch(program: Program, path: Path) -> Runner:
@@ -143,7 +164,7 @@ def _read_onnx(program: Program, path: Path) -> Runner:
 def session(model: Path | bytes, weights: Path | None = None) -> Any:
     """Return an ONNX Runtime session on the CPU, with as many threads as torch has. ``weights``: the folder of the
     files that a graph in memory names."""
-    runtime = _module("onnxruntime")
+    runtime = package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -2,7 +2,8 @@
 
     {"format": "minidiff export 1", "to": "onnx", "family": ..., "model": identity, "minidiff": ..., "torch": ...,
      "config": {...}, "scaling_factor": ..., "factor": ...,
-     "programs": {"unet": {"file": "unet.onnx", "inputs": {"x": ["batch", 4, "height", "width"], ...},
+     "programs": {"unet": {"file": "unet.onnx",
+                           "inputs": {"x": {"axes": ["batch", 4, "height", "width"], "dtype": "float32"}, ...},
                            "outputs": ["out"], "bound": 5e-05, "measured": 4.1e-07}, ...},
      "plans": ["plans/pndm-50.json"], "files": {"unet.onnx": sha256, ...}}
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from minidiff.config import ModelConfig
 from minidiff.errors import CheckpointError
-from minidiff.export.formats import BOUNDS, Runner, reading
+from minidiff.export.formats import BOUNDS, Runner, tried
 from minidiff.export.programs import Program, programs
 from minidiff.storage.reading import read_object
 
@@ -53,8 +54,9 @@ class Export:
         return self.folder / str(self.manifest["programs"][program]["file"])
 
     def runner(self, program: Program) -> Runner:
-        """Return a function that runs a program. Raises :class:`CheckpointError` for a damaged file."""
-        return reading(self.to, program, self.path(program.name))
+        """Return a function that runs a program. Raises :class:`CheckpointError` for a damaged file, and for another
+        program."""
+        return tried(self.to, program, self.path(program.name))
 
     def require(self, identity: str) -> None:
         """Raise :class:`CheckpointError` unless this is an export of the model with that identity."""
@@ -63,13 +65,27 @@ class Export:
             raise CheckpointError(f"{self.folder}: an export of another model, {of}, and this one is {identity}")
 
     def programs_of(self, config: ModelConfig, parts: Mapping[str, nn.Module]) -> list[Program]:
-        """Return the programs of the model that this is an export of."""
+        """Return the programs of the model that this is an export of. Raises :class:`CheckpointError` if the manifest
+        tells of others."""
         found = programs(config, parts)
         names = [program.name for program in found]
         if names != list(self.manifest["programs"]):
             has = ", ".join(self.manifest["programs"])
             raise CheckpointError(f"{self.folder}: an export of {has}; the model has {', '.join(names)}")
+        for program in found:
+            entry, told = self.manifest["programs"][program.name], ends(program)
+            for side, wanted in told.items():
+                if entry.get(side) != wanted:
+                    where = f"{self.folder / NAME}: {program.name}: {side} are {json.dumps(entry.get(side))}"
+                    raise CheckpointError(f"{where}, and the model's {json.dumps(wanted)}; export the model again")
         return found
+
+
+def ends(program: Program) -> dict[str, Any]:
+    """Return inputs and outputs of a program as the manifest tells them."""
+    types = {name: "int64" if name == "ids" else "float32" for name in program.inputs}
+    inputs = {name: {"axes": list(axes), "dtype": types[name]} for name, axes in program.inputs.items()}
+    return {"inputs": inputs, "outputs": list(program.outputs)}
 
 
 def open_export(folder: str | Path) -> Export:

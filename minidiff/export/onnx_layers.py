@@ -7,14 +7,13 @@ nodes read; where that is a single value, the module can be compared.
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minidiff.export.formats import run_onnx, session
+from minidiff.export.formats import package, run_onnx, session
 from minidiff.export.programs import Program, Tensors
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -24,7 +23,7 @@ class Layers:
     """The ONNX program of a file with its layers as further outputs. ``names``: module -> value of the graph."""
 
     def __init__(self, path: Path, program: Program, modules: Iterable[str]) -> None:
-        onnx: Any = importlib.import_module("onnx")
+        onnx = package("onnx")
         model = onnx.load(path, load_external_data=False)
         self.program = program
         self.names = {name: value for name, value in module_outputs(model.graph).items() if name in set(modules)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from minidiff.config import Level
 from minidiff.export import export, formats, open_export
 from minidiff.export.against import against
 from minidiff.export.formats import BOUNDS, measured, traced
+from minidiff.export.manifest import digests
 from minidiff.export.programs import programs
 from minidiff.export.variants import variant
 from minidiff.models.tokenizer_files import tokenizer_config
@@ -146,6 +148,67 @@ def test_an_export_of_another_model(made: Path, run: Run) -> None:
     one_error(run("parity", "text", "--against", "no.such:function"), "No module named 'no'")
 
 
+def changed(made: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """Return a copy of an export after ``change`` of its manifest, with the hashes that its files have."""
+    manifest = json.loads((made / "manifest.json").read_text())
+    for name in manifest["files"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            os.link(made / name, folder / name)
+    change(manifest)
+    manifest["files"] = digests(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def lie(program: str, *path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        entry = manifest["programs"][program]
+        for name in path[:-1]:
+            entry = entry[name]
+        entry[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lie("unet", "inputs", "x", "axes", value=["batch", 9, "height", "width"]),
+            r'unet: inputs are {"x": {"axes": \["batch", 9, .*, and the model\'s {"x": {"axes": \["batch", 4, ',
+        ),
+        (lie("text_encoder", "inputs", "ids", "dtype", value="float32"), r"text_encoder: inputs are .*, and the model"),
+        (lie("vae_encoder", "outputs", value=["mean"]), r'vae_encoder: outputs are \["mean"\], and the model'),
+        (lambda manifest: manifest["programs"].pop("vae_decoder"), "an export of unet, vae_encoder, text_encoder; the"),
+        (
+            lie("vae_decoder", "file", value="unet.pt2"),
+            r"unet.pt2: can't be run as the model's vae_decoder \(.+\); export",
+        ),
+        (
+            lie("vae_decoder", "file", value="identity.pt2"),
+            r"its 'pixels' has the shape .*, and the model's has \(2, 3, 16, 24",
+        ),
+        (lie("vae_decoder", "file", value="other.pt2"), r"other.pt2: can't be read \(.+\); export the model again"),
+    ],
+    ids=["shapes", "dtypes", "outputs", "a part less", "another program", "a program of another size", "no program"],
+)
+def test_a_manifest_that_lies_about_programs_with_hashes_that_fit(
+    mini: StableDiffusion, made: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    (tmp_path / "other.pt2").write_bytes(b"PK not a program")
+
+    class Same(nn.Module):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return latents
+
+    torch.export.save(torch.export.export(Same(), (), {"latents": torch.zeros(2, 4, 8, 12)}), tmp_path / "identity.pt2")
+    folder = changed(made, tmp_path, change)
+    with pytest.raises(CheckpointError, match=words) as found:
+        against(mini, folder, asked("a star", steps=1, height=16, width=16), judge=False)
+    assert "\n" not in str(found.value)
+
+
 def refused(pipe: Any, out: Path, words: str, kind: type[Exception], **options: Any) -> None:
     before = sorted(out.parent.parent.rglob("*"))
     with pytest.raises(kind, match=words):
@@ -178,7 +241,7 @@ def test_missing_packages_and_compilers(
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     for name in ("onnx", "onnxscript"):
         monkeypatch.setitem(__import__("sys").modules, name, nn)
-    one_error(run("export", "text", "out", "--to", "onnx"), "--to onnx: onnxruntime", "pip install 'minidiff[export]'")
+    one_error(run("export", "text", "out", "--to", "onnx"), "for ONNX: onnxruntime", "pip install 'minidiff[export]'")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     one_error(run("export", "text", "out", "--to", "aoti"), "needs a C++ compiler", "install g++")
