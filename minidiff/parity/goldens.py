@@ -11,7 +11,6 @@ tests/fixtures/goldens holds those of the pinned diffusers, and a README that sa
 
 from __future__ import annotations
 
-import platform
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from minidiff import console
 from minidiff.console import say
 from minidiff.parity import recording, start_images, theirs, twins
+from minidiff.parity.kernels import machine
 from minidiff.parity.ours import Asked, Ours, asked
 from minidiff.pipeline.stable_diffusion import StableDiffusion
 from minidiff.storage.writing import atomic_folder
@@ -98,12 +98,3 @@ def with_noise(found: recording.Recording, own: recording.Recording) -> recordin
             tape[noise] = own.tape[noise]
         tape[stage] = value
     return recording.Recording(tape, found.run)
-
-
-def machine() -> dict[str, Any]:
-    """Return what equal bits depend on, besides the code: the processor's kernels, torch's version, the threads."""
-    return {
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "torch": str(torch.__version__).partition("+")[0],
-        "threads": torch.get_num_threads(),
-    }

@@ -16,6 +16,7 @@ from minidiff.cli.parity import FAMILIES
 from minidiff.parity import assert_recording, goldens, recording
 from minidiff.parity.command import run_of
 from minidiff.parity.goldens import FOLDER, ORIGINAL, RECORDING, STEPS, request_for
+from minidiff.parity.kernels import machine
 from minidiff.parity.ours import Ours
 from minidiff.parity.values import open_recording
 from tests.tolerances import RECORDED
@@ -38,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 def tolerance(found: recording.Recording) -> float:
     """Equal bits where the same kernels ran, otherwise the bound of another processor."""
-    return 0.0 if goldens.machine().items() <= found.run.items() else RECORDED.relative
+    return 0.0 if machine().items() <= found.run.items() else RECORDED.relative
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)

@@ -5,7 +5,6 @@ tests/fixtures/replay/README.md says which commit wrote them, with which models 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from minidiff import cli, read_recipe
+from minidiff.parity.kernels import kernels
 from tests.tolerances import EXACT, PIXELS_ELSEWHERE, assert_close
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "replay"
 CASES: list[dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())
-PROBE = "6f20401560bf"  # where the pictures were made
+KERNELS = "6f20401560bf"  # where the pictures were made
 OF_THE_WRITER = {"minidiff", "torch", "fast"}  # fields that say which versions wrote a picture, and for which processor
 
 
@@ -38,24 +37,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def probe() -> str:
-    """Hash of some sums of torch's own: another processor, or another torch, may add in another order."""
-    g = torch.Generator().manual_seed(0)
-    x, out = torch.randn((2, 16, 8, 8), generator=g), []
-    for channels in (4, 8, 16):
-        for side in (1, 3):
-            weight = torch.randn((16, channels, side, side), generator=g)
-            for n in (1, 2):
-                out.append(F.silu(F.group_norm(F.conv2d(x[:n, :channels], weight, padding=side // 2), 4)))
-    for width in (8, 16, 24, 32):
-        for rows in (1, 2, 20, 40, 64, 128):
-            a, b = (torch.randn(shape, generator=g) for shape in ((rows, width), (16, width)))
-            out += [F.gelu(F.linear(a, b)), F.layer_norm(a, (width,)).sin()]
-    q = torch.randn((2, 2, 64, 8), generator=g)
-    out += [F.scaled_dot_product_attention(q, q[:, :, :n], q[:, :, :n]) for n in (20, 64)]
-    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in out)).hexdigest()[:12]
 
 
 def repeat(folder: Path, picture: str, model: str | None, again: list[str]) -> list[Path]:
@@ -73,7 +54,7 @@ def pixels(path: Path) -> Tensor:
 
 def same_picture(found: Path, kept: Path) -> None:
     """Raise AssertionError unless the pixels are the same: equal, where torch computes as it did there."""
-    assert_close(pixels(found), pixels(kept), EXACT if probe() == PROBE else PIXELS_ELSEWHERE)
+    assert_close(pixels(found), pixels(kept), EXACT if kernels() == KERNELS else PIXELS_ELSEWHERE)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: Path(case["pictures"][0]).stem)
