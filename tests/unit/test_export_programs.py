@@ -248,6 +248,15 @@ def test_missing_packages_and_compilers(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_onnx_export_where_onnx_runtime_is_missing(
+    mini: StableDiffusion, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    folder = changed(made, tmp_path, lambda manifest: manifest.update(to="onnx"))
+    with pytest.raises(ConfigError, match=r"for ONNX: onnxruntime .*; pip install 'minidiff\[export\]'"):
+        against(mini, folder, asked("a star", steps=1, height=16, width=16))
+
+
 class Slipped(nn.GroupNorm):
     """A norm with an eps of its own."""
 
