@@ -13,6 +13,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from minidiff.storage.table import read_table
 LONGEST_TREE = 1 << 30  # bytes of a debugging tree; text, of which a large model's has some 100 MB
 EDGE = 3  # entries that torch prints at either end of a dimension
 MOST_PRINTED = 1000  # entries of a tensor that torch prints whole
+DAMAGED = (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
 DEEPEST = 200  # nesting of modules
 NUMBERS = re.compile(r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf|nan)|True|False|\.\.\.", re.IGNORECASE)
 
@@ -79,7 +81,7 @@ def _npz(path: Path) -> Source:
                     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else _header_2_0
                     shape, backwards, dtype = read(file)
                     start = file.tell()
-            except (ValueError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+            except DAMAGED as e:
                 raise CheckpointError(f"{path}: array {quote(stage)} cannot be read ({_said(e)})") from None
             name = "bfloat16" if dtype == np.dtype("V2") else dtype.name  # as ml_dtypes' is written
             if name not in DTYPES:
@@ -102,9 +104,13 @@ def _reader(
 
     def read(first: int, count: int) -> Array:
         if not kept:
-            with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-                file.seek(start)
-                raw = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
+            try:
+                with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+                    file.seek(start)
+                    raw = np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype)
+            except DAMAGED as e:
+                stage = name.removesuffix(".npy")
+                raise CheckpointError(f"{path}: array {quote(stage)} cannot be read ({_said(e)})") from None
             array = raw.reshape(shape[::-1]).T if backwards else raw.reshape(shape)
             narrow = array.view(np.uint16) if dtype.itemsize == 2 and dtype.kind == "V" else array
             kept.append(np.asarray(narrow, order="C", dtype=narrow.dtype.newbyteorder("=")).reshape(-1))
@@ -171,7 +177,11 @@ def _walk(path: Path, node: Any, values: dict[str, Value], depth: int) -> None:
                 name = f"{stage}#{count}{ending}"
             values[name] = value
         if key == "inputs":
-            for child in node.get("children") or ():
+            children = node.get("children") or []
+            if not isinstance(children, list):
+                inside = f"the children of {quote(stage)} are {quote(children)}, and should be a list"
+                raise CheckpointError(f"{path}: {inside}; write the tree again")
+            for child in children:
                 _walk(path, child, values, depth + 1)
 
 

@@ -61,7 +61,7 @@ class StableDiffusion(Entrance):
 
     @classmethod
     def _check_config(cls, config: ModelConfig) -> None:
-        """Raise :class:`UnsupportedError` for a UNet that fits neither the text encoders nor the VAE."""
+        """Raise :class:`UnsupportedError` for a UNet that does not fit the text encoders or the VAE."""
         unet, vae, family = config.unet, config.vae, config.family
         if (unet.added_dim is not None) != (config.text_encoder_2 is not None):
             raise UnsupportedError(
@@ -70,6 +70,9 @@ class StableDiffusion(Entrance):
         if vae is not None and unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
             channels = f"in_channels={unet.in_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
             raise UnsupportedError(f"{family}: {channels}; only mask and masked picture can come beside the latents")
+        if vae is not None and unet.out_channels != vae.latent_channels:
+            channels = f"out_channels={unet.out_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
+            raise UnsupportedError(f"{family}: {channels}; a UNet has to predict latents, and nothing beside them")
 
     @property
     def encoders(self) -> list[Encoder]:

@@ -117,9 +117,14 @@ def make_task(pipe: StableDiffusion | Unconditional, config: TrainConfig) -> Tas
     """Create the task for ``config.parts``.
 
     Raises :class:`ConfigError` if ``pipe`` does not have these parts, and :class:`UnsupportedError` for a UNet that
-    reads more than a prompt: SDXL's sizes, LCM's scale, a mask.
+    reads more than a prompt (SDXL's sizes, LCM's scale, a mask), and for a model whose pictures are not in RGB.
     """
     unet = pipe.unet.config
+    channels = pipe.vae.config.image_channels if isinstance(pipe, StableDiffusion) else unet.in_channels
+    if channels != 3:
+        raise UnsupportedError(
+            f"pictures of this {pipe.config.family} model have {channels} channels, and training reads RGB, which are 3"
+        )
     more = isinstance(pipe, StableDiffusion) and (unet.added_dim or unet.guidance_dim or pipe.reads_mask)
     if more and config.parts != ("vae",):
         raise UnsupportedError(f"a {pipe.config.family} UNet reads more than a prompt, which training does not support")

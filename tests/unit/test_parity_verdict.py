@@ -173,6 +173,18 @@ def test_names_see_through_layouts(tmp_path: Path) -> None:
 # other tools' files
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_array_whose_bytes_are_damaged(save: Any, tmp_path: Path) -> None:
+    """The sum is checked when the end is reached, behind the header that was read before."""
+    save(tmp_path / "a.npz", x=np.arange(50_000, dtype=np.float64))
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    for k in range(len(data) // 2, len(data) // 2 + 40):
+        data[k] ^= 0x5A
+    (tmp_path / "a.npz").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.npz: array 'x' cannot be read \("):
+        open_source(tmp_path / "a.npz").values["x"].read(0, 50_000)
+
+
 def test_npz(tmp_path: Path) -> None:
     x = RNG.standard_normal((2, 3)).astype("f4")
     arrays = {"x": x, "t": np.int64(3), "f": np.asfortranarray(x), "none": np.zeros((0, 2)), "b": x.astype(">f4")}
@@ -257,6 +269,10 @@ def test_the_debugging_tree_of_transformers(tmp_path: Path) -> None:
             report = compare(*pair, 1e-3)
             assert [row.chained.within(1e-3) for row in report.rows] == [True, True, False], text(report)
             assert report.rows[1].chained.total == 4 * 6 * 6
+    for odd in (8, True, {"module_path": "m"}, "x"):
+        (tmp_path / "o.json").write_text(json.dumps(tree | {"children": odd}))
+        with pytest.raises(CheckpointError, match=r"o\.json: the children of 'output' are .*, and should be a list"):
+            open_source(tmp_path / "o.json")
     tree["children"][0]["outputs"]["shape"] = "torch.Size([2, 4])"
     (tmp_path / "t.json").write_text(json.dumps(tree))
     with pytest.raises(CheckpointError, match="of which 8 numbers are printed, and lists 6"):

@@ -207,10 +207,27 @@ def test_sizes_that_make_no_sense(xl: StableDiffusion) -> None:
 def test_parts_that_do_not_fit(xl: StableDiffusion) -> None:
     with pytest.raises(UnsupportedError, match="only mask and masked picture can come beside"):
         made(replace(tiny.SD, unet=replace(tiny.UNET, in_channels=8)))
+    with pytest.raises(UnsupportedError, match=r"out_channels=8 of the UNet, latent_channels=4 of the VAE; a UNet has"):
+        made(replace(tiny.SD, unet=replace(tiny.UNET, out_channels=8)))
+    for channels in ({"in_channels": 6}, {"out_channels": 6}):
+        with pytest.raises(UnsupportedError, match=r"_channels=6.*predict a picture like the one it reads"):
+            tiny.drawn(replace(tiny.DDPM, unet=replace(tiny.DDPM.unet, **channels)))
     with pytest.raises(UnsupportedError, match="a second text encoder; one is missing"):
         from_parts(replace(tiny.SD, unet=replace(tiny.UNET, added_dim=16, added_sinusoid=2)), tiny.tiny_sd().parts)
     with pytest.raises(ConfigError, match="added_dim=20 of the UNet is not five or six sinusoids of 2"):
         replace(tiny.XL, unet=replace(tiny.XL.unet, added_dim=20))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("part", ["pixels", "unet", "vae"])
+def test_training_reads_rgb(channels: int, part: str) -> None:
+    config = replace(tiny.DDPM, unet=replace(tiny.DDPM.unet, in_channels=channels, out_channels=channels))
+    if part != "pixels":
+        assert tiny.SD.vae is not None
+        config = replace(tiny.SD, vae=replace(tiny.SD.vae, image_channels=channels))
+    parts = ("vae",) if part == "vae" else ("unet",)
+    with pytest.raises(UnsupportedError, match=f"have {channels} channels, and training reads RGB"):
+        make_task(tiny.drawn(config), TrainConfig(steps=1, parts=parts))
 
 
 def test_training_does_not_know_what_else_a_unet_reads(xl: StableDiffusion) -> None:
