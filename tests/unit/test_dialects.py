@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from minidiff.config import TokenizerConfig
+from minidiff.errors import ConfigError
 from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline.dialects import DIALECTS
+from minidiff.pipeline.dialects.schedule import schedule
 from minidiff.pipeline.guidance import compose
 from tests.support.dialects import PAIRS, TEXTS, facts, kept, models, pairs, print_of, spoken
+from tests.support.tiny import tiny_sd
 from tests.tolerances import DIALECT, assert_close
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -67,3 +70,13 @@ def test_conditionals_are_put_together_as_the_web_ui_does() -> None:
     weights = [[1.0, 1.5], [0.6, 0.0], [-0.5, 0.0]]
     predict = compose(lambda _, t: [x[4:], *layers], weights, told["scale"], guided=True)
     assert_close(predict(x[4:], x).out.flatten(), torch.tensor(told["out"]), DIALECT)
+
+
+@pytest.mark.parametrize("steps", [10_001, 10**11])
+def test_a_prompt_is_not_read_at_more_steps_than_any_plan_has(steps: int) -> None:
+    """Before the plan refuses so many: a text for each would fill the memory."""
+    with pytest.raises(ConfigError, match=rf"at each of {steps} steps; 10000 are the most"):
+        schedule("[a|b]", steps)
+    with pytest.raises(ConfigError, match=r"steps; 10000 are the most"):
+        tiny_sd().generate("[a|b]", steps=steps, prompt_style="a1111")
+    assert schedule("[a:b:3]", steps) == [(3, "a"), (steps, "b")]

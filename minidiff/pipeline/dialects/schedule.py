@@ -32,6 +32,7 @@ from itertools import groupby
 from minidiff.config import check
 
 DEEPEST = 50  # brackets in brackets
+MOST = 10_000  # model calls with a text each, many more than any plan has
 
 _TEXT = re.compile(r"(?:[^\\\[\]():|]|\\.)+")
 _NUMBER = re.compile(
@@ -152,6 +153,7 @@ def _switches(prompt: Prompt, steps: int) -> set[int]:
         if isinstance(item, Scheduled):
             found |= {item.switch(steps)} | _switches(item.before, steps) | _switches(item.after, steps)
         elif isinstance(item, Alternate):
+            check(steps <= MOST, f"a prompt with [one|two] is read anew at each of {steps} steps; {MOST} are the most")
             found.update(range(1, steps + 1))
             for inner in item.texts:
                 found |= _switches(inner, steps)
@@ -173,7 +175,8 @@ def _at(prompt: Prompt, step: int, steps: int) -> str:
 def schedule(text: str, steps: int) -> list[tuple[int, str]]:
     """Return the texts that a text stands for in ``steps`` steps, each with the last step that reads it.
 
-    The last one reaches to the end. Steps are counted from 1. Raises :class:`ConfigError` for brackets too deep.
+    The last one reaches to the end. Steps are counted from 1. Raises :class:`ConfigError` for brackets too deep,
+    and for more than ``MOST`` steps of a text that is another in each.
     """
     prompt = _Parser(text).whole() if "[" in text else None
     if prompt is None:
