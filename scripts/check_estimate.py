@@ -73,7 +73,13 @@ def narrow(width: int) -> Any:
     )
     vae = VAE_SD if width < 8 else replace(VAE_SD, channels=(64, 128, 256, 256))
     return ModelConfig(
-        family="sd1", unet=unet, vae=vae, text_encoder=text, tokenizer=TokenizerConfig(), schedule=ScheduleConfig()
+        family="sd1",
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=TokenizerConfig(),
+        schedule=ScheduleConfig(),
+        sampler={"name": "ddim"},
     )
 
 

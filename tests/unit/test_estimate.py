@@ -115,6 +115,17 @@ def test_the_estimate_is_what_a_run_takes(mode: str) -> None:
     assert peak == pytest.approx(taken, rel=BOUND), words
 
 
+def test_the_model_that_the_script_makes_can_run(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT))
+    from scripts.check_estimate import write
+
+    write(8, tmp_path / "model.safetensors")
+    made = minidiff.load(tmp_path / "model.safetensors", "cpu").generate(
+        "a", steps=1, height=64, width=64, output="latent"
+    )
+    assert made.shape == (1, 4, 8, 8)
+
+
 def test_in_words(sd: StableDiffusion) -> None:
     told = sd.estimate(Request("a", num_images=2, height=128, width=128))
     assert str(told).startswith("2 pictures of 128 x 128: ")
