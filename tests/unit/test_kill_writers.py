@@ -13,11 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks")
 
-# Writers as one might write them: under the final name at once, and final names given by a look before.
+# Writers as one might write them: under the final name at once, and final names given by a look before. Either takes
+# its time, by far the most of the run, so that kills and other writers meet it there on a busy machine too.
 AT_ONCE = """
-import os
+import os, time
 from minidiff.storage import writing
-writing._create = lambda path, folder=False: (path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+def create(path, folder=False):
+    opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    time.sleep(0.3)
+    return path, opened
+writing._create = create
 writing._place = lambda part, path, existing: path
 """
 LOOK_FIRST = """

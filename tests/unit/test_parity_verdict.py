@@ -21,10 +21,11 @@ from minidiff import CheckpointError, ConfigError, parity
 from minidiff.parity import Report, Row, Writer, automap, difference, recording
 from minidiff.parity.comparing import compare
 from minidiff.parity.formats import as_json, github
+from minidiff.parity.header import Entry
 from minidiff.parity.importers import open_source
 from minidiff.parity.operations import Call, describe, number
 from minidiff.parity.report import reasons, text
-from minidiff.parity.values import Source, value_of
+from minidiff.parity.values import Source, of_hash, value_of
 from tests.support.command import Run, one_error
 
 RNG = np.random.default_rng(1)
@@ -76,6 +77,31 @@ def test_a_recording_on_the_others_values_shows_what_arises_where() -> None:
         compare(*sides, local=source("theirs", local, on="cc"))
     with pytest.raises(ConfigError, match="its run does not say `on`"):
         compare(*sides, local=source("theirs", local))
+
+
+@pytest.mark.parametrize("which", [0, 1, None])
+def test_a_judge_that_cannot_be_held_against_a_stage_gives_no_verdict_on_it(which: int | None) -> None:
+    """One of another shape, one of which only a hash is kept, one in float32: of either judge, or the only one."""
+    a, b, good = chain("f4"), other_rounding(chain("f4")), chain("f8")
+    other = source("bad", good)
+    values: Any = other.values
+    values["layer.1"] = value_of(good["layer.1"][:, :8].copy())
+    values["layer.2"] = of_hash(Entry("layer.2", sha256="0" * 64, shape=(4, 16), dtype="float64"))
+    values["layer.3"] = value_of(good["layer.3"].astype("f4"))
+    judges = [other] if which is None else [source("good", good), source("good", good)]
+    if which is not None:
+        judges[which] = other
+    judged = [row.judgement is not None for row in compare(source("a", a), source("b", b), judges=judges).rows]
+    assert judged == [True, False, False, False, True, True]
+
+
+def test_a_stage_without_values_is_not_judged() -> None:
+    """Of one side only a hash is kept, which differs: there is nothing that a judge could be nearer to."""
+    a, b = source("a", chain("f4")), source("b", other_rounding(chain("f4")))
+    values: Any = b.values
+    values["layer.2"] = of_hash(Entry("layer.2", sha256="0" * 64, shape=(4, 16), dtype="float32"))
+    report = compare(a, b, judges=[source("good", chain("f8"))])
+    assert [row.judgement is not None for row in report.rows] == [True, True, False, True, True, True]
 
 
 def test_two_judges_tell_rounding_from_another_function() -> None:
