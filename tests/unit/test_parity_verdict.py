@@ -81,18 +81,19 @@ def test_a_recording_on_the_others_values_shows_what_arises_where() -> None:
 
 @pytest.mark.parametrize("which", [0, 1, None])
 def test_a_judge_that_cannot_be_held_against_a_stage_gives_no_verdict_on_it(which: int | None) -> None:
-    """One of another shape, one of which only a hash is kept, one in float32: of either judge, or the only one."""
+    """Another shape, only a hash, float32, and not there at all: of either judge, or of the only one."""
     a, b, good = chain("f4"), other_rounding(chain("f4")), chain("f8")
     other = source("bad", good)
     values: Any = other.values
     values["layer.1"] = value_of(good["layer.1"][:, :8].copy())
     values["layer.2"] = of_hash(Entry("layer.2", sha256="0" * 64, shape=(4, 16), dtype="float64"))
     values["layer.3"] = value_of(good["layer.3"].astype("f4"))
+    del values["layer.4"]
     judges = [other] if which is None else [source("good", good), source("good", good)]
     if which is not None:
         judges[which] = other
     judged = [row.judgement is not None for row in compare(source("a", a), source("b", b), judges=judges).rows]
-    assert judged == [True, False, False, False, True, True]
+    assert judged == [True, False, False, False, which is not None, True], "with two, the other judges alone"
 
 
 def test_a_stage_without_values_is_not_judged() -> None:
