@@ -70,9 +70,9 @@ class StableDiffusion(Entrance):
         if vae is not None and unet.in_channels not in (vae.latent_channels, 2 * vae.latent_channels + 1):
             channels = f"in_channels={unet.in_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
             raise UnsupportedError(f"{family}: {channels}; only mask and masked picture can come beside the latents")
-        if vae is not None and unet.out_channels != vae.latent_channels:
+        if vae is not None and unet.out_channels not in (vae.latent_channels, 2 * vae.latent_channels):
             channels = f"out_channels={unet.out_channels} of the UNet, latent_channels={vae.latent_channels} of the VAE"
-            raise UnsupportedError(f"{family}: {channels}; a UNet has to predict latents, and nothing beside them")
+            raise UnsupportedError(f"{family}: {channels}; only a variance can be predicted beside the latents")
 
     @property
     def encoders(self) -> list[Encoder]:

@@ -35,17 +35,15 @@ class Unconditional(Pipeline):
     @classmethod
     def _check_config(cls, config: ModelConfig) -> None:
         """Raise :class:`UnsupportedError` for a model that reads a prompt, has a VAE, or predicts more or less than a
-        picture."""
+        picture, or that and its variance."""
         if config.unet.context_dim is not None or config.vae is not None:
             raise UnsupportedError(
                 f"{config.family}: a UNet that reads a prompt, or a VAE, but no text encoder with it"
             )
         reads, makes = config.unet.in_channels, config.unet.out_channels
-        if reads != makes:
+        if makes not in (reads, 2 * reads):
             channels = f"in_channels={reads}, out_channels={makes}"
-            raise UnsupportedError(
-                f"{config.family}: {channels}; a UNet has to predict a picture like the one it reads"
-            )
+            raise UnsupportedError(f"{config.family}: {channels}; only a variance can be predicted beside the picture")
 
     @overload
     def generate(
