@@ -89,7 +89,8 @@ def stages() -> dict[str, Stage]:
     failed after 15, nearly all had no place in the caption, something small, a shape with corners or a hole, or green
     or purple: 16 has more of those. Guidance darkened colours in the last third of the way, where the model had had
     little practice without a prompt: 16 draws the timesteps almost alike, and drops one caption in four.
-    17 is that again, shorter and at a lower rate.
+    17 is that again, shorter and at a lower rate. 18 learns captions with parts left out and a few new words, so the
+    text encoder is trained again, too.
     """
     alone = replace(UNET, parts=("unet",), warmup=20)
     noisy = replace(alone, noisy=2.0)
@@ -118,15 +119,8 @@ def stages() -> dict[str, Stage]:
             replace(even, noisy=1.5, steps=5500, rate=6e-4, curve="linear", ema=0.999, seed=33),
             HardSingles(33),
         ),
+        "18-loose": loosely,
     }
-
-
-def later() -> dict[str, Stage]:
-    """Return the stages that the bundled model has not been through, which ``--begin`` names.
-
-    18 learns captions with parts left out and a few new words, so the text encoder is trained again, too.
-    """
-    return {"18-loose": loosely}
 
 
 class Singles:
@@ -369,16 +363,14 @@ def main() -> int:
     parser.add_argument(
         "--asset", default=str(ASSET), metavar="FILE", help="where the model goes (default: the package)"
     )
-    parser.add_argument(
-        "--begin", choices=[*stages(), *later()], default="1-vae", metavar="STAGE", help="the first stage that runs"
-    )
+    parser.add_argument("--begin", choices=stages(), default="1-vae", metavar="STAGE", help="the first stage that runs")
     parser.add_argument("--model", metavar="FILE", help="the model it starts from (default: random weights)")
     args = parser.parse_args()
     folder = Path(args.out)
     try:
         pipe = begun(args.model)
         print("".join(f"{n}: {sum(p.numel() for p in m.parameters()):,} parameters\n" for n, m in pipe.parts.items()))
-        chain = stages() if args.begin in stages() else later()
+        chain = stages()
         for name in list(chain)[list(chain).index(args.begin) :]:
             pipe = chain[name](pipe, folder / name)
         ship(pipe, Path(args.asset))
