@@ -37,6 +37,7 @@ from minidiff.precision import check_finite
 from minidiff.programs import Program, img2img
 from minidiff.programs.program_sampler import ProgramSampler
 from minidiff.programs.streams import Streams
+from minidiff.samplers.checks import check_output
 from minidiff.samplers.method import Sampler
 from minidiff.schedule import NoiseSchedule
 from minidiff.storage import checkpoint
@@ -125,6 +126,7 @@ class Pipeline(Model):
             entry = program.entry(chosen.name, request.steps, request.taken_strength, total)
         plan = chosen.plan(self.schedule, entry.steps)
         sampler = chosen.inner
+        check_output(config.unet.out_channels, shape[1], sampler)
         order = getattr(sampler, "order", 1)
         rows, noised = choose_rows(plan, order, entry, request, config.schedule.steps)
         alone = unguided(plan, rows, sampler, request, config.schedule.steps)

@@ -102,3 +102,13 @@ def usable(
         instead = "fewer steps, a lower solver_order, lower_order_final or another final_sigma"
         check(not bad, f"{where}sigmas are equal or the last is 0; use {instead}")
     return {name: torch.where(wanted, column, 0.0) for name, column in columns.items()}
+
+
+def check_output(out_channels: int, channels: int, sampler: object) -> None:
+    """Raise :class:`ConfigError` if a model with ``out_channels`` for a sample of ``channels`` predicts a variance as
+    well, and ``sampler`` does not read it. A sampler of another library is not asked."""
+    check(
+        out_channels == channels or getattr(sampler, "reads_variance", True),
+        f"this model's output has {out_channels} channels for a sample of {channels}, so it holds a variance as well; "
+        "use a sampler that reads it: ddpm with variance='learned_range', or dpmpp_2m with learned_variance=True",
+    )

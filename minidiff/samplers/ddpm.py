@@ -48,6 +48,10 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
     steps_offset: int = 0
     variance: Variance = "fixed_small"
 
+    @property
+    def reads_variance(self) -> bool:
+        return self.variance.startswith("learned")
+
     def step(self, plan: Plan[Row], i: int, x: Tensor, out: Tensor, state: Empty, draw: Draw) -> Next[Empty]:
         at = plan.at(i)
         mean = at.x0_coef * self.denoised(plan, i, x, out, state) + at.x_coef * x
@@ -83,8 +87,7 @@ class DDPM(Timesteps[Row, Empty], Limited[Row, Empty]):
 
     def _split(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the prediction, and the model's variance output if the variance is learned."""
-        learned = self.variance.startswith("learned")
-        return split_variance(x, out, f"variance={self.variance!r}") if learned else (out, out)
+        return split_variance(x, out, f"variance={self.variance!r}") if self.reads_variance else (out, out)
 
     def _deviation(self, at: Row, learned: Tensor) -> Tensor:
         """Return the standard deviation of a row: a 0-dim entry, or one predicted for every pixel."""

@@ -96,6 +96,10 @@ class DPMOptions(ClippedLambdas[R, S]):
     def predicts_x0(self) -> bool:
         return self.algorithm.endswith("++")
 
+    @property
+    def reads_variance(self) -> bool:
+        return self.learned_variance
+
     def curve(self, n: int, sigmas: Floats) -> Floats:
         if self.sigma_spacing != "lu":
             return super().curve(n, sigmas)

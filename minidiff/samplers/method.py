@@ -261,6 +261,11 @@ class Method(ABC, Generic[R, S]):
         return type(self).__name__
 
     @property
+    def reads_variance(self) -> bool:
+        """True if the model's output holds a variance as well, in as many channels again."""
+        return False
+
+    @property
     def grid(self) -> Grid:
         """Choice of timesteps and sigmas."""
         return DIFFUSERS if self.like_diffusers else OWN

@@ -597,3 +597,12 @@ def test_unconditional_refusals(ddpm: Unconditional, arguments: dict[str, Any], 
 def test_a_model_without_text_makes_one_picture_unless_asked_for_more(ddpm: Unconditional) -> None:
     assert len(ddpm.generate(steps=1, seed=0, output="latent", progress=False)) == 1
     assert len(ddpm.generate(3, steps=1, seed=0, output="latent", progress=False)) == 3
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "dpmpp_2m", "unipc", "pndm"])
+def test_a_variance_that_the_sampler_does_not_read_is_refused(name: str) -> None:
+    model = tiny.drawn(replace(tiny.DDPM, unet=replace(tiny.DDPM.unet, out_channels=6)))
+    with pytest.raises(ConfigError, match="output has 6 channels for a sample of 3, so it holds a variance as well"):
+        model.generate(steps=2, seed=0, sampler=name)
+    for reads in ({"name": "ddpm", "variance": "learned_range"}, {"name": "dpmpp_2m", "learned_variance": True}):
+        assert model.generate(steps=2, seed=0, sampler=reads, output="tensor").shape == (1, 3, 8, 8)
