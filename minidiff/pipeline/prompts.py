@@ -18,7 +18,7 @@ from torch import Tensor
 from minidiff.config import ModelConfig, check
 from minidiff.console import warn
 from minidiff.models.clip import CLIPText, TextOutput
-from minidiff.models.tokenizer import END, START, Tokenizer
+from minidiff.models.tokenizer import Tokenizer
 from minidiff.pipeline.request import Sizes, Text, texts
 
 Encoder = tuple[Tokenizer, CLIPText]
@@ -88,7 +88,8 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
     kept = encoder.config.kept
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
-        known = sorted(word for word in {tokenizer.decode([i]) for i in kept} - {START, END} if word.isalnum())
+        named = {tokenizer.decode([i]): i for i in kept}  # a beginning ("tri" of "triangles") is no word
+        known = sorted(word for word, i in named.items() if word.isalnum() and tokenizer.encode(word) == [i])
         more = f" and {len(strange) - MOST_WORDS:,} words more" if len(strange) > MOST_WORDS else ""
         words = f"this model does not know {', '.join(map(repr, strange[:MOST_WORDS]))}{more}"
         warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
