@@ -28,7 +28,7 @@ from minidiff.precision import apply_policy
 from minidiff.storage.checkpoint import build
 
 SMALL = 100_000_000  # weights of a UNet up to which (almost) every step is looked into
-MANY, FEW = 20, 3  # steps of a small model and of a large one
+MANY, FEW = 20, 2  # steps of a small model and of a large one
 ADAPTERS = "minidiff.adapters.lora"
 
 
