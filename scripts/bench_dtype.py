@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import minidiff  # noqa: E402
-from minidiff.fast import probe  # noqa: E402
+from minidiff.fast import machine, probe  # noqa: E402
 from minidiff.pipeline.png import to_pil  # noqa: E402
 from minidiff.training import shapes  # noqa: E402
 
@@ -41,7 +41,7 @@ def main() -> int:
     begun = time.perf_counter()
     gain = probe.measured()
     taken = time.perf_counter() - begun
-    print(f"{probe.machine()}: bfloat16 is {gain:.2f} times as fast as float32 (measured in {taken:.2f} s)")
+    print(f"{machine.description()}: bfloat16 is {gain:.2f} times as fast as float32 (measured in {taken:.2f} s)")
     print(f"--dtype auto takes {'bfloat16' if gain >= probe.WORTH else 'float32'} for large models here")
     captions = [item.caption for item in shapes.items(0, 0, args.prompts, "single")]
     exact, rough = (made(args, captions, dtype) for dtype in (torch.float32, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""What the last bits of a result depend on besides the code: torch's version, its threads and the kernels that run."""
+"""Facts that decide the last bits of a result besides the code: torch's version, threads, and the kernels that run."""
 
 from __future__ import annotations
 

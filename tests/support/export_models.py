@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from minidiff.config import CLIPTextConfig, Level, ModelConfig, ScheduleConfig, TAESDConfig, text
+from minidiff.export.manifest import open_export
+from minidiff.pipeline import StableDiffusion
 from tests.support.tiny import DDPM, SD, UNET, XL
 
 # The least that has everything: two levels, a skip, attention to text.
@@ -41,3 +48,20 @@ FAMILIES: dict[str, ModelConfig] = {
         ),
     ),
 }
+
+
+@contextmanager
+def one_weight_changed(model: StableDiffusion, made: Path) -> Iterator[str]:
+    """Change a weight of the model that ``made`` is an export of, without its identity: as if nobody knew. The stage
+    that must be named."""
+    weight = model.unet.get_parameter("up.1.res.0.conv1.weight")
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0, 0, 0] += 0.1
+        model.source = open_export(made).manifest["model"]
+        yield "unet/unet.up.1.res.0.conv1"
+    finally:
+        model.source = ""
+        with torch.no_grad():
+            weight.copy_(kept)

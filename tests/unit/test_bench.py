@@ -28,6 +28,7 @@ import _processes  # noqa: E402
 import _ways  # noqa: E402
 import _works  # noqa: E402
 import bench  # noqa: E402
+import bench_dtype  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_overhead  # noqa: E402
 import bench_prompts  # noqa: E402
@@ -427,3 +428,13 @@ def test_imports_are_summed_by_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == 4
     assert list(found)[-1] == "all others"
     assert all(seconds > 0 for seconds in found.values())
+
+
+def test_cost_and_gain_of_bfloat16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_dtype.py", "--prompts", "1", "--steps", "2"])
+    assert bench_dtype.main() == 0
+    first, second, ratios, right = capsys.readouterr().out.splitlines()
+    assert "bfloat16 is" in first
+    assert second.startswith("--dtype auto takes")
+    assert ratios.startswith("PSNR of 1 pictures")
+    assert right.startswith("right: ")

@@ -79,7 +79,7 @@ def test_it_draws_what_it_is_told(sd: StableDiffusion, kind: shapes.Kind) -> Non
 
 
 def test_it_draws_what_people_type_first(sd: StableDiffusion) -> None:
-    """What is said must be right, and the thing visible; a plural is two things."""
+    """All that is said must be right, and the thing visible; a plural is two things."""
     prompts = ["a blue square", "a small green circle", "two circles", "star on a blue background", "a red star"]
     prompts += [item.caption for item in shapes.items(1, 0, 10, "loose")]
     pictures = sd.generate(prompts, seed=0, output="tensor", **QUIET)

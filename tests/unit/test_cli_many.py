@@ -322,4 +322,26 @@ def test_a_fingerprint_sees_both_ends_of_a_file(tmp_path: Path, size: int) -> No
                 file.write(b"x")
         found.add(fingerprint(path))
     assert len(found) == 3
-    assert fingerprint(tmp_path) != fingerprint(path), "a folder counts names as well"
+    inside = fingerprint(tmp_path)
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    assert fingerprint(tmp_path) == inside, "no folder inside it, and no pipe is opened"
+    (tmp_path / "more").write_text("x")
+    assert fingerprint(tmp_path) != inside
+
+
+def test_a_line_whose_file_cannot_be_read_is_told_and_the_others_are_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("minidiff.cli.many.inputs.fingerprint", refuse)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    lines = [{"prompt": "a fox", "image": name} for name in ("pipe.png", "folder.png")] + [{"prompt": "an owl"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    ended = run("generate", "--prompts", "p.jsonl", "--out", "pics/", "--seed", 1, *MADE)
+    assert (ended.status, len(ended.out)) == (1, 1)
+    assert [line.partition("line ")[2][0] for line in ended.err] == ["1", "2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +16,7 @@ from minidiff.export import export
 from minidiff.export.against import against
 from minidiff.parity.ours import asked
 from tests.support.export_models import MINI
+from tests.support.scripts import script
 from tests.support.tiny import drawn
 from tests.tolerances import ELSEWHERE
 
@@ -46,11 +46,7 @@ def made(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def draw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, compiled."""
-    told = importlib.util.spec_from_file_location("build", CPP / "build.py")
-    assert told is not None
-    assert told.loader is not None
-    build = importlib.util.module_from_spec(told)
-    told.loader.exec_module(build)
+    build = script("cpp/build")
     program = tmp_path_factory.mktemp("cpp") / "draw"
     done = subprocess.run(build.command(str(program), "-O0"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from minidiff.export.formats import BOUNDS, gap, measured, reading, traced
 from minidiff.export.manifest import digests
 from minidiff.export.programs import programs
 from minidiff.parity.ours import asked
-from tests.support.export_models import FAMILIES, MINI
+from tests.support.export_models import FAMILIES, MINI, one_weight_changed
 from tests.support.tiny import drawn
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -84,19 +84,10 @@ def test_the_folder_is_within_its_bound_layer_by_layer(model: Any, made: Path) -
 
 @pytest.mark.slow
 def test_a_changed_weight_is_found_in_its_layer(model: Any, made: Path) -> None:
-    weight = model.unet.up[1].res[0].conv1.weight
-    kept = weight.clone()
-    try:
-        with torch.no_grad():
-            weight[0, 0, 0, 0] += 0.1
-        model.source = open_export(made).manifest["model"]  # as if nobody knew
+    with one_weight_changed(model, made) as stage:
         report = against(model, str(made), asked("a star", steps=1, height=16, width=16))
-    finally:
-        model.source = ""
-        with torch.no_grad():
-            weight.copy_(kept)
     assert report.first is not None
-    assert report.first.stage == "unet/unet.up.1.res.0.conv1"
+    assert report.first.stage == stage
 
 
 @pytest.mark.slow

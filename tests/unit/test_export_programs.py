@@ -27,7 +27,7 @@ from minidiff.models.tokenizer_files import tokenizer_config
 from minidiff.parity.ours import asked
 from minidiff.pipeline import StableDiffusion
 from tests.support.command import Run, one_error
-from tests.support.export_models import FAMILIES, MINI
+from tests.support.export_models import FAMILIES, MINI, one_weight_changed
 from tests.support.tiny import DDPM, drawn
 
 
@@ -96,19 +96,10 @@ def test_what_was_exported_runs_a_whole_pipeline(mini: StableDiffusion, made: Pa
 
 
 def test_a_changed_weight_is_found(mini: StableDiffusion, made: Path) -> None:
-    weight = mini.unet.up[1].res[0].conv1.weight
-    kept = weight.clone()
-    try:
-        with torch.no_grad():
-            weight[0, 0, 0, 0] += 0.1
-        mini.source = open_export(made).manifest["model"]  # as if nobody knew
+    with one_weight_changed(mini, made) as stage:
         report = against(mini, str(made), asked("a star", steps=1, height=16, width=16), judge=False)
-    finally:
-        mini.source = ""
-        with torch.no_grad():
-            weight.copy_(kept)
     assert report.first is not None
-    assert report.first.stage == "unet/unet.up.1.res.0.conv1"
+    assert report.first.stage == stage
 
 
 @pytest.mark.parametrize(

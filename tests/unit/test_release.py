@@ -4,7 +4,6 @@ and scripts/measure_install.py. tests/unit/test_packaging.py looks into the whee
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -15,6 +14,7 @@ from types import ModuleType
 import pytest
 
 from minidiff.version import VERSION
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -25,15 +25,6 @@ NAMES = [
     "contents.txt",
 ]
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a release is made of a git checkout")
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ in a checkout of its own, whose build backend lies beside it.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import shutil
 import signal
@@ -17,13 +16,13 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from minidiff import read_recipe
+from tests.support.scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("demo.py", "test.py", "_setup.py")
@@ -71,15 +70,10 @@ sys.exit(7)
 """
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A file of scripts/ as a module (test.py shares its name with a package of Python's own)."""
+@pytest.fixture(autouse=True)
+def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts find each other, as when they are run."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -171,7 +165,7 @@ def test_environment_whose_python_is_gone_is_made_again(checkout: Path) -> None:
 def test_demo_writes_a_picture_with_its_recipe_and_a_strip_of_its_making(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = script("demo", monkeypatch)
+    demo = script("demo")
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     out = tmp_path / "new folder" / "picture.png"
     assert demo.picture("a red star on a blue background", 10, 5, str(out)) == 0
@@ -207,7 +201,7 @@ def test_older_python_gets_one_clear_line(name: str) -> None:
 
 
 def test_python_without_ensurepip_is_told_what_to_install(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = script("_setup", monkeypatch)
+    setup = script("_setup")
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
     home = checkout / ".venv"
     with pytest.raises(SystemExit, match=r"ensurepip is missing .*sudo apt install python"):
@@ -218,7 +212,7 @@ def test_python_without_ensurepip_is_told_what_to_install(checkout: Path, monkey
 def test_all_checks_run_and_one_failure_fails(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runner = script("test", monkeypatch)
+    runner = script("test")
     assert runner.check([["platform"], ["json.tool", "no-such-file"], ["platform"]]) == 1
     last = capfd.readouterr().out.splitlines()[-1]
     assert "json.tool no-such-file: FAILED (status" in last
@@ -227,7 +221,7 @@ def test_all_checks_run_and_one_failure_fails(
 
 
 def test_checks_run_with_one_thread_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = script("test", monkeypatch)
+    runner = script("test")
     seen: list[dict[str, str]] = []
     monkeypatch.setattr(runner._setup, "run", lambda command, env: seen.append(env) or 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -239,7 +233,7 @@ def test_checks_run_with_one_thread_a_process(monkeypatch: pytest.MonkeyPatch) -
 
 def test_oldest_pins_every_dependency_to_its_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader to compare with")
-    runner = script("test", monkeypatch)
+    runner = script("test")
     monkeypatch.setattr(sys, "version_info", (3, 11, 0))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {"torch", "torchvision", "einops", "numpy", "tqdm", "safetensors"}

@@ -23,6 +23,7 @@ import pytest
 
 import minidiff
 from minidiff.export.manifest import FORMAT, digests
+from tests.support.scripts import script
 from tests.tolerances import ELSEWHERE
 
 WEB = Path(__file__).resolve().parents[2] / "scripts/web"
@@ -38,12 +39,7 @@ time.sleep(60)
 @pytest.fixture(scope="module")
 def serve() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("web_serve", WEB / "serve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("web/serve")
 
 
 @pytest.fixture

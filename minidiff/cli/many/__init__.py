@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from minidiff.cli.many.groups import PATTERN, pictures
-from minidiff.cli.many.inputs import inputs
+from minidiff.cli.many.inputs import hashes
 from minidiff.cli.many.job import Job, given
 from minidiff.cli.many.lines import Check, read_lines
 from minidiff.cli.many.work import Maker, Work, agreed
@@ -49,7 +49,7 @@ def run(args: Namespace, asked: Mapping[str, Any], check_sampler: Check, opened:
         options=given(args),
         names=output.name or PATTERN,
         seeds=tuple(seeds),
-        inputs=inputs(args, lines.good),
+        inputs=hashes(args, lines.good),
     )
     ranks = joined(args)
     try:
