@@ -154,9 +154,7 @@ def record(args: Namespace, converter: Converter, device: torch.device) -> int:
         other = recording.read_recording(args.on)
         check_same_run(run, other.run)
         run, on = {**run, "on": header_hash(args.on)[:16]}, other.tape
-    found = recording.record(side, run, on=on, hashed=args.hashes)
-    recording.write_recording(out, found, existing(args))
-    stages = len(found.tape) + len(found.hashes)
+    stages = recording.record_to(out, side, run, on=on, hashed=args.hashes, existing=existing(args))
     if not args.quiet:
         size = out.stat().st_size / 1e6
         say(f"{stages:,} stages, {size:.1f} MB; `minidiff parity compare` compares it with another recording")

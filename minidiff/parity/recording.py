@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from minidiff.parity.report import Report
 from minidiff.parity.rows import INPUT
 from minidiff.parity.values import sha256_of, value_of
 from minidiff.storage.files import Lazy, TensorFile, lazy, write_tensors
+from minidiff.storage.streaming import streamed
 from minidiff.storage.writing import Existing
 
 RECENT = 8  # recent values among which an input is searched
@@ -56,23 +57,58 @@ def record(
     arose at that stage. ``hashed``: keep only hashes, for long runs.
     """
     tape: dict[str, Tensor] = {}
+    hashes = _taken(side, lambda stage, value: tape.update({stage: value.detach().to("cpu", copy=True)}), on, hashed)
+    return Recording(tape, {"program": side.title, **run}, hashes)
+
+
+def record_to(
+    path: str | os.PathLike[str],
+    side: Side,
+    run: Mapping[str, Any],
+    *,
+    on: Mapping[str, Tensor] | None = None,
+    hashed: bool = False,
+    existing: Existing = "replace",
+) -> int:
+    """Run ``side`` as :func:`record` does, and write its values while it goes on; return the number of stages.
+
+    Only some hundred megabytes of them are in memory at once. ``existing``, and the errors: as in
+    :func:`write_recording`.
+    """
+    stages: list[str] = []
+    with streamed(path, existing) as file:
+
+        def keep(stage: str, value: Tensor) -> None:
+            file.add(stage, value)
+            stages.append(stage)
+
+        hashes = _taken(side, keep, on, hashed)
+        entries = (*map(Entry, stages), *hashes.values())
+        file.finish({"format": "pt", **Header(entries, {"program": side.title, **run}).metadata()})
+    return len(entries)
+
+
+def _taken(
+    side: Side, keep: Callable[[str, Tensor], None], on: Mapping[str, Tensor] | None, hashed: bool
+) -> dict[str, Entry]:
+    """Run ``side``, and give its values to ``keep``; if they are only to be ``hashed``, return their entries."""
     hashes: dict[str, Entry] = {}
     recent: deque[Tensor] = deque(maxlen=RECENT)
 
-    def keep(stage: str, value: Tensor) -> Tensor:
+    def tap(stage: str, value: Tensor) -> Tensor:
         if not (stage.endswith(INPUT) and any(value is other for other in recent)):
             if hashed:
                 own = value_of(value)
                 hashes[stage] = Entry(stage, sha256=sha256_of(own), shape=own.shape, dtype=own.dtype)
             else:
-                tape[stage] = value.detach().to("cpu", copy=True)
+                keep(stage, value)
         if on is not None and stage in on:
             value = in_place_of(value, on[stage])
         recent.append(value)
         return value
 
-    side.run(keep)
-    return Recording(tape, {"program": side.title, **run}, hashes)
+    side.run(tap)
+    return hashes
 
 
 def write_recording(path: str | os.PathLike[str], recording: Recording, existing: Existing = "replace") -> None:

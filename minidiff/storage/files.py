@@ -173,7 +173,7 @@ def write_tensors(
         offset += t.nbytes
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    header = _put(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
+    header = put_hash(header, HEADER_KEY, hashlib.sha256(header).hexdigest())
     digest = hashlib.sha256(header)
     with atomic(path, existing) as file, ThreadPoolExecutor(max_workers=1) as beside:
         file.write(len(header).to_bytes(8, "little"))
@@ -186,7 +186,7 @@ def write_tensors(
             file.write(data)
             hashed.result()
         file.seek(8)
-        file.write(_put(header, HASH_KEY, digest.hexdigest()))
+        file.write(put_hash(header, HASH_KEY, digest.hexdigest()))
     return digest.hexdigest()
 
 
@@ -200,7 +200,7 @@ def check_header(path: str | os.PathLike[str]) -> None:
         header = file.read(min(length, os.path.getsize(path)))
     # Looked up in the parsed table, not in the bytes: a rewritten header still has its keys.
     told = (json.loads(header).get("__metadata__") or {}).get(HEADER_KEY)
-    blank = _put(_put(header, HEADER_KEY, BLANK), HASH_KEY, BLANK)
+    blank = put_hash(put_hash(header, HEADER_KEY, BLANK), HASH_KEY, BLANK)
     if told is not None and told != hashlib.sha256(blank).hexdigest():
         raise CheckpointError(f"{path}: its header is not what minidiff wrote; the file is damaged, get it again")
 
@@ -218,7 +218,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
         header = file.read(min(length, path.stat().st_size))  # a header cannot be longer than its file
         if _value(header, HASH_KEY) is None:
             raise CheckpointError(f"{path}: carries no content hash; it was not written by minidiff")
-        digest = hashlib.sha256(_put(header, HASH_KEY, BLANK))
+        digest = hashlib.sha256(put_hash(header, HASH_KEY, BLANK))
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -231,7 +231,7 @@ def _value(header: bytes, key: str) -> str | None:
     return None if at < 0 else header[at + len(mark) :][:64].decode("ascii", "replace")
 
 
-def _put(header: bytes, key: str, value: str) -> bytes:
+def put_hash(header: bytes, key: str, value: str) -> bytes:
     """Return a header's bytes with the hash under ``key``, if there is one, replaced."""
     mark = f'"{key}":"'.encode()
     at = header.find(mark)
