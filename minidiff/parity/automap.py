@@ -3,10 +3,15 @@
 Both are lists in the order of computation, so the pairs follow each other on either side: the best such pairing is
 found as two texts are aligned (Needleman and Wunsch, 1970), where a pair's weight says how near some of the values of
 its stages are. Only stages of one shape are paired. What both call the same stays paired.
+
+Equal values may stand in several stages: a dropout that does nothing returns its input, and a block the output of its
+last layer. Order decides between them, and the words that two names share; a stage whose values are somewhere else is
+paired with no other that only has its shape.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,12 +23,15 @@ from minidiff.parity.values import Array, Source, Value
 SAMPLED = 64  # values of a stage that are looked at
 NEAR, ALIKE = 1e-2, 0.5  # relative distance of the same value computed twice, and of one with a fault
 BARELY = 0.05  # weight of a pair that only has the same shape
+SHARED = 1e-3  # weight of names with the same words
+WORD = re.compile(r"[a-z]+|\d+")
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two stages that may be the same. ``distance``: of the sampled values, relative to the first's; ``rival``: the
-    smallest of another stage of that shape. ``confidence``: "values", "likely" or "order and shape"."""
+    smallest of another stage of that shape. ``confidence``: "values", "values and order" (other stages have the same
+    values), "likely" or "order and shape"."""
 
     a: str
     b: str
@@ -33,8 +41,8 @@ class Pair:
     @property
     def confidence(self) -> str:
         """Confidence in the pair."""
-        if self.distance <= NEAR and self.distance < self.rival / 2:
-            return "values"
+        if self.distance <= NEAR:
+            return "values" if self.distance < self.rival / 2 else "values and order"
         return "likely" if self.distance <= ALIKE and self.distance < self.rival else "order and shape"
 
 
@@ -51,7 +59,7 @@ def propose(a: Source, b: Source) -> list[Pair]:
         f"no stage of {a.title} has the shape of one of {b.title}: no names can be proposed",
     )
     found = []
-    for i, j in align(weights(distances)):
+    for i, j in align(weights(distances) + _shared(left, right, distances)):
         others = np.concatenate([np.delete(distances[i], j), np.delete(distances[:, j], i)])
         rival = float(others.min()) if others.size else float("inf")
         found.append(Pair(left[i], right[j], float(distances[i, j]), rival))
@@ -59,9 +67,23 @@ def propose(a: Source, b: Source) -> list[Pair]:
 
 
 def weights(distances: Array) -> Array:
-    """Return the weight of each pair: 1 for equal values, little for another value, 0 for another shape."""
+    """Return the weight of each pair: 1 for equal values, little for another value, 0 for another shape, and for
+    another value if either stage's values are found elsewhere."""
     near = np.exp(-np.minimum(distances, 50.0) / (ALIKE / 2))
-    return np.where(np.isfinite(distances), BARELY + (1 - BARELY) * near, 0.0)
+    found = distances <= NEAR
+    elsewhere = (found.any(1, keepdims=True) | found.any(0, keepdims=True)) & (distances > ALIKE)
+    return np.where(np.isfinite(distances) & ~elsewhere, BARELY + (1 - BARELY) * near, 0.0)
+
+
+def _shared(a: Sequence[str], b: Sequence[str], distances: Array) -> Array:
+    """Return what the words that two names share add to their weight, where the values are equal: too little to count
+    against a value, and enough where nothing else tells stages apart."""
+    words = [[set(WORD.findall(name)) for name in names] for names in (a, b)]
+    found = np.zeros_like(distances)
+    for i, j in zip(*np.nonzero(distances <= NEAR), strict=True):
+        x, y = words[0][i], words[1][j]
+        found[i, j] = SHARED * len(x & y) / max(1, len(x | y))
+    return found
 
 
 def align(weight: Array) -> list[tuple[int, int]]:
@@ -127,6 +149,7 @@ def table(pairs: Sequence[Pair]) -> str:
         return "no names proposed: every stage that has a counterpart is called the same"
     wide = [max(len(side) for side in column) for column in zip(*((p.a, p.b) for p in pairs), strict=True)]
     lines = [f"{p.a:<{wide[0]}}  {p.b:<{wide[1]}}  {p.distance:8.1e}  {p.confidence}" for p in pairs]
-    counts = {kind: sum(p.confidence == kind for p in pairs) for kind in ("values", "likely", "order and shape")}
+    kinds = ("values", "values and order", "likely", "order and shape")
+    counts = {kind: sum(p.confidence == kind for p in pairs) for kind in kinds}
     said = ", ".join(f"{n} by {kind}" if kind != "likely" else f"{n} likely" for kind, n in counts.items() if n)
     return "\n".join([f"names proposed for {len(pairs)} stages ({said}):", *lines])

@@ -183,8 +183,30 @@ def test_a_pair_is_sure_if_no_other_stage_is_nearly_as_near() -> None:
     def sure(distance: float, rival: float) -> str:
         return automap.Pair("a", "b", distance, rival).confidence
 
-    assert [sure(0.01, r) for r in (0.021, 0.02, 0.011, 0.01)] == ["values", "likely", "likely", "order and shape"]
+    order = "values and order"
+    assert [sure(0.01, r) for r in (0.021, 0.02, 0.011, 0.01, 0.0)] == ["values", order, order, order, order]
     assert [sure(d, 9.0) for d in (0.01, 0.011, 0.5, 0.51)] == ["values", "likely", "likely", "order and shape"]
+    assert [sure(0.3, r) for r in (0.31, 0.3)] == ["likely", "order and shape"]
+
+
+def test_equal_values_of_several_stages_are_told_apart_by_order_and_words() -> None:
+    """A dropout that does nothing, and a block that ends with it: three stages with the same values, of which the other
+    program has two. The third is not paired with a stage that only has its shape."""
+    x, y, z = RNG.standard_normal((3, 50))
+    a = {"down.0.attn1.out": x, "down.0.attn1": x, "down.0.norm2:in": y, "down.0.norm2": z}
+    b = {"blocks.0.attn1.to_out.0": x, "blocks.0.attn1.to_out.1": x, "blocks.0.attn1": x, "blocks.0.norm2": z}
+    noise = 1e-7 * RNG.standard_normal((4, 50))
+    pairs = automap.propose(source("a", a), source("b", {n: v + e for (n, v), e in zip(b.items(), noise, strict=True)}))
+    assert [(p.a, p.b, p.confidence) for p in pairs] == [
+        ("down.0.attn1.out", "blocks.0.attn1.to_out.0", "values and order"),
+        ("down.0.attn1", "blocks.0.attn1", "values and order"),
+        ("down.0.norm2", "blocks.0.norm2", "values"),
+    ]
+    assert "(1 by values, 2 by values and order)" in automap.table(pairs)
+    slip = {**b, "blocks.0.norm2": RNG.standard_normal(50)}
+    del a["down.0.norm2:in"]
+    last = automap.propose(source("a", a), source("b", slip))[-1]
+    assert (last.a, last.confidence) == ("down.0.norm2", "order and shape"), "a stage that is found nowhere still is"
 
 
 def test_names_see_through_layouts(tmp_path: Path) -> None:

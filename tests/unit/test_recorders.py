@@ -142,7 +142,13 @@ def test_diffusers(golden: Recording, tmp_path: Path) -> None:
         "plan/init_noise_sigma"
     ]
     with open_recording(RECORDING) as a, open_recording(tmp_path / "own.safetensors") as b:
-        sure = automap.as_names([pair for pair in automap.propose(a, b) if pair.confidence == "values"])
+        pairs = automap.propose(a, b)
+    sections = [(section, names[part]) for part, found in diffusers_pipeline.SECTIONS.items() for section in found]
+    right = {section + y: section + x for section, layers in sections for y, x in layers.items()}
+    wrong = [(pair.a, pair.b) for pair in pairs if right.get(pair.b, pair.a) != pair.a]
+    assert wrong == []
+    assert sum(pair.b in right for pair in pairs) > 230, "of 237 layers that both show"
+    sure = automap.as_names([pair for pair in pairs if pair.confidence == "values"])
     assert sure["step.0/unet/mid.res1.conv1"] == "step.0/unet/mid_block.resnets.0.conv1"
     report = assert_recording(tmp_path / "own.safetensors", RECORDING, exact(golden), names=sure)
     assert len(report.rows) > 200, "--names auto pairs diffusers' own names"
