@@ -88,11 +88,28 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
     kept = encoder.config.kept
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
-        named = {tokenizer.decode([i]): i for i in kept}  # a beginning ("tri" of "triangles") is no word
-        known = sorted(word for word, i in named.items() if word.isalnum() and tokenizer.encode(word) == [i])
+        known = known_words(tokenizer, kept)
         more = f" and {len(strange) - MOST_WORDS:,} words more" if len(strange) > MOST_WORDS else ""
         words = f"this model does not know {', '.join(map(repr, strange[:MOST_WORDS]))}{more}"
         warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
+
+
+def known_words(tokenizer: Tokenizer, kept: Sequence[int]) -> list[str]:
+    """Return the words that can be written with the tokens ``kept``, sorted.
+
+    A token that is a word by itself counts as one, and a beginning ("tri") does not. Two tokens are a word if they
+    lengthen another one, as "tri" and "angles" do "triangle"; such an end is then not taken for a word.
+    """
+    named = {text: i for i in kept if (text := tokenizer.decode([i])).isalnum()}
+    whole = {word for word, i in named.items() if tokenizer.encode(word) == [i]}
+    pairs = {(first, last) for first in {*named} - whole for last in whole}
+    longer = {
+        (first + last, last)
+        for first, last in pairs
+        if any((first + last).startswith(word) for word in whole if len(word) > len(first))
+        and tokenizer.encode(first + last) == [named[first], named[last]]
+    }
+    return sorted(whole - {last for _, last in longer} | {word for word, _ in longer})
 
 
 def size_ids(config: ModelConfig, sizes: Sizes, height: int, width: int, score: float) -> list[float]:
