@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minidiff.pipeline import StableDiffusion
 from minidiff.schedule import to_epsilon, to_x0, v_from_x0
+from minidiff.training.adamw import AdamW
 from minidiff.training.data import ShapesStream
 from minidiff.training.draws import Draws
 from minidiff.training.loop import Report, Trainer
@@ -90,9 +91,16 @@ def spread_times(schedule_length: int, count: int) -> Tensor:
     return torch.linspace(schedule_length // 50, schedule_length - 1, count).round().long()
 
 
+class Brief(Trainer):
+    """The trainer, with the optimiser written out: the same bits, without torch's compiler, which takes a second or two
+    to load."""
+
+    Optimizer = AdamW
+
+
 def trained(pipe: StableDiffusion) -> list[Report]:
     """Take the optimiser steps of ``CONFIG`` with ``pipe``, whose weights they change."""
-    return list(Trainer(pipe, ShapesStream(SEED), CONFIG).steps())
+    return list(Brief(pipe, ShapesStream(SEED), CONFIG).steps())
 
 
 def clipped(report: Report) -> float:

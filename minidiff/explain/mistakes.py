@@ -6,6 +6,7 @@ The stages are those of :mod:`minidiff.parity`, by which one finds such a mistak
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -49,11 +50,12 @@ class Result:
 def compare(seen: Seen) -> tuple[Tensor, list[Result]]:
     """Return the picture (3, H, W) of a short run of the same request with Euler, and every mistake in it."""
     request = _short(seen)
-    tape = record(_Side(own_pipe(seen), request))
+    own = own_pipe(seen)
+    tape = record(_Side(copy(own), request))
     right, found = tape[PIXELS][0], []
     for name, make in mistakes(seen).items():
         wrong = _Against(tape)
-        side = _Side(*make(own_pipe(seen), request))
+        side = _Side(*make(copy(own), request))
         side.run(wrong)
         pixels = side.pixels.nan_to_num()
         levels = float((255 * (pixels - right)).square().mean().sqrt())
@@ -67,7 +69,7 @@ def mistakes(seen: Seen) -> dict[str, Callable[[Pipe, Asked], Made]]:
         "offset": _offset,
         "unscaled": _unscaled,
         "prediction": _prediction,
-        "eps": _eps,
+        "eps": lambda _, request: _eps(own_pipe(seen), request),  # its networks are changed
     }
     if seen.guided:
         found["twice"] = _twice

@@ -98,7 +98,7 @@ def _head(seen: Seen) -> Html:
     facts: list[Any] = []
     for name, key in LISTED:
         value = seen.recipe.get(key)
-        if value not in (None, {}):
+        if value not in (None, {}, ""):
             facts += [tag("dt", say(WORDS[name])), tag("dd", one_line(_shown(value), 500))]
     made = [say(WORDS["made"], "p", version=VERSION, calls=len(seen.frames))]
     if seen.recipe.get("approximate"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import minidiff
 from minidiff.page.html import Child, Html, tag
 from minidiff.page.languages import Text, say
 
+TYPING = re.compile(r"\s*# type: ignore\S*")  # notes for mypy, not for readers
 PACKAGE = Path(minidiff.__file__).resolve().parent
 
 
@@ -55,7 +57,7 @@ def line(function: Callable[..., Any] | type, holding: str = "") -> Line:
     for number, text in enumerate(code, start=first):
         if holding in text and text.strip():
             file = Path(inspect.getsourcefile(function) or "").resolve()
-            return Line(f"minidiff/{file.relative_to(PACKAGE).as_posix()}", number, text.strip())
+            return Line(f"minidiff/{file.relative_to(PACKAGE).as_posix()}", number, TYPING.sub("", text.strip()))
     raise LookupError(f"no line of {function.__qualname__} holds {holding!r}")
 
 

@@ -9,9 +9,10 @@ prompt. It is called as the run called the UNet, for the picture with its prompt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,11 @@ from minidiff.models.unet import DownLevel, Middle, UNet, UpLevel
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.pipeline.model import Parts
 from minidiff.precision import apply_policy
-from minidiff.storage.checkpoint import build
+from minidiff.storage.checkpoint import build, build_part
 
 SMALL = 100_000_000  # weights of a UNet up to which (almost) every step is looked into
 MANY, FEW = 20, 2  # steps of a small model and of a large one
+TOGETHER = 20 * 16 * 16 * 4  # numbers of samples that are looked at in one call; at least one sample
 ADAPTERS = "minidiff.adapters.lora"
 
 
@@ -64,7 +66,7 @@ def weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
 def own_unet(seen: Seen) -> UNet:
     """Return another UNet with the weights, adapters and precision of the model's, and nothing else that was put on
     it."""
-    own = build(seen.pipe.config)["unet"]
+    own = build_part(seen.pipe.config, "unet")
     share(seen.pipe.unet, own)
     apply_policy(seen.pipe.config, {"unet": own})
     assert isinstance(own, UNet)
@@ -104,31 +106,74 @@ def looks(seen: Seen) -> list[Look]:
         many = MANY if sum(p.numel() for p in unet.parameters()) <= SMALL else FEW
         n = min(many, len(seen.frames))
         frames = [seen.frames[(k + 1) * len(seen.frames) // n - 1] for k in range(n)]
-        seen.kept["looks"] = [look(unet, frame) for frame in frames]
+        seen.kept["looks"] = [each for part in _alike(frames) for each in look(unet, part)]
     found: list[Look] = seen.kept["looks"]
     return found
 
 
+def _alike(frames: list[Frame]) -> list[list[Frame]]:
+    """Return the frames, in order, in parts that the UNet can be called with at once: each call of a small sample costs
+    more than its arithmetic."""
+    most = max(1, TOGETHER // frames[0].call.x.numel())
+    parts: list[list[Frame]] = []
+    for frame in frames:
+        if parts and len(parts[-1]) < most and _shapes(parts[-1][0].call) == _shapes(frame.call):
+            parts[-1].append(frame)
+        else:
+            parts.append([frame])
+    return parts
+
+
+def _shapes(call: Any) -> Any:
+    if isinstance(call, Tensor):
+        return call.shape
+    return tuple(map(_shapes, call)) if isinstance(call, (tuple, list)) else call is None
+
+
+def _joined(each: Sequence[Any]) -> Any:
+    """Return tensors of batch 1 as one, also inside tuples and lists."""
+    if isinstance(each[0], (tuple, list)):
+        return type(each[0])(map(_joined, zip(*each, strict=True)))
+    return torch.cat(list(each)) if isinstance(each[0], Tensor) else each[0]
+
+
 @torch.no_grad()
-def look(unet: UNet, frame: Frame) -> Look:
-    """Call ``unet``, which must be the caller's own, as the run did in ``frame``."""
-    watch = _Watch(unet)
+def look(unet: UNet, frames: Sequence[Frame]) -> list[Look]:
+    """Call ``unet``, which must be the caller's own, once, with what the run gave it in each of ``frames``, whose
+    arguments have the same shapes."""
+    watch, calls = _Watch(unet), [frame.call for frame in frames]
     try:
-        out = unet(*frame.call)
+        t = torch.tensor([float(call.t) for call in calls], device=calls[0].x.device)
+        out = unet(
+            torch.cat([call.x for call in calls]), t, *map(_joined, zip(*(call[2:] for call in calls), strict=True))
+        )
     finally:
         watch.end()
-    maps = {name: (sum(each) / len(each)).cpu() for name, each in watch.maps.items()}  # type: ignore[union-attr]
-    return Look(frame, out, maps, watch.features, watch.shapes, watch.shifts, watch.operations)
+    maps = {name: torch.stack(each).mean(dim=0) for name, each in watch.maps.items()}
+    operations = Counter({name: count // len(frames) for name, count in watch.operations.items()})
+    return [
+        Look(
+            frame=frame,
+            out=out[k : k + 1],
+            maps={name: each[k].cpu() for name, each in maps.items()},
+            features={name: each[k] for name, each in watch.features.items()},
+            shapes=watch.shapes,
+            shifts={name: each[k] for name, each in watch.shifts.items()},
+            operations=operations,
+        )
+        for k, frame in enumerate(frames)
+    ]
 
 
 class _Watch:
-    """Recorder that is put on a UNet for one call: recording kernels, and hooks on its parts."""
+    """Recorder that is put on a UNet for one call: recording kernels, and hooks on its parts. What it keeps of a batch
+    is that of each of its pictures; ``operations`` are those of all."""
 
     def __init__(self, unet: UNet) -> None:
         self.maps: dict[str, list[Tensor]] = {}
-        self.features: dict[str, tuple[float, float]] = {}
+        self.features: dict[str, list[tuple[float, float]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.shifts: dict[str, tuple[float, float]] = {}
+        self.shifts: dict[str, list[tuple[float, float]]] = {}
         self.operations: Counter[str] = Counter()
         self.undo = count_in(unet, self.operations)
         for name, part in unet.named_modules():
@@ -152,8 +197,8 @@ class _Watch:
             size[:] = args[0].shape[-2:]
 
         def keep(found: Tensor) -> None:
-            place = found[0].mean(dim=0).t()  # (L, h * w)
-            self.maps.setdefault(name, []).append(place.reshape(len(place), *size))
+            place = found.mean(dim=1).transpose(1, 2)  # (B, L, h * w)
+            self.maps.setdefault(name, []).append(place.reshape(*place.shape[:2], *size))
 
         self.undo.append(part.register_forward_pre_hook(before).remove)
         for block in part.blocks:
@@ -161,24 +206,30 @@ class _Watch:
 
     def _feature(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def after(layer: nn.Module, args: object, out: Tensor) -> None:
-            values = out.float()
-            self.features[name] = (float(values.mean()), float(values.std()))
+            values = out.float().flatten(1)
+            self.features[name] = list(zip(values.mean(dim=1).tolist(), values.std(dim=1).tolist(), strict=True))
             self.shapes[name] = tuple(out.shape[1:])
 
         return after
 
     def _sizes(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def after(layer: nn.Module, args: object, out: Tensor) -> None:
-            self.shifts[name] = (0.0, float(out.float().abs().mean()))
+            self.shifts[name] = [(0.0, size) for size in _mean_size(out)]
             self.shapes[name] = tuple(out.shape[1:])
 
         return after
 
     def _shift(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def after(layer: nn.Module, args: object, out: Tensor) -> None:
-            self.shifts[name] = (float(out.float().abs().mean()), self.shifts[name][1])
+            sizes = [size for _, size in self.shifts[name]]
+            self.shifts[name] = list(zip(_mean_size(out), sizes, strict=True))
 
         return after
+
+
+def _mean_size(values: Tensor) -> list[float]:
+    found: list[float] = values.float().abs().flatten(1).mean(dim=1).tolist()
+    return found
 
 
 def record(attention: nn.Module, keep: Callable[[Tensor], None]) -> Callable[[], None]:
@@ -202,7 +253,7 @@ def _put_back(attention: Attention, kernel: Kernel) -> None:
 def read_prompt(seen: Seen, name: str, ids: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return, for int64 ``ids`` (1, L), the causal attention of each layer of the text encoder of that ``name``, (L, L)
     each, averages over heads, and the output of its last layer (L, width). The model's encoder is left alone."""
-    encoder, own = seen.pipe.parts[name], build(seen.pipe.config)[name]
+    encoder, own = seen.pipe.parts[name], build_part(seen.pipe.config, name)
     assert isinstance(own, CLIPText)
     share(encoder, own)
     maps: list[Tensor] = []

@@ -72,9 +72,14 @@ class Checkpoint(Generic[Config]):
 def build(config: AnyConfig) -> dict[str, nn.Module]:
     """Build the parts of a checkpoint by name on the meta device: all shapes, without memory or initial weights."""
     names = PARTS if isinstance(config, ModelConfig) else CONTROL_PARTS
+    return {name: build_part(config, name) for name in names if getattr(config, name) is not None}
+
+
+def build_part(config: AnyConfig, name: str) -> nn.Module:
+    """Build one of these parts, which the checkpoint must have."""
+    own = getattr(config, name)
     with torch.device("meta"), _Undrawn():
-        configs = ((name, getattr(config, name)) for name in names)
-        return {name: _make(MODELS[type(c)], c).eval() for name, c in configs if c is not None}
+        return _make(MODELS[type(own)], own).eval()
 
 
 class _Undrawn(TorchFunctionMode):

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Report:
 class Trainer:
     """Model, data, optimiser and the number of steps ``done``; state.py saves and restores all of that."""
 
+    Optimizer: ClassVar[Any] = torch.optim.AdamW
+
     def __init__(
         self, pipe: StableDiffusion | Unconditional, data: Data, config: TrainConfig, ranks: Alone | None = None
     ) -> None:
@@ -56,7 +59,7 @@ class Trainer:
         self.device = self.task.device
         self.model = self.ranks.wrap(self.task)
         self.weights: dict[str, Tensor] = dict(self.task.named_parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = self.Optimizer(
             list(self.weights.values()), lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.decay
         )
         self.ema = None if config.ema is None else EMA(self.weights, config.ema)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from minidiff.explain import Seen, collect, explained
+from minidiff import fast
+from minidiff.explain import Seen, collect, explained, together
 from minidiff.explain.panel import Left, Panel
 from minidiff.explain.panels import samplers, step
 from minidiff.pipeline import StableDiffusion
 from minidiff.pipeline.request import Request
 from tests.support.tiny import DDPM, drawn, tiny_ddpm, tiny_sd
+from tests.tolerances import SIDE_BY_SIDE, assert_close
 from tests.unit.test_explain import Elements
 
 pipe = cache(tiny_sd)
@@ -36,6 +38,11 @@ def numbers(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
 
 
+def assert_alike(x: torch.Tensor, wanted: torch.Tensor) -> None:
+    largest = wanted.abs().max()
+    assert_close(x / largest, wanted / largest, SIDE_BY_SIDE)
+
+
 def test_distances_follow_from_the_data() -> None:
     seen = run()
     data = json.loads(Elements(explained(seen, panels=["samplers"])).texts["data-samplers"])
@@ -48,16 +55,56 @@ def test_distances_follow_from_the_data() -> None:
 def test_every_run_begins_at_the_same_noise() -> None:
     """A result is that of a run by hand, with the seed of the page's run; that of the page's own is not made again."""
     seen = run(seed=None)
-    x, calls = samplers.result(seen, "euler", 4)
-    plain = pipe().generate("a star", steps=4, seed=seen.recipe["seed"], sampler="euler", output="latent")
-    assert torch.equal(x, plain)
-    assert calls == 4
-    own, _ = samplers.result(seen, "ddim", 4)
-    assert own is seen.frames[-1].after
-    other, _ = samplers.result(seen, "ddpm", 4)
-    assert torch.equal(
-        other, pipe().generate("a star", steps=4, seed=seen.recipe["seed"], sampler="ddpm", output="latent")
-    )
+    names = {("euler", 4): "euler", ("ddim", 4): "ddim", ("ddpm", 4): "ddpm", ("dpmpp_2m", 7): "dpmpp_2m"}
+    found = samplers.results(seen, names)
+    for (name, steps), (x, calls) in found.items():
+        plain = pipe().generate("a star", steps=steps, seed=seen.recipe["seed"], sampler=name, output="latent")
+        assert_alike(x, plain)  # the calls of all runs are made in one batch
+        assert calls == steps
+    assert found["ddim", 4][0] is seen.frames[-1].after
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"guidance_interval": (0.2, 0.8)}, {"guidance_scale": 1.0}, {"guidance_rescale": 0.7}, {"like": "a1111"}],
+)
+def test_runs_side_by_side_are_those_alone(options: dict[str, object]) -> None:
+    seen = run(**options)
+    asked = replace(seen.request, like=None, seed=3)
+    requests = [replace(asked, sampler=name, steps=n) for name in ("heun", "ddpm", "pndm") for n in (2, 5)]
+    for request, (x, calls) in zip(requests, together.results(pipe(), requests), strict=True):
+        alone = pipe().run(request)
+        wanted = alone.last().x
+        assert_alike(x, wanted)
+        assert calls == len(alone)
+        ((one, _),) = together.results(pipe(), [request])
+        assert torch.equal(one, wanted), "a batch of the same size"
+
+
+def test_one_call_serves_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 2, 3 and 5 steps take five calls together, and each by itself where samples are large."""
+    sizes: list[int] = []
+    undo = pipe().unet.register_forward_pre_hook(lambda unet, args: sizes.append(len(args[0])))
+    requests = [Request("a star", steps=n, seed=0, sampler="euler") for n in (2, 3, 5)]
+    try:
+        together.results(pipe(), requests)
+        assert sizes == [6, 6, 4, 2, 2]
+        sizes.clear()
+        monkeypatch.setattr(together, "SMALL", 0)
+        together.results(pipe(), requests)
+        assert sizes == [2] * 10
+    finally:
+        undo.remove()
+
+
+def test_an_approximated_run_is_compared_by_the_plain_model() -> None:
+    """The page says so."""
+    sd = tiny_sd()
+    fast.approximate(sd, deep=2)
+    seen = collect(sd, Request("a star", steps=4, seed=5, sampler="ddim"))
+    x, _ = samplers.results(seen, {("ddim", 4): "ddim"})["ddim", 4]
+    assert_alike(x, pipe().generate("a star", steps=4, seed=5, sampler="ddim", output="latent"))
+    assert not torch.allclose(x, seen.frames[-1].after, atol=1e-3)
 
 
 def test_the_sampler_of_the_run_is_among_them() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import cache
 
 import pytest
@@ -14,6 +16,7 @@ from minidiff.explain.page import LARGE, chosen
 from minidiff.explain.panels import training
 from minidiff.pipeline.request import Request
 from minidiff.training.curves import rate_at
+from minidiff.training.loop import Trainer
 from tests.support.tiny import tiny_sd
 from tests.tolerances import BATCH, assert_close
 from tests.unit.test_explain import PROMPT, Elements
@@ -83,8 +86,6 @@ def test_optimiser_steps_are_real() -> None:
         assert step["rate"] == rate_at(lesson.CONFIG, k)
         assert step["clipped"] == min(step["norm"], data["clip"])
         assert step["loss"] > 0
-    one = data["steps"][-2]
-    assert f"{one['norm']:.4f} before, {one['clipped']:.4f} after" in page()
 
 
 def test_every_line_of_the_loop_is_shown_with_its_place() -> None:
@@ -101,3 +102,32 @@ def test_another_model_gets_it_on_demand_and_is_told_whose_training_it_is() -> N
     assert "training" not in chosen(other, None)
     assert "This is not the training of the model above" in explained(other, panels=["training"])
     assert "This is the training of the model above" in page()
+
+
+def test_the_clipping_shows() -> None:
+    """The step whose numbers stand beside the loop is one whose gradient was shortened."""
+    data = json.loads(Elements(page()).texts["data-training"])
+    most = max(data["steps"], key=lambda step: step["norm"])
+    assert most["clipped"] == data["clip"] < most["norm"]
+    assert f"{most['norm']:.4f} before, {data['clip']:.4f} after" in page()
+    assert "type: ignore" not in page()
+
+
+def test_the_optimiser_written_out_is_torch_s() -> None:
+    """The same losses, gradients and weights, to the last bit."""
+    ours, theirs = minidiff.bundled(), minidiff.bundled()
+    plain = list(Trainer(theirs, lesson.ShapesStream(lesson.SEED), lesson.CONFIG).steps())
+    assert lesson.trained(ours) == plain
+    before = minidiff.bundled().unet.state_dict()
+    for (name, p), q in zip(ours.unet.named_parameters(), theirs.unet.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert not torch.equal(p, before[name]), name
+
+
+def test_a_page_does_not_load_torch_s_compiler() -> None:
+    """It takes a second or two, and torch's optimisers load it."""
+    code = (
+        "import sys, minidiff; from minidiff.explain import lesson; "
+        "lesson.trained(minidiff.bundled()); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -136,7 +136,7 @@ def _fall(many: Answers, reports: list[Report]) -> list[Html]:
 
 def _loop(reports: list[Report]) -> list[Html]:
     """Return the lines of the loop, with the numbers of one step, and curves of all."""
-    one = reports[-2]
+    one = max(reports, key=lambda report: report.norm)  # so that the clipping shows
     numbers = {"loss": f"{one.loss:.4f}", "norm": f"{one.norm:.4f}", "after": f"{lesson.clipped(one):.4f}"}
     numbers |= {"clip": f"{lesson.CONFIG.clip:g}", "rate": f"{one.rate:.2e}", "step": str(one.step)}
     numbers |= {"drop": f"{100 * lesson.CONFIG.drop_prompt:g}", "ema": f"{lesson.CONFIG.ema:g}"}
