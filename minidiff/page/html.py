@@ -19,6 +19,11 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 VOID = frozenset(("br", "hr", "img", "input", "meta"))  # elements without an end
 
 
+# HTML has no way to write most control characters (nor half of a surrogate pair): pictures of them stand in.
+UNSEEN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n\f\r"}
+UNSEEN |= {0x7F: 0x2421} | dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD)
+
+
 class Html(str):
     """Text that is HTML already."""
 
@@ -35,8 +40,13 @@ def flat(child: Child) -> Html:
     if isinstance(child, Html):
         return child
     if isinstance(child, (str, int, float)):
-        return Html(escape(str(child)))
+        return Html(escaped(str(child)))
     return Html("".join(flat(each) for each in child))
+
+
+def escaped(text: str) -> str:
+    """Return text as it is written in HTML, between elements and inside of quotes."""
+    return escape(text.translate(UNSEEN))
 
 
 def tag(name: str, /, *children: Child, **attributes: str | int | float | bool | None) -> Html:
@@ -49,7 +59,7 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | bool |
         if value is None or value is False:
             continue
         key = "class" if key == "cls" else key.rstrip("_").replace("_", "-")
-        said.append(f" {key}" if value is True else f' {key}="{escape(str(value))}"')
+        said.append(f" {key}" if value is True else f' {key}="{escaped(str(value))}"')
     start = f"<{name}{''.join(said)}>"
     return Html(start if name in VOID else f"{start}{flat(children)}</{name}>")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import NamedTuple
 
-from minidiff.page.html import Html, flat, resource, tag
+from minidiff.page.html import Html, escaped, flat, resource, tag
 
 LANGUAGES = ("en", "zh")
 
@@ -58,7 +58,7 @@ def marked(text: str, code: str, values: dict[str, object]) -> Html:
     html = re.sub(r"`([^`]+)`", r"<code>\1</code>", html)
     html = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])", r"<em>\1</em>", html)
     filled = {
-        name: value if isinstance(value, Html) else escape(str(value)) for name, value in _in(code, values).items()
+        name: value if isinstance(value, Html) else escaped(str(value)) for name, value in _in(code, values).items()
     }
     return Html(html.format(**filled))
 

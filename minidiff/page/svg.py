@@ -10,7 +10,7 @@ from typing import Literal
 from minidiff.page.html import Html, tag
 from minidiff.page.languages import Said, label, say
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34  # margins in pixels
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 22, 34  # margins in pixels; the name of the vertical axis stands in the upper one
 Kind = Literal["line", "points", "bars"]
 
 
@@ -106,7 +106,7 @@ class Chart:
             place = round(LEFT + (x - low_x) / ((high_x - low_x) or 1) * wide, 1)
             parts.append(tag("text", f"{x:.4g}", x=place, y=TOP + high + 14, text_anchor="middle"))
         parts.append(say(self.x, "text", {"x": LEFT + wide, "y": self.height - 4, "text_anchor": "end"}))
-        parts.append(say(self.y, "text", {"x": LEFT + 4, "y": TOP + 10, "cls": "unit"}))
+        parts.append(say(self.y, "text", {"x": LEFT + 4, "y": TOP - 8, "cls": "unit"}))
         return Html("".join(parts))
 
 

@@ -338,3 +338,35 @@ def test_the_quiz_s_answers_are_the_run_s(seen: Seen) -> None:
     for one in asked.values():
         assert len({*one.options}) == 3
     assert data_of(explained(seen, panels=["quiz"]), "quiz") == [[one.name, one.right] for one in asked.values()]
+
+
+def question(seen: Seen, name: str) -> quiz.Question | None:
+    return next((one for one in quiz.questions(seen) if one.name == name), None)
+
+
+def test_the_quiz_asks_what_the_run_can_answer() -> None:
+    """Guidance below 0, on a part, rescaled, or without any difference; a first sample that is not noise."""
+    sd = tiny.tiny_sd()
+
+    def asked(name: str, **options: Any) -> str | None:
+        found = question(collect(sd, Request("a fox", steps=4, seed=0, sampler="ddim", **options)), name)
+        return None if found is None else found.options[found.right].en
+
+    assert asked("scale", guidance_scale=-3.0) == "-3"
+    assert asked("scale", guidance_rescale=0.5) is None
+    assert asked("scale", negative_prompt="a fox") is None, "the two predictions are equal"
+    assert asked("calls") == "8"
+    assert asked("calls", guidance_interval=(0.3, 0.8)) == "6"
+    assert asked("calls", guidance_scale=1.0) == "4"
+    assert asked("initial") is not None
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert asked("initial", image=picture, strength=0.5) is None
+
+
+def test_a_lesson_says_whether_the_picture_shows_the_mistake() -> None:
+    small, large = (whatif._lesson(whatif.Result("eps", torch.zeros(0), "a/b", 3, None, apart), whatif.WORDS["one eps"])
+                    for apart in (0.2, 7.0))  # fmt: skip
+    assert "is not seen in a picture" in small
+    assert "is not seen in a picture" not in large
+    assert "all have 1e-5" in large
+    assert "7 levels of 255" in large

@@ -24,6 +24,13 @@ def test_text_and_attributes_are_escaped() -> None:
     assert tag("br") == "<br>"
 
 
+def test_control_characters_are_shown() -> None:
+    """HTML cannot hold them: a reader would see nothing, or a replacement."""
+    element = tag("p", "a\x00\x1b[31m\x7f\x85\udc80\tb\n", title="\x07")
+    assert element == '<p title="\u2407">a\u2400\u241b[31m\u2421\ufffd\ufffd\tb\n</p>'
+    element.encode()
+
+
 def test_data_cannot_end_its_element() -> None:
     made = embedded({"a": [HOSTILE, 1.5]}, "x")
     inside = re.fullmatch(r'<script type="application/json" id="x">(.*)</script>', made)

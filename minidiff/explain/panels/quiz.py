@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from minidiff.explain.collect import Seen
+from minidiff.explain.collect import Frame, Seen
 from minidiff.explain.panel import Panel, line
 from minidiff.explain.panels import words as attention
 from minidiff.explain.second_look import looks
@@ -66,10 +66,12 @@ def _each(seen: Seen) -> Iterator[Raw]:
     frames, plan, total = seen.frames, seen.plan, len(seen.pipe.schedule)
     calls, first, middle = len(frames), frames[0], frames[len(frames) // 2]
     yield "first", _n(first.t), [_n(total - 1), _n(total), _n(total // 2)], {"total": total}
-    count = calls * (2 if seen.guided else 1)
-    yield "calls", _n(count), [_n(calls), _n(2 * calls), _n(calls + 1), _n(4 * calls)], {"calls": calls}
-    initial = float(plan.init_noise_sigma)
-    yield "initial", _n(initial), [_n(1), _n(14.6146), _n(0.18215)], {}
+    if getattr(seen.request, "prompt_style", None) is None:  # another syntax can join several prompts
+        count = sum(1 if frame.unconditional is None else 2 for frame in frames)
+        yield "calls", _n(count), [_n(calls), _n(2 * calls), _n(calls + 1), _n(4 * calls)], {"calls": calls}
+    if seen.request.image is None:
+        initial = float(plan.init_noise_sigma)
+        yield "initial", _n(initial), [_n(1), _n(14.6146), _n(0.18215)], {}
     signal, noise = float(plan.signal[middle.i]), float(plan.noise[middle.i])
     share = 100 * noise**2 / (signal**2 + noise**2)
     far = 20.0 if share > 45 else 90.0
@@ -83,9 +85,8 @@ def _each(seen: Seen) -> Iterator[Raw]:
 
 def _text(seen: Seen) -> Iterator[Raw]:
     middle = seen.frames[len(seen.frames) // 2]
-    if middle.unconditional is not None and middle.conditional is not None:
-        gone = (middle.out - middle.unconditional).float().norm() / (middle.conditional - middle.unconditional).norm()
-        scale = float(gone)
+    scale = _scale(middle)
+    if scale is not None and not seen.request.guidance_rescale:
         yield "scale", _n(scale), [_n(1), _n(0.5), _n(scale**2)], {"t": f"{middle.t:g}"}
     if attention.missing(seen) is None:
         tokens, share = attention.tokens_of(seen), attention.shares(looks(seen)).mean(dim=0)
@@ -93,6 +94,15 @@ def _text(seen: Seen) -> Iterator[Raw]:
         best = max(sums, key=lambda k: sums[k])
         names = {k: attention.WORDS[f"kind {k}"] for k in sums}
         yield "attended", names[best], [names[k] for k in sums if k != best], {"share": f"{100 * sums[best]:.0f}"}
+
+
+def _scale(frame: Frame) -> float | None:
+    """Return how far guidance went, in differences of both predictions; None if there is no difference."""
+    if frame.unconditional is None or frame.conditional is None:
+        return None
+    apart = (frame.conditional - frame.unconditional).double()
+    size = float(apart.square().sum())
+    return float(((frame.out - frame.unconditional).double() * apart).sum()) / size if size else None
 
 
 def _network(seen: Seen) -> Iterator[Raw]:

@@ -6,6 +6,7 @@ from minidiff.explain.collect import Seen
 from minidiff.explain.mistakes import STEPS, Result, compare
 from minidiff.explain.panel import Left, Panel, answer, line
 from minidiff.explain.pictures import img
+from minidiff.models.attention import SpatialTransformer
 from minidiff.page.html import Html, table, tag
 from minidiff.page.languages import Text, say, words
 from minidiff.parity.difference import difference
@@ -13,6 +14,8 @@ from minidiff.parity.stages import watched
 from minidiff.pipeline.guidance import guide
 from minidiff.samplers.levels import Sigmas
 from minidiff.schedule import to_x0
+
+UNSEEN = 1.0  # levels of 255, root mean square, that no eye sees
 
 WORDS = words(__package__, "whatif.json")
 
@@ -27,7 +30,8 @@ def build(seen: Seen) -> Panel | Left:
     for one in found:
         name = WORDS[f"name {one.name}"]
         figures.append(tag("figure", img(one.pixels, name, side=192), tag("figcaption", say(name))))
-    lessons = [_lesson(one) for one in found]
+    transformers = any(isinstance(m, SpatialTransformer) for m in seen.pipe.unet.modules())
+    lessons = [_lesson(one, WORDS["one eps" if transformers else "other eps"]) for one in found]
     names = [say(WORDS[name]) for name in ("mistake", "stage", "before", "there", "apart")]
     body = tag(
         "div",
@@ -65,7 +69,9 @@ def _cells(one: Result) -> tuple[Html | str | int, ...]:
     return say(WORDS[f"name {one.name}"]), one.stage or "–", one.before, there, f"{one.apart:.2g}"
 
 
-def _lesson(one: Result) -> Html:
-    name: Text = WORDS[f"name {one.name}"]
-    said = say(WORDS[f"why {one.name}"], "p", stage=one.stage or "–", apart=f"{one.apart:.2g}")
-    return answer(f"whatif-{one.name}", name, said)
+def _lesson(one: Result, changed: Text) -> Html:
+    """Return what a mistake teaches. ``changed``: what was done to eps."""
+    name, why = WORDS[f"name {one.name}"], WORDS[f"why {one.name}"]
+    said = say(why, "p", None, stage=one.stage or "–", apart=f"{one.apart:.2g}", changed=changed)
+    unseen = say(WORDS["harmless"], "p") if one.apart < UNSEEN else None
+    return answer(f"whatif-{one.name}", name, said, unseen)
