@@ -31,6 +31,7 @@ from weights_convert.tensors import read_tensors
 Swaps = Mapping[str, str | os.PathLike[str] | None]
 TRANSFORMERS, OPEN_CLIP = "encoder.layers.0.layer_norm1.weight", "transformer.resblocks.0.ln_1.weight"
 TAESD = re.compile(r"(.*)(encoder|decoder)(\.(?:safetensors|pth|pt))", re.DOTALL)  # the names of the author's files
+HALVES = ("encoder", "decoder")
 
 
 def swap(source: Source, files: Swaps) -> Source:
@@ -65,10 +66,10 @@ def swap(source: Source, files: Swaps) -> Source:
 
 def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, str]:
     """Return config, tensors and layout of the part at ``path``; ``mine`` is the config that it has to fit."""
+    author = _author(path) if part == "vae" else None
+    if author is not None:
+        return *_taesd(author), "TAESD's two files"
     if path.is_dir():
-        pair = sorted(p for p in path.iterdir() if TAESD.fullmatch(p.name)) if part == "vae" else []
-        if pair and not (path / "config.json").is_file():
-            return _taesd(pair[0])
         place = path / part if (path / part).is_dir() else path
         component = read_component(place)
         if not isinstance(component.config, (VAEConfig, TAESDConfig) if part == "vae" else type(mine)):
@@ -78,11 +79,11 @@ def read_part(path: Path, part: str, mine: AnyConfig) -> tuple[AnyConfig, Part, 
         return component.config, component.part, "a component's folder"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
-    if part == "vae" and TAESD.fullmatch(path.name):
-        return _taesd(path)
     tensors, metadata, _ = read_tensors(path)
     if checkpoint.is_minidiff(metadata):
         return _from_minidiff(path, part)
+    if part == "vae" and "decoder.layers.0.weight" in tensors:
+        return *_tiny(path, tensors, original=False), "diffusers layout"
     model = meta_model(mine)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
@@ -111,7 +112,7 @@ def config_of(path: Path, part: str, rule: Mapping[str, Any], *, open_clip: bool
     """
     pair = part == "vae" and TAESD.fullmatch(path.name)
     tensors, metadata, _ = ({}, {}, []) if pair or path.is_dir() else read_tensors(path)
-    if not tensors or checkpoint.is_minidiff(metadata):
+    if not tensors or checkpoint.is_minidiff(metadata) or "decoder.layers.0.weight" in tensors:
         default: AnyConfig = VAEConfig() if part == "vae" else CLIPTextConfig()
         return dataclasses.asdict(read_part(path, part, default)[0])
     if part == "vae":
@@ -189,21 +190,68 @@ def _from_minidiff(path: Path, part: str) -> tuple[AnyConfig, Part, str]:
     return config, Part(own), "a minidiff file"
 
 
-def _taesd(path: Path) -> tuple[AnyConfig, Part, str]:
-    """Read the author's pair of files, of which ``path`` is one."""
+def read_decoder(path: Path, mine: VAEConfig | TAESDConfig) -> tuple[VAEConfig | TAESDConfig, Mapping[str, Lazy]]:
+    """Return config and tensors of the VAE at ``path``, of TAESD's author's files only of the decoder's.
+
+    ``mine`` is the config that a bare file has to fit.
+    """
+    author = _author(path)
+    if author is not None:
+        tiny, part = _taesd(author, ("decoder",))
+        return tiny, part.tensors
+    found, part, _ = read_part(path, "vae", mine)
+    assert isinstance(found, (VAEConfig, TAESDConfig))
+    return found, part.tensors
+
+
+def _author(path: Path) -> Path | None:
+    """Return one of TAESD's author's files at ``path``, or in the folder there; None for anything else.
+
+    Raises :class:`CheckpointError` for a folder with several of his models.
+    """
+    if not path.is_dir():
+        return path if path.is_file() and TAESD.fullmatch(path.name) else None
+    if (path / "config.json").is_file():
+        return None
+    found = {}
+    for file in sorted(path.iterdir()):
+        named = TAESD.fullmatch(file.name)
+        if named is not None:
+            found[named[1]] = file  # with the same name, .safetensors is the last
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found.values())
+        raise CheckpointError(f"{path}: holds several tiny autoencoders; name a file of one: {names}")
+    return next(iter(found.values()), None)
+
+
+def _taesd(path: Path, halves: tuple[str, ...] = HALVES) -> tuple[TAESDConfig, Part]:
+    """Read the author's pair of files, of which ``path`` is one, or the named ``halves`` of it."""
     named = TAESD.fullmatch(path.name)
     assert named is not None
     tensors: dict[str, Lazy] = {}
-    for half in ("encoder", "decoder"):
+    for half in halves:
         file = path.with_name(f"{named[1]}{half}{named[3]}")
         if not file.is_file():
             raise CheckpointError(f"{file}: no such file; the tiny autoencoder is a pair, encoder and decoder")
         tensors |= {f"{half}.{k}": t for k, t in read_tensors(file).lazy.items()}
-    first = tensors.get("encoder.0.weight")
-    last = tensors.get("decoder.1.weight")
-    if first is None or last is None or len(first.shape) != 4 or len(last.shape) != 4:
-        raise CheckpointError(f"{path}: not the tiny autoencoder's layers ('0.weight' of the encoder is missing)")
-    config = TAESDConfig(width=first.shape[0], image_channels=first.shape[1], latent_channels=last.shape[1])
+    return _tiny(path, tensors, halves, original=True)
+
+
+def _tiny(
+    path: Path, tensors: Mapping[str, Lazy], halves: tuple[str, ...] = HALVES, *, original: bool
+) -> tuple[TAESDConfig, Part]:
+    """Read a tiny autoencoder from its tensors, or the named ``halves`` of one. Its sizes follow from their shapes."""
+    config = TAESDConfig()
+    for half in halves:
+        name = f"{half}.{'' if original else 'layers.'}{int(original and half == 'decoder')}.weight"
+        first = tensors.get(name)
+        if first is None or len(first.shape) != 4:
+            raise CheckpointError(f"{path}: not the tiny autoencoder's layers ({name!r} is missing, or no convolution)")
+        width, channels = first.shape[:2]
+        if half == "encoder":
+            config = dataclasses.replace(config, width=width, image_channels=channels)
+        else:
+            config = dataclasses.replace(config, width=width, latent_channels=channels)
     model = meta_model(config)
-    pairs = expand(keys_taesd.taesd(config, original=True), model)
-    return config, translate(pairs, tensors, model, where=str(path)), "TAESD's two files"
+    pairs = [p for p in expand(keys_taesd.taesd(config, original=original), model) if p.ours.startswith(halves)]
+    return config, translate(pairs, tensors, model, where=str(path))

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minidiff.cli.opening import open_model, parts_of
 from minidiff.config import check
 from minidiff.console.progress import Counter
 from minidiff.errors import ConfigError
 from minidiff.pipeline.metadata import FORMATS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from minidiff.pipeline import StableDiffusion, Unconditional
     from minidiff.pipeline.denoise import Run, Step
     from minidiff.pipeline.film import Film
@@ -74,14 +75,14 @@ def of(pipe: StableDiffusion | Unconditional, args: Namespace, run: Run) -> View
         check(suffix in FORMATS, f"--preview {args.preview}: end it in one of {', '.join(FORMATS)}")
         there = Path(args.preview).parent
         check(there.is_dir(), f"--preview {args.preview}: there is no folder {there}; create it first")
-        found.watchers.append(Preview(pipe, args.preview, _decoder(pipe, args)))
+        found.watchers.append(Preview(pipe, args.preview, _decode(pipe, args)))
     return found
 
 
-def _decoder(pipe: StableDiffusion | Unconditional, args: Namespace) -> StableDiffusion | Unconditional | None:
-    """Open the model once more, mapped, with the VAE of --preview-vae in the place of its own."""
+def _decode(pipe: StableDiffusion | Unconditional, args: Namespace) -> Callable[[Tensor], Tensor] | None:
+    """Open the decoder of --preview-vae, beside the VAE of the model."""
     if args.preview_vae is None:
         return None
-    options = parts_of(args)
-    options["swap"] = {**options["swap"], "vae": args.preview_vae}
-    return open_model(args.model, pipe.device, pipe.dtype, **options)[0]
+    import weights_convert
+
+    return weights_convert.open_decoder(args.preview_vae, pipe.config, pipe.device, pipe.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor
 from minidiff.config import check, quote
 from minidiff.console import warn
 from minidiff.errors import ConfigError
+from minidiff.models.taesd import TAESD
 from minidiff.models.vae import VAE
 from minidiff.noise import Source
 from minidiff.pipeline.image_files import complaint, open_picture, to_eight_bits, unused
@@ -214,6 +215,13 @@ def encode(vae: VAE, pixels: Tensor, count: int, noise: Source, dtype: torch.dty
         drawn = [each[k : k + 1] for k in range(count)]
     latents = torch.cat([f.sample(noise=d) for f, d in zip(found, drawn, strict=True)])
     return vae.config.scaling_factor * latents.to(dtype)
+
+
+def decode(vae: VAE | TAESD, latents: Tensor) -> Tensor:
+    """Decode latents of a run (B, C, h, w) to pixels (B, 3, H, W), about in [-1, 1]."""
+    latents = latents.to(vae.decoder.conv_in.weight)  # its device and dtype
+    # Division by the factor: multiplication by its reciprocal would round differently.
+    return vae.decode(latents / vae.config.scaling_factor)
 
 
 def spread(given: Tensor, count: int, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,12 +31,15 @@ SHARE = 0.02  # most of a run's time that is spent on its preview
 class Preview:
     """File that shows the first picture of a run; call it with each :class:`Step`.
 
-    ``decoder``: a pipeline whose small VAE (TAESD) decodes the latents instead. The file is written whole, and so
-    rarely that it takes at most 2 % of the time.
+    ``decode``: a function from latents to pixels (1, 3, H, W) in [0, 1] that is used instead, such as
+    :func:`weights_convert.open_decoder` gives. The file is written whole, and so rarely that it takes at most 2 % of
+    the time.
     """
 
-    def __init__(self, pipe: Pipeline, path: str | os.PathLike[str], decoder: Pipeline | None = None) -> None:
-        self.pipe, self.path, self.decoder = pipe, path, decoder
+    def __init__(
+        self, pipe: Pipeline, path: str | os.PathLike[str], decode: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.pipe, self.path, self.decode = pipe, path, decode
         self.colours: Tensor | None = None
         self.began = time.monotonic()
         self.spent = self.latest = 0.0  # seconds: in all, and for the latest picture
@@ -51,11 +55,11 @@ class Preview:
         self.spent += self.latest
 
     def picture(self, latents: Tensor) -> Image.Image:
-        """Return the first entry of ``latents`` (B, C, h, w) as a picture of h x w pixels, or as ``decoder`` has it."""
+        """Return the first entry of ``latents`` (B, C, h, w) as a picture of h x w pixels, or as ``decode`` has it."""
         with torch.no_grad():
             one = latents[:1]
-            if self.decoder is not None:
-                return to_pil(self.decoder.decode(one.to(self.decoder.dtype)))[0]
+            if self.decode is not None:
+                return to_pil(self.decode(one))[0]
             if self.colours is None:
                 self.colours = self.fitted(one)
             return to_pil(coloured(one.float(), self.colours).clamp(0, 1))[0]

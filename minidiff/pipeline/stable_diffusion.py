@@ -216,9 +216,7 @@ class StableDiffusion(Entrance):
 
     @torch.no_grad()
     def _raw_pixels(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.decoder.conv_in.weight)  # its device and dtype
-        # Division by the factor: multiplication by its reciprocal would round differently.
-        return self.vae.decode(latents / self.vae.config.scaling_factor)
+        return images.decode(self.vae, latents)
 
     # --- prompts ---
 

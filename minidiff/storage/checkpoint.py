@@ -116,7 +116,7 @@ def fill(
     """
     account(parts, tensors, source)
     for name, part in parts.items():
-        state = {key: _convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
+        state = {key: convert(tensors[f"{name}.{key}"].load(), device, dtype) for key in part.state_dict()}
         part.load_state_dict(state, assign=True)
         part.to(device=device)  # moves the buffers, which follow from the config; the weights are already there
 
@@ -153,7 +153,7 @@ def fetching(
     """Return a function for each weight of ``parts`` that reads it from ``tensors``, on ``device`` and in its dtype."""
 
     def fetch(tensor: Lazy, dtype: torch.dtype) -> Callable[[], Tensor]:
-        return lambda: _convert(tensor.load(), device, dtype)
+        return lambda: convert(tensor.load(), device, dtype)
 
     weights = {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()}
     return {name: fetch(tensors[name], p.dtype) for name, p in weights.items()}
@@ -180,7 +180,8 @@ def account(parts: Mapping[str, nn.Module], tensors: Mapping[str, Lazy], source:
             )
 
 
-def _convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+def convert(tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor of a file as models compute with it: on ``device``, in ``dtype`` (None: its own), aligned."""
     tensor = tensor.to(device=device, dtype=dtype)
     # A matrix-vector product on the CPU sums in another order if its matrix is not aligned to a cache line, and the
     # alignment of a mapped tensor is that of its file. In minidiff's own files few tensors need the copy.

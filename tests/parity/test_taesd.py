@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import weights_convert
-from minidiff import CheckpointError, UnsupportedError
+from minidiff import CheckpointError, ConfigError, UnsupportedError, cli
 from minidiff.config import TAESDConfig
 from minidiff.models.taesd import TAESD
-from minidiff.pipeline import StableDiffusion, load
+from minidiff.pipeline import StableDiffusion, load, preview
 from tests.support.parity import twins
+from tests.support.tiny import tiny_ddpm
 from tests.tolerances import assert_close
 from weights_convert.component import meta_model
 from weights_convert.configs_diffusers import Options
@@ -30,6 +36,7 @@ SMALL: dict[str, Any] = {
     "num_encoder_blocks": (1, 3, 2, 1),
     "num_decoder_blocks": (1, 2, 3, 1),
 }
+HALVES = ("encoder", "decoder")
 ORDINARY = SMALL | {"num_encoder_blocks": (1, 3, 3, 3), "num_decoder_blocks": (3, 3, 3, 1)}
 
 
@@ -37,14 +44,14 @@ def twin(**options: Any) -> Any:
     return twins.redraw(AutoencoderTiny(**options), 5)
 
 
-def author_files(reference: Any, folder: Path, suffix: str = ".safetensors") -> None:
+def author_files(reference: Any, folder: Path, suffix: str = ".safetensors", name: str = "taesd_") -> None:
     """The reference's weights as the author's two files: flat lists of layers, the decoder's with a clamp in front."""
-    for half in ("encoder", "decoder"):
+    for half in HALVES:
         tensors: dict[str, Tensor] = {}
         for key, tensor in getattr(reference, half).state_dict().items():
             _, number, rest = key.split(".", 2)
             tensors[f"{int(number) + (half == 'decoder')}.{rest}"] = tensor.clone()
-        file = folder / f"taesd_{half}{suffix}"
+        file = folder / f"{name}{half}{suffix}"
         if suffix == ".safetensors":
             save_file(tensors, file)
         else:
@@ -111,6 +118,83 @@ def test_instead_of_the_large_one(base: Path, tmp_path: Path, form: str) -> None
     want = theirs("a fox", num_inference_steps=2, generator=seed, output_type="pt").images
     seed = torch.Generator().manual_seed(3)
     assert_close(sd.generate("a fox", steps=2, generator=seed, output="tensor", progress=False), want)
+
+
+def place_of(tiny: Any, place: Path, form: str) -> Path:
+    """Write ``tiny`` in one of the forms in which it is found; return the path to give."""
+    place.mkdir()
+    if form in ("folder", "bare file"):
+        tiny.save_pretrained(place)
+        return place if form == "folder" else place / "diffusion_pytorch_model.safetensors"
+    author_files(
+        tiny, place, ".pth" if ".pth" in form else ".safetensors", name="taesdxl_" if "XL" in form else "taesd_"
+    )
+    if "alone" in form:
+        (gone,) = place.glob("*encoder.*")
+        gone.unlink()
+    (decoder,) = place.glob("*decoder.*")
+    return place if form == "pair" else decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["folder", "bare file", "pair", "decoder.pth alone", "XL decoder alone"])
+def test_a_decoder_for_previews(base: Path, tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+    """It gives the pixels of the reference's pipeline with its ``vae`` replaced, to the last bit, and leaves the model
+    as it is: latents are what the UNet sees, and only the decoder is read."""
+    tiny = twin(**ORDINARY)
+    path = place_of(tiny, tmp_path / "tiny", form)
+    config = load(base / "model.safetensors", device="cpu").config
+    assert config.vae is not None
+    assert config.vae.scaling_factor != tiny.config.scaling_factor == 1
+    decode = weights_convert.open_decoder(path, config, torch.device("cpu"), dtype)
+    theirs = DiffusionPipeline.from_pretrained(base / "folder", local_files_only=True)
+    tiny = tiny.to(dtype)
+    for shape in ((1, 4, 8, 8), (2, 4, 5, 9)):
+        latents = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(1))  # beyond the limit of 3
+        with torch.no_grad():
+            raw = tiny.decode(latents.to(dtype) / tiny.config.scaling_factor, return_dict=False)[0]
+        want = theirs.image_processor.postprocess(raw, output_type="pt")
+        assert want.std() > 0.05
+        assert_close(decode(latents), want)
+
+
+def test_the_picture_of_a_preview(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--preview-vae``: the file shows what the reference's small decoder makes of the latest estimate."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(preview, "SHARE", math.inf)  # renewed at each step
+    tiny = twin(**ORDINARY)
+    given = place_of(tiny, tmp_path / "tiny", "decoder.pth alone")
+    options = ["--model", base / "model.safetensors", "--steps", 3, "--sampler", "ddim", "--seed", 5, "--plain"]
+    shown = ["--out", "a.png", "--preview", "p.png", "--preview-vae", given, "--quiet"]
+    assert cli.main(["generate", "a fox", *map(str, [*options, *shown])]) == 0
+    sd = load(base / "model.safetensors", device="cpu")
+    assert isinstance(sd, StableDiffusion)
+    *_, last = sd.steps("a fox", steps=3, sampler="ddim", seed=5)
+    with torch.no_grad():
+        raw = tiny.decode(last.x0, return_dict=False)[0]
+    (want,) = VaeImageProcessor().postprocess(raw, output_type="pil")
+    with Image.open("p.png") as found:
+        side = found.width // want.width
+        assert side * want.width == found.width
+        assert np.array_equal(np.asarray(found)[::side, ::side], np.asarray(want))
+
+
+def test_decoders_that_do_not_fit(base: Path, tmp_path: Path) -> None:
+    config = load(base / "model.safetensors", device="cpu").config
+    for options, words in (
+        ({"latent_channels": 16}, "has 16 channels of latents, and this sd1 model 4"),
+        ({"num_encoder_blocks": (1, 3), "num_decoder_blocks": (3, 1)}, "has 2 pixels for one latent along a side"),
+    ):
+        sized = {f"{half}_block_out_channels": (8,) * len(options.get("num_encoder_blocks", "four")) for half in HALVES}
+        path = place_of(twin(**ORDINARY | sized | options), tmp_path / words[:6], "folder")
+        with pytest.raises(CheckpointError, match=words):
+            weights_convert.open_decoder(path, config, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match="works on pixels"):
+        weights_convert.open_decoder(path, replace(tiny_ddpm().config), torch.device("cpu"), torch.float32)
+    for name in ("taesd_", "taesdxl_"):
+        author_files(twin(**ORDINARY), tmp_path, name=name)
+    with pytest.raises(CheckpointError, match=r"several tiny autoencoders; name a file of one: taesd_encoder\.safe"):
+        weights_convert.open_decoder(tmp_path, config, torch.device("cpu"), torch.float32)
 
 
 def test_it_is_kept_in_a_file_and_exported(base: Path, tmp_path: Path) -> None:
