@@ -53,7 +53,7 @@ EXPONENTS = {
 HASH_KEY = "minidiff.hash"  # hash of all content: checked when everything is read
 HEADER_KEY = "minidiff.header"  # hash of the header alone: checked whenever the file is opened
 BLANK = "0" * 64  # placeholder for a hash while it is computed
-FRESH_MAP = 12 << 20  # bytes read from a map before it is replaced by a new one
+FRESH_MAP = 1 << 20  # bytes read from a map before it is replaced by a new one
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector that a CPU kernel loads
 
 
