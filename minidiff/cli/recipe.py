@@ -40,9 +40,6 @@ def open_recipe(args: Namespace) -> Recipe:
         raise ConfigError(
             f"{args.recipe}: was made by {source.program} with another model{called}; name it with --model"
         )
-    if source.notes:
-        names = ", ".join(source.notes[:SHOWN]) + (", ..." if len(source.notes) > SHOWN else "")
-        say(f"{args.recipe}: its recipe asks for more, which is not done here: {names}", "warning")
     if made.place:
         place = f"picture {made.place + 1} of {made.places} from one stream"
         raise CheckpointError(f"{args.recipe}: {place}; make all of them, with --seed {request.seed}")
@@ -62,9 +59,11 @@ def open_recipe(args: Namespace) -> Recipe:
         raise ConfigError(f"{args.recipe}: was made with {', '.join(beyond)}, which only Python has; repeat it there")
     for name, given in (("prompt", args.prompt), ("seed", args.seed is not None)):
         if getattr(request, name) is None and not given and (recipe.text or name == "seed"):
-            raise CheckpointError(
-                f"{args.recipe}: its recipe has no {name} (tensors were given instead); give one here"
-            )
+            why = "tensors were given instead" if source.program == recipes.OURS else "none that is understood"
+            raise CheckpointError(f"{args.recipe}: its recipe has no {name} ({why}); give one here")
+    if source.notes:
+        names = ", ".join(source.notes[:SHOWN]) + (", ..." if len(source.notes) > SHOWN else "")
+        say(f"{args.recipe}: its recipe asks for more, which is not done here: {names}", "warning")
     if args.vae_tiles is None:
         args.vae_tiles = made.approximate.get(TILES)
     args.plain = args.plain or (source.program == recipes.OURS and not made.fast)

@@ -33,7 +33,7 @@ TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 MOST_CHUNKS = 1 << 20  # of a file; the pixels of a picture of a gigabyte are in some 100,000
 MOST_IN_JPEG = 65_000  # bytes of XMP or Exif: a segment's length has 16 bits
 EXIF, USER_COMMENT, CAMERA = 0x8769, 0x9286, (0x010F, 0x0110)  # Exif's tags
-COMMENT = b"UNICODE\0"  # what comes before a user comment in UTF-16
+COMMENT, ASCII = b"UNICODE\0", b"ASCII\0\0\0"  # what comes before a user comment in UTF-16, and before another one
 
 MADE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 MADE_IN_PART = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
@@ -144,6 +144,8 @@ def _of_other(path: str | os.PathLike[str], most: int) -> dict[str, str]:
         found[KEY] = recipe
     if isinstance(comment, bytes) and comment.startswith(COMMENT):
         found[PARAMETERS] = _utf16(comment[len(COMMENT) :])
+    elif isinstance(comment, bytes) and comment.startswith(ASCII):
+        found[PARAMETERS] = comment[len(ASCII) :].decode("utf-8", "replace").rstrip("\0")
     for text in camera:
         for name in GRAPHS:
             if isinstance(text, str) and text.startswith(f"{name}:"):

@@ -165,6 +165,24 @@ def test_a_denoised_picture_is_wanted_again(tmp_path: Path) -> None:
     assert found.recipe.pictures.keys() == {"image"}
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_comments_in_exif(suffix: str, tmp_path: Path) -> None:
+    """In UTF-16 of either order, and in plain text, as programs write them."""
+    text = f"a café\n{PLAIN}"
+    written = [b"UNICODE\0" + text.encode("utf-16-be"), b"UNICODE\0" + text.encode("utf-16-le")]
+    for comment in (*written, b"ASCII\0\0\0" + text.encode()):
+        exif = Image.Exif()
+        exif.get_ifd(metadata.EXIF)[metadata.USER_COMMENT] = comment
+        picture().save(tmp_path / f"a{suffix}", exif=exif)
+        found = recipes.read(tmp_path / f"a{suffix}")
+        assert (found.program, found.recipe.request.prompt) == ("a1111", "a café")
+
+
+def test_lines_may_end_as_on_windows() -> None:
+    found = asked(f"a fox\r\nin ink \r\n Negative prompt: fog\r\n{PLAIN}\r\n \r\n")
+    assert (found["prompt"], found["negative_prompt"], found["steps"]) == ("a fox\nin ink", "fog", 20)
+
+
 def test_a_prompt_alone() -> None:
     """A last line of fewer than three entries is a part of it."""
     for text in ("a fox, time: 12", "a fox\nSteps: 3", "", "a : b, c : d"):
@@ -311,13 +329,46 @@ def test_other_nodes_are_named() -> None:
     found = from_graph(graph)
     assert found["image"] == "dawn.png"
     assert found["strength"] == 0.6
-    assert found["prompt"] == ""
+    assert "prompt" not in found
     assert sorted(found["not done"]) == [
         "node 'CLIPTextEncode'",
         "node 'ConditioningCombine'",
         "node 'EmptyLatentImage'",
         "noise levels 'gits'",
     ]
+
+
+def test_of_several_samplers_the_one_that_begins_is_read() -> None:
+    """The second of a picture that is made large comes first in the file, if its node was drawn first."""
+    graph = changed(n3={"latent_image": ["50", 0], "steps": 8, "denoise": 0.5})
+    graph["50"] = {"class_type": "LatentUpscale", "inputs": {"samples": ["51", 0]}}
+    graph["51"] = {"class_type": "KSampler", "inputs": {**GRAPH["3"]["inputs"], "seed": 4}}
+    found = from_graph(graph)
+    assert (found["seed"], found["steps"], found["width"]) == (4, 20, 768)
+    assert sorted(found["not done"]) == ["node 'KSampler'", "node 'LatentUpscale'"]
+
+
+def test_texts_are_found_behind_a_control() -> None:
+    """Which is named as not done; both of its outputs lead to a text of its own."""
+    graph = changed(n3={"positive": ["60", 0], "negative": ["60", 1]})
+    graph["60"] = {"class_type": "ControlNetApplyAdvanced", "inputs": {"positive": ["61", 0], "negative": ["7", 0]}}
+    graph["61"] = {"class_type": "ControlNetApply", "inputs": {"conditioning": ["6", 0]}}
+    found = from_graph(graph)
+    assert (found["prompt"], found["negative_prompt"]) == ("a fox", "fog")
+    assert sorted(found["not done"]) == ["node 'ControlNetApply'", "node 'ControlNetApplyAdvanced'"]
+    graph["60"]["inputs"]["positive"] = ["60", 0]  # a circle
+    assert "prompt" not in from_graph(graph)
+
+
+def test_a_graph_without_a_prompt_is_not_painted_without_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = {**GRAPH, "3": {**GRAPH["3"], "class_type": "KSamplerAdvanced"}}
+    path = foreign(tmp_path / "a.png", prompt=json.dumps(graph))
+    assert "node 'KSamplerAdvanced'" in from_graph(graph)["not done"]
+    assert cli.main(["generate", "--recipe", str(path), "--model", "x.safetensors"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a.png: its recipe has no prompt (none that is understood); give one here")
 
 
 def test_a_circle_of_nodes_ends() -> None:

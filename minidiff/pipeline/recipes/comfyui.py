@@ -2,8 +2,8 @@
 
     {"3": {"class_type": "KSampler", "inputs": {"seed": 7, "steps": 20, ..., "model": ["4", 0]}}, "4": ...}
 
-An input is a value, or [node, output]. One sampler is read, with what its inputs lead to: checkpoint, adapters, texts,
-size, or the picture that it begins from. Every other node is named as not done.
+An input is a value, or [node, output]. One sampler is read, the one that begins, with what its inputs lead to:
+checkpoint, adapters, texts, size, or the picture that it begins from. Every other node is named as not done.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from minidiff.pipeline.recipes.theirs import Theirs, number, whole
 PROGRAM = "comfyui"
 SAMPLER = "KSampler"
 OUTPUTS = {"SaveImage", "PreviewImage", "VAEDecode", "VAEDecodeTiled", "Note", "Reroute", "PrimitiveNode"}
+CONTROLS = {"ControlNetApply", "ControlNetApplySD3", "ControlNetApplyAdvanced"}  # hand the texts on
+BEGINS = ("EmptyLatentImage", "VAEEncode")
 DEEPEST = 100  # nodes in a row
 
 Node = Mapping[str, Any]
@@ -52,14 +54,19 @@ class Reader:
     def read(self) -> Theirs:
         """Read the graph from its sampler on."""
         found = self.found
-        found.asked |= {"prompt": "", "prompt_style": PROGRAM}
+        found.asked |= {"prompt": None, "prompt_style": PROGRAM}
         samplers = [key for key, node in self.nodes.items() if node["class_type"] == SAMPLER]
-        if samplers:
-            self.sampler(samplers[0])
+        if samplers:  # of several, another goes on with what the first one made
+            self.sampler(next(filter(self.begins, samplers), samplers[0]))
         for key, node in self.nodes.items():
             if key not in self.used and node["class_type"] not in OUTPUTS:
                 found.notes.append(f"node {quote(node['class_type'])}")
         return found
+
+    def begins(self, key: str) -> bool:
+        """Return True for a sampler whose latents come from no other one."""
+        start = self.follow(self.nodes[key]["inputs"].get("latent_image"))
+        return start is not None and self.nodes[start]["class_type"] in BEGINS
 
     def sampler(self, key: str) -> None:
         """Read a KSampler and what its inputs lead to."""
@@ -77,26 +84,29 @@ class Reader:
                 found.asked[field] = reader(value)
         name, levels = self.value(inputs.get("sampler_name")), self.value(inputs.get("scheduler"))
         found.set_sampler(str(name), str(levels))
-        found.asked["prompt"] = self.text(inputs.get("positive"))
-        found.asked["negative_prompt"] = self.text(inputs.get("negative")) or None
+        found.asked["prompt"] = self.text(inputs.get("positive"), "positive")
+        found.asked["negative_prompt"] = self.text(inputs.get("negative"), "negative") or None
         self.model(inputs.get("model"))
         self.latents(inputs.get("latent_image"), self.value(inputs.get("denoise")))
 
-    def node(self, link: Any, *kinds: str) -> Node | None:
-        """Return the node that an input leads to, if it is of one of ``kinds``, and count it as used."""
+    def follow(self, link: Any) -> str | None:
+        """Return the key of the node that an input leads to."""
         for _ in range(DEEPEST):
             key = str(link[0]) if isinstance(link, list) and link and isinstance(link[0], (str, int)) else None
-            node = None if key is None else self.nodes.get(key)
-            if node is None or key is None:
+            if key is None or key not in self.nodes:
                 return None
-            if node["class_type"] == "Reroute":
-                link = next(iter(node["inputs"].values()), None)
-            elif node["class_type"] in kinds:
-                self.used.add(key)
-                return node
-            else:
-                return None
+            if self.nodes[key]["class_type"] != "Reroute":
+                return key
+            link = next(iter(self.nodes[key]["inputs"].values()), None)
         return None
+
+    def node(self, link: Any, *kinds: str) -> Node | None:
+        """Return the node that an input leads to, if it is of one of ``kinds``, and count it as used."""
+        key = self.follow(link)
+        if key is None or self.nodes[key]["class_type"] not in kinds:
+            return None
+        self.used.add(key)
+        return self.nodes[key]
 
     def value(self, held: Any) -> Any:
         """Return the value of an input; that of a node without inputs of its own, if it leads to one."""
@@ -105,16 +115,23 @@ class Reader:
             return held
         return next((value for value in node["inputs"].values() if not isinstance(value, list)), None)
 
-    def text(self, link: Any) -> str:
-        """Return the text of a conditioning; what is done to it on the way is left out, and noted with its node."""
+    def text(self, link: Any, which: str) -> str | None:
+        """Return the text of a conditioning, None if there is none that is understood. What is done to it on the way is
+        left out, and noted with its node; ``which``: its name where a node hands on both."""
+        for _ in range(DEEPEST):
+            key = self.follow(link)
+            if key is None or self.nodes[key]["class_type"] not in CONTROLS:
+                break
+            inputs = self.nodes[key]["inputs"]
+            link = inputs.get(which, inputs.get("conditioning"))
         node = self.node(link, "CLIPTextEncode")
         if node is None:
-            return ""
+            return None
         text = self.value(node["inputs"].get("text"))
         self.clip(node["inputs"].get("clip"))
         if not isinstance(text, str):
             self.found.notes.append(f"text {quote(text)}")
-            return ""
+            return None
         return text
 
     def clip(self, link: Any) -> None:

@@ -53,7 +53,7 @@ def read(text: str) -> Theirs:
     """Read an infotext: see above. Any text is one, if only a prompt."""
     found = Theirs(PROGRAM)
     found.asked["prompt_style"] = PROGRAM
-    *lines, last = text.strip("\n").split("\n")
+    *lines, last = [line.strip() for line in text.strip().split("\n")]
     entries = parameters(last)
     if len(entries) < FEWEST:
         lines, entries = [*lines, last], {}
