@@ -103,7 +103,9 @@ def make(args: Namespace) -> Iterator[Path]:
             sampler = _changed(changes.get("sampler"), args.set) or added["sampler"]
             return pipe.run(_request(pipe, args, {**asked, **added, **changes, "sampler": sampler}))
 
-        yield from grid.make(pipe, axes, start, args.out, args.force, not args.quiet, not args.no_mark)
+        seeded = args.seed is not None or (recipe is not None and recipe.request.seed is not None)
+        told = {"show": not args.quiet, "mark": not args.no_mark}
+        yield from grid.make(pipe, axes, start, args.out, force=args.force, seeded=seeded, **told)
         return
     job = pipe.run(_request(pipe, args, {**asked, **added}))
     watching = views.of(pipe, args, job)
@@ -131,8 +133,9 @@ def prepared(args: Namespace, low_memory: bool = False) -> tuple[StableDiffusion
 
 def _in_turn(args: Namespace) -> bool:
     """Return True if the parts of the model may take turns in memory: one run needs text encoder, UNet and VAE one
-    after the other, but adapters change a model that is in memory, and a preview needs the VAE in between."""
-    return not (args.lora or args.embedding or args.preview or args.grid)
+    after the other, but adapters change a model in memory, and a preview by the own VAE needs that in between."""
+    own_preview = args.preview and not args.preview_vae
+    return not (args.lora or args.embedding or own_preview or args.grid)
 
 
 def _check_there(args: Namespace) -> None:

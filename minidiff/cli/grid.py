@@ -9,6 +9,7 @@ this run would make it, is not made again, so an interrupted grid goes on where 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,46 +92,107 @@ def make(
     axes: list[Axis],
     start: Callable[[Mapping[str, Any]], Run],
     out: str | None,
+    *,
     force: bool,
+    seeded: bool,
     show: bool,
     mark: bool,
 ) -> Iterator[Path]:
     """Make the cells that are missing, then the grid; yield the grid's path.
 
-    ``start`` returns the run of a cell, given the fields that its values set.
+    ``start`` returns the run of a cell, given the fields that its values set. ``seeded``: its seed was asked for, and
+    is not that of the cells that are there. A name that is another grid's is left to it, unless ``force`` is given.
     """
     from minidiff.console.progress import Counter
     from minidiff.pipeline.encodings import encoded_once
     from minidiff.pipeline.image_files import open_picture
     from minidiff.pipeline.montage import table
-    from minidiff.pipeline.png import label, marked, read_recipe, save_png, to_pil
+    from minidiff.pipeline.png import label, marked, save_png, to_pil
 
     columns, rows = axes[0], axes[1] if len(axes) > 1 else Axis("", (("", {}),))
-    place = Path(out or "grid.png")
-    if place.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: a grid is a PNG file; name it {place.stem or 'grid'}.png")
-    folder = place.with_name(f"{place.stem}-cells")
-    folder.mkdir(exist_ok=True)
-    cells: list[list[Image.Image]] = []
-    with encoded_once(pipe), Counter(len(columns.changes) * len(rows.changes), "cell", show=show) as counter:
-        for i, (_, down) in enumerate(rows.changes, 1):
-            cells.append([])
-            for j, (_, across) in enumerate(columns.changes, 1):
-                path, run = folder / f"{i:02}-{j:02}.png", start({**down, **across})
-                if _same(path, run.recipes[0], read_recipe):
-                    run.close()
-                else:
-                    image = label(to_pil(pipe.finish(run, progress=False))[0], run.recipes[0])
-                    save_png(image, path, "replace", mark)
-                cells[-1].append(open_picture(path))
-                counter.count()
-    whole = table(cells, columns.labels(), rows.labels() if rows.name else [""])
+    changes = {
+        f"{i:02}-{j:02}.png": {**down, **across}
+        for i, (_, down) in enumerate(rows.changes, 1)
+        for j, (_, across) in enumerate(columns.changes, 1)
+    }
+    with encoded_once(pipe), Counter(len(changes), "cell", show=show) as counter:
+        place, folder, seed = _place(Path(out or "grid.png"), changes, start, force=force, seeded=seeded)
+        cells: list[Image.Image] = []
+        for name, asked in changes.items():
+            path, run = folder / name, start({**seed, **asked})
+            if _recipe(path) == run.recipes[0]:
+                run.close()
+            else:
+                image = label(to_pil(pipe.finish(run, progress=False))[0], run.recipes[0])
+                folder.mkdir(exist_ok=True)
+                save_png(image, path, "replace", mark)
+            cells.append(open_picture(path))
+            counter.count()
+    width = len(columns.changes)
+    each = [cells[k : k + width] for k in range(0, len(cells), width)]
+    whole = table(each, columns.labels(), rows.labels() if rows.name else [""])
+    if _holds(place, whole):
+        yield place
+        return
     yield save_png(marked(whole) if mark else whole, place, "replace" if force else "next")
 
 
-def _same(path: Path, recipe: Mapping[str, Any], read: Callable[[Path], dict[str, Any]]) -> bool:
-    """Return True if the file at ``path`` was made by ``recipe``."""
+def _place(
+    wanted: Path,
+    changes: Mapping[str, Mapping[str, Any]],
+    start: Callable[[Mapping[str, Any]], Run],
+    *,
+    force: bool,
+    seeded: bool,
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Return the path of the grid, the folder of its cells, and what these have in common beside what is asked: their
+    seed. It is the first name like ``wanted`` that is free, or whose cells are of this grid."""
+    from minidiff.storage.writing import numbered
+
+    if wanted.suffix.lower() != ".png":
+        raise ConfigError(f"--out {wanted}: a grid is a PNG file; name it {wanted.stem or 'grid'}.png")
+    if not wanted.parent.is_dir():
+        raise ConfigError(f"--out {wanted}: there is no folder {wanted.parent}; create it first")
+    n = 0
+    while True:
+        n += 1
+        place = numbered(wanted, n)
+        folder = place.with_name(f"{place.stem}-cells")
+        there = [name for name in changes if os.path.lexists(folder / name)]
+        if not there:
+            if force or not (os.path.lexists(place) or os.path.lexists(folder)):
+                return place, folder, {}
+            continue
+        recipes = [_recipe(folder / name) for name in there]
+        seed = {} if seeded or recipes[0] is None else {"seed": recipes[0].get("seed")}
+        if all(_made_by(start({**seed, **changes[name]}), recipe) for name, recipe in zip(there, recipes, strict=True)):
+            return place, folder, seed
+        if force:
+            return place, folder, {}
+
+
+def _made_by(run: Run, recipe: Mapping[str, Any] | None) -> bool:
+    """Return True for the recipe of ``run``, which is closed."""
+    run.close()
+    return run.recipes[0] == recipe
+
+
+def _recipe(path: Path) -> Mapping[str, Any] | None:
+    """Return the recipe of the picture at ``path``, None if there is none."""
+    from minidiff.pipeline.png import read_recipe
+
     try:
-        return path.exists() and read(path) == recipe
-    except CheckpointError:
+        return read_recipe(path)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _holds(path: Path, picture: Image.Image) -> bool:
+    """Return True if the file at ``path`` is a picture of the same pixels."""
+    from minidiff.pipeline.image_files import open_picture
+
+    try:
+        there = open_picture(path, tell=lambda part: None)
+    except (CheckpointError, OSError):
         return False
+    return there.size == picture.size and there.convert("RGB").tobytes() == picture.convert("RGB").tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,13 @@ if TYPE_CHECKING:
 
 SMALLEST = 96  # pixels of a side: smaller pictures are enlarged, in whole steps
 MARGIN = 4  # pixels around a label
+# Fonts that a system may have, for labels with letters that Pillow's own lacks; the first with all of them is taken.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "arial.ttf", "Arial Unicode.ttf", "segoeui.ttf"),
+    *("NotoSansCJK-Regular.ttc", "NotoSerifCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc"),
+    *("wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "simsun.ttc", "malgun.ttf", "YuGothM.ttc"),
+)
+SIZE, NO_LETTER = 12, "\uffff"  # of a font, in pixels; what no font has
 FRAME, LAST = 100, 1500  # milliseconds that a frame of a film is shown
 
 
@@ -22,6 +30,7 @@ def table(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: 
 
     shown = [[enlarged(cell) for cell in row] for row in cells]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    draw.font = font_for("".join([*columns, *rows]))
     width = max(max(cell.width for cell in row) for row in shown)
     height = max(max(cell.height for cell in row) for row in shown)
     above = [_wrapped(draw, label, width) for label in columns]
@@ -29,14 +38,50 @@ def table(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: 
     top = max((_extent(draw, label)[1] for label in above), default=0)
     left = max((_extent(draw, label)[0] for label in beside), default=0)
     whole = Image.new("RGB", (left + width * len(columns), top + height * len(rows)), "white")
-    draw = ImageDraw.Draw(whole)
+    font, draw = draw.font, ImageDraw.Draw(whole)
     for j, label in enumerate(above):
-        draw.multiline_text((left + j * width + MARGIN, MARGIN), label, fill="black")
+        draw.multiline_text((left + j * width + MARGIN, MARGIN), label, fill="black", font=font)
     for i, (label, row) in enumerate(zip(beside, shown, strict=True)):
-        draw.multiline_text((MARGIN, top + i * height + MARGIN), label, fill="black")
+        draw.multiline_text((MARGIN, top + i * height + MARGIN), label, fill="black", font=font)
         for j, cell in enumerate(row):
             whole.paste(cell, (left + j * width, top + i * height))
     return whole
+
+
+def font_for(text: str) -> Any:
+    """Return Pillow's own font, or the first of ``FONTS`` that the system has, if only that has every letter of
+    ``text``."""
+    from PIL import ImageFont
+
+    own = ImageFont.load_default()
+    if _has(own, text):
+        return own
+    for name in FONTS:
+        with suppress(OSError):
+            found = ImageFont.truetype(name, SIZE)
+            if _has(found, text):
+                return found
+    return own
+
+
+def _has(font: Any, text: str) -> bool:
+    """Return True if ``font`` has every letter of ``text``. It draws a box, or nothing, for one that it lacks."""
+
+    def drawn(letter: str) -> bytes:
+        from PIL import Image, ImageDraw
+
+        image = Image.new("L", (2 * SIZE, 2 * SIZE))
+        ImageDraw.Draw(image).text((0, 0), letter, fill=255, font=font)
+        return image.tobytes()
+
+    letters = sorted({c for c in text if c.isprintable() and not c.isspace()})
+    if all(c.isascii() for c in letters):
+        return True
+    try:
+        missing = (drawn(" "), drawn(NO_LETTER))
+        return all(drawn(c) not in missing for c in letters)
+    except UnicodeError:  # of Pillow's font without FreeType
+        return False
 
 
 def enlarged(image: Image.Image) -> Image.Image:

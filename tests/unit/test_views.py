@@ -76,7 +76,7 @@ def test_a_preview_is_near_the_picture(tmp_path: Path) -> None:
     found = previews.coloured(latents, preview.fitted(latents))
     assert (found - small).abs().mean() < 0.05
     assert preview.picture(latents).size == (16, 16)
-    decoded = Preview(sd, tmp_path / "p.png", decoder=sd).picture(latents)
+    decoded = Preview(sd, tmp_path / "p.png", decode=sd.decode).picture(latents)
     assert decoded.size == (64, 64)
 
 
@@ -140,6 +140,33 @@ def test_views_of_a_model_without_text(run: Run, tmp_path: Path) -> None:
     assert len(film.rows) == 2
 
 
+def test_labels_are_drawn_in_a_font_that_has_their_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that the system has; else in Pillow's own, which draws a box for each that it lacks."""
+    from PIL import ImageFont
+
+    from minidiff.pipeline import montage
+
+    own, tried = ImageFont.load_default(), list[str]()
+    other = ImageFont.load_default(size=montage.SIZE + 1)
+
+    def open_font(name: str, size: int) -> Any:
+        tried.append(name)
+        if name != montage.FONTS[1]:
+            raise OSError("cannot open resource")
+        return other
+
+    monkeypatch.setattr(ImageFont, "truetype", open_font)
+    monkeypatch.setattr(ImageFont, "load_default", lambda: own)
+    assert montage.font_for("a red star, 1.5") is own
+    assert tried == []
+    assert not montage._has(own, "猫")
+    assert montage.font_for("一只猫") is own
+    assert tried == list(montage.FONTS)
+    monkeypatch.setattr(montage, "_has", lambda font, text: font is other)
+    assert montage.font_for("一只猫") is other
+    montage.table([[colour(255, 0, 0)]], ["一只猫"], [""])
+
+
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +202,47 @@ def test_cells_that_are_there_are_not_made_again(run: Run, tmp_path: Path) -> No
     run(*grid, "--scale", 3)
     assert [read_recipe(cell)["guidance_scale"] for cell in cells] == [3.0, 3.0], "of another request"
     assert len(kept) == 2
+
+
+def test_another_grid_has_a_place_of_its_own(run: Run, tmp_path: Path) -> None:
+    """Pictures of the first one stay; the same command again keeps its own, and makes nothing new."""
+    model = ("generate", "a fox", "--model", "text", *COMMON, "--out", "g.png", "--grid")
+    assert run(*model, "steps=2,3").out == ["g.png"]
+    before = {p.name: p.read_bytes() for p in (tmp_path / "g-cells").iterdir()}
+    assert run(*model, "scale=2,3", "--steps", 2).out == ["g-2.png"]
+    assert {p.name: p.read_bytes() for p in (tmp_path / "g-cells").iterdir()} == before
+    assert read_recipe(tmp_path / "g-2-cells" / "01-02.png")["guidance_scale"] == 3
+    times = [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*.png"))]
+    assert run(*model, "steps=2,3").out == ["g.png"]
+    assert run(*model, "scale=2,3", "--steps", 2).out == ["g-2.png"]
+    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.rglob("*.png"))] == times
+    (tmp_path / "h.png").write_text("somebody's own")
+    own = tuple("h.png" if word == "g.png" else word for word in model)
+    assert run(*own, "steps=2").out == ["h-2.png"]
+    assert (tmp_path / "h-2-cells" / "01-01.png").exists()
+
+
+def test_a_grid_goes_on_with_the_seed_that_it_began_with(run: Run, tmp_path: Path) -> None:
+    """Which nobody named: of an interrupted grid, what is there counts."""
+    unseeded = [word for word in COMMON if word not in ("--seed", 3)]
+    grid = ("generate", "a fox", "--model", "text", *unseeded, "--grid", "steps=1,2,3", "--out", "g.png")
+    run(*grid)
+    cells = sorted((tmp_path / "g-cells").iterdir())
+    before = [cell.read_bytes() for cell in cells]
+    cells[1].unlink()
+    (tmp_path / "g.png").unlink()
+    assert run(*grid).out == ["g.png"]
+    assert [cell.read_bytes() for cell in cells] == before
+
+
+def test_a_grid_that_fails_leaves_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    one_error(run("generate", "a fox", "--model", "text", *COMMON, "--grid", "like=nobody", "--out", "g.png"), "nobody")
+    one_error(
+        run("generate", "a fox", "--model", "text", *COMMON, "--grid", "steps=2", "--out", "no/g.png"), "no folder"
+    )
+    one_error(run("generate", "a fox", "--model", "text", *COMMON, "--grid", "clip-skip=90", "--out", "g.png"), "clip")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_grid_encodes_each_prompt_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
