@@ -44,6 +44,9 @@ BFLOAT16_CUDA = Tolerance(
     0.3, 0.0, "bfloat16 keeps 8 bits, an eighth of float16's precision; measured likewise, within 0.15 on the CPU"
 )
 FUSED = Tolerance(1e-5, 1e-5, "an adapter's product and its sum with the weight in float32, against float64")
+LIVE = Tolerance(
+    1e-4, 1e-5, "a layer's output and an adapter's beside it in float32, against float64: tens of products"
+)
 SNR = Tolerance(0.0, 1e-5, "the reference takes two roots and squares their quotient")
 RECORDED = Tolerance(
     0.0, 1e-4, "a run that was recorded on another processor, whose kernels sum in another order; of a stage's largest"

@@ -29,7 +29,7 @@ from minidiff.adapters import words as embeddings
 from minidiff.errors import MinidiffError
 from minidiff.pipeline import StableDiffusion
 from tests.support import fuzz, tiny
-from tests.tolerances import FUSED
+from tests.tolerances import FUSED, LIVE
 from weights_convert import read_embedding, read_lora
 from weights_convert.read_lora import layers
 
@@ -454,12 +454,29 @@ class Base:
                 verdict = "FAULT weights are not finite"
             if ends == SAME and not live:
                 verdict = self._compared(spec, before, after)
+            if live:
+                verdict = self._computed(spec, before) if ends == SAME else verdict
+                if any(not torch.equal(t, before[name]) for name, t in after.items()):
+                    verdict = "FAULT weights changed, and the adapter is live"
+                elif not all(_output(spec, layer).isfinite().all() for layer in adapter.updates):
+                    verdict = "FAULT outputs are not finite"
             applied.remove()
         if self.mark.exists():
             self.mark.rmdir()
             return what, "FAULT a program was run"
         same = all(torch.equal(t, before[name]) for name, t in _bits(spec.sd).items())
         return what, verdict if same else "FAULT the model is not what it was"
+
+    def _computed(self, spec: Spec, before: dict[str, Tensor]) -> str:
+        """What the layers give while a sound adapter is live: that of the weight with the product added to it."""
+        for layer, (_, down, up, alpha) in spec.halves.items():
+            weight = before[f"{layer}.weight"].double()
+            scale = spec.strength * (1.0 if alpha is None else alpha / len(down))
+            product = torch.einsum("or,ri->oi", up.flatten(1).double(), down.flatten(1).double())
+            wanted = _output(spec, layer, weight + scale * product.reshape(weight.shape))
+            if not torch.allclose(_output(spec, layer).double(), wanted, atol=LIVE.absolute, rtol=LIVE.relative):
+                return f"FAULT another output of {layer}"
+        return "taken"
 
     def _compared(self, spec: Spec, before: dict[str, Tensor], after: dict[str, Tensor]) -> str:
         for layer, (_, down, up, alpha) in spec.halves.items():
@@ -501,6 +518,22 @@ class Base:
             return "sound", SAME
         how = str(spec.rng.choice(list(ways)))
         return how, ways[how](spec)
+
+
+def _output(spec: Spec, name: str, weight: Tensor | None = None) -> Tensor:
+    """What a layer makes of an input that is always the same; ``weight``: with this one in its place, in float64."""
+    layer: Any = lora.find(spec.sd.parts, name)
+    is_linear = isinstance(layer, torch.nn.Linear)
+    shape = (2, 3, layer.in_features) if is_linear else (2, layer.in_channels, 6, 5)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if weight is None:
+            found: Tensor = layer(x)
+            return found
+        bias = None if layer.bias is None else layer.bias.double()
+        if is_linear:
+            return torch.nn.functional.linear(x.double(), weight, bias)
+        return torch.nn.functional.conv2d(x.double(), weight, bias, layer.stride, layer.padding)
 
 
 def refusal(error: Exception, ends: str) -> str:

@@ -34,7 +34,7 @@ from minidiff.pipeline import images
 from minidiff.pipeline.image_files import open_picture
 from minidiff.pipeline.png import read_recipe
 from minidiff.training.image_folder import ImageFolder
-from tests.support import convert_sources, fuzz_adapters
+from tests.support import convert_sources, fuzz_adapters, fuzz_requests
 from tests.support.tiny import tiny_sd
 
 ALLOWED = ("taken", "refused")
@@ -78,6 +78,7 @@ class Base:
             "config": self.a_config,
             "no file": self.no_file,
         }
+        self.kinds |= fuzz_requests.Requests(self.models, command).kinds
         (folder / "adapters").mkdir()
         adapters = fuzz_adapters.Base(folder / "adapters")
         self.kinds["adapter"] = lambda rng, number: adapters.try_case(number)

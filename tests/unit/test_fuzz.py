@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minidiff.adapters import lora
 from tests.support import fuzz, fuzz_adapters
 
 CASES = 140
@@ -64,3 +65,16 @@ def test_a_careless_reader_of_adapters_is_caught(tmp_path: Path, monkeypatch: py
     ends = {base.try_case(number)[1] for number in range(CASES)}
     assert "FAULT weights are not finite" in ends
     assert "FAULT taken, and it can't be used" in ends
+
+
+@pytest.mark.parametrize("slip", ["another factor", "nothing added"])
+def test_a_careless_live_adapter_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slip: str) -> None:
+    """The harness itself: what is fused is right, and what is added while a layer works is not."""
+    if slip == "another factor":
+        live = lora.Update.live
+        monkeypatch.setattr(lora.Update, "live", lambda self, layer, strength: live(self, layer, 2 * strength))
+    else:
+        monkeypatch.setattr(lora, "forward_hook", lambda layer, hook, hooks: None)
+    base = fuzz_adapters.Base(tmp_path)
+    ends = {base.try_case(number)[1].partition(" of ")[0] for number in range(CASES)}
+    assert "FAULT another output" in ends
