@@ -23,6 +23,7 @@ from minidiff.storage.reading import missing
 if TYPE_CHECKING:
     from minidiff.adapters.control import Control, ControlModel
     from minidiff.pipeline import StableDiffusion
+    from minidiff.pipeline.recipe import Steered
 
 FORM = "FILE=PICTURE[,WEIGHT[,LOW,HIGH]]"
 WORDS: dict[str, dict[str, Any]] = {
@@ -68,13 +69,22 @@ def expects(path: str) -> str | None:
 def read_control(text: str) -> Named:
     """Read the value of ``--control``. Raises argparse.ArgumentTypeError for a text of another form."""
     ways = list(_ways(text))
-    if not ways:
+    there = [way for way in ways if os.path.lexists(way.path) and os.path.lexists(way.picture)]
+    if not ways or (not there and os.path.lexists(text)):  # a file alone, whatever signs are in its name
         wanted = expects(text)
         told = f"; a model of that name expects {wanted}" if wanted else ""
         raise argparse.ArgumentTypeError(f"{text!r} should be {FORM}, with the picture that the model reads{told}")
-    there = [way for way in ways if os.path.lexists(way.path) and os.path.lexists(way.picture)]
     half = [way for way in ways if os.path.lexists(way.path)]
     return (there or half or ways)[0]
+
+
+def written(one: Steered) -> str:
+    """Return a control of a recipe as ``--control`` takes it."""
+    numbers, usual = [one.weight, one.low, one.high], [1.0, 0.0, 1.0]
+    while numbers and numbers[-1] == usual[len(numbers) - 1]:
+        numbers.pop()
+    words = [word for word, set_ in WORDS.items() if all(getattr(one, name) == value for name, value in set_.items())]
+    return ",".join([f"{one.name or 'FILE'}={one.picture or 'PICTURE'}", *(f"{x:g}" for x in numbers), *words])
 
 
 def _ways(text: str) -> Iterator[Named]:

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from minidiff.cli.controls import written
 from minidiff.console import say
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline import recipes
@@ -48,7 +49,7 @@ def open_recipe(args: Namespace) -> Recipe:
             name = f" ({origin.name})" if origin.name else ""
             raise ConfigError(f"{args.recipe}: was made with another picture{name}; give it with --{option}")
     asked = {"lora": [name for name, _ in made.lora], "embedding": [name for name, _ in made.embedding]}
-    asked["control"] = [f"{one.name or 'FILE'}={one.picture or 'PICTURE'}" for one in made.control]
+    asked["control"] = [written(one) for one in made.control]
     for option, found in asked.items():
         if found and not getattr(args, option):
             names = ", ".join(found)

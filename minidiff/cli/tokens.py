@@ -85,4 +85,4 @@ def _table(tokenizer: Tokenizer, chunks: list[Chunk]) -> Iterator[str]:
             shown = learned.get(i) or tokenizer.decode([i])
             yield f"{number:>5}  {i:>5}  {weight:>6.4g}  {shown}"
         padding = len(chunk.ids) - last - 1
-        yield f"{number:>5}  {last - 1} tokens, {padding} of padding"
+        yield f"{number:>5}  {last - 1} token{'s' * (last != 2)}, {padding} of padding"

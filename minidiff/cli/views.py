@@ -54,7 +54,7 @@ class Views:
             else:
                 name, format = ((f"{path.stem}.gif", "GIF"), (f"{path.stem}-film.png", "PNG"))[kind == "apng"]
                 with atomic(path.with_name(name), existing) as file:
-                    save_film(film.frames()[k], file, format)
+                    save_film(film.frames()[k], file, format, not self.no_mark)
                 yield file.path
 
 
@@ -75,7 +75,7 @@ def of(pipe: StableDiffusion | Unconditional, args: Namespace, run: Run) -> View
         check(suffix in FORMATS, f"--preview {args.preview}: end it in one of {', '.join(FORMATS)}")
         there = Path(args.preview).parent
         check(there.is_dir(), f"--preview {args.preview}: there is no folder {there}; create it first")
-        found.watchers.append(Preview(pipe, args.preview, _decode(pipe, args)))
+        found.watchers.append(Preview(pipe, args.preview, _decode(pipe, args), not args.no_mark))
     return found
 
 

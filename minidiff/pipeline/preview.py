@@ -19,7 +19,7 @@ from torch import Tensor
 from minidiff.pipeline.base import Pipeline
 from minidiff.pipeline.denoise import Step
 from minidiff.pipeline.montage import enlarged
-from minidiff.pipeline.png import save_picture, to_pil
+from minidiff.pipeline.png import marked, save_picture, to_pil
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,13 +33,17 @@ class Preview:
 
     ``decode``: a function from latents to pixels (1, 3, H, W) in [0, 1] that is used instead, such as
     :func:`weights_convert.open_decoder` gives. The file is written whole, and so rarely that it takes at most 2 % of
-    the time.
+    the time. ``mark``: see :func:`save_picture`.
     """
 
     def __init__(
-        self, pipe: Pipeline, path: str | os.PathLike[str], decode: Callable[[Tensor], Tensor] | None = None
+        self,
+        pipe: Pipeline,
+        path: str | os.PathLike[str],
+        decode: Callable[[Tensor], Tensor] | None = None,
+        mark: bool = True,
     ) -> None:
-        self.pipe, self.path, self.decode = pipe, path, decode
+        self.pipe, self.path, self.decode, self.mark = pipe, path, decode, mark
         self.colours: Tensor | None = None
         self.began = time.monotonic()
         self.spent = self.latest = 0.0  # seconds: in all, and for the latest picture
@@ -50,7 +54,8 @@ class Preview:
         if self.spent + self.latest > SHARE * (begun - self.began):
             return
         x0 = step.x0
-        save_picture(enlarged(self.picture(step.x if x0 is None else x0)), self.path)
+        image = marked(enlarged(self.picture(step.x if x0 is None else x0)))
+        save_picture(image, self.path, mark=self.mark)
         self.latest = time.monotonic() - begun
         self.spent += self.latest
 

@@ -13,7 +13,8 @@ from torchvision.utils import save_image
 import minidiff
 import weights_convert
 from minidiff import Control, ControlModel, StableDiffusion, fast
-from minidiff.cli.controls import Named, read_control
+from minidiff.cli.controls import Named, read_control, written
+from minidiff.pipeline.recipe import Steered
 from tests.support.command import TEXT, Ended, Run, one_error, pixels
 from tests.support.tiny import tiny_controlnet
 
@@ -63,6 +64,21 @@ def test_a_value_without_a_picture(text: str) -> None:
     assert ("a model of that name expects white edges on black" in str(e.value)) == ("canny" in text)
 
 
+def test_a_file_alone_is_told_to_lack_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its name has signs that could part it."""
+    monkeypatch.chdir(tmp_path)
+    Path("canny=a,0.5").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="with the picture that the model reads"):
+        read_control("canny=a,0.5")
+    assert read_control("canny=a,0.5=b").path == "canny=a,0.5"
+
+
+@pytest.mark.parametrize("text", ["a=b", "a=b,0.5", "a=b,1,0.2", "a=b,1,0,0.9", "a=b,-2,0.1,0.9,soft", "a=b,guess"])
+def test_a_control_of_a_recipe_is_written_as_it_is_given(text: str) -> None:
+    named = read_control(text)
+    assert written(Steered(name=named.path, picture=named.picture, **named.settings)) == text
+
+
 def test_a_picture_under_a_control(run: Run, canny: Path, models: Path) -> None:
     value = f"{canny.name}=edges.png,0.8,0,0.9"
     ended = run("generate", "a fox", *MADE, "--control", value, "--control", "canny.safetensors=edges.png,guess")
@@ -85,7 +101,7 @@ def test_what_a_model_of_that_name_expects_is_said(run: Run, canny: Path) -> Non
 def test_a_recipe_asks_for_its_controls(run: Run, canny: Path) -> None:
     run("generate", "a fox", *MADE, "--control", "canny.safetensors=edges.png,0.5", "--out", "first.png")
     again = ("generate", "--recipe", "first.png", "--model", "text", "--device", "cpu", "--quiet", "--out", "again.png")
-    one_error(run(*again), "first.png: was made with --control canny.safetensors=edges.png; give it again")
+    one_error(run(*again), "first.png: was made with --control canny.safetensors=edges.png,0.5; give it again")
     assert run(*again, "--control", "canny.safetensors=edges.png,0.5").err == []
     assert np.array_equal(pixels("first.png"), pixels("again.png"))
     replay = ("replay", "first.png", "--model", "text", "--device", "cpu", "--quiet")

@@ -88,7 +88,7 @@ def test_a_preview_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: p
     preview = Preview(sd, tmp_path / "p.png")
     written = []
 
-    def slow(image: Image.Image, path: Path) -> None:
+    def slow(image: Image.Image, path: Path, mark: bool) -> None:
         nonlocal now
         now += 0.01
         written.append(now)
@@ -119,7 +119,19 @@ def test_views_of_the_command(run: Run, tmp_path: Path) -> None:
             assert film.info["duration"] == 1500, "the result stays a while"
     with Image.open(tmp_path / "p.png") as preview:
         assert min(preview.size) >= SMALLEST
-    assert b"DigitalSourceType" in (tmp_path / "a-steps.png").read_bytes()
+    for name in ("a.jpg", "a-steps.png", "a.gif", "a-film.png", "p.png"):
+        assert b"DigitalSourceType" in (tmp_path / name).read_bytes(), name
+    with Image.open(tmp_path / "a.gif") as film:
+        assert b"trainedAlgorithmicMedia" in film.info["xmp"]
+    options = ("--strip", "--gif", "--apng", "--preview", "q.png", "--no-mark", "--out", "b.jpg")
+    run("generate", "a fox", "--model", "text", "--sampler", "ddim", "--steps", 4, *COMMON, *options)
+    for name in ("b.jpg", "b-steps.png", "b.gif", "b-film.png", "q.png"):
+        assert b"DigitalSourceType" not in (tmp_path / name).read_bytes(), name
+    with Image.open(tmp_path / "a.gif") as film, Image.open(tmp_path / "b.gif") as plain:
+        for k in range(4):
+            film.seek(k)
+            plain.seek(k)
+            assert film.convert("RGB").tobytes() == plain.convert("RGB").tobytes()
 
 
 def test_previews_that_cannot_be(run: Run) -> None:
