@@ -124,7 +124,8 @@ def test_another_job_is_not_mixed_in(run: Run, prompts: Path, tmp_path: Path) ->
     assert run(*command).status == 0
     before = files(tmp_path / "pics")
     one_error(run(*command, "--steps", 3), "pics/job.json: was begun with --steps 2, this run has 3; name another")
-    one_error(run(*command, "--seed", 2), "was begun with other seeds: (1,)")
+    one_error(run(*command, "--seed", 2), "was begun with --seed 1, this run has 2;")
+    one_error(run(*command, "--scale", 2), "was begun with --scale none, this run has 2.0;")
     one_error(run(*command, "--together", 3), "was begun with --together 8")
     one_error(run("generate", "--prompts", "p.txt", "--out", "pics/", "--steps", 2, "--quiet"), "another model")
     prompts.write_text("a fox\n")

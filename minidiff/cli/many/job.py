@@ -12,6 +12,7 @@ from typing import Any
 from minidiff.config import quote, read_value
 from minidiff.errors import CheckpointError, ConfigError
 from minidiff.pipeline.recipe import plain
+from minidiff.pipeline.request import Request, options
 from minidiff.storage.reading import read_object
 from minidiff.storage.writing import atomic
 
@@ -83,9 +84,16 @@ def check_same(before: Job, now: Job, folder: Path, names: tuple[str, ...]) -> N
 
 
 def _changes(name: str, then: Any, here: Any) -> Iterator[str]:
-    if name == "options":
+    if name == "seeds":
+        yield f"--seed {_listed(then)}, this run has {_listed(here)}"
+    elif name == "options":
+        flags = {f.name: option.flag for f, option in options(Request) if option.flag}
         for key in sorted(k for k in {*then, *here} if then.get(k) != here.get(k)):
             values = [quote(both[key]) if key in both else "none" for both in (then, here)]
-            yield f"--{key.replace('_', '-')} {values[0]}, this run has {values[1]}"
+            yield f"{flags.get(key, '--' + key.replace('_', '-'))} {values[0]}, this run has {values[1]}"
     else:
         yield {"lines": "other lines", "model": "another model"}.get(name, f"other {name}: {quote(then)}")
+
+
+def _listed(seeds: tuple[int, ...]) -> str:
+    return ",".join(map(str, seeds))
