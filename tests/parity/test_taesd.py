@@ -21,6 +21,7 @@ from minidiff import CheckpointError, ConfigError, UnsupportedError, cli
 from minidiff.config import TAESDConfig
 from minidiff.models.taesd import TAESD
 from minidiff.pipeline import StableDiffusion, load, preview
+from minidiff.storage import checkpoint
 from tests.support.parity import twins
 from tests.support.tiny import tiny_ddpm
 from tests.tolerances import assert_close
@@ -138,7 +139,9 @@ def place_of(tiny: Any, place: Path, form: str) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["folder", "bare file", "pair", "decoder.pth alone", "XL decoder alone"])
-def test_a_decoder_for_previews(base: Path, tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+def test_a_decoder_for_previews(
+    base: Path, tmp_path: Path, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It gives the pixels of the reference's pipeline with its ``vae`` replaced, to the last bit, and leaves the model
     as it is: latents are what the UNet sees, and only the decoder is read."""
     tiny = twin(**ORDINARY)
@@ -146,7 +149,10 @@ def test_a_decoder_for_previews(base: Path, tmp_path: Path, form: str, dtype: to
     config = load(base / "model.safetensors", device="cpu").config
     assert config.vae is not None
     assert config.vae.scaling_factor != tiny.config.scaling_factor == 1
+    read, convert = [], checkpoint.convert
+    monkeypatch.setattr(checkpoint, "convert", lambda tensor, *to: read.append(tensor) or convert(tensor, *to))
     decode = weights_convert.open_decoder(path, config, torch.device("cpu"), dtype)
+    assert len(read) == len(tiny.decoder.state_dict())
     theirs = DiffusionPipeline.from_pretrained(base / "folder", local_files_only=True)
     tiny = tiny.to(dtype)
     for shape in ((1, 4, 8, 8), (2, 4, 5, 9)):

@@ -129,7 +129,7 @@ class Requests:
 
     def grid(self, rng: random.Random, number: int) -> tuple[str, str]:
         """One to three axes, sound and odd, with options that may not go with them."""
-        axes = [rng.choice([*AXES, *ODD_AXES]) for _ in range(rng.choice([1, 1, 2, 2, 3]))]
+        axes = [rng.choice(AXES if rng.random() < 0.7 else ODD_AXES) for _ in range(rng.choice([1, 1, 2, 2, 3]))]
         if rng.random() < 0.15:
             axes.append(axes[0])
         more = rng.choice([[], [], [], ["--strip"], ["--num-images", "2"], ["--out", "g.jpg"], ["--out", "no/g.png"]])
@@ -202,7 +202,9 @@ class Requests:
         ]
         settings += [",1,2,3,4", ",-1", ",1,0.99,1", ",0.5,soft,0.1", ",1,0,1,guess", ",=", ",1e999"]
         texts = [
-            f"{rng.choice(models)}{rng.choice(['=', '=', '=', '=', ''])}{rng.choice(pictures)}{rng.choice(settings)}"
+            f"{net}=edges.png,0.5,0,1"
+            if rng.random() < 0.5
+            else "".join(map(str, map(rng.choice, (models, ["=", "=", "=", "=", ""], pictures, settings))))
             for _ in range(rng.choice([1, 1, 2, 3]))
         ]
         more = rng.choice([[], [], ["--steps", "4"], ["--size", "24x40"], ["--image", "edges.png"], ["--scale", "1"]])

@@ -10,7 +10,7 @@ import pytest
 from minidiff.pipeline import image_files
 from tests.support import fuzz_inputs
 
-CASES = 60
+CASES = 110
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,18 @@ def test_odd_inputs(base: fuzz_inputs.Base) -> None:
             faults.append(f"case {number}, {how}: {end}")
     assert faults == []
     kinds = {kind for kind, _ in ends}
-    assert kinds >= {"picture", "recipe", "training", "config", "no file"}
+    assert kinds >= {
+        "picture",
+        "recipe",
+        "training",
+        "config",
+        "no file",
+        "dialect",
+        "grid",
+        "lines",
+        "control",
+        "theirs",
+    }
     for end in fuzz_inputs.ALLOWED:
         assert sum(n for (_, e), n in ends.items() if e == end) > CASES / 8, f"hardly any case is {end}"
 
@@ -52,6 +63,27 @@ def test_a_careless_reader_is_caught(base: fuzz_inputs.Base, monkeypatch: pytest
         for formats in ("LOSSLESS", "OTHERS"):
             m.setattr(fuzz_inputs, formats, ("PNG", "TIFF"))
         assert any("colours are" in end for end in of_kind(base, "picture", 60))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("theirs", "minidiff.pipeline.recipes.infotext.number"),
+        ("theirs", "minidiff.pipeline.recipes.comfyui.whole"),
+        ("grid", "minidiff.cli.grid.read_size"),
+        ("lines", "minidiff.cli.many.lines.check_range"),
+        ("control", "minidiff.cli.generate.check_there"),
+        ("dialect", "minidiff.cli.tokens._table"),
+    ],
+)
+def test_a_careless_reader_of_requests_is_caught(
+    base: fuzz_inputs.Base, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    def careless(*args: Any, **options: Any) -> Any:
+        raise KeyError("what nobody thought of")
+
+    monkeypatch.setattr(name, careless)
+    assert any(end.startswith("FAULT") for end in of_kind(base, kind, 20))
 
 
 def flat(path: Any) -> Any:
