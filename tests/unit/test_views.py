@@ -122,7 +122,7 @@ def test_views_of_the_command(run: Run, tmp_path: Path) -> None:
     for name in ("a.jpg", "a-steps.png", "a.gif", "a-film.png", "p.png"):
         assert b"DigitalSourceType" in (tmp_path / name).read_bytes(), name
     assert b"\x21\xff\x0bXMP DataXMP<?xpacket begin" in (tmp_path / "a.gif").read_bytes()
-    options = ("--strip", "--gif", "--apng", "--preview", "q.png", "--no-mark", "--out", "b.jpg")
+    options = ("--strip", "--gif", "--apng", "--preview", "q.png", "--no-mark", "--out", "b.jpg", "--num-images", 2)
     run("generate", "a fox", "--model", "text", "--sampler", "ddim", "--steps", 4, *COMMON, *options)
     for name in ("b.jpg", "b-steps.png", "b.gif", "b-film.png", "q.png"):
         assert b"DigitalSourceType" not in (tmp_path / name).read_bytes(), name
