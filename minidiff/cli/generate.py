@@ -181,7 +181,8 @@ def _asked(args: Namespace, recipe: Recipe | None) -> dict[str, Any]:
     if recipe is not None and not recipe.text:
         base = replace(recipe.request, height=None, width=None)  # models without text have one size
     asked = given(args, Request, base)
-    if args.image is None and (args.mask is not None or args.strength is not None):
+    given_image = args.image is not None or any(axis.name == "image" for axis in args.grid or ())
+    if not given_image and (args.mask is not None or args.strength is not None):
         raise ConfigError("--mask and --strength are about a picture to begin from; name it with --image")
     if args.size is not None:
         if args.width is not None or args.height is not None:

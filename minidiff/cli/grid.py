@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from minidiff.console.spelling import near
 from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipeline.recipe import PICTURES
 from minidiff.pipeline.request import Option, Request, options, read_size
+from minidiff.storage.reading import missing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,8 +38,11 @@ class Axis:
     changes: tuple[tuple[str, Mapping[str, Any]], ...]
 
     def labels(self) -> list[str]:
-        """Return the label of each value; a prompt speaks for itself."""
-        return [text if self.name == "prompt" else f"{self.name} {text}" for text, _ in self.changes]
+        """Return the label of each value; a prompt speaks for itself, and of a file the name does."""
+        if self.name == "prompt":
+            return [text for text, _ in self.changes]
+        texts = [os.path.basename(text) if self.name in PICTURES else text for text, _ in self.changes]
+        return [f"{self.name} {text}" for text in texts]
 
 
 def read_axis(text: str) -> Axis:
@@ -63,7 +68,7 @@ def _by_name() -> dict[str, tuple[str, Option]]:
     """Return (field, option) by the names of the command line; the prompt has none of its own."""
     found = {}
     for f, option in options(Request):
-        if (option.flag or f.name == "prompt") and f.name not in ("num_images", "image", "mask"):
+        if (option.flag or f.name == "prompt") and f.name != "num_images":
             found[option.flag.lstrip("-") or f.name] = (f.name, option)
     return found
 
@@ -74,6 +79,10 @@ def checked(axes: list[Axis], args: argparse.Namespace) -> list[Axis]:
         raise ConfigError(f"--grid takes one or two options, columns and rows, not {len(axes)}")
     if len({axis.name for axis in axes}) < len(axes):
         raise ConfigError(f"--grid names {axes[0].name} twice")
+    for axis in axes:
+        for path, _ in axis.changes if axis.name in PICTURES else ():
+            if not os.path.exists(path):
+                raise CheckpointError(f"--grid {axis.name}={missing(path)}")
     count = len(axes[0].changes) * len(axes[-1].changes if len(axes) > 1 else [1])
     if count > MOST:
         raise ConfigError(f"--grid of {count:,} pictures; {MOST} is the most")

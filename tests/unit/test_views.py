@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 import minidiff
 from minidiff import cli, read_recipe
+from minidiff.cli import grid as grids
 from minidiff.models.clip import CLIPText
 from minidiff.pipeline import preview as previews
 from minidiff.pipeline.encodings import Encoded, encoded_once
@@ -302,3 +303,23 @@ def test_what_does_not_go_with_a_grid(capsys: pytest.CaptureFixture[str]) -> Non
     for option in (["--strip"], ["--num-images", "2"], ["--preview", "p.png"], ["--out", "g.jpg"]):
         assert cli.main(["generate", "a red star", "--grid", "steps=2", *option]) == 2
         assert "grid" in capsys.readouterr().err
+
+
+def test_pictures_on_an_axis(run: Run, tmp_path: Path) -> None:
+    """What a run begins from is an option like others; cells have the size of their picture, labels its name."""
+    (tmp_path / "in").mkdir()
+    colour(255, 0, 0, side=64).save(tmp_path / "in" / "a.png")
+    colour(0, 0, 255, side=32).save(tmp_path / "in" / "b.png")
+    begun = ("generate", "a fox", "--model", "text", "--steps", 4, *COMMON, "--strength", 0.5)
+    grid = (*begun, "--out", "g.png", "--grid")
+    assert run(*grid, "image=in/a.png,in/b.png", "seed=1,2").out == ["g.png"]
+    cells = tmp_path / "g-cells"
+    for j, (name, side) in enumerate((("a.png", 64), ("b.png", 32)), 1):
+        recipe = read_recipe(cells / f"02-0{j}.png")
+        assert (recipe["image"], recipe["strength"], recipe["width"], recipe["seed"]) == (name, 0.5, side, 2)
+    before = (cells / "01-01.png").stat().st_mtime_ns
+    run(*grid, "image=in/a.png,in/b.png", "seed=1,2")
+    assert (cells / "01-01.png").stat().st_mtime_ns == before
+    assert grids.read_axis("image=in/a.png,in/b.png").labels() == ["image a.png", "image b.png"]
+    one_error(run(*grid, "image=in/a.png,gone.png"), "--grid image=gone.png: no such file")
+    one_error(run(*grid, "scale=1,2"), "name it with --image")
