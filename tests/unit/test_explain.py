@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from string import Formatter
@@ -133,6 +134,31 @@ def test_a_hostile_prompt_stays_text() -> None:
     plain = [name for name, _ in Elements(explained(other)).found]
     assert names.count("script") == plain.count("script")
     assert not any("onerror" in attributes for _, attributes in Elements(page).found)
+
+
+def test_a_hostile_file_stays_text() -> None:
+    """What a checkpoint's name and metadata say reaches the page by the recipe."""
+    seen = collect(minidiff.bundled(), Request("x", steps=1, seed=0), bundled=True)
+    plain = explained(seen, panels=["timesteps", "film"])
+    names = ("model", "sampler", "negative_prompt", "guidance_scale", "approximate")
+    hostile = replace(seen, recipe={**seen.recipe, **{key: {"name": PAYLOAD, PAYLOAD: PAYLOAD} for key in names}})
+    page = explained(hostile, panels=["timesteps", "film"])
+    assert page.count("alert(1)") > 3
+    for name in ("script", "img"):
+        assert page.count(f"<{name}") == plain.count(f"<{name}")
+    assert not any("onerror" in attributes for _, attributes in Elements(page).found)
+
+
+def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    """Neither the page, nor a part of it under another name."""
+
+    def stopped(*args: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minidiff.explain.page.explained", stopped)
+    assert main(["explain", PROMPT, "--steps", "1", "--out", str(tmp_path / "page.html"), "--quiet"]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.count("\n") <= 1
 
 
 def test_a_panel_that_there_is_not_is_refused(seen: Seen) -> None:

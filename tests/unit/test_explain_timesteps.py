@@ -130,3 +130,21 @@ def test_a_schedule_that_ends_in_pure_noise() -> None:
     assert seen.frames[0].t == 999
     assert data_of(page, "timesteps")["programs"]["minidiff"]["sigmas"][0] is None
     assert "is at t = 0" in page
+
+
+def test_the_step_past_the_end_is_told_as_the_sampler_has_it() -> None:
+    """DDIM lands one interval lower, DDPM on the next row, and past the last one on -1."""
+    ddim = explained(run(tiny_sd(), sampler="ddim", steps=4), panels=["timesteps"])
+    assert "lands one interval (250 timesteps)" in ddim
+    assert "The last call is at 1, so the place where it lands is -249." in ddim
+    ddpm = explained(run(tiny_sd(), sampler="ddpm", steps=3), panels=["timesteps"])
+    assert "lands on the timestep of the row below it" in ddpm
+    assert "there is no row below: -1 is no timestep" in ddpm
+    assert "lands one interval" not in ddpm
+
+
+def test_one_call_is_one_call() -> None:
+    page = explained(run(tiny_sd(), sampler="ddim", steps=3), panels=["timesteps"])
+    assert "1 call from t = " in page
+    assert "1 calls" not in page
+    assert "3 steps become 4 calls, at 667, 334, 334, 1: 334 is there twice" in page

@@ -135,7 +135,8 @@ def _worked(seen: Seen, frame: Frame, step: Sums, grid: Grid) -> Html:
     }
     where = say(WORDS["where"], "p", {"cls": "where"}, **{name: _cell(name, v) for name, v in place.items()})
     shown = {"x": at["x"], "scale": step.scale, "shown": at["x"] * step.scale, "out": at["out"]}
-    asked = say(WORDS["asked"], "p", None, **{name: _cell(f"asked-{name}", v) for name, v in shown.items()})
+    told = WORDS["asked" if seen.guided else "asked plain"]
+    asked = say(told, "p", None, **{name: _cell(f"asked-{name}", v) for name, v in shown.items()})
     blocks = [_block(block, step, at) for block in BLOCKS if getattr(step, block) is not None]
     after = say(WORDS["recorded"], "p", x=_cell("recorded", float(frame.after[0, c, y, x])))
     return tag("div", where, asked, tag("div", *blocks, cls="sums"), after)

@@ -59,7 +59,16 @@ def twice(seen: Seen) -> list[Html]:
     parts = [say(WORDS["calls"], "p", n=steps_of(seen), k=len(seen.plan), made=len(seen.frames))]
     if pndm is not None and len(pndm) > 2:
         head = [f"{float(t):g}" for t in pndm.timesteps[:4]]
-        parts.append(say(WORDS["pndm"], "p", n=steps_of(seen), k=len(pndm), head=", ".join(head), again=head[1]))
+        parts.append(
+            say(
+                WORDS["pndm"],
+                "p",
+                n=steps_of(seen),
+                k=len(pndm),
+                head=", ".join([*head, *("…" for _ in range(len(pndm) > 4))]),
+                again=head[1],
+            )
+        )
         kinds = [str(kind) for kind in pndm.rows.call[:4]]
         names = [say(WORDS["row"]), say(WORDS["told"]), say(WORDS["kind"])]
         parts.append(table(names, [[k, head[k], kinds[k]] for k in range(len(head))]))
@@ -100,7 +109,8 @@ def _call(seen: Seen, i: int) -> int:
 
 def after(seen: Seen) -> list[Html]:
     """Answer what comes after the last row: the negative timestep, and where the last step lands."""
-    past = seen.plan if seen.plan.levels.landing is not None else planned(seen, "ddim")
+    own = seen.plan.levels.landing
+    past = seen.plan if own is not None and int(own[-1]) < 0 else planned(seen, "ddim")
     negative = []
     if past is not None and past.levels.landing is not None:
         rows = range(max(0, len(past) - 3), len(past))
@@ -108,14 +118,15 @@ def after(seen: Seen) -> list[Html]:
             [f"{float(past.timesteps[i]):g}", int(past.levels.landing[i]), f"{_to(past, i):.6f}"] for i in rows
         ]
         heads = [say(WORDS["told"]), say(WORDS["lands"]), say(WORDS["level there"])]
-        told = {"last": f"{float(past.timesteps[-1]):g}", "apart": len(seen.pipe.schedule) // steps_of(seen)}
-        said = say(WORDS["negative"], "p", None, minus=int(past.levels.landing[-1]), to=f"{_to(past, -1):.6f}", **told)
+        last, minus, apart = past.timesteps[-1], int(past.levels.landing[-1]), len(seen.pipe.schedule) // steps_of(seen)
+        told = {"last": f"{float(last):g}", "minus": minus, "apart": apart, "to": f"{_to(past, -1):.6f}"}
+        said = say(WORDS["negative" if float(last) - minus == apart else "negative next"], "p", None, **told)
         negative = [said, table(heads, lines)]
     end, whole = landing_sigma(seen.plan), seen.frames[-1].i == len(seen.plan) - 1
-    last = say(WORDS["last" if whole else "not last"], "p", sigma=f"{end:.6g}", t=f"{seen.frames[-1].t:g}")
+    ended = say(WORDS["last" if whole else "not last"], "p", sigma=f"{end:.6g}", t=f"{seen.frames[-1].t:g}")
     return [
         answer("q-negative-timestep", WORDS["negative?"], *negative),
-        answer("q-last-step", WORDS["last?"], last, say(WORDS["last ways"], "p")),
+        answer("q-last-step", WORDS["last?"], ended, say(WORDS["last ways"], "p")),
     ]
 
 
@@ -147,7 +158,7 @@ def strength(seen: Seen, starts: Mapping[str, Sequence[Entry]]) -> list[Html]:
     def cell(entry: Entry) -> str | Html:
         if entry.why or entry.first is None:
             return "–" if entry.why else "0"
-        return say(WORDS["entry"], calls=entry.calls, first=f"{entry.first:.5g}")
+        return say(WORDS["entry" if entry.calls != 1 else "entry one"], calls=entry.calls, first=f"{entry.first:.5g}")
 
     lines: list[list[Child]] = [[name, *(cell(entry) for entry in row)] for name, row in starts.items()]
     heads = [say(WORDS["program"]), *(f"strength {value:g}" for value in STRENGTHS)]
