@@ -149,7 +149,7 @@ def check_place(path: str | os.PathLike[str], existing: Existing = "replace") ->
         return
     except ValueError as e:  # characters that names cannot have
         raise CheckpointError(f"{os.fspath(path)!r}: is not a valid file name ({e})") from None
-    if existing == "next":
+    if existing == "next" and (stat.S_ISREG(found) or stat.S_ISLNK(found)):
         return
     with suppress(FileNotFoundError):  # a link that leads nowhere is a link
         found = os.stat(path).st_mode

@@ -161,6 +161,18 @@ def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch, capsys) -> None:  # 
     assert capsys.readouterr().err.count("\n") <= 1
 
 
+@pytest.mark.parametrize("place", ["", "/dev/full"])
+def test_a_page_goes_into_a_file(tmp_path, capsys, place: str) -> None:  # type: ignore[no-untyped-def]
+    """A folder or a device is refused before the run; it is not taken for a file, beside which a second one goes."""
+    out = place or str(tmp_path)
+    if place and not Path(place).exists():
+        pytest.skip("there is no such device here")
+    before = sorted(Path(out).parent.iterdir())
+    assert main(["explain", PROMPT, "--steps", "1", "--panels", "timesteps", "--out", out, "--quiet"]) == 2
+    assert "name " in capsys.readouterr().err
+    assert sorted(Path(out).parent.iterdir()) == before
+
+
 def test_a_panel_that_there_is_not_is_refused(seen: Seen) -> None:
     with pytest.raises(ConfigError, match="panels 'films': there are"):
         explained(seen, panels=["film", "films"])

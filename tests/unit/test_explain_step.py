@@ -196,3 +196,18 @@ def test_both_forms_of_ddpm_and_its_variances_are_its_own(page: str) -> None:
     assert (
         f"{(1 - beta) ** -0.5:.4g} for x and {-beta / (1 - here) ** 0.5 * (1 - beta) ** -0.5:.4g} for epsilon" in page
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "course"),
+    [("ddim", "picture grows"), ("euler", "keeps the picture at its own scale"), ("dpmpp_sde", "it is not so")],
+)
+def test_the_text_below_the_weights_is_true_of_them(sampler: str, course: str) -> None:
+    seen = collect(minidiff.bundled(), Request(PROMPT, steps=5, seed=0, sampler=sampler))
+    page = explained(seen, panels=["step"])
+    told = ("picture grows", "keeps the picture at its own scale", "it is not so")
+    assert [text for text in told if text in page] == [course]
+    splits = [row["split"] for row in json.loads(Elements(page).texts["data-step"])["steps"]]
+    picture = [split["x0"] for split in splits]
+    assert (picture == pytest.approx(sorted(picture), abs=1e-5)) == (course != told[2])
+    assert ("This sampler also remembers" in page) == (sampler == "dpmpp_sde")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from minidiff.samplers.method import Method, Plan
 
 MOST = 50  # steps of a long run whose numbers are in the page
 SIDE = 16  # places of a row or a column of the latents that can be picked
+
+NEAR = 1e-5  # weights that differ less are equal but for rounding
 
 WORDS = words(__package__, "step.json")
 BLOCKS = ("direct", "through", "split")
@@ -177,7 +180,22 @@ def _weights(seen: Seen, frames: list[Frame], steps: list[Sums]) -> Html:
     curves = [Series(WORDS[f"curve {name}"], _curve(seen, frames, steps, name), colour) for name, colour in parts]
     shown = [curve for curve in curves if curve.points]
     chart = Chart(WORDS["chart"], WORDS["step"], WORDS["weight"], shown).svg()
-    return tag("div", chart, say(WORDS["chart says"], "p"), say(WORDS["table"], "p"), table(heads, lines))
+    says = [say(WORDS[f"chart {_course(curves)}"], "p")] if shown else []
+    says += [say(WORDS["remembered"], "p")] if {*names} - {"x", "out", "noise"} else []
+    return tag("div", chart, *says, say(WORDS["table"], "p"), table(heads, lines))
+
+
+def _course(curves: list[Series]) -> str:
+    """Return how the weights of x0 and epsilon go: "says" if the one grows while the other falls, "keeps" if the one
+    stays, otherwise "goes"."""
+    picture, noise = ([y for _, y in curve.points] for curve in curves[:2])
+
+    def never_falls(values: list[float]) -> bool:
+        return all(b >= a - NEAR for a, b in pairwise(values))
+
+    if not picture or not never_falls(picture) or not never_falls([-y for y in noise]):
+        return "goes"
+    return "says" if picture[-1] > picture[0] + NEAR else "keeps"
 
 
 def _curve(seen: Seen, frames: list[Frame], steps: list[Sums], name: str) -> list[tuple[float, float]]:
