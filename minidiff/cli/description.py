@@ -19,7 +19,10 @@ from minidiff.config import (
     UNetConfig,
 )
 from minidiff.console import one_line
-from minidiff.errors import CheckpointError
+from minidiff.errors import CheckpointError, ConfigError
+from minidiff.pipeline.estimate import shown
+from minidiff.pipeline.opening import estimate
+from minidiff.pipeline.request import Request
 from minidiff.storage import checkpoint
 from minidiff.storage.files import Lazy, all_finite, content_hash
 from minidiff.storage.identity import identify
@@ -36,9 +39,21 @@ def describe(path: str | os.PathLike[str]) -> str:
     found = checkpoint.open_any(path)
     checkpoint.account(checkpoint.build(found.config), found.file.lazy, str(path))
     told = describe_any(found.config, path)
-    rows = [("file", str(path)), *told, ("hash", found.hash or "none")]
+    rows = [("file", str(path)), *told, *_memory(found.config, path), ("hash", found.hash or "none")]
     rows.append(("identity", identify(found.config, found.file.lazy)))  # what pictures call it
     return f"{table(rows)}\n\n{size_table(found.file.lazy)}"
+
+
+def _memory(config: ModelConfig | ControlConfig, path: str | os.PathLike[str]) -> Rows:
+    """Return a row with the memory that a picture of the model's own size takes, if it can be had from a prompt."""
+    prompt = None if isinstance(config, ControlConfig) or config.text_encoder is None else ""
+    try:
+        told = estimate(path, Request(prompt), "cpu", torch.float32)
+    except (CheckpointError, ConfigError):  # a control, and models that need a picture
+        return []
+    e = told.extent
+    one = f"for a picture of {e.width} x {e.height} in float32"
+    return [("memory", f"about {shown(told.peak)} on a CPU {one}; `minidiff generate --estimate` says it of others")]
 
 
 def describe_any(config: ModelConfig | ControlConfig, path: str | os.PathLike[str]) -> Rows:

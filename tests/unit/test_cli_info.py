@@ -13,6 +13,7 @@ from PIL import Image
 import minidiff
 from minidiff.cli import description
 from minidiff.pipeline import random_model
+from minidiff.pipeline.estimate import shown
 from minidiff.storage import checkpoint, files
 from tests.support.command import PLAIN, TEXT, Run, one_error
 
@@ -30,12 +31,15 @@ def test_info_of_a_model(run: Run, models: Path) -> None:
     total = sum(p.numel() for part in random_model(TEXT).parts.values() for p in part.parameters())
     assert re.search(rf"^total +{len(file.file.lazy):,} +{total:,} ", page, re.MULTILINE)
     assert f"{total * 4 / 1e6:.2f} MB" in page
+    own = minidiff.estimate(models / "text.safetensors", minidiff.Request(""), "cpu")
     for line in (
         "family        sd1",
         f"hash          {file.hash}",
         f"identity      {minidiff.load(models / 'text.safetensors').identity}",
         "sampler       pndm",
         "picture       32 x 32 by default",
+        f"memory        about {shown(own.peak)} on a CPU for a picture of 32 x 32 in float32; "
+        "`minidiff generate --estimate` says it of others",
         "schedule      1000 timesteps, scaled_linear betas from 0.00085 to 0.012; the model predicts epsilon",
         "tokenizer     CLIP's public table; 77 ids a prompt, filled up with id 49407",
     ):
@@ -48,6 +52,7 @@ def test_info_of_a_model_without_text(run: Run) -> None:
     assert "no prompt" in page
     assert "tokenizer" not in page
     assert "picture   8 x 8 by default" in page
+    assert re.search(r"^memory    about \d\S* [kM]B on a CPU for a picture of 8 x 8 in float32; ", page, re.MULTILINE)
 
 
 def test_info_tells_dtypes_apart() -> None:
