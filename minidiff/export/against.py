@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minidiff.config import check
 from minidiff.errors import CheckpointError
-from minidiff.export.formats import Runner, hush
+from minidiff.export.formats import Runner, blaming, hush
 from minidiff.export.manifest import Export, open_export
 from minidiff.export.onnx_layers import Layers
 from minidiff.export.programs import Program, Tensors, programs
@@ -136,8 +136,9 @@ def _exported(
     export: Export, program: Program, runner: Runner, title: str, bound: float, judge: bool, tell: Tell
 ) -> Found:
     if export.to == "torch":
-        opened = torch.export.unflatten(torch.export.load(export.path(program.name)))
-        return _networks(program, opened, {}, title, bound, judge, tell)
+        with blaming(export.path(program.name), f"run layer by layer as the model's {program.name}"):
+            opened = torch.export.unflatten(torch.export.load(export.path(program.name)))
+            return _networks(program, opened, {}, title, bound, judge, tell)
     inputs = program.example(*program.sizes[0], seed=1)
     names: Mapping[str, str] = {}
     if export.to == "onnx":

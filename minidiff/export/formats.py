@@ -10,6 +10,7 @@ All are made from one program of ``torch.export``. onnx, onnxscript and onnxrunt
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ BOUNDS: dict[str, Bound] = {
 }
 FILES: dict[str, str] = {"torch": "{}.pt2", "onnx": "{}.onnx", "aoti": "{}.aoti.pt2"}
 OPSET = 20
+LONGEST = 300  # characters of another library's message
 
 
 def need(to: str) -> None:
@@ -55,7 +57,8 @@ def need(to: str) -> None:
 
 
 def hush() -> None:
-    """Let exporters keep their remarks to themselves. For the command line alone: filters are the whole process's."""
+    """Let exporters keep their remarks to themselves. For the command line alone: it is for the whole process."""
+    logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # which else has a traceback of every damaged file
     warnings.filterwarnings("ignore", module=r"(torch|onnx\w*|copyreg|minidiff\.export\.formats)(\.|$)")
 
 
@@ -132,7 +135,12 @@ def tried(to: str, program: Program, path: Path) -> Runner:
         if found[name].shape != value.shape:
             shapes = f"{tuple(found[name].shape)}, and the model's has {tuple(value.shape)}"
             raise CheckpointError(f"{path}: its {name!r} has the shape {shapes}; export the model again")
-    return run
+
+    def blamed(inputs: Tensors) -> dict[str, Tensor]:
+        with blaming(path, f"run as the model's {program.name}"):
+            return run(inputs)
+
+    return blamed
 
 
 @contextmanager
@@ -143,7 +151,7 @@ def blaming(path: Path, what: str) -> Iterator[None]:
     except (MinidiffError, MemoryError):
         raise
     except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:LONGEST]
         raise CheckpointError(f"{path}: can't be {what} ({why}); export the model again") from None
 
 

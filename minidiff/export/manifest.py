@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from minidiff.config import ModelConfig
+from minidiff.config import ModelConfig, quote
 from minidiff.errors import CheckpointError
 from minidiff.export.formats import BOUNDS, Runner, tried
 from minidiff.export.programs import Program, programs
@@ -61,7 +61,7 @@ class Export:
     def require(self, identity: str) -> None:
         """Raise :class:`CheckpointError` unless this is an export of the model with that identity."""
         if self.manifest["model"] != identity:
-            of = f"{self.manifest['model']} ({self.manifest.get('family')})"
+            of = f"{quote(self.manifest['model'])} ({quote(self.manifest.get('family'))})"
             raise CheckpointError(f"{self.folder}: an export of another model, {of}, and this one is {identity}")
 
     def programs_of(self, config: ModelConfig, parts: Mapping[str, nn.Module]) -> list[Program]:
@@ -70,14 +70,15 @@ class Export:
         found = programs(config, parts)
         names = [program.name for program in found]
         if names != list(self.manifest["programs"]):
-            has = ", ".join(self.manifest["programs"])
-            raise CheckpointError(f"{self.folder}: an export of {has}; the model has {', '.join(names)}")
+            has = quote(list(self.manifest["programs"]))
+            raise CheckpointError(f"{self.folder}: an export of {has}; the model has {names}")
         for program in found:
-            entry, told = self.manifest["programs"][program.name], ends(program)
-            for side, wanted in told.items():
+            entry = self.manifest["programs"][program.name]
+            for side, wanted in ends(program).items():
                 if entry.get(side) != wanted:
-                    where = f"{self.folder / NAME}: {program.name}: {side} are {json.dumps(entry.get(side))}"
-                    raise CheckpointError(f"{where}, and the model's {json.dumps(wanted)}; export the model again")
+                    raise CheckpointError(
+                        f"{self.folder / NAME}: {program.name}: {_apart(side, entry.get(side), wanted)}"
+                    )
         return found
 
 
@@ -86,6 +87,14 @@ def ends(program: Program) -> dict[str, Any]:
     types = {name: "int64" if name == "ids" else "float32" for name in program.inputs}
     inputs = {name: {"axes": list(axes), "dtype": types[name]} for name, axes in program.inputs.items()}
     return {"inputs": inputs, "outputs": list(program.outputs)}
+
+
+def _apart(side: str, found: Any, wanted: Any) -> str:
+    """Say where a program's inputs or outputs are not the model's; of two dicts, name the first entry that differs."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        name = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+        side, found, wanted = f"{side}: {quote(name)}", found.get(name), wanted.get(name)
+    return f"{side} {quote(found)}, and the model's {json.dumps(wanted)}; export the model again"
 
 
 def open_export(folder: str | Path) -> Export:
@@ -99,7 +108,9 @@ def open_export(folder: str | Path) -> Export:
         raise CheckpointError(f"{folder}: no export: there is no {NAME} in it; `minidiff export` writes one")
     found = read_object(path)
     if found.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format={found.get('format')!r}, and {FORMAT!r} is read; export the model again")
+        raise CheckpointError(
+            f"{path}: format={quote(found.get('format'))}, and {FORMAT!r} is read; export the model again"
+        )
     try:
         export = Export(folder, found)
         to, listed, _ = export.to, dict(found["files"]), str(found["model"])
@@ -107,7 +118,7 @@ def open_export(folder: str | Path) -> Export:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(f"{path}: entries are missing or of another kind; export the model again") from None
     if to not in BOUNDS:
-        raise CheckpointError(f"{path}: to={to!r}; known are {', '.join(BOUNDS)}")
+        raise CheckpointError(f"{path}: to={quote(to)}; known are {', '.join(BOUNDS)}")
     for name in {*listed, *files}:
         _check(folder, name, listed.get(name))
     return export
@@ -116,8 +127,12 @@ def open_export(folder: str | Path) -> Export:
 def _check(folder: Path, name: str, known: Any) -> None:
     """Raise :class:`CheckpointError` unless the file is one of the folder, with the hash that the manifest tells."""
     path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-        raise CheckpointError(f"{path}: is missing; export the model again")
+    try:
+        there = not Path(name).is_absolute() and ".." not in Path(name).parts and path.is_file()
+    except OSError:  # a name that is too long
+        there = False
+    if not there:
+        raise CheckpointError(f"{folder}: its file {quote(name)} is missing; export the model again")
     if digest(path) != known:
         raise CheckpointError(f"{path}: its content is not what {NAME} tells; export the model again")
 

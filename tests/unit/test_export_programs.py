@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +111,7 @@ def test_a_folder_that_was_changed_is_refused(made: Path, tmp_path: Path, what: 
     manifest = json.loads((made / "manifest.json").read_text())
     for name in ("unet.pt2", "vae_encoder.pt2", "vae_decoder.pt2", "text_encoder.pt2"):
         os.link(made / name, tmp_path / name)
-    words = {"a hash": "its content is not what manifest.json tells", "a missing file": r"decoder.pt2: is missing"}
+    words = {"a hash": "its content is not what manifest.json tells", "a missing file": r"decoder.pt2' is missing"}
     words |= {"a path outside": "is missing", "a format": "format='minidiff export 2'", "a kind": "to='tflite'"}
     words |= {"no manifest": "no export: there is no manifest.json", "an entry": "entries are missing"}
     manifest["files"] = {
@@ -134,7 +136,7 @@ def test_a_folder_that_was_changed_is_refused(made: Path, tmp_path: Path, what: 
 
 
 def test_an_export_of_another_model(made: Path, run: Run) -> None:
-    one_error(run("parity", "text", "--against", made), "an export of another model", "(tiny sd)")
+    one_error(run("parity", "text", "--against", made), "an export of another model", "('tiny sd')")
     one_error(run("parity", "text", "--against", "nowhere"), "nowhere: no export: there is no manifest.json in it")
     one_error(run("parity", "text", "--against", "no.such:function"), "No module named 'no'")
 
@@ -167,11 +169,17 @@ def lie(program: str, *path: str, value: Any) -> Callable[[dict[str, Any]], None
     [
         (
             lie("unet", "inputs", "x", "axes", value=["batch", 9, "height", "width"]),
-            r'unet: inputs are {"x": {"axes": \["batch", 9, .*, and the model\'s {"x": {"axes": \["batch", 4, ',
+            r"unet: inputs: 'x' {'axes': \['batch', 9, .*, and the model's {\"axes\": \[\"batch\", 4, ",
         ),
-        (lie("text_encoder", "inputs", "ids", "dtype", value="float32"), r"text_encoder: inputs are .*, and the model"),
-        (lie("vae_encoder", "outputs", value=["mean"]), r'vae_encoder: outputs are \["mean"\], and the model'),
-        (lambda manifest: manifest["programs"].pop("vae_decoder"), "an export of unet, vae_encoder, text_encoder; the"),
+        (
+            lie("text_encoder", "inputs", "ids", "dtype", value="float32"),
+            r"text_encoder: inputs: 'ids' .*, and the model",
+        ),
+        (lie("vae_encoder", "outputs", value=["mean"]), r"vae_encoder: outputs \['mean'\], and the model"),
+        (
+            lambda manifest: manifest["programs"].pop("vae_decoder"),
+            r"an export of \['unet', 'vae_encoder', 'text_encoder'\]; the",
+        ),
         (
             lie("vae_decoder", "file", value="unet.pt2"),
             r"unet.pt2: can't be run as the model's vae_decoder \(.+\); export",
@@ -198,6 +206,59 @@ def test_a_manifest_that_lies_about_programs_with_hashes_that_fit(
     with pytest.raises(CheckpointError, match=words) as found:
         against(mini, folder, asked("a star", steps=1, height=16, width=16), judge=False)
     assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 1000
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: manifest.update(format=LONG), "format='xxx"),
+        (lambda manifest: manifest.update(to=LONG), "to='xxx"),
+        (lambda manifest: manifest.update(model=LONG), "an export of another model, 'xxx"),
+        (lambda manifest: manifest["programs"].update({LONG: manifest["programs"]["unet"]}), "an export of "),
+        (lie("unet", "file", value=LONG), r"its file 'xxx.* is missing"),
+        (lie("unet", "inputs", "x", "dtype", value=LONG), r"unet: inputs: 'x' .*, and the model's {\"axes\""),
+        (lie("unet", "inputs", value=[LONG]), r"unet: inputs \['xxx.*, and the model's {\"x\""),
+        (lie("unet", "inputs", LONG, value=0), r"unet: inputs: 'xxx.* 0, and the model's null"),
+    ],
+)
+def test_what_a_manifest_says_at_length_is_cut(
+    mini: StableDiffusion, made: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    folder = changed(made, tmp_path, change)
+    with pytest.raises(CheckpointError, match=words) as found:
+        against(mini, folder, asked("a star", steps=1, height=16, width=16), judge=False)
+    assert len(str(found.value)) < 600 + len(folder)
+
+
+def test_a_program_that_fails_is_one_line(
+    mini: StableDiffusion, made: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither torch's own remarks on a damaged archive are printed, nor what its interpreter says of a layer."""
+    model, said = tmp_path / "mini.safetensors", logging.getLogger("torch.export")
+    mini.save(model)
+    (tmp_path / "damaged").mkdir()
+    with zipfile.ZipFile(tmp_path / "damaged" / "empty.pt2", "w") as archive:
+        archive.writestr("a/version", "x")
+    folder = changed(made, tmp_path / "damaged", lie("unet", "file", value="empty.pt2"))
+    level, records = said.level, list[Any]()
+    monkeypatch.setattr(said, "handle", records.append)
+    try:
+        one_error(run("parity", model, "--against", folder, "--quiet"), "empty.pt2: can't be read (")
+        assert records == []
+    finally:
+        said.setLevel(level)
+
+    def fails(program: Any) -> None:
+        raise RuntimeError("first" + 1000 * "." + "\nsecond")
+
+    monkeypatch.setattr(torch.export, "unflatten", fails)
+    with pytest.raises(CheckpointError, match=r"unet.pt2: can't be run layer by layer as the model's unet") as found:
+        against(mini, str(made), asked("a star", steps=1, height=16, width=16), judge=False)
+    assert len(str(found.value)) < 500 + len(str(made))
 
 
 def refused(pipe: Any, out: Path, words: str, kind: type[Exception], **options: Any) -> None:
