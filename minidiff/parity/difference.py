@@ -131,6 +131,20 @@ def _no_difference(kinds: Kinds, total: int, *, floating: bool) -> Difference:
     return Difference(*kinds, 0.0, 0.0, zero, 0, total, ulps_median=zero, ulps_99=zero)
 
 
+class Room:
+    """Arrays by name, to be used again for every piece: fresh memory costs more than most of what is done in it."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Array] = {}
+
+    def __call__(self, name: str, size: int, dtype: Any = np.float64) -> Array:
+        """Return an array of ``size`` numbers, which hold anything."""
+        found = self.arrays.get(name)
+        if found is None or len(found) < size or found.dtype != dtype:
+            found = self.arrays[name] = np.empty(size, dtype)
+        return found[:size]
+
+
 @dataclass
 class Tally:
     """Sums over pieces of two values. ``precision``: name of the float whose ULPs are counted; "" counts none."""
@@ -144,17 +158,18 @@ class Tally:
     sums: Any = field(default_factory=lambda: np.zeros(5))  # of a, b, a * a, b * b, (a - b) ** 2
     ulps: int = 0
     bins: Any = field(default_factory=lambda: np.zeros(65 * BINS, np.int64))
+    room: Room = field(default_factory=Room)
 
     def add(self, x: Array, y: Array) -> None:
         """Add two flat pieces, whose numbers belong together."""
         with np.errstate(all="ignore"):
-            a, b = x.astype(np.float64), y.astype(np.float64)
-            gap = a - b
+            a, b = self.room("a", len(x)), self.room("b", len(x))
+            a[...], b[...] = x, y
+            gap = np.subtract(a, b, out=self.room("gap", len(x)))
             most = max(gap.max(initial=0.0), -gap.min(initial=0.0))
             if math.isnan(gap.sum()):
                 most = self._not_finite(a, b, gap)
-            whole = x.dtype.kind in "iu" and y.dtype.kind in "iu"  # of which float64 does not hold the largest
-            self.differing += int(np.count_nonzero(x != y if whole else gap))
+            self.differing += int(np.count_nonzero(x != y))  # float64 does not hold the largest integers
             self.max_abs = math.nan if math.isnan(most) or math.isnan(self.max_abs) else max(self.max_abs, float(most))
             self.largest = max(
                 self.largest, float(np.fmax.reduce(a, initial=0.0)), -float(np.fmin.reduce(a, initial=0.0))
@@ -162,9 +177,11 @@ class Tally:
             self.sums += (a.sum(), b.sum(), a @ a, b @ b, gap @ gap)
             self.count += len(a)
             if self.precision and math.isfinite(self.max_abs):
-                apart = distances(x, y, self.precision)
+                apart = distances(x, y, self.precision, self.room)
                 self.ulps = max(self.ulps, int(apart.max(initial=0)))
-                index = apart.astype(np.float64, copy=False).view(np.int64) >> 48
+                index = np.right_shift(
+                    apart.astype(np.float64, copy=False).view(np.int64), 48, out=self.room("index", len(x), np.int64)
+                )
                 index -= ONE - 1
                 self.bins += np.bincount(np.maximum(index, 0, out=index), minlength=len(self.bins))
 
@@ -220,18 +237,20 @@ def ulps(a: Tensor, b: Tensor) -> int:
     return max((int(distances(*both, _coarser(x, y)).max()) for both in pieces(x, y)), default=0)
 
 
-def distances(x: Array, y: Array, precision: str) -> Array:
-    """Return the distances of flat floats in ULPs of ``precision``, after rounding to it."""
-    a, b = _ordered(x, precision), _ordered(y, precision)
-    if precision != "float64":
-        gap: Array = np.subtract(a, b, dtype=np.float64)  # which holds all of these
+def distances(x: Array, y: Array, precision: str, room: Room | None = None) -> Array:
+    """Return the distances of flat floats in ULPs of ``precision``, after rounding to it. ``room``: where they lie,
+    until it is used again."""
+    room = room or Room()
+    a, b = _ordered(x, precision, room, "ordered a"), _ordered(y, precision, room, "ordered b")
+    if precision != "float64":  # which holds all of these
+        gap: Array = np.subtract(a, b, dtype=np.float64, out=room("apart", len(a)))
         return np.abs(gap, out=gap)
     across = np.abs(a) + np.abs(b)  # on either side of 0 the sum may not fit
     across[across < 0] = MOST
     return np.where((a < 0) == (b < 0), np.abs(a - b), across)
 
 
-def _ordered(x: Array, precision: str) -> Array:
+def _ordered(x: Array, precision: str, room: Room, name: str) -> Array:
     """Map floats to integers in the same order, 0 for both zeros."""
     if precision == "bfloat16":  # rounded to the upper half of a float32, to even
         wide = x.astype(np.float32, copy=False).view(np.uint32).astype(np.int64)
@@ -239,8 +258,10 @@ def _ordered(x: Array, precision: str) -> Array:
     else:
         narrow = x.astype(precision, copy=False)
         bits = narrow.view(INTEGERS[int(narrow.dtype.itemsize)])
-    negative = bits >> (8 * bits.dtype.itemsize - 1)  # -1 or 0
-    ordered: Array = bits ^ (negative & np.iinfo(bits.dtype).max)  # of negative ones -1 minus the magnitude
+    kind = bits.dtype
+    negative = np.right_shift(bits, 8 * kind.itemsize - 1, out=room("negative", len(bits), kind))  # -1 or 0
+    ordered: Array = np.bitwise_and(negative, np.iinfo(kind).max, out=room(name, len(bits), kind))
+    ordered ^= bits  # of negative ones -1 minus the magnitude
     ordered -= negative
     return ordered
 

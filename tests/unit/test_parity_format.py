@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from minidiff import CheckpointError, ConfigError, UnsupportedError
 from minidiff.parity import Writer, assert_recording, difference, header, writer
 from minidiff.parity.comparing import compare
-from minidiff.parity.difference import measure
+from minidiff.parity.difference import Tally, measure
 from minidiff.parity.header import RUN_KEY, STAGES_KEY, VERSION_KEY
 from minidiff.parity.importers import open_source
 from minidiff.parity.report import Report, outcome, reasons
@@ -455,3 +456,21 @@ def test_the_identity_is_that_of_the_header(tmp_path: Path) -> None:
     with open_recording(path) as found:
         assert found.identity == hashlib.sha256(path.read_bytes()[: 8 + size]).hexdigest()[:16]
     assert header_hash(path).startswith(found.identity)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int64", "uint8"])
+def test_pieces_of_any_length_add_up(dtype: str) -> None:
+    """Their arrays are used again, for a shorter piece in part; what lay there before counts for nothing."""
+    a = (100 * RNG.standard_normal(900)).astype(dtype)
+    b = np.where(RNG.random(900) < 0.5, a, a + a // 7).astype(dtype)
+    precision = dtype if dtype.startswith("float") else ""
+    whole, parts = Tally(precision), Tally(precision)
+    whole.add(a, b)
+    for x, y in zip(np.split(a, [7, 500, 501, 501, 640]), np.split(b, [7, 500, 501, 501, 640]), strict=True):
+        parts.add(x, y)
+    kinds = (a.shape, b.shape, dtype, dtype)
+    one, other = whole.result(kinds), parts.result(kinds)
+    assert one.differing == int((a != b).sum()) > 0
+    assert replace(one, norm=other.norm, correlation=other.correlation) == other
+    assert one.norm == pytest.approx(other.norm, rel=1e-12), "sums in another order"
+    assert one.correlation == pytest.approx(other.correlation, rel=1e-12)
