@@ -100,8 +100,9 @@ def make(args: Namespace) -> Iterator[Path]:
     if args.grid is not None:
 
         def start(changes: Mapping[str, Any]) -> Run:
+            cell = grid.merged({**asked, **added}, changes)
             sampler = _changed(changes.get("sampler"), args.set) or added["sampler"]
-            return pipe.run(_request(pipe, args, {**asked, **added, **changes, "sampler": sampler}))
+            return pipe.run(_request(pipe, args, {**cell, "sampler": sampler}))
 
         seeded = args.seed is not None or (recipe is not None and recipe.request.seed is not None)
         told = {"show": not args.quiet, "mark": not args.no_mark}

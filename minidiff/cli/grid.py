@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +65,24 @@ def read_axis(text: str) -> Axis:
 
 
 def _by_name() -> dict[str, tuple[str, Option]]:
-    """Return (field, option) by the names of the command line; the prompt has none of its own."""
+    """Return (field, option) by the names of the command line; the prompt has none of its own. The field of a record in
+    a Request is written "sizes.crop"."""
     found = {}
     for f, option in options(Request):
+        for g, inner in options(option.record) if option.record is not None else ():
+            found[inner.flag.lstrip("-")] = (f"{f.name}.{g.name}", inner)
         if (option.flag or f.name == "prompt") and f.name != "num_images":
             found[option.flag.lstrip("-") or f.name] = (f.name, option)
+    return found
+
+
+def merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request with those of a cell in their place."""
+    records = {f.name: option.record for f, option in options(Request)}
+    found = dict(asked)
+    for name, value in changes.items():
+        field, _, part = name.partition(".")
+        found[field] = replace(found.get(field) or records[field](), **{part: value}) if part else value
     return found
 
 

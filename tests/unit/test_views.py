@@ -20,7 +20,7 @@ from minidiff.pipeline.montage import SMALLEST, enlarged, table
 from minidiff.pipeline.preview import Preview
 from minidiff.pipeline.request import Request
 from tests.support.command import Run, one_error
-from tests.support.tiny import tiny_ddpm, tiny_sd
+from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
 
 COMMON = ("--seed", 3, "--quiet")
 
@@ -323,3 +323,16 @@ def test_pictures_on_an_axis(run: Run, tmp_path: Path) -> None:
     assert grids.read_axis("image=in/a.png,in/b.png").labels() == ["image a.png", "image b.png"]
     one_error(run(*grid, "image=in/a.png,gone.png"), "--grid image=gone.png: no such file")
     one_error(run(*grid, "scale=1,2"), "name it with --image")
+
+
+def test_fields_of_a_record_on_an_axis(run: Run, tmp_path: Path) -> None:
+    """SDXL's sizes, of which the command line may give others."""
+    tiny_xl().save(tmp_path / "xl.safetensors")
+    grid = ("generate", "a fox", "--model", "xl.safetensors", "--steps", 1, *COMMON, "--out", "g.png", "--grid")
+    assert run(*grid[:-1], "--target-size", "96x64", "--grid", "crop=0,0|8,16", "original-size=64x32,64x64").out
+    for i, original in enumerate(([32, 64], [64, 64]), 1):
+        for j, crop in enumerate(([0, 0], [16, 8]), 1):
+            sizes = read_recipe(tmp_path / "g-cells" / f"0{i}-0{j}.png")["sizes"]
+            assert (sizes["original"], sizes["crop"], sizes["target"]) == (original, crop, [64, 96])
+    one_error(run("generate", "a fox", "--model", "text", *COMMON, "--grid", "crop=0,0|8,16"), "sizes are given")
+    one_error(run(*grid, "croq=1,2|3,4"), "did you mean crop?")
