@@ -48,7 +48,8 @@ def config_of(family: str, divide: int) -> Any:
     }
     model = known[family]()
     levels = [replace(level, channels=level.channels // divide) for level in (*model.unet.levels, model.unet.mid)]
-    return replace(model, unet=replace(model.unet, levels=tuple(levels[:-1]), mid=levels[-1]))
+    unet = replace(model.unet, levels=tuple(levels[:-1]), mid=levels[-1], groups=model.unet.groups // divide)
+    return replace(model, unet=unet)
 
 
 def drawn(shape: tuple[int, ...], one: bool) -> Any:

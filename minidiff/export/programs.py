@@ -26,15 +26,15 @@ Axes = tuple["str | int", ...]
 """Shape of a tensor; a name stands for any size."""
 Tensors = Mapping[str, Tensor]
 
-LEAST = 8  # side of the smallest latents for which programs are made and checked
+LEAST = 8  # side of the smallest latents for which programs are made and checked; more for UNets with many levels
 LONGEST = 77  # tokens of a text for which they are; fewer where the text encoder takes fewer
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
     """A network as a function: ``module`` takes the ``inputs`` by name and returns the ``outputs`` in this order.
-    ``scale``: what a side of its picture is in sides of latents. ``least``: the smallest side. ``longest``: the most
-    tokens of a text."""
+    ``scale``: what a side of its picture is in sides of latents. ``least``: the smallest side that is sure to run.
+    ``longest``: the most tokens of a text."""
 
     name: str
     module: nn.Module
@@ -102,7 +102,9 @@ def _unet(config: UNetConfig, numbers: int, unet: nn.Module) -> Program:
         inputs["sizes"] = ("batch", numbers)
     if config.guidance_dim is not None:
         inputs["guidance"] = ("batch", config.guidance_dim)
-    least = max(LEAST, 2 ** (len(config.levels) - 1))  # a side is halved between levels
+    # A side is halved between levels. Where one number is left of it at the lowest, torch.export takes it for a side
+    # that can never be more, and the program runs at no other size.
+    least = max(LEAST, 2 ** len(config.levels))
     return Program("unet", _Denoiser(unet), inputs, ("out",), least=least)
 
 

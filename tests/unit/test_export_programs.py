@@ -48,6 +48,20 @@ def test_programs_are_equal_to_the_networks(family: str) -> None:
         assert measured(program, lambda inputs, m=module, p=program: p.named(m(**inputs))) == 0, program.name
 
 
+def test_a_unet_of_four_levels_runs_at_every_size() -> None:
+    """As those of Stable Diffusion are. A side of the lowest level is one number in small pictures, which must not be
+    taken for its only length."""
+    plain, attends = Level(channels=8), Level(channels=8, attention="text", heads=2)
+    unet = replace(MINI.unet, levels=(plain, plain, plain, attends), mid=attends)
+    pipe = drawn(replace(MINI, unet=unet), 3)
+    program = next(p for p in programs(pipe.config, pipe.parts) if p.name == "unet")
+    assert [min(size[1:3]) for size in program.sizes] == [16, 16, 17]
+    module = traced(program).module()
+    assert measured(program, lambda inputs: program.named(module(**inputs))) == 0
+    inputs = program.example(1, 2 * program.least, 5 * program.least, 77)
+    assert torch.equal(module(**inputs), program.eager(inputs)["out"])
+
+
 def test_a_text_encoder_for_short_texts_is_made_at_its_own_length() -> None:
     """The bundled model's takes 32 tokens."""
     sd = minidiff.bundled(dtype=torch.float32)
