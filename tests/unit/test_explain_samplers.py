@@ -118,6 +118,13 @@ def test_the_sampler_of_the_run_is_among_them() -> None:
     }
 
 
+def test_an_inversion_is_not_compared() -> None:
+    """It does not end at a picture."""
+    panel = samplers.build(run(sampler="ddim_inverse"))
+    assert isinstance(panel, Panel)
+    assert {r["sampler"] for r in panel.data["runs"]} == {*samplers.NAMES}
+
+
 def test_a_run_from_a_picture_is_left_out() -> None:
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     left = samplers.build(run(image=image, strength=0.5))

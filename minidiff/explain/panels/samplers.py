@@ -42,7 +42,8 @@ def build(seen: Seen) -> Panel | Left:
     if seen.frames[0].out.shape != seen.frames[0].before.shape:  # the model predicts a variance as well
         return Left(anchor="samplers", title=WORDS["title"], why=WORDS["cannot"])
     own = str((seen.recipe.get("sampler") or {}).get("name"))
-    names = NAMES if own in NAMES or own not in SAMPLERS else (NAMES[0], own, *NAMES[2:])
+    rises = own.endswith("_inverse")  # an inversion goes from a picture to noise
+    names = NAMES if own in NAMES or own not in SAMPLERS or rises else (NAMES[0], own, *NAMES[2:])
     steps = min(STEPS, len(seen.pipe.schedule))
     try:
         choices = {(name, n): name for name in names for n in BUDGETS}
