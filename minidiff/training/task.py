@@ -134,5 +134,6 @@ def make_task(pipe: StableDiffusion | Unconditional, config: TrainConfig) -> Tas
 @torch.no_grad()
 def latent_scale(pipe: StableDiffusion, batch: Batch) -> float:
     """Return the ``scaling_factor`` that gives the latents of ``batch`` unit variance, 1 / their standard deviation."""
-    mean = pipe.vae.encode(batch.pixels.to(pipe.device)).mean
+    dtype = next(pipe.vae.parameters()).dtype
+    mean = pipe.vae.encode(batch.pixels.to(pipe.device, dtype)).mean
     return float(1 / mean.float().std())

@@ -73,3 +73,9 @@ def test_a_run_from_a_picture_has_no_first_noise() -> None:
     panel = scales.build(collect(tiny_sd(), Request("a star", steps=4, seed=0, image=image, strength=0.5)))
     assert "the first x of this run" not in panel.body
     assert "this page does not have" in panel.body
+
+
+def test_a_model_in_another_precision_has_its_scales() -> None:
+    seen = collect(minidiff.bundled(dtype=torch.bfloat16), Request("a red star", steps=1, seed=0), bundled=True)
+    panel = scales.build(seen)
+    assert panel.data["measured scaling"] == pytest.approx(panel.data["scaling"], rel=0.1)
