@@ -35,7 +35,8 @@ def count_in(unet: nn.Module, counts: Counter[str]) -> list[Callable[[], None]]:
 
 def _products(name: str, add: Add) -> Callable[[nn.Module, object, Tensor], None]:
     def after(layer: nn.Module, args: object, out: Tensor) -> None:
-        add(name, 2 * out.numel() * layer.get_parameter("weight")[0].numel())  # an output sums over a row of the weight
+        weight = layer.get_parameter("weight")  # perhaps packed, and without rows that can be taken
+        add(name, 2 * out.numel() * (weight.numel() // len(weight)))  # an output sums over a row of the weight
 
     return after
 

@@ -1,9 +1,10 @@
 """A second, plain forward of a run's model calls, by a UNet that can be looked into: attention maps and features.
 
-The run itself is left alone. The UNet here is another module that shares the weights of the model's, has none of the
-switches of :mod:`minidiff.fast`, and computes in its cross-attention also what the run's kernel never writes down: the
-matrix softmax(q k^T / sqrt(d)) (Vaswani et al. 2017, equation 1), of each place of the picture over the tokens of the
-prompt. It is called as the run called the UNet, for the picture with its prompt alone.
+The run itself is left alone. The UNet here is another module that shares the weights of the model's. It has none of the
+switches of :mod:`minidiff.fast`, except that packed weights stay packed, and computes in its cross-attention also what
+the run's kernel never writes down: the matrix softmax(q k^T / sqrt(d)) (Vaswani et al. 2017, equation 1), of each place
+of the picture over the tokens of the prompt. It is called as the run called the UNet, for the picture with its prompt
+alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from minidiff.explain.collect import Frame, Seen
 from minidiff.explain.operations import count_in
+from minidiff.fast.packed import Packing
 from minidiff.models.attention import Attention, Kernel, Linear, SpatialTransformer
 from minidiff.models.blocks import ResBlock
 from minidiff.models.clip import CLIPText
@@ -64,10 +66,10 @@ def weights(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
 
 
 def own_unet(seen: Seen) -> UNet:
-    """Return another UNet with the weights, adapters and precision of the model's, and nothing else that was put on
-    it."""
+    """Return another UNet with the weights, adapters and precision of the model's, and nothing else that was put on it
+    but the layout of packed weights."""
     own = build_part(seen.pipe.config, "unet")
-    share(seen.pipe.unet, own)
+    share(seen.pipe.unet, own, packed=True)
     apply_policy(seen.pipe.config, {"unet": own})
     assert isinstance(own, UNet)
     return own
@@ -87,10 +89,19 @@ def own_pipe(seen: Seen) -> StableDiffusion | Unconditional:
     return own
 
 
-def share(module: nn.Module, own: nn.Module) -> None:
-    """Give ``own``, built alike, the weights of ``module`` and the adapters that are live in it."""
-    own.load_state_dict(module.state_dict(), assign=True)
+def share(module: nn.Module, own: nn.Module, packed: bool = False) -> None:
+    """Give ``own``, built alike, the weights of ``module`` and the adapters that are live in it.
+
+    ``packed``: weights that :mod:`minidiff.fast` keeps in the processor's layout stay in it, and are multiplied there.
+    Otherwise all are plain, which unpacks and copies them.
+    """
+    layers = dict(module.named_modules()) if packed else {}
+    ready = {name for name, layer in layers.items() if isinstance(layer.__dict__.get("forward"), Packing)}
+    state = {name: p.detach() for name, p in module.named_parameters()} if ready else module.state_dict()
+    own.load_state_dict(state, assign=True)
     own.requires_grad_(False)
+    for name in ready:
+        own.get_submodule(name).__dict__["forward"] = layers[name].__dict__["forward"]
     for theirs, mine in zip(module.modules(), own.modules(), strict=True):
         for hook in theirs._forward_hooks.values():
             if getattr(hook, "__module__", "") == ADAPTERS:
