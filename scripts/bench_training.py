@@ -5,7 +5,8 @@
 
 The network is the tutorial's, at 64 x 64; both begin with the same random weights and learn from the same pictures of
 noise. A step is everything from a batch in memory to new weights: timesteps and noise, forward, backward, clipping,
-AdamW, the learning-rate schedule. They run in turn. Needs the `parity` extra.
+AdamW, the learning-rate schedule. minidiff is measured twice, with equal weights and with `--fused`. They run in turn.
+Needs the `parity` extra.
 """
 
 from __future__ import annotations
@@ -93,8 +94,12 @@ def both(config: dict[str, Any], pixels: Tensor, dtype: str) -> dict[str, Callab
     unet = diffusers.UNet2DModel(**config)
     with tempfile.TemporaryDirectory() as folder:
         diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
-        pipe = weights_convert.load(folder, device="cpu")
-        return {"diffusers with accelerate": theirs(unet, pixels, dtype), "minidiff": ours(pipe, pixels, dtype)}
+        pipe, other = (weights_convert.load(folder, device="cpu") for _ in range(2))
+        return {
+            "diffusers with accelerate": theirs(unet, pixels, dtype),
+            "minidiff": ours(pipe, pixels, dtype),
+            "minidiff, fused": ours(other, pixels, dtype, fused=True),
+        }
 
 
 def theirs(unet: nn.Module, pixels: Tensor, dtype: str) -> Callable[[], object]:
@@ -125,7 +130,7 @@ def theirs(unet: nn.Module, pixels: Tensor, dtype: str) -> Callable[[], object]:
     return step
 
 
-def ours(pipe: Any, pixels: Tensor, dtype: Any) -> Callable[[], object]:
+def ours(pipe: Any, pixels: Tensor, dtype: Any, fused: bool = False) -> Callable[[], object]:
     """Return a step of minidiff's loop on ``pipe``."""
     from minidiff.training.batch import Batch
     from minidiff.training.loop import Trainer
@@ -135,7 +140,9 @@ def ours(pipe: Any, pixels: Tensor, dtype: Any) -> Callable[[], object]:
         def batch(self, start: int, count: int) -> Batch:
             return Batch(pixels)
 
-    config = TrainConfig(steps=STEPS, warmup=WARMUP, batch=len(pixels), rate=RATE, precision=dtype, ema=None)
+    config = TrainConfig(
+        steps=STEPS, warmup=WARMUP, batch=len(pixels), rate=RATE, precision=dtype, fused=fused, ema=None
+    )
     return Trainer(pipe, Same(), config).step
 
 

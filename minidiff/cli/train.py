@@ -85,6 +85,12 @@ def add(commands: Any) -> None:
     g.add_argument("--clip", type=read_number, metavar="X", help="largest gradient norm; 0: no clipping (default: 1)")
     g.add_argument("--precision", metavar="NAME", help="float32, bfloat16 or float16 (default: float32)")
     g.add_argument(
+        "--fused",
+        action="store_true",
+        default=None,
+        help="AdamW in one pass over memory: faster, and the weights differ by rounding (default: off)",
+    )
+    g.add_argument(
         "--ema", type=read_number, metavar="X", help="decay of the averaged weights; 0: no average (default: 0.9999)"
     )
     g.add_argument(

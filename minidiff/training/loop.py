@@ -60,7 +60,12 @@ class Trainer:
         self.model = self.ranks.wrap(self.task)
         self.weights: dict[str, Tensor] = dict(self.task.named_parameters())
         self.optimizer = self.Optimizer(
-            list(self.weights.values()), lr=config.rate, betas=config.betas, eps=config.eps, weight_decay=config.decay
+            list(self.weights.values()),
+            lr=config.rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.decay,
+            **({"fused": True} if config.fused else {}),  # otherwise torch's default for the device
         )
         self.ema = None if config.ema is None else EMA(self.weights, config.ema)
         # Most gradients are below 6e-8, float16's smallest number: the loss is scaled up, the gradients down again.

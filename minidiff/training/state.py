@@ -141,9 +141,10 @@ def compare(trainer: Trainer, found: dict[str, Any], path: str | os.PathLike[str
     """Raise :class:`CheckpointError` for the first field in which the run on disk differs from this one; a warning
     tells of other pictures."""
     for what, now in (("model", trainer.pipe.config), ("settings", trainer.config)):
-        here = json.loads(json.dumps(dataclasses.asdict(now)))
+        before, here = from_json(type(now), found[what]), json.loads(json.dumps(dataclasses.asdict(now)))
+        before = json.loads(json.dumps(dataclasses.asdict(before)))  # with the defaults of fields that came later
         for name, value in here.items():
-            then = found[what].get(name)
+            then = before[name]
             if then != value and not (what == "settings" and name in FREE):
                 was, wanted = _first_difference(name, then, value)
                 raise CheckpointError(

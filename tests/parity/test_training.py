@@ -47,12 +47,12 @@ class Pictures:
         return pixels.clamp(-1, 1), [WORDS[k % len(WORDS)] for k in range(start, start + count)]
 
 
-def reference_steps(unet: nn.Module, predict: Any) -> list[float]:
+def reference_steps(unet: nn.Module, predict: Any, fused: bool) -> list[float]:
     """The tutorial's loop on ``unet``; ``predict(first, count)`` gives its answer and the right one. All losses."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=RATE, fused=fused or None)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=WARMUP, num_training_steps=STEPS)
     unet, optimizer, scheduler = accelerator.prepare(unet, optimizer, scheduler)
     losses = []
@@ -93,7 +93,7 @@ def settings(**options: Any) -> TrainConfig:
 def same_training(trainer: Trainer, twin: Any, make_twin: Any, predict: Any) -> None:
     """Train both and compare: losses, every weight of the UNet, and that training did something to each of them."""
     before = ours(twin).state_dict()
-    losses = reference_steps(twin, predict)
+    losses = reference_steps(twin, predict, trainer.config.fused)
     trainer.weights = in_order_of(trainer, make_twin)
     reports = list(trainer.steps())
     after = ours(twin).state_dict()
@@ -106,7 +106,8 @@ def same_training(trainer: Trainer, twin: Any, make_twin: Any, predict: Any) -> 
         assert not weight.equal(before[name]), name
 
 
-def test_thirty_steps_of_a_pixel_model(tmp_path: Any) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_thirty_steps_of_a_pixel_model(tmp_path: Any, fused: bool) -> None:
     """The twin is in eval mode, where it has nothing to leave out (its dropout is 0): in train mode it copies the
     input of some convolutions to another memory layout, and then those sum in another order."""
     folder_twin(tmp_path / "twin", "ddpm")
@@ -121,7 +122,7 @@ def test_thirty_steps_of_a_pixel_model(tmp_path: Any) -> None:
         t, noise = draws.integers(1000), draws.normal((3, 8, 8))
         return twin(scheduler.add_noise(data.batch(first, count)[0], noise, t), t).sample, noise
 
-    same_training(Trainer(pipe, data, settings()), twin, lambda: unet_twin("ddpm"), predict)
+    same_training(Trainer(pipe, data, settings(fused=fused)), twin, lambda: unet_twin("ddpm"), predict)
 
 
 def test_thirty_steps_of_a_text_model(tmp_path: Any) -> None:

@@ -119,10 +119,11 @@ def test_an_autoencoder_pays_for_latents_that_are_far_from_normal() -> None:
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * apart, rel=1e-4)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_loss_falls(precision: Any) -> None:
+def test_the_loss_falls(precision: Any, fused: bool) -> None:
     """Twelve steps on pixels bring the loss on held-out examples below 0.8 of where it began (it reaches half)."""
-    trainer = pixel_trainer(precision=precision, steps=12, batch=16, rate=1e-2, ema=None)
+    trainer = pixel_trainer(precision=precision, steps=12, batch=16, rate=1e-2, ema=None, fused=fused)
     before = trainer.evaluate(Pictures(), 32)
     reports = list(trainer.steps())
     assert [r.step for r in reports] == list(range(1, 13))
@@ -166,22 +167,49 @@ def test_an_autoencoder_learns_and_its_scale_is_measured(tmp_path: Path) -> None
     assert abs(latents.std() - 1) < 1e-3
 
 
-def test_resumed_equals_unbroken(tmp_path: Path) -> None:
+def test_fused_steps_differ_by_rounding() -> None:
+    """From equal gradients, within four rounding errors of the largest weight."""
+    trainers = [pixel_trainer(steps=1, rate=1e-3, warmup=0, ema=None, fused=fused) for fused in (False, True)]
+    for trainer in trainers:
+        trainer.step()
+    plain, fused = (trainer.weights for trainer in trainers)
+    assert trainers[1].optimizer.defaults["fused"] is True
+    for name, w in plain.items():
+        assert (w - fused[name]).abs().max() <= 4 * 2**-24 * w.abs().max(), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_resumed_equals_unbroken(tmp_path: Path, fused: bool) -> None:
     """The same weights, averages and moments, bit for bit, however often the run was stopped."""
-    unbroken = pixel_trainer()
+    unbroken = pixel_trainer(fused=fused)
     run(unbroken, 6)
     for stop in (2, 4):
-        trainer = pixel_trainer()
+        trainer = pixel_trainer(fused=fused)
         if stop > 2:
             state.resume(trainer, tmp_path / "state")
         run(trainer, stop)
         state.save(trainer, tmp_path / "state")
         run(trainer, stop + 1)  # steps that nobody will hear of
-    trainer = pixel_trainer()
+    trainer = pixel_trainer(fused=fused)
     state.resume(trainer, tmp_path / "state")
     assert trainer.done == 4
     run(trainer, 6)
     same(everything(trainer), everything(unbroken))
+
+
+def test_a_state_from_before_a_setting_came_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that it lacks has its default; another value of it is another run."""
+    trainer, path = pixel_trainer(), tmp_path / "state"
+    run(trainer, 2)
+    facts = state.facts(trainer)
+    del facts["settings"]["fused"]
+    monkeypatch.setattr(state, "facts", lambda _: facts)
+    state.save(trainer, path)
+    other = pixel_trainer()
+    state.resume(other, path)
+    same(everything(other), everything(trainer))
+    with pytest.raises(CheckpointError, match="was trained with fused=False, now it is True"):
+        state.resume(pixel_trainer(fused=True), path)
 
 
 def test_the_scale_of_float16_is_resumed(tmp_path: Path) -> None:
@@ -389,6 +417,7 @@ OTHER: dict[str, Any] = dict(
     decay=0.1,
     clip=None,
     precision="bfloat16",
+    fused=True,
     ema=0.99,
     min_snr=5.0,
     noisy=2.0,
