@@ -43,7 +43,7 @@ class Report:
 class Trainer:
     """Model, data, optimiser and the number of steps ``done``; state.py saves and restores all of that."""
 
-    Optimizer: ClassVar[Any] = torch.optim.AdamW
+    Optimizer: ClassVar[Any] = torch.optim.AdamW  # a subclass may take another of its interface
 
     def __init__(
         self, pipe: StableDiffusion | Unconditional, data: Data, config: TrainConfig, ranks: Alone | None = None

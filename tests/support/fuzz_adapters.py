@@ -468,7 +468,7 @@ class Base:
         return what, verdict if same else "FAULT the model is not what it was"
 
     def _computed(self, spec: Spec, before: dict[str, Tensor]) -> str:
-        """What the layers give while a sound adapter is live: that of the weight with the product added to it."""
+        """Hold the layers under a live adapter against the weight with the product added to it."""
         for layer, (_, down, up, alpha) in spec.halves.items():
             weight = before[f"{layer}.weight"].double()
             scale = spec.strength * (1.0 if alpha is None else alpha / len(down))
@@ -521,7 +521,7 @@ class Base:
 
 
 def _output(spec: Spec, name: str, weight: Tensor | None = None) -> Tensor:
-    """What a layer makes of an input that is always the same; ``weight``: with this one in its place, in float64."""
+    """Compute a layer's output for an input that is always the same; ``weight``: with this one, in float64."""
     layer: Any = lora.find(spec.sd.parts, name)
     is_linear = isinstance(layer, torch.nn.Linear)
     shape = (2, 3, layer.in_features) if is_linear else (2, layer.in_channels, 6, 5)

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from minidiff.cli import main
 from minidiff.pipeline.metadata import EXIF, USER_COMMENT
 from minidiff.pipeline.request import PROMPT_STYLES
+from tests.support.comfyui import text_to_picture
 from tests.support.tiny import tiny_adapter, tiny_controlnet
 
 Kind = Callable[[random.Random, int], tuple[str, str]]
@@ -39,26 +40,7 @@ INFOTEXT = (
     'RNG: CPU, TI hashes: "cat: 12", ENSD: 31337, Eta: 0.5, VAE: kl.pt, Version: v1.9'
 )
 GRAPH: dict[str, Any] = {
-    "3": {
-        "class_type": "KSampler",
-        "inputs": {
-            "seed": 5,
-            "steps": 2,
-            "cfg": 3,
-            "sampler_name": "euler",
-            "scheduler": "normal",
-            "denoise": 1,
-            "model": ["10", 0],
-            "positive": ["6", 0],
-            "negative": ["7", 0],
-            "latent_image": ["5", 0],
-        },
-    },
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"batch_size": 1, "height": 64, "width": 64}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": "a (fox:1.2)"}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": "fog"}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    **text_to_picture("a (fox:1.2)", 64, 64, seed=5, steps=2, cfg=3, sampler_name="euler", scheduler="normal"),
     "10": {"class_type": "CLIPSetLastLayer", "inputs": {"stop_at_clip_layer": -2, "clip": ["4", 1], "model": ["4", 0]}},
     "11": {"class_type": "Reroute", "inputs": {"": ["10", 0]}},
     "12": {"class_type": "ControlNetApply", "inputs": {"conditioning": ["6", 0]}},

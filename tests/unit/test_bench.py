@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
+import minidiff
 from minidiff.config import SD15
 from minidiff.errors import ConfigError
 from minidiff.models.attention import Attention
@@ -28,6 +29,7 @@ import _processes  # noqa: E402
 import _ways  # noqa: E402
 import _works  # noqa: E402
 import bench  # noqa: E402
+import bench_batch  # noqa: E402
 import bench_dtype  # noqa: E402
 import bench_generate  # noqa: E402
 import bench_overhead  # noqa: E402
@@ -420,6 +422,26 @@ def test_many_prompts_beside_the_library(tmp_path: Path, capsys: pytest.CaptureF
     assert "3 lines, 1 steps, 8 at once" in capsys.readouterr().out
     found = json.loads((tmp_path / "rate.json").read_text())
     assert [row["name"] for row in found["rows"]] == ["from Python", "--prompts"]
+
+
+def test_pictures_at_once_and_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways make the same pictures, in batches of the sizes that they say; the status tells of the bound."""
+    made: list[tuple[int, ...]] = []
+    generate = minidiff.StableDiffusion.generate
+
+    def watched(sd: Any, prompts: Any, **options: Any) -> Any:
+        if isinstance(prompts, list):
+            made.append(tuple(options["seed"]))
+        return generate(sd, prompts, **options)
+
+    monkeypatch.setattr(minidiff.StableDiffusion, "generate", watched)
+    for bound, status in ((1e9, 0), (0.0, 1)):
+        monkeypatch.setattr(bench_batch, "BOUND", bound)
+        told = ["--pictures", "3", "--steps", "1", "--rounds", "1", "--json", str(tmp_path / "batch.json")]
+        assert bench_batch.main(told) == status
+    assert made == 2 * [(0,), (1,), (2,), (0, 1, 2)]
+    ways = json.loads((tmp_path / "batch.json").read_text())["ways"]
+    assert [way["name"] for way in ways] == ["one by one", "3 at once"]
 
 
 def test_imports_are_summed_by_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_hostile_prompt_stays_text() -> None:
 
 
 def test_a_hostile_file_stays_text() -> None:
-    """What a checkpoint's name and metadata say reaches the page by the recipe."""
+    """A checkpoint's name and metadata reach the page by the recipe."""
     seen = collect(minidiff.bundled(), Request("x", steps=1, seed=0), bundled=True)
     plain = explained(seen, panels=["timesteps", "film"])
     names = ("model", "sampler", "negative_prompt", "guidance_scale", "approximate")

@@ -18,6 +18,7 @@ from minidiff.pipeline import metadata, recipes
 from minidiff.pipeline.metadata import KEY, MADE, MADE_IN_PART, PARAMETERS
 from minidiff.pipeline.png import label
 from minidiff.pipeline.recipes import comfyui, infotext
+from tests.support.comfyui import text_to_picture
 
 RECIPE = {"prompt": 'a "fox" & <owl>, ünï', "seed": 3, "steps": 4, "height": 64, "width": 64}
 PLAIN = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 512x768"
@@ -245,26 +246,7 @@ def test_what_is_written_is_read_again() -> None:
 # --- ComfyUI ---------------------------------------------------------------------------------------------------------
 
 GRAPH: dict[str, Any] = {
-    "3": {
-        "class_type": "KSampler",
-        "inputs": {
-            "seed": 8566257,
-            "steps": 20,
-            "cfg": 8,
-            "sampler_name": "dpmpp_2m",
-            "scheduler": "karras",
-            "denoise": 1,
-            "model": ["10", 0],
-            "positive": ["6", 0],
-            "negative": ["7", 0],
-            "latent_image": ["5", 0],
-        },
-    },
-    "4": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5.safetensors"}},
-    "5": {"class_type": "EmptyLatentImage", "inputs": {"batch_size": 1, "height": 512, "width": 768}},
-    "6": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": "a fox"}},
-    "7": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": "fog"}},
-    "8": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}},
+    **text_to_picture("a fox", 768, 512, seed=8566257, steps=20, cfg=8, sampler_name="dpmpp_2m", scheduler="karras"),
     "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "ComfyUI", "images": ["8", 0]}},
     "10": {
         "class_type": "LoraLoader",

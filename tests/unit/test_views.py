@@ -306,7 +306,7 @@ def test_what_does_not_go_with_a_grid(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_pictures_on_an_axis(run: Run, tmp_path: Path) -> None:
-    """What a run begins from is an option like others; cells have the size of their picture, labels its name."""
+    """Pictures to begin from are an option like others; cells have the size of theirs, labels its name."""
     (tmp_path / "in").mkdir()
     colour(255, 0, 0, side=64).save(tmp_path / "in" / "a.png")
     colour(0, 0, 255, side=32).save(tmp_path / "in" / "b.png")
