@@ -113,7 +113,7 @@ def guard(work: Callable[[], object], *, debug: bool = False) -> int:
             with suppress(ValueError):  # closed
                 stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _Warnings()
         seen: list[int] = []
         try:
             with terminable(seen):
@@ -144,8 +144,12 @@ def say(message: object, kind: str = "") -> None:
         print(f"minidiff: {kind + ': ' if kind else ''}{one_line(message)}", file=sys.stderr, flush=True)
 
 
-def warn(message: str, stacklevel: int = 1) -> None:
-    """Call ``warnings.warn``, ignoring its failure if stderr is closed."""
+def warn(message: str | Warning, stacklevel: int = 1) -> None:
+    """Call ``warnings.warn``, ignoring its failure if stderr is closed.
+
+    On the command line, a :class:`Warning` with a method ``after`` is shown as what that returns, given those of its
+    kind that were shown before in this run; nothing if that is "".
+    """
     with suppress(OSError, ValueError):
         warnings.warn(message, stacklevel=stacklevel + 1)
 
@@ -235,12 +239,25 @@ def _flush() -> None:
         raise
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    say(message, "warning")
+class _Warnings:
+    """Function that shows the warnings of a run, one line each."""
+
+    def __init__(self) -> None:
+        self.before: dict[type[Warning], list[Warning]] = {}
+
+    def __call__(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        before = self.before.setdefault(category, [])
+        after = getattr(message, "after", None)
+        told = message if after is None else after(before)
+        if str(told):
+            say(told, "warning")
+            if isinstance(message, Warning):
+                before.append(message)

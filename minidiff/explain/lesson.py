@@ -23,9 +23,9 @@ from minidiff.training.settings import TrainConfig
 SEED = 1
 LEVELS = 9  # timesteps at which the picture is shown
 TIMES = 10  # timesteps of the loss, each with ...
-EXAMPLES = 8  # ... as many pictures
+EXAMPLES = 6  # ... as many pictures
 BATCH = 16  # of the model while it is asked
-CONFIG = TrainConfig(steps=6, batch=4, warmup=2, rate=1e-4, clip=0.2, ema=0.9, seed=SEED)
+CONFIG = TrainConfig(steps=5, batch=4, warmup=2, rate=1e-4, clip=0.2, ema=0.9, seed=SEED)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

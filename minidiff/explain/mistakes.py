@@ -23,7 +23,7 @@ from minidiff.parity.taps import Tap
 from minidiff.pipeline import StableDiffusion, Unconditional
 from minidiff.samplers.method import Sampler
 
-STEPS = 6  # model calls of each of the runs
+STEPS = 4  # model calls of each of the runs
 PIXELS = "decode/pixels"
 EULER = {"name": "euler", "spacing": "leading", "steps_offset": 1}
 OTHER = {"epsilon": "v_prediction", "v_prediction": "epsilon", "sample": "epsilon"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 EXACT = 64 * 64 * 4  # numbers of a sample up to which each one is decoded; beyond, its colours are fitted
 EXACT_WEIGHTS = 20_000_000  # and of a decoder
+TOGETHER = 5  # samples that are decoded in one call
 SIDE = 256  # longest side in pixels of a picture in the page
 QUALITY = 85
 
@@ -39,9 +41,15 @@ class Painter:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Return (1, C, h, w) as (3, H, W) in [0, 1]."""
-        if self.colours is None:
-            return self.pipe.decode(x[:1])[0].float().cpu()
-        return coloured(x[:1].float(), self.colours)[0].clamp(0, 1).cpu()
+        return self.each([x])[0]
+
+    @torch.no_grad()
+    def each(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        """Return the picture of each sample. A few are decoded at once, which changes them by rounding."""
+        if self.colours is not None:
+            return [coloured(x[:1].float(), self.colours)[0].clamp(0, 1).cpu() for x in samples]
+        parts = [samples[k : k + TOGETHER] for k in range(0, len(samples), TOGETHER)]
+        return [p for part in parts for p in self.pipe.decode(torch.cat([x[:1] for x in part])).float().cpu()]
 
 
 def false_colours(x: Tensor, reach: float = 3.0) -> Tensor:

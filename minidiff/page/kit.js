@@ -7,9 +7,33 @@ const page = (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const language = () => root.dataset.lang;
 
+  // Attributes and titles hold both languages, between no-break spaces, for readers without a script: one is chosen.
+  const between = "\u00a0/\u00a0";
+  const both = [];
+  for (const element of document.querySelectorAll("[alt], [aria-label]"))
+    for (const name of ["alt", "aria-label"]) {
+      const parts = (element.getAttribute(name) || "").split(between);
+      if (parts.length === 2) both.push([(text) => element.setAttribute(name, text), ...parts]);
+    }
+  for (const title of document.querySelectorAll("svg title")) {
+    const parts = title.textContent.split(between);
+    if (parts.length === 2) both.push([(text) => (title.textContent = text), ...parts]);
+  }
+
+  const chosen = (en, zh) => (language() === "zh" ? zh : en);
+
+  // Words that no style sheet can choose, such as a menu's or an attribute's: written now, and with each new language.
+  function tell(write, en, zh) {
+    const now = () => write(chosen(en, zh));
+    document.addEventListener("spoken", now);
+    now();
+  }
+  const name = (element, en, zh) => tell((text) => element.setAttribute("aria-label", text), en, zh);
+
   function speak(code) {
     root.dataset.lang = code;
     root.lang = code;
+    for (const [write, en, zh] of both) write(chosen(en, zh));
     for (const button of document.querySelectorAll("[data-speak]"))
       button.setAttribute("aria-pressed", String(button.dataset.speak === code));
     document.dispatchEvent(new CustomEvent("spoken"));
@@ -18,6 +42,8 @@ const page = (() => {
   function scheme(name) {
     root.dataset.scheme = name;
   }
+
+  speak(language());
 
   for (const button of document.querySelectorAll("[data-speak]"))
     button.addEventListener("click", () => speak(button.dataset.speak));
@@ -51,5 +77,5 @@ const page = (() => {
   }
   const floats = (text) => new Float32Array(bytes(text).buffer);
 
-  return { read, language, speak, scheme, paint, bytes, floats };
+  return { read, language, chosen, tell, name, speak, scheme, paint, bytes, floats };
 })();

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from minidiff.page.html import Html, escaped, flat, resource, tag
 
 LANGUAGES = ("en", "zh")
+BETWEEN = "\u00a0/\u00a0"  # of both languages in an attribute, where the kit's script looks for it
 
 
 class Text(NamedTuple):
@@ -49,7 +50,7 @@ def label(text: Said, **values: object) -> str:
     """Return ``text`` as plain words in both languages, for attributes such as ``aria-label``."""
     if isinstance(text, str):
         return text
-    return " / ".join(getattr(text, code).format(**_in(code, values)) for code in LANGUAGES)
+    return BETWEEN.join(getattr(text, code).format(**_in(code, values)) for code in LANGUAGES)
 
 
 def marked(text: str, code: str, values: dict[str, object]) -> Html:

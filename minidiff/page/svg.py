@@ -10,7 +10,7 @@ from typing import Literal
 from minidiff.page.html import Html, tag
 from minidiff.page.languages import Said, label, say
 
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 22, 34  # margins in pixels; the name of the vertical axis stands in the upper one
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 22, 38  # margins in pixels; the name of the vertical axis stands in the upper one
 Kind = Literal["line", "points", "bars"]
 
 
@@ -71,7 +71,8 @@ class Chart:
             up = (self._scaled(y) - low_y) / ((high_y - low_y) or 1)
             return round(LEFT + along * wide, 1), round(TOP + (1 - up) * high, 1)
 
-        parts = [self._axes(low_x, high_x, low_y, high_y)]
+        whole = all(float(x).is_integer() for x, _ in every)
+        parts = [self._axes(low_x, high_x, low_y, high_y, whole)]
         for place, name in self.marks:
             x, _ = at(place, every[0][1])
             parts.append(tag("line", x1=x, x2=x, y1=TOP, y2=TOP + high, cls="mark"))
@@ -94,7 +95,7 @@ class Chart:
             return math.floor(min(powers)), math.ceil(max(powers)) + (min(powers) == max(powers))
         return _range(values)
 
-    def _axes(self, low_x: float, high_x: float, low_y: float, high_y: float) -> Html:
+    def _axes(self, low_x: float, high_x: float, low_y: float, high_y: float, whole: bool) -> Html:
         wide, high = self.width - LEFT - RIGHT, self.height - TOP - BOTTOM
         parts = []
         for y in steps(low_y, high_y, 5):
@@ -103,6 +104,8 @@ class Chart:
             shown = _power(y) if self.log else f"{y:.4g}"
             parts.append(tag("text", shown, x=LEFT - 6, y=place + 4, text_anchor="end"))
         for x in steps(low_x, high_x, 8):
+            if whole and not float(x).is_integer():  # there is no step 1.5
+                continue
             place = round(LEFT + (x - low_x) / ((high_x - low_x) or 1) * wide, 1)
             parts.append(tag("text", f"{x:.4g}", x=place, y=TOP + high + 14, text_anchor="middle"))
         parts.append(say(self.x, "text", {"x": LEFT + wide, "y": self.height - 4, "text_anchor": "end"}))

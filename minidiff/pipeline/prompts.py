@@ -28,6 +28,24 @@ SCORE, NEGATIVE_SCORE = 6.0, 2.5
 MOST_WORDS = 10  # that a warning names
 
 
+class UnknownWords(UserWarning):
+    """Words of a prompt, ``strange``, that a model with a small vocabulary reads as gaps. ``known``: all its words."""
+
+    def __init__(self, strange: Sequence[str], known: Sequence[str]) -> None:
+        self.strange, self.known = strange, known
+        super().__init__(f"{self._named(strange)}; its words are: {' '.join(known)}")
+
+    def after(self, before: Sequence[UnknownWords]) -> str:
+        """Return what is to be said after others in the same run: what is new, if anything, without the list."""
+        same = [other for other in before if other.known == self.known]
+        named = {word for other in same for word in other.strange}
+        return self._named([word for word in self.strange if word not in named]) if same else str(self)
+
+    def _named(self, strange: Sequence[str]) -> str:
+        more = f" and {len(strange) - MOST_WORDS:,} words more" if len(strange) > MOST_WORDS else ""
+        return f"this model does not know {', '.join(map(repr, strange[:MOST_WORDS]))}{more}" if strange else ""
+
+
 class Prompt(NamedTuple):
     """Encoded prompts: ``context`` (P, L, D), ``pooled`` (P, D') where the UNet reads it, and the texts, or None for
     what was encoded outside; ``texts_2`` where the second encoder was given others."""
@@ -88,10 +106,7 @@ def warn_of_unknown_words(tokenizer: Tokenizer, encoder: CLIPText, texts: Sequen
     kept = encoder.config.kept
     strange = [] if kept is None else tokenizer.unknown(" ".join(texts), kept)
     if kept is not None and strange:
-        known = known_words(tokenizer, kept)
-        more = f" and {len(strange) - MOST_WORDS:,} words more" if len(strange) > MOST_WORDS else ""
-        words = f"this model does not know {', '.join(map(repr, strange[:MOST_WORDS]))}{more}"
-        warn(f"{words}; its words are: {' '.join(known)}", stacklevel=2)
+        warn(UnknownWords(strange, known_words(tokenizer, kept)), stacklevel=2)
 
 
 def known_words(tokenizer: Tokenizer, kept: Sequence[int]) -> list[str]:

@@ -102,6 +102,19 @@ def test_a_run_goes_on_where_it_was(run: Run, prompts: Path, tmp_path: Path) -> 
     assert run(*command).out == []
 
 
+def test_a_model_s_words_are_listed_once(run: Run, prompts: Path) -> None:
+    """Groups that a small vocabulary does not know name what is new in them; the list of its words is said once."""
+    prompts.write_text("a red fox\na fox and an owl\na blue star\na fox\n")
+    options = ("--steps", 1, "--seed", 1, "--together", 1, "--quiet")
+    ended = run("generate", "--prompts", "p.txt", "--out", "pics/", *options)
+    assert ended.status == 0
+    first, second = ended.err
+    assert first.startswith("minidiff: warning: this model does not know 'fox'; its words are: a above ")
+    assert second == "minidiff: warning: this model does not know 'owl'"
+    again = run("generate", "a fox", "--out", "fox.png", "--steps", 1, "--quiet")  # another run in the same process
+    assert "its words are: " in again.err[0]
+
+
 def test_threads_are_those_of_the_first_run(run: Run, prompts: Path, tmp_path: Path) -> None:
     command = ("generate", "--prompts", "p.txt", "--out", "pics/", "--seed", 1, *MADE)
     torch.set_num_threads(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import minidiff
-from tests.support.command import process
+from tests.support.command import ROOT, process
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -33,6 +33,30 @@ def test_ctrl_c(models: Path, tmp_path: Path, number: int, status: int, word: st
     assert out == b""
     assert err.decode().splitlines()[-1] == f"minidiff: {word}"
     assert "Traceback" not in (seen + err).decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+
+class Interrupt:  # Ctrl-C, just as {module} is imported
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["minidiff", "generate", "a star"]
+runpy.run_module("minidiff", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("module", ["minidiff.cli", "minidiff.cli.generate", "minidiff.errors", "torch", "torch.nn"])
+def test_ctrl_c_during_imports(tmp_path: Path, module: str) -> None:
+    script = INTERRUPTED_IMPORT.format(module=module)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, b"", b"minidiff: interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ Skipped where there is no Chromium.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,32 @@ def test_sliders_answer_to_the_keyboard(page: Page, path: Path) -> None:
     )
     assert names == [], "controls without a name for a screen reader"
     assert page.troubles() == []
+
+
+WORDS = """(() => {
+  const found = [];
+  for (const e of document.querySelectorAll("[aria-label], [aria-valuetext], img[alt], option, svg title"))
+    for (const text of [e.getAttribute("aria-label"), e.getAttribute("aria-valuetext"), e.getAttribute("alt"),
+                        e.matches("option, title") ? e.textContent : null])
+      if (text && !e.closest("[lang]:not(html)")) found.push(text);
+  return found;
+})()"""
+
+
+def test_menus_and_spoken_names_are_in_one_language(page: Page, path: Path) -> None:
+    sized(page, 1280)
+    page.open(path)
+    pages = {}
+    for language in ("en", "zh", "en"):
+        page.run(f"document.querySelector('[data-speak={language}]').click()")
+        assert page.run("document.querySelector('[data-speak][aria-pressed=true]').dataset.speak") == language
+        pages[language] = page.run(WORDS)
+    chinese = re.compile("[\u4e00-\u9fff]")
+    assert [text for text in pages["en"] if chinese.search(text) and "中文" not in text] == []
+    both = [en for en, zh in zip(pages["en"], pages["zh"], strict=True) if en != zh]
+    assert len(both) > 100
+    assert [text for text in pages["zh"] if text in both] == [], "said in English alone"
+    assert page.run("[...document.querySelectorAll('option')].filter((o) => !o.textContent.trim()).length") == 0
 
 
 def test_a_telephone_shows_it_without_scrolling_sideways(page: Page, path: Path) -> None:

@@ -107,7 +107,7 @@ def test_metadata_names_version_dependencies_and_command(content: dict[str, byte
         "tqdm",
         "safetensors",
     }
-    assert "minidiff = minidiff.cli:command" in content[f"{info}/entry_points.txt"].decode()
+    assert "minidiff = minidiff.__main__:command" in content[f"{info}/entry_points.txt"].decode()
 
 
 def test_installed_package_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from minidiff.page.html import Html, document, embedded, flat, tag
-from minidiff.page.languages import Text, label, say
+from minidiff.page.languages import BETWEEN, Text, label, say
 from minidiff.page.svg import Chart, Series, steps
 
 HOSTILE = "</script><b onclick='x'>\"&\u2028"
@@ -60,7 +60,7 @@ def test_a_text_is_there_in_both_languages() -> None:
     assert made.count("<p ") == 2
     assert '<p lang="en" class="a"><code>x</code> is <em>&lt;' in made
     assert "<b" not in made
-    assert label(text, name=Text("one", "一")) == "`x` is *one* / `x` 是 一"
+    assert label(text, name=Text("one", "一")) == f"`x` is *one*{BETWEEN}`x` 是 一"
     assert flat([say(Text("2 * 3 * 4", "x"))]).count("<em>") == 0
 
 
@@ -77,6 +77,16 @@ def test_a_chart_draws_what_is_finite() -> None:
     assert ">1e0<" in made
     assert ">1e2<" in made
     assert Chart(name, name, name, [Series(name, [])]).svg() == ""
+
+
+def test_steps_have_whole_numbers() -> None:
+    name = Text("a", "甲")
+
+    def written(points: list[tuple[float, float]]) -> list[str]:
+        return re.findall(r'text-anchor="middle">([^<]*)<', Chart(name, name, name, [Series(name, points)]).svg())
+
+    assert written([(k, k**2) for k in range(1, 6)]) == ["1", "2", "3", "4", "5"]
+    assert "1.2" in written([(1, 0.0), (2.5, 1.0)])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 999), (0.00012, 0.00013), (5, 5.0001)])

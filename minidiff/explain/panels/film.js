@@ -19,7 +19,7 @@ for (const film of document.querySelectorAll("[data-film]")) {
   slider.type = "range";
   slider.min = 0;
   slider.max = reels[0].length - 1;
-  slider.setAttribute("aria-label", "step / 步");
+  page.name(slider, "step", "步");
   const said = document.createElement("output");
   film.prepend(stage, slider, said);
 
@@ -35,8 +35,9 @@ for (const film of document.querySelectorAll("[data-film]")) {
       canvas.setAttribute("aria-label", image.alt);
     });
     said.replaceChildren(...[...reels[0][k].querySelector("figcaption").childNodes].map((node) => node.cloneNode(true)));
-    slider.setAttribute("aria-valuetext", said.textContent);
+    slider.setAttribute("aria-valuetext", said.innerText);
   }
+  document.addEventListener("spoken", show);
   slider.addEventListener("input", show);
   slider.value = slider.max;
   Promise.all([...film.querySelectorAll("img")].map((image) => image.decode().catch(() => null))).then(show);

@@ -26,7 +26,7 @@ WORDS = words(__package__, "film.json")
 def build(seen: Seen) -> Panel:
     """Return the panel."""
     frames = thinned(seen.frames, MOST)
-    columns = [_column(seen, frame) for frame in frames]
+    columns = [_column(seen, *one) for one in zip(frames, _pictures(seen, frames), strict=True)]
     rows = [_row(name, [column[name] for column in columns]) for name in ROWS]
     planned, measured = leftover(seen)
     words = [say(WORDS["intro"], "p", {"cls": "needs-script"})]
@@ -71,7 +71,7 @@ def leftover(seen: Seen) -> tuple[list[tuple[int, float]], list[tuple[int, float
     """Return the share of noise in what the model sees at every call: planned, and measured against the result."""
     result = seen.frames[-1].after.float()
     planned, measured = [], []
-    for k, frame in enumerate(seen.frames):
+    for k, frame in enumerate(seen.frames, start=1):
         signal, noise = float(seen.plan.signal[frame.i]), float(seen.plan.noise[frame.i])
         planned.append((k, noise / (signal**2 + noise**2) ** 0.5))
         apart = frame.shown[:, : result.shape[1]].float() - signal * result
@@ -79,14 +79,17 @@ def leftover(seen: Seen) -> tuple[list[tuple[int, float]], list[tuple[int, float
     return planned, measured
 
 
-def _column(seen: Seen, frame: Frame) -> dict[str, Html]:
+def _pictures(seen: Seen, frames: list[Frame]) -> list[dict[str, Tensor]]:
+    """Return the pictures of each row, by step."""
+    x = seen.painter.each([frame.shown[:, : frame.after.shape[1]] for frame in frames])
+    x0 = seen.painter.each([frame.after if frame.x0 is None else frame.x0 for frame in frames])
+    epsilon = [false_colours(_epsilon(seen.plan, frame)) for frame in frames]
+    return [dict(zip(ROWS, each, strict=True)) for each in zip(x, x0, epsilon, strict=True)]
+
+
+def _column(seen: Seen, frame: Frame, pictures: dict[str, Tensor]) -> dict[str, Html]:
     number = seen.frames.index(frame) + 1
     said: dict[str, object] = {"k": number, "n": len(seen.frames), "t": f"{frame.t:g}"}
-    pictures: dict[str, Tensor] = {
-        "x": seen.painter(frame.shown[:, : frame.after.shape[1]]),
-        "x0": seen.painter(frame.after if frame.x0 is None else frame.x0),
-        "epsilon": false_colours(_epsilon(seen.plan, frame)),
-    }
     found = {}
     for name, picture in pictures.items():
         alt = Text(

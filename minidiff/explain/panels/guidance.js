@@ -37,7 +37,7 @@ for (const mixer of document.querySelectorAll("[data-guidance]")) {
     return pixels;
   }
 
-  const text = (en, zh) => (page.language() === "zh" ? zh : en);
+  const text = page.chosen;
   const make = (name, attributes = {}, ...children) => {
     const element = document.createElement(name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -45,7 +45,8 @@ for (const mixer of document.querySelectorAll("[data-guidance]")) {
     return element;
   };
   const slider = (en, zh, max, step, value) => {
-    const input = make("input", { type: "range", min: 0, max, step, "aria-label": `${en} / ${zh}` });
+    const input = make("input", { type: "range", min: 0, max, step });
+    page.name(input, en, zh);
     input.value = value;
     const output = make("output");
     mixer.append(make("label", {}, input, " ", output));

@@ -51,7 +51,7 @@ def build(seen: Seen) -> Panel | Left:
         return Left(anchor="guidance", title=WORDS["title"], why=reason(seen))
     scale = float(seen.recipe["guidance_scale"])
     shown = early(both, SHOWN)
-    pictures = {row: [_picture(seen, row, frame) for frame in shown] for row in ROWS}
+    pictures = _pictures(seen, shown)
     written = thinned(both, MOST) if both[0].out.numel() <= SMALL else shown
     one = shown[len(shown) // 3]
     colours = Colours.fitted(
@@ -136,18 +136,16 @@ def mixed(frame: Frame, scale: float) -> Tensor:
     return guide(_x0(frame, False), _x0(frame, True), scale)
 
 
-def _picture(seen: Seen, row: str, frame: Frame) -> Tensor:
-    kept = seen.kept.setdefault("guidance pictures", {})
-    if (row, frame.i) not in kept:
-        if row == "difference":
-            apart = _picture(seen, "conditional", frame) - _picture(seen, "unconditional", frame)
-            kept[row, frame.i] = (GREY + apart / 2).clamp(0, 1)
-        elif row == "guided":
-            kept[row, frame.i] = seen.painter(frame.after if frame.x0 is None else frame.x0)
-        else:
-            kept[row, frame.i] = seen.painter(_x0(frame, row == "conditional"))
-    picture: Tensor = kept[row, frame.i]
-    return picture
+def _pictures(seen: Seen, frames: list[Frame]) -> dict[str, list[Tensor]]:
+    """Return the pictures of the frames, by row."""
+    found = {
+        "conditional": seen.painter.each([_x0(frame, True) for frame in frames]),
+        "unconditional": seen.painter.each([_x0(frame, False) for frame in frames]),
+        "guided": seen.painter.each([frame.after if frame.x0 is None else frame.x0 for frame in frames]),
+    }
+    both = zip(found["conditional"], found["unconditional"], strict=True)
+    found["difference"] = [(GREY + (a - b) / 2).clamp(0, 1) for a, b in both]
+    return found
 
 
 def _row(seen: Seen, row: str, frames: list[Frame], pictures: list[Tensor]) -> Html:
@@ -201,10 +199,12 @@ def _formulas(frames: list[Frame], place: Place, scale: float, one: Frame, seen:
 def _scales(seen: Seen, frame: Frame, scale: float) -> list[Html]:
     """Pictures of one step at several scales."""
     figures = []
-    for each in sorted({0.0, 1.0, scale, 2 * scale, 4 * scale}):
+    scales = sorted({0.0, 1.0, scale, 2 * scale, 4 * scale})
+    pictures = seen.painter.each([mixed(frame, each) for each in scales])
+    for each, picture in zip(scales, pictures, strict=True):
         alt = Text(*(text.format(scale=f"{each:g}", t=f"{frame.t:g}") for text in WORDS["at scale"]))
         caption = tag("figcaption", say(WORDS["at scale"], "span", None, scale=f"{each:g}", t=f"{frame.t:g}"))
-        figures.append(tag("figure", img(seen.painter(mixed(frame, each)), alt), caption))
+        figures.append(tag("figure", img(picture, alt), caption))
     return [say(WORDS["scales"], "p"), tag("div", *figures, cls="strip"), say(WORDS["later"], "p")]
 
 
@@ -225,8 +225,8 @@ def _size(seen: Seen, both: tuple[Frame, ...]) -> Html:
     def size(x: Tensor) -> float:
         return float(x.float().square().mean().sqrt())
 
-    apart = [(seen.frames.index(f), size(_both(f)[1] - _both(f)[0])) for f in both]
-    x0 = [(seen.frames.index(f), size(_x0(f, True) - _x0(f, False))) for f in both]
+    apart = [(seen.frames.index(f) + 1, size(_both(f)[1] - _both(f)[0])) for f in both]
+    x0 = [(seen.frames.index(f) + 1, size(_x0(f, True) - _x0(f, False))) for f in both]
     chart = Chart(
         WORDS["size"],
         WORDS["call"],
@@ -235,7 +235,7 @@ def _size(seen: Seen, both: tuple[Frame, ...]) -> Html:
         log=True,
     ).svg()
     k, largest = max(apart, key=lambda point: point[1])
-    return tag("div", chart, say(WORDS["sizes"], "p", k=k + 1, largest=f"{largest:.3g}", last=f"{apart[-1][1]:.3g}"))
+    return tag("div", chart, say(WORDS["sizes"], "p", k=k, largest=f"{largest:.3g}", last=f"{apart[-1][1]:.3g}"))
 
 
 def _numbers(seen: Seen, frame: Frame) -> dict[str, Any]:

@@ -113,13 +113,14 @@ def _pictures(
     seen: Seen, names: tuple[str, ...], found: dict[Run, tuple[Tensor, int]], goal: Tensor, steps: int
 ) -> Html:
     rows: list[Child] = []
+    pictures = dict(zip(found, seen.painter.each([x for x, _ in found.values()]), strict=True))
     for name in names:
         figures = []
         for n in BUDGETS:
             x, calls = found[name, n]
             alt = Text(*(text.format(name=name, n=calls) for text in WORDS["picture"]))
             caption = say(WORDS["made"], "span", None, n=calls, distance=f"{distance(x, goal):.3g}")
-            figures.append(tag("figure", img(seen.painter(x), alt), tag("figcaption", caption)))
+            figures.append(tag("figure", img(pictures[name, n], alt), tag("figcaption", caption)))
         rows.append(tag("div", tag("p", tag("code", name), cls="name"), tag("div", *figures, cls="strip"), cls="reel"))
     alt = Text(*(text.format(name=REFERENCE["name"], n=steps) for text in WORDS["picture"]))
     caption = say(WORDS["made"], "span", None, n=steps, distance=0)

@@ -28,9 +28,13 @@ for (const worked of document.querySelectorAll("[data-step]")) {
   slider.type = "range";
   slider.max = steps.length - 1;
   slider.value = Math.floor(steps.length / 2);
-  slider.setAttribute("aria-label", "step / 步");
-  choice.setAttribute("aria-label", "channel / 通道");
-  for (let c = 0; c < channels; c++) choice.add(new Option(`channel / 通道 ${c}`, c));
+  page.name(slider, "step", "步");
+  page.name(choice, "channel", "通道");
+  for (let c = 0; c < channels; c++) {
+    const option = new Option("", c);
+    page.tell((words) => (option.text = words), `channel ${c}`, `通道 ${c}`);
+    choice.add(option);
+  }
   const hint = document.createElement("p");
   hint.append(...text("Pick a place of the sample: click, or use the arrow keys.", "选取样本中的一个位置：点击，或使用方向键。"));
   controls.append(hint, slider, choice);
@@ -93,7 +97,9 @@ for (const worked of document.querySelectorAll("[data-step]")) {
     context.strokeRect(column * scale, row * scale, scale, scale);
     context.strokeStyle = "#fff";
     context.strokeRect(column * scale + 2, row * scale + 2, scale - 4, scale - 4);
-    canvas.setAttribute("aria-label", `x, channel / 通道 ${channel}, row / 行 ${data.rows[row]}, column / 列 ${data.columns[column]}`);
+    const [y, x] = [data.rows[row], data.columns[column]];
+    const place = page.chosen(`channel ${channel}, row ${y}, column ${x}`, `通道 ${channel}，第 ${y} 行，第 ${x} 列`);
+    canvas.setAttribute("aria-label", `x, ${place}`);
   }
 
   function show() {
@@ -110,7 +116,7 @@ for (const worked of document.querySelectorAll("[data-step]")) {
       put("first-x", begun.x);
       put("first-noise", begun.x / data.first);
     }
-    slider.setAttribute("aria-valuetext", worked.querySelector(".where").textContent);
+    slider.setAttribute("aria-valuetext", worked.querySelector(`.where:lang(${page.language()})`).textContent);
     draw(step.given.x);
   }
 
@@ -130,6 +136,7 @@ for (const worked of document.querySelectorAll("[data-step]")) {
     pick(row + way[0], column + way[1]);
   });
   slider.addEventListener("input", show);
+  document.addEventListener("spoken", show);
   choice.addEventListener("change", () => {
     channel = Number(choice.value);
     show();

@@ -1,11 +1,11 @@
 // Timesteps: the rows of the ruler for another number of steps, and the numbers of one noise level.
 {
-  const text = (en, zh) => (page.language() === "zh" ? zh : en);
-  const slider = (home, name, max, value) => {
+  const text = page.chosen;
+  const slider = (home, en, zh, max, value) => {
     const input = document.createElement("input");
     Object.assign(input, { type: "range", min: 0, max, step: 1 });
     input.value = value;
-    input.setAttribute("aria-label", name);
+    page.name(input, en, zh);
     const output = document.createElement("output");
     const row = document.createElement("label");
     row.append(input, " ", output);
@@ -16,7 +16,7 @@
   for (const home of document.querySelectorAll("[data-spacings]")) {
     const { grids, spacings, steps } = page.read("data-timesteps");
     const tried = Object.keys(grids).map(Number).sort((a, b) => a - b);
-    const [input, output] = slider(home, "number of steps / 步数", tried.length - 1, tried.indexOf(steps));
+    const [input, output] = slider(home, "number of steps", "步数", tried.length - 1, tried.indexOf(steps));
     const ruler = document.getElementById("timesteps-ruler");
     const { low, high, left, right } = ruler.dataset;
     const at = (t) => Number(left) + ((t - low) / (high - low)) * (right - left);
@@ -46,7 +46,7 @@
     const { alpha_bar, visited } = page.read("data-timesteps");
     const table = page.floats(alpha_bar);
     const middle = Math.round(visited[Math.floor(visited.length / 2)]);
-    const [input, output] = slider(home, "timestep / 时间步", table.length - 1, middle);
+    const [input, output] = slider(home, "timestep", "时间步", table.length - 1, middle);
     const show = () => {
       const t = Number(input.value);
       const level = table[t];

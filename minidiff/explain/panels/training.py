@@ -90,10 +90,10 @@ def _reels(painter: Painter, one: Answers, prediction: str) -> list[Html]:
     kind = WORDS[f"is {prediction}"]
     found = one.found["x0"]
     pictures = {
-        "x": [painter(x[None]) for x in one.x],
+        "x": painter.each(one.x.split(1)),
         "wanted": [false_colours(x[None]) for x in one.wanted],
         "out": [false_colours(x[None]) for x in one.out],
-        "x0": [painter(x[None]) for x in found],
+        "x0": painter.each(found.split(1)),
     }
     losses, reels = one.losses["loss"].tolist(), []
     for name in ROWS:

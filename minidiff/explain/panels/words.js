@@ -16,11 +16,13 @@ for (const place of document.querySelectorAll("[data-words]")) {
     return both;
   };
 
+  const peak = (n, g, k) => top[(n * groups.length + g) * tokens.length + k];
+
   // The values of one map: call n, group g, token k.
   function read(n, g, k) {
     const before = sizes.slice(0, g).reduce((a, b) => a + b, 0) * tokens.length;
     const start = n * block + before + k * sizes[g];
-    const most = top[(n * groups.length + g) * tokens.length + k];
+    const most = peak(n, g, k);
     return levels.subarray(start, start + sizes[g]).reduce((out, v, m) => ((out[m] = (v / 255) * most), out), new Float32Array(sizes[g]));
   }
 
@@ -30,23 +32,21 @@ for (const place of document.querySelectorAll("[data-words]")) {
   const buttons = document.createElement("div");
   buttons.className = "tokens";
   buttons.setAttribute("role", "group");
-  buttons.setAttribute("aria-label", "token / 词元");
+  page.name(buttons, "token", "词元");
   const layer = document.createElement("select");
-  layer.setAttribute("aria-label", "transformer / 层");
-  for (const [value, text] of [["-1", "all transformers / 全部"], ...groups.map(([name, h, w], g) => [String(g), name.includes(" x ") ? name : `${name} (${h} x ${w})`])]) {
-    const option = document.createElement("option");
-    option.value = value;
-    option.textContent = text;
-    layer.append(option);
-  }
+  page.name(layer, "transformer", "层");
+  const every = new Option("", -1);
+  page.tell((words) => (every.text = words), "all transformers", "所有层");
+  layer.add(every);
+  groups.forEach(([name, h, w], g) => layer.add(new Option(name.includes(" x ") ? name : `${name} (${h} x ${w})`, g)));
   const step = document.createElement("input");
   step.type = "range";
   step.min = -1;
   step.max = calls.length - 1;
   step.value = -1;
-  step.setAttribute("aria-label", "step / 步");
-  const lengths = tokens.map(([, text, kind]) => (kind === "word" ? text.length : 0));
-  let chosen = lengths.indexOf(Math.max(...lengths)); // a longest word: more is to be seen in it than in an article
+  page.name(step, "step", "步");
+  const most = tokens.map(([, , kind], k) => (kind === "word" ? Math.max(...groups.map((_, g) => peak(0, g, k))) : 0));
+  let chosen = most.indexOf(Math.max(...most)); // the word that is read most at one place, at the first of these steps
   let seenPadding = 0;
   tokens.forEach(([, text, kind], k) => {
     if (kind === "padding" && seenPadding++ > 2) return;
@@ -108,8 +108,8 @@ for (const place of document.querySelectorAll("[data-words]")) {
         `${tokens[chosen][1]}，${time[1]}：占注意力的 ${share} %，单个位置最高 ${highest} %`,
       ),
     );
-    canvas.setAttribute("aria-label", said.textContent);
-    step.setAttribute("aria-valuetext", time.join(" / "));
+    canvas.setAttribute("aria-label", said.innerText);
+    step.setAttribute("aria-valuetext", page.chosen(...time));
   }
 
   const controls = document.createElement("div");
@@ -119,5 +119,6 @@ for (const place of document.querySelectorAll("[data-words]")) {
   place.append(canvas, controls);
   layer.addEventListener("change", show);
   step.addEventListener("input", show);
+  document.addEventListener("spoken", show);
   image.decode().catch(() => null).then(show);
 }

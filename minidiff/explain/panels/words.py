@@ -177,7 +177,7 @@ def _pictures(seen: Seen, tokens: list[Token], found: list[Look]) -> Html:
 
 def _padding(pipe: StableDiffusion, tokens: list[Token], found: list[Look]) -> dict[str, object]:
     share, counts = shares(found).mean(dim=0), {kind: sum(t.kind == kind for t in tokens) for kind in KINDS}
-    part = {kind: f"{100 * sum(float(share[t.k]) for t in tokens if t.kind == kind):.0f}" for kind in KINDS}
+    part = {kind: f"{100 * sum(float(share[t.k]) for t in tokens if t.kind == kind):.1f}" for kind in KINDS}
     return {"length": len(tokens), "count": counts["padding"], **part, "pad": pipe.encoders[0][0].pad}
 
 
