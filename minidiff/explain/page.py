@@ -13,7 +13,7 @@ from minidiff.explain.collect import Seen
 from minidiff.explain.panel import Left, Panel
 from minidiff.explain.pictures import img
 from minidiff.page.html import Html, document, resource, tag
-from minidiff.page.languages import label, say, words
+from minidiff.page.languages import Text, label, say, words
 from minidiff.version import VERSION
 
 Build = Callable[[Seen], Panel | Left]
@@ -41,7 +41,8 @@ def explained(seen: Seen, language: str = "en", panels: Iterable[str] | None = N
 
     Raises :class:`ConfigError` for a name that there is not.
     """
-    built = [_build(name)(seen) for name in chosen(seen, panels)]
+    late = () if panels is not None or seen.bundled else LARGE
+    built = [_not_asked_for(name) if name in late else _build(name)(seen) for name in chosen(panels)]
     shown = [panel for panel in built if isinstance(panel, Panel)]
     data = {f"data-{panel.anchor}": panel.data for panel in shown if panel.data is not None}
     title = f"{seen.recipe.get('prompt') or label(WORDS['title'])} – minidiff explain"
@@ -55,11 +56,9 @@ def explained(seen: Seen, language: str = "en", panels: Iterable[str] | None = N
     )
 
 
-def chosen(seen: Seen, panels: Iterable[str] | None) -> Sequence[str]:
+def chosen(panels: Iterable[str] | None) -> Sequence[str]:
     """Return the names of the panels of a page, in its order."""
-    if panels is None:
-        return [name for name in PANELS if seen.bundled or name not in LARGE]
-    asked = check_names(panels)
+    asked = set(PANELS) if panels is None else check_names(panels)
     return [name for name in PANELS if name in asked]
 
 
@@ -74,6 +73,11 @@ def check_names(panels: Iterable[str] | None) -> set[str]:
 def _build(name: str) -> Build:
     build: Build = import_module(f"minidiff.explain.panels.{name}").build
     return build
+
+
+def _not_asked_for(name: str) -> Left:
+    title = words("minidiff.explain.panels", f"{name}.json")["title"]
+    return Left(anchor=name, title=title, why=Text(*(text.format(name=name) for text in WORDS["many"])))
 
 
 def _files(shown: Sequence[Panel], ending: str) -> list[str]:

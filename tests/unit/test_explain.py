@@ -125,6 +125,18 @@ def test_texts_are_there_in_both_languages() -> None:
             assert not any("\u4e00" <= c <= "\u9fff" for c in text["en"]), (name, key)
 
 
+def test_reasons_are_sentences() -> None:
+    """What stands after "Left out:" begins small, as a part of that sentence, and ends it."""
+    reasons = {"guidance": ("no text", "distilled", "off", "no estimate"), "samplers": ("from a picture", "cannot")}
+    reasons |= {"words": ("no text", "embeds", "style"), "whatif": ("distilled", "style"), "timesteps": ("own levels",)}
+    reasons["training"] = ("none bundled",)
+    for name, keys in reasons.items():
+        texts = json.loads(resource("minidiff.explain.panels", f"{name}.json"))
+        for key in keys:
+            assert re.fullmatch(r"[a-z].*\.", texts[key]["en"]), (name, key)
+            assert texts[key]["zh"].endswith("。"), (name, key)
+
+
 def test_a_hostile_prompt_stays_text() -> None:
     seen = collect(minidiff.bundled(), Request(PAYLOAD, negative_prompt=PAYLOAD, steps=1, seed=0), bundled=True)
     page = explained(seen)

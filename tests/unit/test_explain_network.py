@@ -6,8 +6,10 @@ import base64
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,34 @@ def test_maps_are_those_of_the_plain_model_under_fast_and_nothing_is_left_on_it(
     assert torch.equal(sd.generate(PROMPT, steps=1, seed=0, output="tensor"), before)
     for name, each in plain.maps.items():  # the input of the only step is the same noise
         assert_close(again.maps[name], each, HALF_BATCH)  # packed weights have another kernel
+
+
+def test_other_threads_on_the_model_see_nothing_of_a_page() -> None:
+    """They draw on while a page of another run is made, under the switches that are on by themselves."""
+    sd = minidiff.bundled()
+    fast.optimize(sd)
+
+    def drawn(seed: int) -> Tensor:
+        found = sd.generate("a blue square", steps=2, seed=seed, output="latent", progress=False)
+        assert isinstance(found, Tensor)
+        return found
+
+    right, made, done = [drawn(seed) for seed in range(2)], [0, 0], Event()
+
+    def others(seed: int) -> bool:
+        while not (done.is_set() and made[seed]):
+            if not torch.equal(drawn(seed), right[seed]):
+                return False
+            made[seed] += 1
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(others, seed) for seed in range(2)]
+        try:
+            explained(collect(sd, Request(PROMPT, steps=2, seed=0)), panels=["words", "unet", "film", "quiz"])
+        finally:
+            done.set()
+        assert [each.result() for each in found] == [True, True]
 
 
 def from_a_picture(**options: Any) -> tuple[Any, Request]:

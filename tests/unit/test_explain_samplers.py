@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import minidiff
 from minidiff import fast
 from minidiff.explain import Seen, collect, explained, together
 from minidiff.explain.panel import Left, Panel
@@ -22,6 +23,7 @@ from tests.tolerances import SIDE_BY_SIDE, assert_close
 from tests.unit.test_explain import Elements
 
 pipe = cache(tiny_sd)
+PROMPT, STEPS = "a red circle left of a blue star on a white background", samplers.STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,17 @@ def test_distances_follow_from_the_data() -> None:
     assert {r["sampler"] for r in data["runs"]} == {*samplers.NAMES}
     for r in data["runs"]:
         assert r["distance"] == pytest.approx(np.sqrt(np.square(numbers(r["x"]) - goal).mean()), rel=1e-5)
+
+
+def test_the_reference_stands_for_many_steps() -> None:
+    """What the page compares with is nearer to the limit than the best of the runs that it compares."""
+    seen = collect(minidiff.bundled(), Request(PROMPT, steps=1, seed=0), bundled=True)
+    choices = {("", STEPS): samplers.REFERENCE, ("", 200): samplers.REFERENCE, ("ddim", 20): "ddim"}
+    found = samplers.results(seen, choices)
+    goal, calls = found["", 200]
+    assert calls == 200
+    assert samplers.distance(found["", STEPS][0], goal) < 0.002
+    assert samplers.distance(found["ddim", 20][0], goal) > 0.01
 
 
 def test_every_run_begins_at_the_same_noise() -> None:

@@ -125,6 +125,12 @@ def test_epsilon_is_what_the_model_answered(name: str) -> None:
         assert name != "euler" or row["signal"] == 1
 
 
+def test_pure_noise_has_a_sigma_without_bound() -> None:
+    page = explained(run("ipndm"), panels=["step"])
+    assert "an error in epsilon counted ∞ times in x0 at the first call" in page
+    assert " inf " not in page
+
+
 def test_a_run_from_the_middle_has_the_weights_of_its_own_steps() -> None:
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     panel = step.build(run("dpmpp_2m", image=image, strength=0.6))

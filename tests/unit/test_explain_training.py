@@ -12,7 +12,7 @@ import torch
 
 import minidiff
 from minidiff.explain import Seen, collect, explained, lesson
-from minidiff.explain.page import LARGE, chosen
+from minidiff.explain.page import LARGE
 from minidiff.explain.panels import training
 from minidiff.pipeline.request import Request
 from minidiff.training.curves import rate_at
@@ -98,8 +98,12 @@ def test_every_line_of_the_loop_is_shown_with_its_place() -> None:
 
 def test_another_model_gets_it_on_demand_and_is_told_whose_training_it_is() -> None:
     other = collect(tiny_sd(), Request("a star", steps=1, seed=0))
+    whole = explained(other)
+    for name in LARGE:
+        said = whole[whole.index(f'<section id="{name}" class="panel left">') :].partition("</section>")[0]
+        assert f"--panels {name} makes it for this one." in said
+        assert f"请使用 --panels {name}。" in said
     assert "training" in LARGE
-    assert "training" not in chosen(other, None)
     assert "This is not the training of the model above" in explained(other, panels=["training"])
     assert "This is the training of the model above" in page()
 

@@ -186,6 +186,19 @@ def test_the_rows_of_the_page() -> None:
     assert "<dt>tolerance</dt><dd>equal values</dd>" in same
 
 
+def test_hostile_names_stay_text() -> None:
+    """Names of tensors, of both programs, and what their recordings say of themselves come from strangers."""
+    hostile = "</script></td><script>alert(1)</script><img src=x onerror=alert(1)>"
+    stage = f"step.0/unet/{hostile}"
+    report = Report(
+        hostile, hostile, [Row(stage, by(0.5))], only_a=[hostile], only_b=[hostile], about={hostile: hostile}
+    )
+    shown = page(report)
+    assert shown.count("alert(1)") > 10
+    assert "<img" not in shown
+    assert "<script" not in shown
+
+
 def points(shown: str) -> list[tuple[str, float, float]]:
     """The points of the picture: what they are, and where."""
     found = re.findall(r'<circle class="(\w+)" cx="([^"]*)" cy="([^"]*)"', shown)

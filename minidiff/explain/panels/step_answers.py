@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,8 +69,12 @@ def _one(name: str, shown: Iterator[Child]) -> Html:
 
 
 def _here(name: str, **values: object) -> Html:
-    numbers = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return say(WORDS[f"{name} here"], "p", None, **numbers)
+    return say(WORDS[f"{name} here"], "p", None, **{key: _shown(value) for key, value in values.items()})
+
+
+def _shown(value: object) -> object:
+    """Return a number in four digits; infinity, the sigma of pure noise, as its sign."""
+    return value if not isinstance(value, float) else f"{value:.4g}" if math.isfinite(value) else "∞"
 
 
 def plan_of(seen: Seen, name: str, **options: Any) -> Plan[Any] | None:
