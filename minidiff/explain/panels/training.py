@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import minidiff
@@ -90,10 +91,10 @@ def _reels(painter: Painter, one: Answers, prediction: str) -> list[Html]:
     kind = WORDS[f"is {prediction}"]
     found = one.found["x0"]
     pictures = {
-        "x": painter.each(one.x.split(1)),
+        "x": painter.each(torch.split(one.x, 1)),
         "wanted": [false_colours(x[None]) for x in one.wanted],
         "out": [false_colours(x[None]) for x in one.out],
-        "x0": painter.each(found.split(1)),
+        "x0": painter.each(torch.split(found, 1)),
     }
     losses, reels = one.losses["loss"].tolist(), []
     for name in ROWS:
