@@ -5,7 +5,8 @@
 
 The network is the tutorial's, at 64 x 64; both begin with the same random weights and learn from the same pictures of
 noise. A step is everything from a batch in memory to new weights: timesteps and noise, forward, backward, clipping,
-AdamW, the learning-rate schedule. minidiff is measured twice, with equal weights and with `--fused`. They run in turn.
+AdamW, the learning-rate schedule. minidiff is measured three times: with equal weights, with `--fused`, and with
+`--fused --channels-last`. They run in turn.
 Needs the `parity` extra.
 """
 
@@ -44,6 +45,11 @@ TINY: dict[str, Any] = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
 RATE, STEPS, WARMUP = 1e-4, 1000, 500
+OURS: dict[str, dict[str, bool]] = {
+    "minidiff": {},
+    "minidiff, fused": {"fused": True},
+    "minidiff, fused, channels last": {"fused": True, "channels_last": True},
+}
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # in accelerate's words
 
 
@@ -94,12 +100,10 @@ def both(config: dict[str, Any], pixels: Tensor, dtype: str) -> dict[str, Callab
     unet = diffusers.UNet2DModel(**config)
     with tempfile.TemporaryDirectory() as folder:
         diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder)
-        pipe, other = (weights_convert.load(folder, device="cpu") for _ in range(2))
-        return {
-            "diffusers with accelerate": theirs(unet, pixels, dtype),
-            "minidiff": ours(pipe, pixels, dtype),
-            "minidiff, fused": ours(other, pixels, dtype, fused=True),
-        }
+        steps = {"diffusers with accelerate": theirs(unet, pixels, dtype)}
+        for name, options in OURS.items():
+            steps[name] = ours(weights_convert.load(folder, device="cpu"), pixels, dtype, options)
+        return steps
 
 
 def theirs(unet: nn.Module, pixels: Tensor, dtype: str) -> Callable[[], object]:
@@ -130,8 +134,8 @@ def theirs(unet: nn.Module, pixels: Tensor, dtype: str) -> Callable[[], object]:
     return step
 
 
-def ours(pipe: Any, pixels: Tensor, dtype: Any, fused: bool = False) -> Callable[[], object]:
-    """Return a step of minidiff's loop on ``pipe``."""
+def ours(pipe: Any, pixels: Tensor, dtype: Any, options: dict[str, bool]) -> Callable[[], object]:
+    """Return a step of minidiff's loop on ``pipe``, with further ``options`` of TrainConfig."""
     from minidiff.training.batch import Batch
     from minidiff.training.loop import Trainer
     from minidiff.training.settings import TrainConfig
@@ -140,9 +144,7 @@ def ours(pipe: Any, pixels: Tensor, dtype: Any, fused: bool = False) -> Callable
         def batch(self, start: int, count: int) -> Batch:
             return Batch(pixels)
 
-    config = TrainConfig(
-        steps=STEPS, warmup=WARMUP, batch=len(pixels), rate=RATE, precision=dtype, fused=fused, ema=None
-    )
+    config = TrainConfig(steps=STEPS, warmup=WARMUP, batch=len(pixels), rate=RATE, precision=dtype, ema=None, **options)
     return Trainer(pipe, Same(), config).step
 
 

@@ -91,6 +91,12 @@ def add(commands: Any) -> None:
         help="AdamW in one pass over memory: faster, and the weights differ by rounding (default: off)",
     )
     g.add_argument(
+        "--channels-last",
+        action="store_true",
+        default=None,
+        help="pictures and weights lie pixel by pixel: the same (default: off)",
+    )
+    g.add_argument(
         "--ema", type=read_number, metavar="X", help="decay of the averaged weights; 0: no average (default: 0.9999)"
     )
     g.add_argument(

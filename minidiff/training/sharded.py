@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minidiff.config import quote
+from minidiff.config import check, quote
 from minidiff.errors import CheckpointError, UnsupportedError
 from minidiff.models.blocks import ResBlock
 from minidiff.models.vae import VAE
@@ -44,6 +44,8 @@ class Shards(Replicas):
             raise UnsupportedError(
                 f"torch {torch.__version__} can slice a model on GPUs only; update it, or leave out --fsdp"
             )
+        layout = "--fsdp slices weights in their plain layout: leave out --channels-last"
+        check(not task.settings.channels_last, layout)
         for part in task.children():
             for block in part.modules():
                 if isinstance(block, ResBlock):

@@ -189,8 +189,17 @@ def restore(trainer: Trainer, tensors: dict[str, Lazy], path: str | os.PathLike[
         place.copy_(tensors[name].load())
     state = trainer.optimizer.state_dict()
     names = list(trainer.weights)
-    # Cloned: the tensors are mapped from the file, which may be replaced during this run.
     state["state"] = {
-        i: {key: m.clone() for key, m in moments[name].items()} for i, name in enumerate(names) if moments[name]
+        i: {key: laid_out(m, trainer.weights[name]) for key, m in moments[name].items()}
+        for i, name in enumerate(names)
+        if moments[name]
     }
     trainer.optimizer.load_state_dict(state)
+
+
+def laid_out(moment: Tensor, weight: Tensor) -> Tensor:
+    """Copy a moment of ``weight`` in the same memory layout: a fused optimiser walks through both in parallel.
+
+    A copy, because the tensors are mapped from a file that may be replaced during this run.
+    """
+    return torch.empty_like(weight).copy_(moment) if moment.shape == weight.shape else moment.clone()

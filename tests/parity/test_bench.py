@@ -112,5 +112,5 @@ def test_a_training_step_of_both_sides(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["bench_training.py", *asked])
     assert bench_training.main() == 0
     (found,) = json.loads(out.read_text())["results"]
-    assert [way["name"] for way in found["ways"]] == ["diffusers with accelerate", "minidiff", "minidiff, fused"]
+    assert [way["name"] for way in found["ways"]] == ["diffusers with accelerate", *bench_training.OURS]
     assert all(way["seconds"] > 0 for way in found["ways"])

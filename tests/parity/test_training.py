@@ -93,6 +93,8 @@ def settings(**options: Any) -> TrainConfig:
 def same_training(trainer: Trainer, twin: Any, make_twin: Any, predict: Any) -> None:
     """Train both and compare: losses, every weight of the UNet, and that training did something to each of them."""
     before = ours(twin).state_dict()
+    if trainer.config.channels_last:
+        twin.to(memory_format=torch.channels_last)
     losses = reference_steps(twin, predict, trainer.config.fused)
     trainer.weights = in_order_of(trainer, make_twin)
     reports = list(trainer.steps())
@@ -106,8 +108,8 @@ def same_training(trainer: Trainer, twin: Any, make_twin: Any, predict: Any) -> 
         assert not weight.equal(before[name]), name
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_thirty_steps_of_a_pixel_model(tmp_path: Any, fused: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "channels_last": True}], ids=str)
+def test_thirty_steps_of_a_pixel_model(tmp_path: Any, options: Any) -> None:
     """The twin is in eval mode, where it has nothing to leave out (its dropout is 0): in train mode it copies the
     input of some convolutions to another memory layout, and then those sum in another order."""
     folder_twin(tmp_path / "twin", "ddpm")
@@ -122,7 +124,7 @@ def test_thirty_steps_of_a_pixel_model(tmp_path: Any, fused: bool) -> None:
         t, noise = draws.integers(1000), draws.normal((3, 8, 8))
         return twin(scheduler.add_noise(data.batch(first, count)[0], noise, t), t).sample, noise
 
-    same_training(Trainer(pipe, data, settings(fused=fused)), twin, lambda: unet_twin("ddpm"), predict)
+    same_training(Trainer(pipe, data, settings(**options)), twin, lambda: unet_twin("ddpm"), predict)
 
 
 def test_thirty_steps_of_a_text_model(tmp_path: Any) -> None:

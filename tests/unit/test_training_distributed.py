@@ -132,6 +132,11 @@ def test_slices_are_one_model(workplace: Path) -> None:
         assert_close(entry.load(), joined[f"ema.{name}"], BATCH, where=name)
 
 
+def test_slices_have_the_plain_layout(workplace: Path) -> None:
+    with pytest.raises(AssertionError, match=r"leave out --channels-last"):
+        launch(workplace, 1, "refused", "--fsdp", "--channels-last")
+
+
 @pytest.mark.parametrize(("arguments", "status"), [(["plan", "--steps", "2"], 0), (["nonsense"], 2)])
 def test_the_command_ends_without_taking_the_interpreter_apart(arguments: list[str], status: int) -> None:
     """Threads of torch's may still be at work then, and one that needs the interpreter aborts the process."""

@@ -178,19 +178,19 @@ def test_fused_steps_differ_by_rounding() -> None:
         assert (w - fused[name]).abs().max() <= 4 * 2**-24 * w.abs().max(), name
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_resumed_equals_unbroken(tmp_path: Path, fused: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"fused": True, "channels_last": True}], ids=str)
+def test_resumed_equals_unbroken(tmp_path: Path, options: Any) -> None:
     """The same weights, averages and moments, bit for bit, however often the run was stopped."""
-    unbroken = pixel_trainer(fused=fused)
+    unbroken = pixel_trainer(**options)
     run(unbroken, 6)
     for stop in (2, 4):
-        trainer = pixel_trainer(fused=fused)
+        trainer = pixel_trainer(**options)
         if stop > 2:
             state.resume(trainer, tmp_path / "state")
         run(trainer, stop)
         state.save(trainer, tmp_path / "state")
         run(trainer, stop + 1)  # steps that nobody will hear of
-    trainer = pixel_trainer(fused=fused)
+    trainer = pixel_trainer(**options)
     state.resume(trainer, tmp_path / "state")
     assert trainer.done == 4
     run(trainer, 6)
