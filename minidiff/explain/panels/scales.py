@@ -153,4 +153,4 @@ def _measures(x: Tensor) -> dict[str, float]:
 def _table(parts: list[tuple[Text, Tensor]]) -> Html:
     heads = [say(WORDS[head]) for head in ("what", "mean", "std", "low", "high")]
     lines = [[say(title), *(f"{value:.4g}" for value in _measures(x).values())] for title, x in parts]
-    return table(heads, lines)
+    return table(heads, lines, cls="named")

@@ -37,7 +37,7 @@ def build(seen: Seen) -> Panel | Left:
         "div",
         say(WORDS["intro"], "p", steps=min(STEPS, seen.request.steps)),
         tag("div", *figures, cls="strip mistakes"),
-        table(names, [_cells(one) for one in found]),
+        table(names, [_cells(one) for one in found], cls="named"),
         say(WORDS["finder"], "p"),
         *lessons,
     )

@@ -16,14 +16,29 @@ for (const place of document.querySelectorAll("[data-words]")) {
     return both;
   };
 
-  const peak = (n, g, k) => top[(n * groups.length + g) * tokens.length + k];
-
   // The values of one map: call n, group g, token k.
   function read(n, g, k) {
     const before = sizes.slice(0, g).reduce((a, b) => a + b, 0) * tokens.length;
     const start = n * block + before + k * sizes[g];
-    const most = peak(n, g, k);
+    const most = top[(n * groups.length + g) * tokens.length + k];
     return levels.subarray(start, start + sizes[g]).reduce((out, v, m) => ((out[m] = (v / 255) * most), out), new Float32Array(sizes[g]));
+  }
+
+  // The average map of token k at the size of the largest, and that size; group or call -1: over all of them.
+  function map(k, group, call) {
+    const some = group < 0 ? groups.map((_, g) => g) : [group];
+    const when = call < 0 ? calls.map((_, n) => n) : [call];
+    const [, h, w] = some.map((g) => groups[g]).reduce((a, b) => (b[1] * b[2] > a[1] * a[2] ? b : a));
+    const sum = new Float32Array(h * w);
+    for (const n of when)
+      for (const g of some) {
+        const one = read(n, g, k);
+        const [, gh, gw] = groups[g];
+        for (let y = 0; y < h; y++)
+          for (let x = 0; x < w; x++)
+            sum[y * w + x] += one[Math.floor((y * gh) / h) * gw + Math.floor((x * gw) / w)] / (some.length * when.length);
+      }
+    return [sum, h, w];
   }
 
   const canvas = document.createElement("canvas");
@@ -45,8 +60,12 @@ for (const place of document.querySelectorAll("[data-words]")) {
   step.max = calls.length - 1;
   step.value = -1;
   page.name(step, "step", "步");
-  const most = tokens.map(([, , kind], k) => (kind === "word" ? Math.max(...groups.map((_, g) => peak(0, g, k))) : 0));
-  let chosen = most.indexOf(Math.max(...most)); // the word that is read most at one place, at the first of these steps
+  const apart = tokens.map(([, , kind], k) => {
+    if (kind !== "word") return 0;
+    const [sum] = map(k, -1, -1);
+    return Math.max(...sum) - sum.reduce((a, b) => a + b, 0) / sum.length;
+  });
+  let chosen = apart.indexOf(Math.max(...apart)); // the word whose map shows most: read much at one place, little elsewhere
   let seenPadding = 0;
   tokens.forEach(([, text, kind], k) => {
     if (kind === "padding" && seenPadding++ > 2) return;
@@ -63,20 +82,8 @@ for (const place of document.querySelectorAll("[data-words]")) {
   });
 
   function show() {
-    const wanted = Number(layer.value);
     const call = Number(step.value);
-    const some = wanted < 0 ? groups.map((_, g) => g) : [wanted];
-    const when = call < 0 ? calls.map((_, n) => n) : [call];
-    const [, h, w] = some.map((g) => groups[g]).reduce((a, b) => (b[1] * b[2] > a[1] * a[2] ? b : a));
-    const sum = new Float32Array(h * w);
-    for (const n of when)
-      for (const g of some) {
-        const one = read(n, g, chosen);
-        const [, gh, gw] = groups[g];
-        for (let y = 0; y < h; y++)
-          for (let x = 0; x < w; x++)
-            sum[y * w + x] += one[Math.floor((y * gh) / h) * gw + Math.floor((x * gw) / w)] / (some.length * when.length);
-      }
+    const [sum, h, w] = map(chosen, Number(layer.value), call);
     let most = 0;
     let total = 0;
     for (const v of sum) {
