@@ -57,7 +57,7 @@ class Trainer:
         check(fits, f"batch={config.batch} does not divide into accumulate x machines = {share} equal parts")
         self.task = make_task(pipe, config)
         if config.channels_last:
-            self.task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.task.to(memory_format=torch.channels_last)
         self.device = self.task.device
         self.model = self.ranks.wrap(self.task)
         self.weights: dict[str, Tensor] = dict(self.task.named_parameters())
