@@ -53,7 +53,7 @@ def build(seen: Seen) -> Panel | Left:
         say(WORDS["intro"], "p", n=len(tokens), words=sum(t.kind == "word" for t in tokens)),
         _table(tokens, found),
         tag("h3", say(WORDS["maps"])),
-        say(WORDS["exact"], "p", steps=len(found), all=len(seen.frames), layers=len(found[0].maps)),
+        _exact(seen, found),
         None if len(grouped[0]) == len(found[0].maps) else say(WORDS["averaged"], "p"),
         tag("div", img(seen.pixels, WORDS["under"], side=SIDE), cls="map-picker needs-script", data_words=True),
         _pictures(seen, tokens, found),
@@ -79,6 +79,13 @@ def build(seen: Seen) -> Panel | Left:
         ),
         data=_data(tokens, found, grouped),
     )
+
+
+def _exact(seen: Seen, found: list[Look]) -> Html:
+    """Say how the maps were made, and at how many of the run's calls."""
+    whole = len(found) == len(seen.frames)
+    said = WORDS["exact all" if whole else "exact"]
+    return say(said, "p", steps=len(found), all=len(seen.frames), layers=len(found[0].maps))
 
 
 def missing(seen: Seen) -> str | None:
