@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -94,6 +95,21 @@ def test_every_line_of_the_loop_is_shown_with_its_place() -> None:
         assert f"{known.file}:{known.number}" in page()
     ids = {attributes.get("id") for _, attributes in Elements(page()).found}
     assert {"q-loss-does-not-fall", "q-training-loop"} <= ids
+
+
+def test_all_three_targets_are_shown() -> None:
+    """The noise and the clean picture are the same at each timestep, v is not."""
+    shown = page()
+    section = shown[shown.index('<section id="training"') :]
+    reels = re.findall(
+        r'<div class="reel">.*?<p lang="en" class="name">(.*?)</p>.*?<div class="strip">(.*?)</div></div>', section
+    )
+    pictures = {title: re.findall(r'src="([^"]*)"', strip) for title, strip in reels}
+    assert [len(each) for each in pictures.values()] == [lesson.LEVELS] * 6
+    different = {title.partition(":")[0]: len(set(each)) for title, each in pictures.items()}
+    assert different["what most models are asked for"] == 1
+    assert different["what a few models are asked for"] == 1
+    assert different["the target"] == lesson.LEVELS
 
 
 def test_another_model_gets_it_on_demand_and_is_told_whose_training_it_is() -> None:

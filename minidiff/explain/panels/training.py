@@ -17,12 +17,13 @@ from minidiff.explain.pictures import Painter, false_colours, img
 from minidiff.page.html import Html, table, tag
 from minidiff.page.languages import Text, say, words
 from minidiff.page.svg import Chart, Series
+from minidiff.schedule import v_from_x0
 from minidiff.training.loop import Report, Trainer
 from minidiff.training.objective import target, weighted_mse
 from minidiff.training.task import Denoising
 
 WORDS = words(__package__, "training.json")
-ROWS = ("x", "wanted", "out", "x0")
+TARGETS = ("epsilon", "sample", "v_prediction")
 CODE: tuple[tuple[str, Any, str], ...] = (
     ("t", Denoising.forward, "draw_timesteps"),
     ("clean", Denoising.forward, "self.clean"),
@@ -57,6 +58,7 @@ def build(seen: Seen) -> Panel | Left:
         "div",
         say(WORDS["whose" if seen.bundled else "whose else"], "p"),
         say(WORDS["picture"], "p", caption=captions[0]),
+        say(WORDS["targets"], "p"),
         tag("div", *reels, cls="film", data_film=True),
         _levels(one),
         answer("q-loss-does-not-fall", WORDS["fall?"], say(WORDS["fall"], "p"), *_fall(many, reports)),
@@ -88,19 +90,25 @@ def by_time(many: Answers, values: Tensor) -> list[float]:
 
 
 def _reels(painter: Painter, one: Answers, prediction: str) -> list[Html]:
-    kind = WORDS[f"is {prediction}"]
-    found = one.found["x0"]
-    pictures = {
-        "x": painter.each(torch.split(one.x, 1)),
-        "wanted": [false_colours(x[None]) for x in one.wanted],
-        "out": [false_colours(x[None]) for x in one.out],
-        "x0": painter.each(torch.split(found, 1)),
-    }
+    """Return rows of pictures, one a timestep: what the model sees, the three targets, its answer, and what follows."""
+
+    def colours(values: Tensor) -> list[Tensor]:
+        return [false_colours(x[None]) for x in values]
+
+    v = v_from_x0(one.x0, one.epsilon, one.signal, one.noise)
+    clean = painter(one.x0[:1])
+    targets = {"epsilon": colours(one.epsilon), "sample": [clean] * len(one.t), "v_prediction": colours(v)}
+    rows = [(WORDS["row x"], painter.each(torch.split(one.x, 1)))]
+    for kind in TARGETS:
+        asked = zip(WORDS["row wanted"], WORDS[f"is {kind}"], strict=True)
+        wanted = Text(*(text.format(kind=each) for text, each in asked))
+        rows.append((wanted if kind == prediction else WORDS[f"other {kind}"], targets[kind]))
+    rows.append((WORDS["row out"], colours(one.out)))
+    rows.append((WORDS["row x0"], painter.each(torch.split(one.found["x0"], 1))))
     losses, reels = one.losses["loss"].tolist(), []
-    for name in ROWS:
-        title = Text(*(text.format(kind=each) for text, each in zip(WORDS[f"row {name}"], kind, strict=True)))
+    for title, pictures in rows:
         figures = []
-        for k, picture in enumerate(pictures[name]):
+        for k, picture in enumerate(pictures):
             said = {"t": int(one.t[k]), "loss": f"{losses[k]:.4f}"}
             alt = Text(*(f"{a}: {b.format(**said)}" for a, b in zip(title, WORDS["at"], strict=True)))
             figures.append(tag("figure", img(picture, alt), tag("figcaption", say(WORDS["at"], "span", None, **said))))
