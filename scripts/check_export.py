@@ -5,7 +5,8 @@
 Every network has the real shapes and random weights; ``--divide 4`` makes the UNets' widths a fourth, for a machine
 with less memory or time. Each is exported in a process of its own, from weights that are mapped from a file. "made" is
 the most memory that the process held when the export was written, beyond what imports and an empty model take, over the
-size of the weights; "checked" the same after the export was read back and run. onnx needs
+size of the weights; "checked" the same after the export was read back and run. The exporters are imported by the export
+of a single layer before that: their code takes some 150 MB, whatever the size of the network. onnx needs
 `pip install 'minidiff[export]'`, aoti a C++ compiler and, at full width, a long time.
 """
 
@@ -74,6 +75,18 @@ def write_weights(family: str, divide: int, part: str, file: Path) -> None:
     write_tensors(file, tensors, {})
 
 
+def warm_up(to: str) -> None:
+    """Export one layer, so that the code of the exporters is in memory."""
+    import torch
+
+    from minidiff.export import formats
+    from minidiff.export.programs import Program
+
+    one = Program("one", torch.nn.Linear(4, 4), {"input": ("batch", 4)}, ("out",))
+    with tempfile.TemporaryDirectory() as folder:
+        formats.write(to, one, formats.traced(one), Path(folder))
+
+
 def export_one(family: str, divide: int, to: str, part: str, program: str, file: Path, work: Path) -> None:
     """Export one network, and print what was measured as a line of JSON."""
     import resource
@@ -90,6 +103,7 @@ def export_one(family: str, divide: int, to: str, part: str, program: str, file:
     config = config_of(family, divide)
     parts = build(config)
     made = next(p for p in programs(config, parts) if p.name == program)
+    warm_up(to)
     before = held()
     weights = TensorFile(file).lazy
     parts[part].load_state_dict({name: entry.load() for name, entry in weights.items()}, assign=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from contextlib import ExitStack
 from typing import Any
 
 from minidiff.cli.controls import FORM, check_there, open_control, read_control
@@ -38,8 +39,9 @@ made for the run.
 
 exit status: 0 if all stages are equal (or within the tolerance), 1 if the sides differ, 2 for a mistake.
 `minidiff parity record --help` and `minidiff parity compare --help` say more of these. (A checkpoint by the name of
-record or compare is ./record, ./compare.)
+record, compare or bundled is ./record, ./compare, ./bundled.)
 """
+BUNDLED = "bundled: the model that comes with minidiff"
 MADE = "(default: none, or one made for a model that needs it)"
 HELP = {  # of the request's options that both sides take
     "negative_prompt": "the negative prompt (default: the empty one)",
@@ -78,9 +80,8 @@ def add(commands: Any) -> None:
         PARITY_EXAMPLES,
     )
     p.late = sampler_list
-    p.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a diffusers folder, or a checkpoint that can be written as one"
-    )
+    known = "a diffusers folder, or a checkpoint that can be written as one"
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"{known}; {BUNDLED}")
     _add_run(p, DTYPES)
     g = p.add_argument_group("comparison")
     _add_report(g)
@@ -114,7 +115,7 @@ def _add_record(commands: Any) -> None:
         RECORD_EXAMPLES,
     )
     p.late = sampler_list
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help="any checkpoint that minidiff opens")
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"any checkpoint that minidiff opens; {BUNDLED}")
     p.add_argument("out", metavar="OUT.safetensors", help="the file to write")
     _add_run(p, (*DTYPES, "float64"))
     g = p.add_argument_group("recording")
@@ -224,6 +225,7 @@ def run(args: Namespace) -> int:
         return compare_command.run(args)
     import weights_convert
     from minidiff.parity.command import Converter, run
+    from minidiff.pipeline.opening import bundled_file
     from weights_convert.module_names import module_names
 
     converter = Converter(
@@ -240,8 +242,11 @@ def run(args: Namespace) -> int:
     check_there(args)
     device = device_of(args.device)
     assert device is not None
-    if args.command == "parity" and args.against is not None:
-        from minidiff.export import against
+    with ExitStack() as stack:
+        if args.checkpoint == "bundled":
+            args.checkpoint = str(stack.enter_context(bundled_file()))
+        if args.command == "parity" and args.against is not None:
+            from minidiff.export import against
 
-        return against.run(args, converter, device)
-    return run(args, converter, device)
+            return against.run(args, converter, device)
+        return run(args, converter, device)

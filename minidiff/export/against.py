@@ -123,6 +123,7 @@ def against(
         runners = {program.name: other.runner(program) for program in mine}
         found = [_exported(other, one, runners[one.name], title, bound, judge, tell) for one in mine]
         replaced = standing_in(pipe, runners)
+    replaced.source = pipe.identity  # networks of quantised layers hold what is no tensor, and have no identity
     layers_too = not isinstance(other, Export) or other.to == "torch"
     found.append(_within("", _runs(pipe, replaced, request, title, bound, tell), local=layers_too))
     rows, only_a, only_b = ([x for part in column for x in part] for column in zip(*found, strict=True))

@@ -7,6 +7,7 @@ that of their source: an operation is where a value arises that the other side d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minidiff.errors import MinidiffError
 
 MIXERS = (-7046029254386353131, -4417276706812531889)  # odd, of random bits (2 ** 64 / golden ratio; splitmix64)
+ADDRESS = re.compile(r" object at 0x[0-9a-f]+")  # two objects differ by it, and two runs
 LONGEST = 120  # characters of one operation's description
 
 
@@ -58,7 +60,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = [*_leaves(args), *_leaves(kwargs or {})]
         before = tuple(number(x) for x in given if isinstance(x, Tensor))
         out = func(*args, **(kwargs or {}))
-        literals = tuple(repr(x) for x in given if not isinstance(x, Tensor) and x is not None)
+        literals = tuple(ADDRESS.sub("", repr(x)) for x in given if not isinstance(x, Tensor) and x is not None)
         made = tuple(number(x) for x in _leaves(out) if isinstance(x, Tensor))
         name = str(func).removesuffix(".default")
         self.calls.append(Call(name, literals, before, made))
@@ -88,9 +90,11 @@ def between(
     tape: Mapping[str, Tensor], stage: str, replaced: Callable[[Tensor, Tensor], Tensor], recorder: Recorder
 ) -> Callable[[str, Tensor], Tensor]:
     """Return a tap that hands a run the tape's values, and records the operations between ``stage`` and the one before
-    it."""
+    it; for the first stage, from here on."""
     stages = list(tape)
     before = stages[stages.index(stage) - 1] if stage != stages[0] else None
+    if before is None:
+        recorder.start()
 
     def tap(at: str, value: Tensor) -> Tensor:
         if at not in tape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,10 @@ from functools import cached_property
 from minidiff.parity.difference import Difference
 from minidiff.parity.rows import INPUT, Row
 
-OUTPUT = "output"  # the output of a module that is compared alone
+OUTPUT = "output"  # the output of a module that is compared alone; "unet/output out" is one of several
+RUNS = re.compile(
+    r"(prompt|negative|text\.\d+|plan|encode|start|step\.\d+|decode)/[^/]*"
+)  # no layer, a stage of the run
 ROUNDING, MOST_LIKELY = 6e-8, 10.0  # relative size of a rounding in float32; growth that is worth a word
 AROUND = (4, 8)  # rows shown before and after the first difference
 
@@ -186,10 +190,12 @@ def where(report: Report, row: Row) -> str:
         return f"what reaches this module differs; it is computed {before}, outside of any module that is compared"
     if any(s.startswith(row.stage + ".") for s in stages):
         return f"inside this block, behind {stages[k - 1]}: its own use of the outputs of its modules"
-    if row.stage.count("/") == 1:  # a stage of the run, and no layer
+    if RUNS.fullmatch(row.stage):
         place = row.stage.partition("#")[0]
         return next((advice for end, advice in PLACES if place.endswith(end)), f"this stage differs{alone}")
-    if row.stage == OUTPUT:
+    if row.stage.rpartition("/")[2].partition(" ")[0] == OUTPUT:
+        if k == 0 or section(stages[k - 1]) != section(row.stage):
+            return f"the whole network's output{alone}; no layer of it is compared"
         return f"the whole module's output, behind {stages[k - 1]}: its own use of the outputs of its modules"
     if row.judgement is not None and row.judgement.same_function:
         return (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -100,11 +102,18 @@ def bundled(
     from scratch. The arguments are those of :func:`assemble`. Raises :class:`UnsupportedError` if the model is not
     installed.
     """
+    with bundled_file() as path:
+        return StableDiffusion.load(path, device, dtype, low_memory=low_memory)
+
+
+@contextmanager
+def bundled_file() -> Iterator[Path]:
+    """Return a context with the path of the bundled model. Raises :class:`UnsupportedError` if it is not installed."""
     asset = files("minidiff") / BUNDLED
     if not asset.is_file():
         raise UnsupportedError("no model given, and none is bundled with this version; name one with --model PATH")
     with as_file(asset) as path:
-        return StableDiffusion.load(path, device, dtype, low_memory=low_memory)
+        yield path
 
 
 def estimate(

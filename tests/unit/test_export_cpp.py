@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from minidiff.export import export
+from minidiff.config import Level, ModelConfig
+from minidiff.export import export, formats
 from minidiff.export.against import against
+from minidiff.export.formats import BOUNDS, measured, reading, traced
+from minidiff.export.programs import programs
 from minidiff.parity.ours import asked
-from tests.support.export_models import MINI
+from tests.support.export_models import FAMILIES, MINI
 from tests.support.scripts import script
 from tests.support.tiny import drawn
 from tests.tolerances import ELSEWHERE
@@ -33,14 +38,20 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("aoti")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """AOTInductor compiles what is called once without optimising it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         patch.setattr("torch._inductor.config.aot_inductor.compile_wrapper_opt_level", "O0")
         patch.setattr("torch._inductor.config.compile_threads", 1)
-        export(model, folder / "out", "aoti", plans=[("dpmpp_2m", 3), ("euler_ancestral", 3)])
-    return folder / "out"
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(model: Any, quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aoti") / "out"
+    export(model, folder, "aoti", plans=[("dpmpp_2m", 3), ("euler_ancestral", 3)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +71,32 @@ def test_the_package_is_within_its_bound(model: Any, made: Path) -> None:
     assert {"unet/output out", "text_encoder/output pooled", "step.1/x", "decode/pixels"} < {
         r.stage for r in report.rows
     }
+
+
+def short(config: ModelConfig) -> ModelConfig:
+    """The family with the one level of its UNet that attends, since every layer is compiled for some seconds."""
+    attends = next(level for level in config.unet.levels if level.attention != "none")
+    return replace(config, unet=replace(config.unet, levels=(attends,), mid=Level(channels=8)))
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("sd2", ["unet", "text_encoder"]),
+        ("inpainting", ["unet"]),
+        ("lcm", ["unet"]),
+        ("sdxl", ["unet", "text_encoder_2"]),
+        ("taesd", ["vae_encoder", "vae_decoder"]),
+        ("ddpm", ["unet"]),
+    ],
+)
+def test_packages_of_every_family(family: str, names: list[str], quick: None, tmp_path: Path) -> None:
+    pipe = drawn(short(FAMILIES[family]), 3)
+    found = [program for program in programs(pipe.config, pipe.parts) if program.name in names]
+    assert [program.name for program in found] == names
+    for program in found:
+        path = formats.write("aoti", program, traced(program), tmp_path)
+        assert 0 < measured(program, reading("aoti", program, path)) <= BOUNDS["aoti"].relative, program.name
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])

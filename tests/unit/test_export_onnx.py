@@ -27,13 +27,26 @@ pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: pi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd2", "inpainting", "lcm", "sdxl", "ddpm"])
-def test_unets_of_every_family(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("sd2", ["unet", "text_encoder"]),
+        ("inpainting", ["unet"]),
+        ("lcm", ["unet"]),
+        ("sdxl", ["unet", "text_encoder_2"]),
+        ("taesd", ["vae_encoder", "vae_decoder"]),
+        ("ddpm", ["unet"]),
+    ],
+)
+def test_what_is_particular_in_every_family(family: str, names: list[str], tmp_path: Path) -> None:
     pipe = drawn(FAMILIES[family], 3)
-    unet = programs(pipe.config, pipe.parts)[0]
-    path = formats.write("onnx", unet, traced(unet), tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"unet.onnx", "unet.onnx.data"}
-    assert 0 < measured(unet, reading("onnx", unet, path)) <= BOUNDS["onnx"].relative
+    found = [program for program in programs(pipe.config, pipe.parts) if program.name in names]
+    assert [program.name for program in found] == names
+    for program in found:
+        path = formats.write("onnx", program, traced(program), tmp_path)
+        assert 0 < measured(program, reading("onnx", program, path)) <= BOUNDS["onnx"].relative, program.name
+    files = {f"{name}.onnx{ending}" for name in names for ending in ("", ".data")}
+    assert {file.name for file in tmp_path.iterdir()} == files
 
 
 @pytest.fixture(scope="module")

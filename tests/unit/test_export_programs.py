@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from minidiff.parity.ours import asked
 from minidiff.pipeline import StableDiffusion
 from tests.support.command import Run, one_error
 from tests.support.export_models import FAMILIES, MINI, one_weight_changed
+from tests.support.scripts import SCRIPTS, script
 from tests.support.tiny import DDPM, drawn
 
 
@@ -347,6 +349,51 @@ def test_a_variant_is_compared_layer_by_layer(run: Run, tmp_path: Path) -> None:
     one_error(run("parity", "text", "--against", f"{__name__}:no_such"), "has no function no_such")
 
 
+def quantised(pipe: Any) -> dict[str, nn.Module]:
+    """A variant whose linear layers multiply in 8 bits, and hold what is no tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kind = {nn.Linear}
+        return {"unet": torch.ao.quantization.quantize_dynamic(pipe.unet, kind, dtype=torch.qint8)}  # type: ignore[no-untyped-call]
+
+
+def compiled(pipe: Any) -> dict[str, nn.Module]:
+    """A variant that torch.compile made, without a compiler of C++; not what it made for another test."""
+    torch.compiler.reset()
+    made: Any = torch.compile(pipe.unet, backend="eager")
+    return {"unet": made}
+
+
+def test_a_quantised_variant(run: Run) -> None:
+    command = ("parity", "text", "--against", f"{__name__}:quantised", "--steps", 1, "--size", "32x32", "--quiet")
+    ended = run(*command)
+    assert ended.status == 1
+    told = "\n".join(ended.out)
+    assert "first difference at unet/unet.time.linear1" in told
+    assert "operation aten.addmm() in A, quantized.linear_dynamic(" in " ".join(told.split())
+    assert "0x" not in told
+    assert "only one side can run in it" in told, "8 bits are not judged in float64"
+    assert any(line.startswith("decode") for line in ended.out), "and then the whole run"
+    assert run(*command, "--tolerance", 1).status == 0
+
+
+def test_a_compiled_variant_and_a_list_of_names(run: Run, tmp_path: Path) -> None:
+    command = ("parity", "text", "--against", f"{__name__}:compiled", "--steps", 1, "--size", "32x32", "--quiet")
+    ended = run(*command, "--all")
+    assert ended.status == 0, ended
+    assert not any("conv_in" in line for line in ended.out)
+    (tmp_path / "names.json").write_text(json.dumps({"unet": {"conv_in": "_orig_mod.conv_in"}}))
+    ended = run(*command, "--all", "--names", "names.json")
+    assert ended.status == 0, ended
+    assert any(line.startswith("unet/unet.conv_in ") for line in ended.out)
+
+
+def test_the_bundled_model_by_its_name(run: Run) -> None:
+    ended = run("parity", "bundled", "--against", f"{__name__}:compiled", "--steps", 1, "--size", "16x16", "--quiet")
+    assert ended.status == 0, ended
+    assert run("parity", "record", "bundled", "out.safetensors", "--steps", 1, "--size", "16x16", "--quiet").status == 0
+
+
 VARIANT = """
 import sys
 from pathlib import Path
@@ -423,6 +470,20 @@ def test_a_tolerance_of_0_is_honoured_beside_a_bound(run: Run, monkeypatch: pyte
         ended = run("parity", "plain", "--against", "out", "--steps", 1, "--quiet", "--format", "json", *given)
         assert ended.status == 0, ended
         assert json.loads("\n".join(ended.out))["tolerance"] == wanted
+
+
+@pytest.mark.slow
+def test_the_script_that_measures_full_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    given = ["check_export", "--family", "ddpm", "--to", "torch", "--divide", "16"]
+    monkeypatch.setattr(sys, "argv", given)
+    script("check_export").main()
+    heading, row = capsys.readouterr().out.splitlines()
+    told = dict(zip(heading.split(), row.replace("MB", "").split(), strict=True))
+    assert (told["family"], told["program"], told["to"], told["gap"]) == ("ddpm", "unet", "torch", "0")
+    assert float(told["made"]) * float(told["weights"]) < 200, "what is imported does not count"
 
 
 def test_networks_of_many_levels_are_run_at_sizes_that_they_can_halve() -> None:

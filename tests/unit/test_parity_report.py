@@ -123,6 +123,30 @@ def test_the_outcome_and_its_reasons() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (["step.0/out"], "the guidance: u + scale"),
+        (["step.0/out#2"], "the guidance: u + scale"),
+        (["negative/context"], "the encoded prompts given to the UNet"),
+        (["text.2/ids"], "the tokenizer"),
+        (["text_encoder/layers.0.attn.out"], "this module computes something else"),
+        (["control.0/mid.attn.out"], "this module computes something else"),
+        (["decode/vae/out"], "this module computes something else"),
+        (["unet/unet.conv_out", "unet/output out"], "the whole module's output, behind unet/unet.conv_out"),
+        (["unet/output out"], "the whole network's output; no layer of it is compared"),
+        (
+            ["unet/output out", "vae_encoder/output mean"],
+            "the whole network's output, and every stage before it is equal",
+        ),
+        (["a", "output"], "the whole module's output, behind a"),
+    ],
+)
+def test_the_kind_of_a_stage(stages: list[str], words: str) -> None:
+    rows = [Row(stage, by(0.5 if stage == stages[-1] else 0.0)) for stage in stages]
+    assert where(Report("a", "b", rows), rows[-1]).startswith(words)
+
+
+@pytest.mark.parametrize(
     ("judgement", "words"),
     [
         (Judgement(1.0, 2.0, 3.0), "not rounding: in float64 the two still differ, by 3, "),
