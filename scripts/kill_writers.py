@@ -317,7 +317,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, metavar="N", help="of each command (default: 200)")
     parser.add_argument("--pairs", type=int, default=200, metavar="N", help="of each kind (default: 200)")
-    parser.add_argument("--only", metavar="NAME", help=f"one of {', '.join([*KILLS, *PAIRS])}")
+    parser.add_argument(
+        "--only", choices=[*KILLS, *PAIRS], metavar="NAME", help=f"one of {', '.join([*KILLS, *PAIRS])}"
+    )
     args = parser.parse_args()
     if not hasattr(os, "fork"):
         parser.error("this system has no fork; use Linux or macOS")
