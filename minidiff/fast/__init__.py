@@ -10,7 +10,7 @@
 switch "many_keys" is the class ``ManyKeys`` in ``many_keys.py``, and so for all: :mod:`packed` (weights in the
 processor's layout), :mod:`winograd` (convolutions with fewer products), :mod:`blocks` (feed-forwards on some tokens at
 a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), :mod:`shared_start` (what both
-halves of a guided batch have in common), and if the processor gains by
+halves of a guided batch have in common), :mod:`groups` (large pictures a few at a time), and if the processor gains by
 it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
 :mod:`many_keys` (attention by another kernel). Whether it gains is tried once a machine (:mod:`trial`). All of them are
 exact: the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few
@@ -45,6 +45,7 @@ from minidiff.fast.blocks import Blocks
 from minidiff.fast.channels_last import ChannelsLast
 from minidiff.fast.compile import Compile
 from minidiff.fast.graphs import Graphs
+from minidiff.fast.groups import Groups
 from minidiff.fast.halves import Halves
 from minidiff.fast.inplace import Inplace
 from minidiff.fast.linear import Linear
@@ -75,6 +76,7 @@ SWITCHES: Mapping[str, Switch] = {
     "tokens": Tokens(),
     "many_keys": ManyKeys(),
     "shared_start": SharedStart(),
+    "groups": Groups(),
 }
 # Only on request. The gain of those for CUDA has not been measured.
 OPTIONAL: Mapping[str, Switch] = {

@@ -55,7 +55,7 @@ def joined(first: Any, second: Any) -> Any:
     return type(first)(joined(a, b) for a, b in zip(first, second, strict=True))
 
 
-def cut(value: Any, rows: slice, batch: int) -> Any:
+def cut(value: Any, rows: slice | Tensor, batch: int) -> Any:
     """Take ``rows`` of every tensor in ``value`` with a row for each of ``batch`` pictures; keep everything else."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim > 0 and len(value) == batch else value

@@ -392,6 +392,7 @@ SETTINGS = re.compile(
     r"showwarning = |excepthook = "
 )
 SET_BY = {
+    "minidiff/__main__.py": "of the command line, while it is being imported",
     "minidiff/console/__init__.py": "the frame of the command line",
     "minidiff/console/signals.py": "of the command line, and put back",
     "minidiff/cli/many/work.py": "of the command line",

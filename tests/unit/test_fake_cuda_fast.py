@@ -29,7 +29,7 @@ from tests.unit import test_fake_cuda
 from tests.unit.test_fake_cuda import NoiseOfTheCard, check_result, on_card, randn, sd1, watch_loop
 
 ON_A_CARD_AT_ONCE = (*fast.SWITCHES, "channels_last", "halves", "vae_slices")
-FOR_CPUS = {"packed", "winograd", "blocks", "linear", "tokens", "shared_start", "many_keys"}
+FOR_CPUS = {"packed", "winograd", "blocks", "linear", "tokens", "shared_start", "many_keys", "groups"}
 Card = AbstractContextManager[Any]
 card, unread = test_fake_cuda.card, test_fake_cuda.unread  # fixtures
 

@@ -1,0 +1,114 @@
+"""Large pictures of one batch computed a few at a time, on a CPU.
+
+Activations grow with the batch. Where those of a whole batch leave the caches, and are too large for the allocator to
+keep their memory from one layer to the next, a batch takes longer than its pictures one after the other. Its rows are
+independent, so it is split; the bits are then those of the smaller batches. Small pictures gain by being together, and
+stay so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minidiff.fast.halves import cut, joined
+from minidiff.fast.shared_start import watched
+from minidiff.fast.switch import Switch
+from minidiff.models.replacement import Replacement
+from minidiff.models.unet import UNet
+from minidiff.models.vae import VAE
+from minidiff.pipeline.denoise import check_cancelled
+
+LARGEST = (
+    2**24
+)  # bytes of the activations of a group behind the first convolution of the UNet, or before the VAE's last
+
+
+class GroupedUNet(Replacement):
+    """Replacement for the ``forward`` of a UNet."""
+
+    layer: UNet
+
+    def __init__(self, layer: nn.Module, name: str = "forward") -> None:
+        self.known: dict[int, tuple[weakref.ref[Tensor], int, list[Tensor]]] = {}  # by the id of an encoded prompt
+        super().__init__(layer, name)
+
+    def __call__(self, x: Tensor, t: Any, context: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        groups = self.groups(x)
+        if len(groups) == 1 or torch.is_grad_enabled() or watched(self.layer):
+            return self.inner(x, t, context, *args, **kwargs)
+        parts = [None] * len(groups) if context is None else self.parts(context, groups, len(x))
+        made = []
+        for rows, part in zip(groups, parts, strict=True):
+            check_cancelled()
+            few, time, more, named = cut((x, t, args, kwargs), rows, len(x))
+            made.append(self.inner(few, time, part, *more, **named))
+        out = made[0]
+        for other in made[1:]:
+            out = joined(out, other)
+        return out[torch.cat(groups).argsort()]
+
+    def groups(self, x: Tensor) -> list[Tensor]:
+        """Return the rows of each group. With guidance both predictions of a picture are in one."""
+        once = x.chunk(2) if len(x) % 2 == 0 else (x,)
+        halves = 2 if len(once) == 2 and torch.equal(*once) else 1
+        row = self.layer.config.levels[0].channels * x[0, 0].numel() * x.element_size()
+        pictures = torch.split(torch.arange(len(x) // halves), max(1, LARGEST // (halves * row)))
+        return [torch.cat([p + k * (len(x) // halves) for k in range(halves)]) for p in pictures]
+
+    def parts(self, context: Tensor, groups: list[Tensor], batch: int) -> list[Tensor]:
+        """Cut an encoded prompt, once a run: its keys and values are kept with the tensor (:mod:`memory`)."""
+        if context.is_inference():  # no count of writes is kept
+            return [cut(context, rows, batch) for rows in groups]
+        known = self.known.get(id(context))
+        if known is None or known[0]() is not context or known[1] != context._version or len(known[2]) != len(groups):
+            key = id(context)
+            made = [cut(context, rows, batch) for rows in groups]
+            known = (weakref.ref(context, lambda gone: self.drop(key, gone)), context._version, made)
+            self.known[key] = known
+        return known[2]
+
+    def drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
+        known = self.known.get(key)
+        if known is not None and known[0] is gone:
+            self.known.pop(key, None)
+
+
+class GroupedVAE(Replacement):
+    """Replacement for the ``decode`` of a VAE."""
+
+    layer: VAE
+
+    def __call__(self, z: Tensor) -> Tensor:
+        config = self.layer.config
+        pixels = z[0, 0].numel() * 4 ** (len(config.channels) - 1)
+        few = max(1, LARGEST // (config.channels[0] * pixels * z.element_size()))
+        if len(z) <= few or torch.is_grad_enabled() or watched(self.layer):
+            return self.inner(z)  # type: ignore[no-any-return]
+        return torch.cat([self.group(part) for part in torch.split(z, few)])
+
+    def group(self, z: Tensor) -> Tensor:
+        check_cancelled()
+        return self.inner(z)  # type: ignore[no-any-return]
+
+
+class Groups(Switch):
+    """Switch of a UNet and of a VAE's decoder. CPU only."""
+
+    device = "cpu"
+
+    def applies(self, layer: nn.Module) -> bool:
+        return isinstance(layer, (UNet, VAE)) and next(layer.parameters()).device.type == "cpu"
+
+    def put_on(self, layer: nn.Module) -> None:
+        if isinstance(layer, UNet):
+            GroupedUNet(layer)
+        else:
+            GroupedVAE(layer, "decode")
+
+    def take_off(self, layer: nn.Module) -> None:
+        GroupedUNet.take_off(layer)
+        GroupedVAE.take_off(layer, "decode")
