@@ -21,10 +21,7 @@ from minidiff.models.replacement import Replacement
 from minidiff.models.unet import UNet
 from minidiff.models.vae import VAE
 from minidiff.pipeline.denoise import check_cancelled
-
-LARGEST = (
-    2**24
-)  # bytes of the activations of a group behind the first convolution of the UNet, or before the VAE's last
+from minidiff.pipeline.group_sizes import decoded_at_once, rows_at_once
 
 
 class GroupedUNet(Replacement):
@@ -55,9 +52,11 @@ class GroupedUNet(Replacement):
         """Return the rows of each group. With guidance both predictions of a picture are in one."""
         once = x.chunk(2) if len(x) % 2 == 0 else (x,)
         halves = 2 if len(once) == 2 and torch.equal(*once) else 1
-        row = self.layer.config.levels[0].channels * x[0, 0].numel() * x.element_size()
-        pictures = torch.split(torch.arange(len(x) // halves), max(1, LARGEST // (halves * row)))
-        return [torch.cat([p + k * (len(x) // halves) for k in range(halves)]) for p in pictures]
+        few = rows_at_once(self.layer.config, x[0, 0].numel(), x.element_size(), halves) // halves
+        pictures = len(x) // halves
+        return [
+            torch.cat([some + k * pictures for k in range(halves)]) for some in torch.split(torch.arange(pictures), few)
+        ]
 
     def parts(self, context: Tensor, groups: list[Tensor], batch: int) -> list[Tensor]:
         """Cut an encoded prompt, once a run: its keys and values are kept with the tensor (:mod:`memory`)."""
@@ -83,9 +82,7 @@ class GroupedVAE(Replacement):
     layer: VAE
 
     def __call__(self, z: Tensor) -> Tensor:
-        config = self.layer.config
-        pixels = z[0, 0].numel() * 4 ** (len(config.channels) - 1)
-        few = max(1, LARGEST // (config.channels[0] * pixels * z.element_size()))
+        few = decoded_at_once(self.layer.config, z[0, 0].numel(), z.element_size())
         if len(z) <= few or torch.is_grad_enabled() or watched(self.layer):
             return self.inner(z)  # type: ignore[no-any-return]
         return torch.cat([self.group(part) for part in torch.split(z, few)])

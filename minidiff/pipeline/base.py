@@ -201,7 +201,8 @@ class Pipeline(Model):
         """Return what the memory of a run with samples of ``shape`` (B, C, h, w) depends on."""
         count, height, width = shape[0], shape[2] * self._factor, shape[3] * self._factor
         size = self.dtype.itemsize
-        return Extent(count=count, height=height, width=width, size=size, vae_size=size, decoded=count)
+        grouped = "groups" in self.fast
+        return Extent(count=count, height=height, width=width, size=size, vae_size=size, decoded=count, grouped=grouped)
 
     # What a kind of pipeline decides for itself:
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from minidiff.config import ControlNetConfig, ModelConfig, T2IAdapterConfig, UNetConfig
+from minidiff.config import ControlNetConfig, ModelConfig, T2IAdapterConfig, UNetConfig, VAEConfig
 from minidiff.models.unet import skip_widths
+from minidiff.pipeline.group_sizes import decoded_at_once, rows_at_once
 from minidiff.pipeline.peaks import Peaks, way_down
 from minidiff.storage.files import FRESH_MAP
 
@@ -30,7 +31,8 @@ class Extent:
 
     ``size``, ``vae_size``: bytes of a number in the UNet and in the VAE. ``encoded``: pictures encoded at once, 0 for
     none. ``decoded``: pictures decoded at once; ``tile``: the side in latents of the tiles in which they are, 0 for
-    whole pictures. ``together``: rows go through the UNet together; else one prediction after the other.
+    whole pictures. ``together``: rows go through the UNet together; else one prediction after the other. ``grouped``:
+    large pictures are computed a few at a time.
     """
 
     count: int
@@ -44,6 +46,7 @@ class Extent:
     decoded: int = 1
     tile: int = 0
     together: bool = True
+    grouped: bool = False
     controls: tuple[ControlNetConfig | T2IAdapterConfig, ...] = ()
 
 
@@ -102,7 +105,10 @@ def activations(config: ModelConfig, e: Extent, copies: bool = False) -> dict[st
     if e.tile and max(h, w) > e.tile:
         decoder = Peaks(e.decoded, copies).decoder(vae, min(h, e.tile), min(w, e.tile)) + 2 * pixels
     else:
-        decoder = Peaks(e.decoded, copies).decoder(vae, h, w)
+        few = e.decoded
+        if e.grouped and isinstance(vae, VAEConfig):
+            few = min(few, decoded_at_once(vae, h * w, e.vae_size))
+        decoder = Peaks(few, copies).decoder(vae, h, w)
     return {**taken, "decoding": decoder * e.vae_size + pixels * 4}
 
 
@@ -113,12 +119,14 @@ def _denoising(config: ModelConfig, e: Extent, h: int, w: int, copies: bool) -> 
     nets = [c for c in e.controls if isinstance(c, ControlNetConfig)]
     adapters = [c for c in e.controls if isinstance(c, T2IAdapterConfig)]
     batch = Peaks(rows if e.together else e.count, copies)
+    few = min(batch.rows, rows_at_once(unet, h * w, e.size, 2 - e.rows % 2 if e.together else 1))
+    group = Peaks(few, copies) if e.grouped else batch
     outputs = batch.rows * _outputs(unet, h, w) if nets else 0
     pixels = e.count * e.height * e.width * sum(c.image_channels for c in nets)
     hints = batch.rows * unet.levels[0].channels * h * w * len(nets)
     features = e.count * sum(_features(c, e.height, e.width) for c in adapters)
     copied = batch.rows * max((_features(c, e.height, e.width) for c in adapters), default=0)
-    call = outputs + copied + batch.unet(unet, h, w, e.tokens, steered=bool(nets), features=bool(adapters))
+    call = outputs + copied + group.unet(unet, h, w, e.tokens, steered=bool(nets), features=bool(adapters))
     for k, c in enumerate(nets):
         before = min(k, 1) * outputs
         call = max(call, before + batch.hint(c, e.height, e.width) + batch.rows * c.image_channels * e.height * e.width)

@@ -154,6 +154,13 @@ def test_what_makes_a_run_larger(sd: StableDiffusion) -> None:
     assert most("decoding", num_images=4) < 2 * most("decoding", num_images=1)
     assert most() < 0.7 * plain
     fast.restore(sd)
+    large = {"height": 512, "width": 512, "num_images": 64}
+    denoised, decoded = most(**large), most("decoding", **large)
+    fast.optimize(sd, ("groups",))
+    assert most(**large) < 0.9 * denoised
+    assert most("decoding", **large) < 0.5 * decoded
+    assert most() == plain
+    fast.restore(sd)
     whole = most("decoding", height=512, width=512)
     fast.tiled(sd, 16)
     assert most("decoding", height=512, width=512) < 0.5 * whole

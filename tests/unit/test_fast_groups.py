@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minidiff import StableDiffusion, fast
-from minidiff.fast import groups
 from minidiff.fast.groups import GroupedUNet, Groups
+from minidiff.pipeline import group_sizes
 from tests.support.tiny import tiny_ddpm, tiny_sd, tiny_xl
 from tests.tolerances import BATCH, assert_close
 
@@ -22,7 +22,7 @@ def sd(monkeypatch: pytest.MonkeyPatch) -> Iterator[StableDiffusion]:
     """A model whose UNet takes two guided pictures at a time, or four without guidance."""
     found = tiny_sd()
     per_row = found.unet.config.levels[0].channels * 8 * 8 * 4
-    monkeypatch.setattr(groups, "LARGEST", 4 * per_row)
+    monkeypatch.setattr(group_sizes, "LARGEST", 4 * per_row)
     yield found
     fast.restore(found)
 
@@ -87,7 +87,7 @@ def test_halves_that_differ_are_cut_in_their_order(sd: StableDiffusion) -> None:
 def test_every_input_has_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDXL's pooled text and sizes, a ControlNet's residuals."""
     sd = tiny_xl()
-    monkeypatch.setattr(groups, "LARGEST", 1)
+    monkeypatch.setattr(group_sizes, "LARGEST", 1)
     torch.manual_seed(0)
     c = sd.unet.config
     x, context = torch.randn(3, c.in_channels, 8, 8).repeat(2, 1, 1, 1), torch.randn(6, 77, c.context_dim or 1)
@@ -101,7 +101,7 @@ def test_every_input_has_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unconditional_model_and_a_decoder(monkeypatch: pytest.MonkeyPatch, sd: StableDiffusion) -> None:
-    monkeypatch.setattr(groups, "LARGEST", 1)
+    monkeypatch.setattr(group_sizes, "LARGEST", 1)
     pixels = tiny_ddpm()
     torch.manual_seed(0)
     x, z = torch.randn(3, 3, 8, 8), torch.randn(3, 4, 8, 8)
