@@ -9,7 +9,8 @@ stay so.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,30 @@ from minidiff.pipeline.denoise import check_cancelled
 from minidiff.pipeline.group_sizes import decoded_at_once, rows_at_once
 
 
+class Parts(NamedTuple):
+    """Encoded prompt, its version counter, the rows of each group, and the prompt cut into these."""
+
+    context: weakref.ref[Tensor]
+    written: int
+    groups: list[Tensor]
+    parts: list[Tensor]
+
+    def holds(self, context: Tensor, groups: list[Tensor]) -> bool:
+        return (
+            self.context() is context
+            and self.written == context._version
+            and len(self.groups) == len(groups)
+            and all(map(torch.equal, self.groups, groups))
+        )
+
+
 class GroupedUNet(Replacement):
     """Replacement for the ``forward`` of a UNet."""
 
     layer: UNet
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        self.known: dict[int, tuple[weakref.ref[Tensor], int, list[Tensor]]] = {}  # by the id of an encoded prompt
+        self.known: dict[int, Parts] = {}  # by the id of an encoded prompt, as long as it exists
         super().__init__(layer, name)
 
     def __call__(self, x: Tensor, t: Any, context: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -63,16 +81,15 @@ class GroupedUNet(Replacement):
         if context.is_inference():  # no count of writes is kept
             return [cut(context, rows, batch) for rows in groups]
         known = self.known.get(id(context))
-        if known is None or known[0]() is not context or known[1] != context._version or len(known[2]) != len(groups):
-            key = id(context)
+        if known is None or not known.holds(context, groups):
             made = [cut(context, rows, batch) for rows in groups]
-            known = (weakref.ref(context, lambda gone: self.drop(key, gone)), context._version, made)
-            self.known[key] = known
-        return known[2]
+            known = Parts(weakref.ref(context, partial(self.drop, id(context))), context._version, groups, made)
+            self.known[id(context)] = known
+        return known.parts
 
     def drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
         known = self.known.get(key)
-        if known is not None and known[0] is gone:
+        if known is not None and known.context is gone:
             self.known.pop(key, None)
 
 

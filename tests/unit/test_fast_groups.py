@@ -78,6 +78,8 @@ def test_halves_that_differ_are_cut_in_their_order(sd: StableDiffusion) -> None:
         shapes = seen(sd)
         assert_close(sd.unet(x, t, context), plain, BATCH)
         assert [rows for rows, _ in shapes] == [4, 4, 2]
+        other = x[:5].repeat(2, 1, 1, 1)  # halves that are equal: other rows are together
+        assert_close(sd.unet(other, 500, context), sd.unet.__dict__["forward"].inner(other, 500, context), BATCH)
         context.mul_(2)  # written to since: the parts are cut anew
         again = sd.unet(x, t, context)
         fast.restore(sd)
