@@ -418,6 +418,7 @@ OTHER: dict[str, Any] = dict(
     clip=None,
     precision="bfloat16",
     fused=True,
+    channels_last=True,
     ema=0.99,
     min_snr=5.0,
     noisy=2.0,
