@@ -6,6 +6,7 @@ A worker prints a line of JSON before every case, {"case": number, "how": text},
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -82,3 +84,20 @@ def run(script: str, first: int, count: int, seconds: int = SECONDS) -> int:
     print(*faults, sep="\n")
     print(f"{count} cases in {time.perf_counter() - start:.0f} s: {dict(ends)}; {len(faults)} faults")
     return len(faults)
+
+
+def command(script: str, about: str | None, count: int, work: Callable[[int, int], None]) -> int:
+    """Run the command line of ``script``: ``count`` cases by default, each tried by ``work`` in a worker.
+
+    ``about``: its help. Return 1 if there was a fault, else 0.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=count, metavar="N", help=f"cases (default: {count})")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="the number of the first one (default: 0)")
+    parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help=f"for a case (default: {SECONDS})")
+    parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(*args.worker)
+        return 0
+    return 1 if run(script, args.first, args.count, args.seconds) else 0

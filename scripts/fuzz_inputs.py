@@ -12,7 +12,6 @@ error. Exit status 1 if there was one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from _fuzzing import SECONDS, forget, peak, run  # noqa: E402
+from _fuzzing import command, forget, peak  # noqa: E402
 
 ROOM = 512 << 20  # bytes: for a picture of some ten million pixels, in a few copies
 LIMIT = 8 << 30  # of addresses beyond those of the start: a machine is not to be brought down
@@ -52,18 +51,5 @@ def work(first: int, last: int) -> None:
             print(json.dumps({"end": f"{how}: {end}" if fault else end, "fault": fault}), file=out, flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=5_000, metavar="N", help="cases (default: 5000)")
-    parser.add_argument("--first", type=int, default=0, metavar="K", help="the number of the first one (default: 0)")
-    parser.add_argument("--seconds", type=int, default=SECONDS, metavar="N", help=f"for a case (default: {SECONDS})")
-    parser.add_argument("--worker", nargs=2, type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(*args.worker)
-        return 0
-    return 1 if run(__file__, args.first, args.count, args.seconds) else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(__file__, __doc__, 5_000, work))
