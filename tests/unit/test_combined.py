@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minidiff import Control, ControlModel, StableDiffusion, fast
 from minidiff.adapters import lora
 from minidiff.adapters.lora import Adapter, Update
+from minidiff.pipeline import group_sizes
 from minidiff.pipeline.dialects import DIALECTS
 from tests.support.tiny import tiny_adapter, tiny_controlnet, tiny_sd
 from tests.tolerances import BATCH, assert_close
@@ -48,6 +49,14 @@ def made(own: Models, style: str | None, *, control: bool = True) -> Tensor:
     return found
 
 
+@pytest.fixture(params=[False, True], ids=["together", "one by one"])
+def apart(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that the switch `groups` leaves together, or takes for so large that each is computed alone."""
+    if request.param:
+        monkeypatch.setattr(group_sizes, "LARGEST", 1)
+
+
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("style", [None, *DIALECTS])
 def test_switches(style: str | None) -> None:
     """Those that add in the same order give the same bits; all of them stay near; none is left behind."""
@@ -66,6 +75,7 @@ def test_switches(style: str | None) -> None:
     assert torch.equal(made(own, style), plain)
 
 
+@pytest.mark.usefixtures("apart")
 def test_threads_under_switches() -> None:
     """Each gets the bits that it would get alone, whatever the others ask of the same models, from their first call on,
     when weights are packed."""
