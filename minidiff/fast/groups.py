@@ -26,7 +26,7 @@ from minidiff.pipeline.group_sizes import decoded_at_once, rows_at_once
 
 
 class Parts(NamedTuple):
-    """Encoded prompt, its version counter, the rows of each group, and the prompt cut into these."""
+    """Encoded prompt (B, L, D), its version counter, the rows of each group, and the prompt cut into these."""
 
     context: weakref.ref[Tensor]
     written: int
@@ -67,7 +67,7 @@ class GroupedUNet(Replacement):
         return out[torch.cat(groups).argsort()]
 
     def groups(self, x: Tensor) -> list[Tensor]:
-        """Return the rows of each group. With guidance both predictions of a picture are in one."""
+        """Return the rows of each group of ``x`` (B, C, H, W), int64. Both predictions of a guided picture are in one."""
         once = x.chunk(2) if len(x) % 2 == 0 else (x,)
         halves = 2 if len(once) == 2 and torch.equal(*once) else 1
         few = rows_at_once(self.layer.config, x[0, 0].numel(), x.element_size(), halves) // halves
@@ -77,7 +77,7 @@ class GroupedUNet(Replacement):
         ]
 
     def parts(self, context: Tensor, groups: list[Tensor], batch: int) -> list[Tensor]:
-        """Cut an encoded prompt, once a run: its keys and values are kept with the tensor (:mod:`memory`)."""
+        """Cut an encoded prompt (B, L, D), once a run: its keys and values are kept with the tensor (:mod:`memory`)."""
         if context.is_inference():  # no count of writes is kept
             return [cut(context, rows, batch) for rows in groups]
         known = self.known.get(id(context))
@@ -105,6 +105,7 @@ class GroupedVAE(Replacement):
         return torch.cat([self.group(part) for part in torch.split(z, few)])
 
     def group(self, z: Tensor) -> Tensor:
+        """Decode a few latents (b, C, h, w) to pixels (b, 3, H, W)."""
         check_cancelled()
         return self.inner(z)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""How many large pictures are computed at once where a batch is split (:mod:`minidiff.fast.groups`).
+"""Number of large pictures that are computed at once where a batch is split (:mod:`minidiff.fast.groups`).
 
 The rule stands apart from the switch because the estimate of memory follows it, too.
 """

@@ -49,6 +49,16 @@ FAMILIES: dict[str, ModelConfig] = {
     ),
 }
 
+# Programs in which a family differs from sd1.
+PARTICULAR = {
+    "sd2": ["unet", "text_encoder"],
+    "inpainting": ["unet"],
+    "lcm": ["unet"],
+    "sdxl": ["unet", "text_encoder_2"],
+    "taesd": ["vae_encoder", "vae_decoder"],
+    "ddpm": ["unet"],
+}
+
 
 @contextmanager
 def one_weight_changed(model: StableDiffusion, made: Path) -> Iterator[str]:

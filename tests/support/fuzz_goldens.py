@@ -115,7 +115,7 @@ class Base:
         return ["--steps", "1", "--device", "cpu", "--quiet", *size]
 
     def reference(self, family: str) -> Path:
-        """What the sound model records."""
+        """Return the recording of the sound model."""
         if family not in self.recorded:
             path = self.folder / f"{family}.safetensors"
             done = run("parity", "record", GOLDENS / family / "diffusers", path, *self.options(family))

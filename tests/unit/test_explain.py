@@ -126,7 +126,7 @@ def test_texts_are_there_in_both_languages() -> None:
 
 
 def test_reasons_are_sentences() -> None:
-    """What stands after "Left out:" begins small, as a part of that sentence, and ends it."""
+    """A reason begins small after "Left out:", as a part of that sentence, and ends it."""
     reasons = {"guidance": ("no text", "distilled", "off", "no estimate"), "samplers": ("from a picture", "cannot")}
     reasons |= {"words": ("no text", "embeds", "style"), "whatif": ("distilled", "style"), "timesteps": ("own levels",)}
     reasons["training"] = ("none bundled",)

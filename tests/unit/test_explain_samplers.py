@@ -55,7 +55,7 @@ def test_distances_follow_from_the_data() -> None:
 
 
 def test_the_reference_stands_for_many_steps() -> None:
-    """What the page compares with is nearer to the limit than the best of the runs that it compares."""
+    """The reference is nearer to the limit than the best of the runs that are compared with it."""
     seen = collect(minidiff.bundled(), Request(PROMPT, steps=1, seed=0), bundled=True)
     choices = {("", STEPS): samplers.REFERENCE, ("", 200): samplers.REFERENCE, ("ddim", 20): "ddim"}
     found = samplers.results(seen, choices)

@@ -20,7 +20,7 @@ from minidiff.export.against import against
 from minidiff.export.formats import BOUNDS, measured, reading, traced
 from minidiff.export.programs import programs
 from minidiff.parity.ours import asked
-from tests.support.export_models import FAMILIES, MINI
+from tests.support.export_models import FAMILIES, MINI, PARTICULAR
 from tests.support.scripts import script
 from tests.support.tiny import drawn
 from tests.tolerances import ELSEWHERE
@@ -79,17 +79,7 @@ def short(config: ModelConfig) -> ModelConfig:
     return replace(config, unet=replace(config.unet, levels=(attends,), mid=Level(channels=8)))
 
 
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("sd2", ["unet", "text_encoder"]),
-        ("inpainting", ["unet"]),
-        ("lcm", ["unet"]),
-        ("sdxl", ["unet", "text_encoder_2"]),
-        ("taesd", ["vae_encoder", "vae_decoder"]),
-        ("ddpm", ["unet"]),
-    ],
-)
+@pytest.mark.parametrize(("family", "names"), PARTICULAR.items())
 def test_packages_of_every_family(family: str, names: list[str], quick: None, tmp_path: Path) -> None:
     pipe = drawn(short(FAMILIES[family]), 3)
     found = [program for program in programs(pipe.config, pipe.parts) if program.name in names]

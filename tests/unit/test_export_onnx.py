@@ -18,7 +18,7 @@ from minidiff.export.formats import BOUNDS, gap, measured, reading, traced
 from minidiff.export.manifest import digests
 from minidiff.export.programs import programs
 from minidiff.parity.ours import asked
-from tests.support.export_models import FAMILIES, MINI, one_weight_changed
+from tests.support.export_models import FAMILIES, MINI, PARTICULAR, one_weight_changed
 from tests.support.tiny import drawn
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -27,17 +27,7 @@ pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)}: pi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "names"),
-    [
-        ("sd2", ["unet", "text_encoder"]),
-        ("inpainting", ["unet"]),
-        ("lcm", ["unet"]),
-        ("sdxl", ["unet", "text_encoder_2"]),
-        ("taesd", ["vae_encoder", "vae_decoder"]),
-        ("ddpm", ["unet"]),
-    ],
-)
+@pytest.mark.parametrize(("family", "names"), PARTICULAR.items())
 def test_what_is_particular_in_every_family(family: str, names: list[str], tmp_path: Path) -> None:
     pipe = drawn(FAMILIES[family], 3)
     found = [program for program in programs(pipe.config, pipe.parts) if program.name in names]

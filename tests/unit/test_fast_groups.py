@@ -87,7 +87,7 @@ def test_halves_that_differ_are_cut_in_their_order(sd: StableDiffusion) -> None:
 
 
 def test_every_input_has_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SDXL's pooled text and sizes, a ControlNet's residuals."""
+    """SDXL's pooled text and sizes; controls are in test_combined.py."""
     sd = tiny_xl()
     monkeypatch.setattr(group_sizes, "LARGEST", 1)
     torch.manual_seed(0)
