@@ -67,7 +67,7 @@ class GroupedUNet(Replacement):
         return out[torch.cat(groups).argsort()]
 
     def groups(self, x: Tensor) -> list[Tensor]:
-        """Return the rows of each group of ``x`` (B, C, H, W), int64. Both predictions of a guided picture are in one."""
+        """Return the rows of each group of ``x`` (B, C, H, W). Both predictions of a guided picture are in one."""
         once = x.chunk(2) if len(x) % 2 == 0 else (x,)
         halves = 2 if len(once) == 2 and torch.equal(*once) else 1
         few = rows_at_once(self.layer.config, x[0, 0].numel(), x.element_size(), halves) // halves
