@@ -8,14 +8,13 @@ stay so.
 
 from __future__ import annotations
 
-import weakref
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minidiff.fast.halves import cut, joined
+from minidiff.fast.kept import Kept
 from minidiff.fast.shared_start import watched
 from minidiff.fast.switch import Switch
 from minidiff.models.replacement import Replacement
@@ -26,20 +25,13 @@ from minidiff.pipeline.group_sizes import decoded_at_once, rows_at_once
 
 
 class Parts(NamedTuple):
-    """Encoded prompt (B, L, D), its version counter, the rows of each group, and the prompt cut into these."""
+    """Rows of each group, and an encoded prompt (B, L, D) cut into these."""
 
-    context: weakref.ref[Tensor]
-    written: int
     groups: list[Tensor]
     parts: list[Tensor]
 
-    def holds(self, context: Tensor, groups: list[Tensor]) -> bool:
-        return (
-            self.context() is context
-            and self.written == context._version
-            and len(self.groups) == len(groups)
-            and all(map(torch.equal, self.groups, groups))
-        )
+    def fit(self, groups: list[Tensor]) -> bool:
+        return len(self.groups) == len(groups) and all(map(torch.equal, self.groups, groups))
 
 
 class GroupedUNet(Replacement):
@@ -48,7 +40,7 @@ class GroupedUNet(Replacement):
     layer: UNet
 
     def __init__(self, layer: nn.Module, name: str = "forward") -> None:
-        self.known: dict[int, Parts] = {}  # by the id of an encoded prompt, as long as it exists
+        self.known = Kept[Parts]()  # by encoded prompt
         super().__init__(layer, name)
 
     def __call__(self, x: Tensor, t: Any, context: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -78,19 +70,12 @@ class GroupedUNet(Replacement):
 
     def parts(self, context: Tensor, groups: list[Tensor], batch: int) -> list[Tensor]:
         """Cut an encoded prompt (B, L, D), once a run: its keys and values are kept with the tensor (:mod:`memory`)."""
-        if context.is_inference():  # no count of writes is kept
-            return [cut(context, rows, batch) for rows in groups]
-        known = self.known.get(id(context))
-        if known is None or not known.holds(context, groups):
-            made = [cut(context, rows, batch) for rows in groups]
-            known = Parts(weakref.ref(context, partial(self.drop, id(context))), context._version, groups, made)
-            self.known[id(context)] = known
+        known = None if context.is_inference() else self.known.find(context)
+        if known is None or not known.fit(groups):
+            known = Parts(groups, [cut(context, rows, batch) for rows in groups])
+            if not context.is_inference():
+                self.known.keep(context, known)
         return known.parts
-
-    def drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
-        known = self.known.get(key)
-        if known is not None and known.context is gone:
-            self.known.pop(key, None)
 
 
 class GroupedVAE(Replacement):

@@ -7,13 +7,12 @@ runs are separate, and a finished run leaves nothing behind.
 
 from __future__ import annotations
 
-import weakref
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minidiff.fast.kept import Kept
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import TransformerBlock
 from minidiff.models.replacement import Replacement
@@ -37,41 +36,30 @@ class Memory(Switch):
 
 
 class Known(NamedTuple):
-    """Cached output with its input, its weight, and the version counters of both."""
+    """Cached output with the weight that it was computed from, and the version counter of that."""
 
-    x: weakref.ref[Tensor]
     weight: Tensor
-    written: tuple[int, int]
+    written: int
     answer: Tensor
-
-    def holds(self, x: Tensor, weight: Tensor) -> bool:
-        return self.x() is x and self.weight is weight and self.written == (x._version, weight._version)
 
 
 class CachedLinear(Replacement):
     """Replacement for the ``forward`` of one linear layer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self.known: dict[int, Known] = {}  # by the id of the input, as long as it exists
+        self.known = Kept[Known]()
         super().__init__(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.layer.get_parameter("weight")
         if torch.is_grad_enabled() or x.is_inference() or weight.is_inference():  # a graph is no answer to keep; no
             return self.compute(x)  # count of writes is kept in inference mode
-        known = self.known.get(id(x))
-        if known is None or not known.holds(x, weight):
-            written, key = (x._version, weight._version), id(x)
-            known = Known(weakref.ref(x, partial(self.drop, key)), weight, written, self.compute(x))
-            self.known[key] = known
+        known = self.known.find(x)
+        if known is None or known.weight is not weight or known.written != weight._version:
+            known = self.known.keep(x, Known(weight, weight._version, self.compute(x)))
         return known.answer
 
     def compute(self, x: Tensor) -> Tensor:
         """Compute the output of the plain layer, or of the switch below."""
         out: Tensor = nn.Linear.forward(self.layer, x) if self.before is None else self.before(x)  # type: ignore[arg-type]
         return out
-
-    def drop(self, key: int, gone: weakref.ref[Tensor]) -> None:
-        known = self.known.get(key)
-        if known is not None and known.x is gone:
-            self.known.pop(key, None)
