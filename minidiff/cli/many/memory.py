@@ -5,6 +5,7 @@ Larger groups are faster, but not by much once the processor is busy, and a kill
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 from collections.abc import Callable
@@ -55,12 +56,22 @@ def taken(device: torch.device, work: Callable[[], object]) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     with suppress(OSError, KeyError, ValueError):
         if device.type == "cpu":
-            gc.collect()  # else garbage from before, collected during the work, would hide what that takes
+            _forget()
             RESET.write_text("5")  # Linux: the peak is what there is now
             before = _field(STATUS, "VmRSS")
             work()
             return _field(STATUS, "VmHWM") - before
     return None
+
+
+def _forget() -> None:
+    """Give back to the system what is held but unused; the work would take it from there, and nothing would be seen.
+
+    That is garbage in cycles of references, and memory that glibc's malloc keeps for later requests.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other C libraries keep nothing, or do not have the function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free(device: torch.device) -> int:
