@@ -1,9 +1,9 @@
 """Trial of everything whose gain depends on the processor, made once a machine and kept in the user's cache.
 
 What is faster here may be slower there: another library for linear layers, Winograd's convolutions, attention in
-blocks. Each is timed beside the plain way at a shape that stands for the others. A way is chosen if it is clearly the
-fastest in two trials. Where they disagree, or nothing was tried, a rule decides: it takes what has lost on no processor
-that was measured.
+blocks. Each is timed beside the plain way at a shape that stands for the others, in two trials. A way is chosen if it is
+clearly faster than the plain one in both. Where the trials disagree, or nothing was tried, a rule decides: it takes what
+has lost on no processor that was measured.
 
 :func:`choices` reads the cache; the command line tries for large models, and ``minidiff probe`` does and shows the
 result. The first result that is written stands (:mod:`machine`), so the same machine always computes the same bits.
@@ -116,15 +116,13 @@ def seconds(ways: Ways) -> Times:
 
 
 def chosen(trials: list[Times], plain: str, by_rule: str) -> str:
-    """Return the way that all ``trials`` agree on, else ``by_rule``.
-
-    A trial is for its fastest way if that is clearly faster than the plain one, and for the plain one otherwise.
-    """
-    votes = set()
-    for times in trials:
-        best = min(times, key=lambda way: times[way])
-        votes.add(best if times[plain] >= WORTH * times[best] else plain)
-    return votes.pop() if len(votes) == 1 else by_rule
+    """Return the way that is clearly faster than the plain one in all ``trials``; of several, the one whose worst trial
+    is the best. Where none is in any trial, the plain one; where the trials disagree on that, ``by_rule``."""
+    gains = {way: [times[plain] / times[way] for times in trials] for way in trials[0] if way != plain}
+    best = max(gains, key=lambda way: min(gains[way]), default=plain)
+    if gains and min(gains[best]) >= WORTH:
+        return best
+    return by_rule if any(max(found) >= WORTH for found in gains.values()) else plain
 
 
 def read(found: Any) -> Results:
