@@ -8,10 +8,10 @@
 
 ``models/`` contains only the plain implementation. The faster ones are here and replace methods of single layers. The
 switch "many_keys" is the class ``ManyKeys`` in ``many_keys.py``, and so for all: :mod:`packed` (weights in the
-processor's layout), :mod:`winograd` (convolutions with fewer products), :mod:`blocks` (feed-forwards on some tokens at
-a time), :mod:`inplace` (reuse of memory), :mod:`memory` (keys and values of the prompt), :mod:`shared_start` (what both
-halves of a guided batch have in common), :mod:`groups` (large pictures a few at a time), and if the processor gains by
-it :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
+processor's layout), :mod:`blocks` (feed-forwards on some tokens at a time), :mod:`inplace` (reuse of memory),
+:mod:`memory` (keys and values of the prompt), :mod:`shared_start` (what both halves of a guided batch have in common),
+:mod:`groups` (large pictures a few at a time), and if the processor gains by it :mod:`winograd` (convolutions with
+fewer products), :mod:`linear` (products by another library), :mod:`tokens` (pictures in the layout of transformers) and
 :mod:`many_keys` (attention by another kernel). Whether it gains is tried once a machine (:mod:`trial`). All of them are
 exact: the same bits, or the same sums in another order, no farther from the true value or, in float32, within a few
 roundings of the plain layer's result (tests/tolerances.py).
@@ -22,9 +22,9 @@ those for CUDA (:mod:`channels_last`, :mod:`graphs`), which have no effect elsew
 less memory than the model needs. Methods that change the result are never on by default: :mod:`deep` and :mod:`merge`
 (put on by :mod:`approximations`), and :mod:`vae_tiles`.
 
-The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` (attention kernels),
-:mod:`onednn` (products by that library), :mod:`probe` and :mod:`trial` (measure what is fast on this processor) and
-:mod:`machine` (keeps the results).
+The other files are parts of switches: :mod:`switch` (base classes), :mod:`blockwise` and :mod:`logistic` (attention
+kernels), :mod:`onednn` (products by that library), :mod:`probe` and :mod:`trial` (measure what is fast on this
+processor) and :mod:`machine` (keeps the results).
 
 A model with active switches cannot be trained, moved, copied, pickled or given adapters: restore it first, change it,
 and optimize it again. Several threads may use it, and get the same bits as one after the other. Switches must be put on

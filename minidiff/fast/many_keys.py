@@ -1,4 +1,4 @@
-"""Attention to many keys by the kernel that is the fastest on this processor (:mod:`blockwise`).
+"""Attention to many keys by the kernel that is the fastest on this processor (:mod:`blockwise`, :mod:`logistic`).
 
 Which one that is depends on the processor and on the shape, and no rule tells: with AVX512, blocks were 1.6 times as
 fast as torch's kernel on one kind of processor, and half as fast on another. So it is tried once a machine
@@ -17,18 +17,20 @@ from torch import Tensor, nn
 
 from minidiff.fast import machine, onednn
 from minidiff.fast.blockwise import BlockKernel, at_once, in_float32
+from minidiff.fast.logistic import LogisticKernel
 from minidiff.fast.switch import Switch
 from minidiff.models.attention import Attention, Kernel, attention
 
-HEADS = 4  # of a trial: enough for the rate, little enough for the time
 PLAIN = "torch"
 FEW = 256  # keys whose scores for all queries and heads are small enough to be kept
 
 
 class Range(NamedTuple):
-    """Numbers of keys, from ``least`` on, and the shape that stands for them in a trial."""
+    """Numbers of keys, from ``least`` on, and the shape that stands for them in a trial: large enough for the rate,
+    small enough for the time."""
 
     least: int
+    heads: int
     queries: int
     keys: int
     width: int
@@ -36,16 +38,16 @@ class Range(NamedTuple):
 
 # Falling. Of Stable Diffusion at 512 x 512: its first two levels, and the prompt.
 RANGES: Mapping[str, Range] = {
-    "attention to 4096 keys": Range(2048, 512, 4096, 40),
-    "attention to 1024 keys": Range(256, 512, 1024, 80),
-    "attention to 77 keys": Range(64, 4096, 77, 40),
+    "attention to 4096 keys": Range(2048, 1, 2048, 4096, 40),
+    "attention to 1024 keys": Range(256, 2, 1024, 1024, 80),
+    "attention to 77 keys": Range(64, 4, 4096, 77, 40),
 }
 
 
 def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
     """Return the candidates for attention to ``keys`` keys, by name; the plain one first.
 
-    Blocks have as many rows as a core's own cache holds scores for, or four times as many. Few keys need no blocks.
+    Blocks have as many rows as a core's own cache holds scores for, or four times as many; few keys need no blocks.
     """
     found: dict[str, Kernel] = {PLAIN: attention}
     if not onednn.pays(dtype):  # multiplies no faster than torch's kernel
@@ -60,6 +62,8 @@ def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
         for times in (1, 4):
             block = BlockKernel(min(1024, max(32, 2 ** (rows * times).bit_length() // 2)), few)
             found[f"{'narrow ' if few else ''}blocks of {block.rows}"] = block
+    if keys > FEW:
+        found[f"logistic blocks of {block.rows}"] = LogisticKernel(block.rows)
     return found
 
 
@@ -67,7 +71,7 @@ def ways(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Set up the candidates of a range for a trial."""
     of = RANGES[name]
     q, k, v = (
-        torch.ones(1, n, HEADS, of.width, dtype=dtype, device="cpu").transpose(1, 2)
+        torch.ones(1, n, of.heads, of.width, dtype=dtype, device="cpu").transpose(1, 2)
         for n in (of.queries, of.keys, of.keys)
     )
     return {called: partial(kernel, q, k, v, False) for called, kernel in kernels(of.keys, dtype).items()}

@@ -41,12 +41,14 @@ def pays(dtype: torch.dtype = torch.float32) -> bool:
     return dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,): (..., out).
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, function: str = "none") -> Tensor:
+    """Compute ``function`` of ``x`` (..., in) times the transpose of ``weight`` (out, in), plus ``bias`` (out,):
+    (..., out).
 
-    On the CPU only, without gradients. ``weight`` may be packed (:mod:`packed`).
+    On the CPU only, without gradients. ``weight`` may be packed (:mod:`packed`). ``function``: "none", or one that
+    oneDNN applies before the product is written, such as "sigmoid".
     """
-    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], "")
     return made
 
 

@@ -1,9 +1,9 @@
 """Trial of everything whose gain depends on the processor, made once a machine and kept in the user's cache.
 
 What is faster here may be slower there: another library for linear layers, Winograd's convolutions, attention in
-blocks. Each is timed twice beside the plain way, at a shape that stands for the others. A way is chosen if it is clearly
-faster than the plain one both times. Where the two trials disagree, or nothing was tried, a rule decides: it takes what
-has lost on no processor that was measured.
+blocks. Each is timed twice beside the plain way, at a shape that stands for the others. A way is chosen if it is
+clearly faster than the plain one both times. Where the two trials disagree, or nothing was tried, a rule decides: it
+takes what has lost on no processor that was measured.
 
 :func:`choices` reads the cache; the command line tries for large models, and ``minidiff probe`` does and shows the
 result. The first result that is written stands (:mod:`machine`), so the same machine always computes the same bits.

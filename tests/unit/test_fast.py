@@ -161,6 +161,13 @@ def test_a_processor_with_avx2_only() -> None:
     assert done.stdout.splitlines() == ["torch.float32 True", "torch.bfloat16 False"]
 
 
+@pytest.fixture
+def _no_picture_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 16 x 16 on at the most, Winograd's method is used."""
+    monkeypatch.setattr(winograd, "POSITIONS", 8 * 8)
+
+
+@pytest.mark.usefixtures("_no_picture_too_small")
 @pytest.mark.parametrize("size", [(32, 32), (33, 32), (32, 33), (47, 31), (8, 200), (70, 96)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
@@ -174,20 +181,29 @@ def test_winograds_convolutions_at_every_kind_of_size(
     plain = conv(x)
     assert put_on(Winograd(), [conv]) == [conv]
     assert_close(conv(x), plain, WINOGRAD)
-    assert conv(x).is_contiguous()
+    assert conv(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv(x.contiguous(memory_format=torch.channels_last)), conv(x)), "whatever the layout of x"
     assert torch.equal(conv(x[1:]), conv(x)[1:]), "a picture's bits do not depend on the batch it is in"
     Winograd().take_off(conv)
     assert torch.equal(conv(x), plain)
 
 
+@pytest.mark.usefixtures("_no_picture_too_small")
 @pytest.mark.parametrize(("width", "out"), [(320, 320), (1280, 640)])
+@pytest.mark.parametrize("packs", [True, False])
 @torch.no_grad()
-def test_winograds_convolutions_are_near_the_truth(width: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winograds_convolutions_are_near_the_truth(
+    width: int, out: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With oneDNN's products, and with torch's, where a build has no oneDNN."""
     torch.manual_seed(0)
+    if not packs:
+        monkeypatch.setattr(onednn, "available", lambda *_: False)
     conv = nn.Conv2d(width, out, 3, padding=1)
     x = torch.randn(1, width, 32, 32)
     exact = copy.deepcopy(conv).double()(x.double())
     put_on(Winograd(), [conv])
+    assert {matrix.is_mkldnn for matrix in winograd.filters(conv.weight)} == {packs and onednn.available()}
     assert (conv(x) - exact).norm() <= WINOGRAD_TRUTH.relative * exact.norm()
 
 
@@ -198,10 +214,12 @@ def test_where_winograds_convolutions_pay(width: int, choice: str, on: int) -> N
     assert ([] if switch is None else put_on(switch, [conv])) == [conv] * on
 
 
+@pytest.mark.parametrize(("pays", "side"), [(False, 32), (True, 64)])
 @torch.no_grad()
-def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_pictures_go_to_the_packed_convolution(pays: bool, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "pays", lambda *_: pays)
     conv = nn.Conv2d(256, 256, 3, padding=1)
-    small, large = torch.randn(1, 256, 8, 8), torch.randn(1, 256, 32, 32)
+    small, large = torch.randn(1, 256, side, side - 1), torch.randn(1, 256, side, side)
     switches = Packed(), Winograd()
     put_on(switches[0], [conv])
     packed = conv(small)
@@ -211,7 +229,7 @@ def test_small_pictures_go_to_the_packed_convolution(monkeypatch: pytest.MonkeyP
     put_on(switches[1], [conv])
     assert torch.equal(conv(small), packed)
     assert not calls
-    assert conv(large).shape == (1, 256, 32, 32)
+    assert conv(large).shape == (1, 256, side, side)
     assert calls
     for switch in reversed(switches):
         switch.take_off(conv)

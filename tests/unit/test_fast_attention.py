@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 
 import minidiff
 from minidiff import fast
-from minidiff.fast import machine, many_keys, onednn, trial
+from minidiff.fast import logistic, machine, many_keys, onednn, trial
 from minidiff.fast.blockwise import BlockKernel, at_once, in_float32
+from minidiff.fast.logistic import LogisticKernel
 from minidiff.fast.many_keys import RANGES, ByKeys, ManyKeys
 from minidiff.models.attention import Attention, Kernel, attention
 from tests.support.tiny import tiny_sd
-from tests.tolerances import BATCH, BLOCKS, NARROW_SCORES, NO_FARTHER, assert_close
+from tests.tolerances import BATCH, BLOCKS, LOGISTIC, NARROW_SCORES, NO_FARTHER, assert_close
 
 
 def heads(pictures: int, count: int, length: int, d: int) -> Tensor:
@@ -58,25 +60,29 @@ def test_layers_at_full_width(
     exact = layer.double()(x.double(), None if seen is None else seen.double())
     layer, x, seen = layer.to(dtype), x.to(dtype), None if seen is None else seen.to(dtype)
     plain = layer(x, seen)
-    for kernel in (BlockKernel(128), in_float32, at_once):
+    for kernel in (BlockKernel(128), in_float32, at_once, LogisticKernel(128)):
         layer.kernel = kernel
         found = layer(x, seen)
         if dtype == torch.float32:  # oneDNN adds up in one go, torch's kernel in tiles
             assert off(found, plain) <= BLOCKS.relative
             assert off(found, exact) <= BLOCKS.relative
+        elif isinstance(kernel, LogisticKernel):
+            assert off(found, exact) <= LOGISTIC * off(plain, exact)
         elif kernel is not at_once:  # whose scores are narrow
             assert off(found, exact) <= NO_FARTHER * off(plain, exact), "no farther from the truth"
 
 
+@pytest.mark.parametrize("kind", [BlockKernel, LogisticKernel])
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @torch.no_grad()
-def test_blocks_of_any_size(rows: int) -> None:
+def test_blocks_of_any_size(rows: int, kind: Callable[[int], Kernel]) -> None:
     """Those that do not come out even, too."""
     torch.manual_seed(0)
+    kernel = kind(rows)
     for (pictures, length, seen), d in product(((2, 7, 5), (1, 1, 1), (3, 4, 7)), (8, 16, 20)):
         q, k, v = heads(pictures, 3, length, d), heads(pictures, 3, seen, d), heads(pictures, 3, seen, d)
         before = [t.clone() for t in (q, k, v)]
-        found = BlockKernel(rows)(q, k, v, False)
+        found = kernel(q, k, v, False)
         assert off(found, attention(q.double(), k.double(), v.double(), False)) <= BLOCKS.relative
         assert found.transpose(1, 2).is_contiguous(), "joined to tokens again without a copy"
         assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
@@ -94,6 +100,38 @@ def test_scores_in_float32_lose_nothing() -> None:
 
 
 @torch.no_grad()
+def test_the_logistic_function_takes_the_place_of_the_exponential(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel is not needed for scores as they are usual: the largest of a row between 4 and 60."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(logistic, "attention", None)
+    k, v = heads(1, 4, 300, 40), heads(1, 4, 300, 40)
+    for dtype, largest in product(trial.DTYPES, (1, 2, 4)):
+        q = (largest * heads(1, 4, 90, 40)).to(dtype)
+        found = LogisticKernel(32)(q, k.to(dtype), v.to(dtype), False)
+        exact = attention(q.double(), k.to(dtype).double(), v.to(dtype).double(), False)
+        assert off(found, exact) <= (BLOCKS.relative if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("dtype", trial.DTYPES, ids=str)
+@torch.no_grad()
+def test_a_wrong_guess_is_seen(dtype: torch.dtype) -> None:
+    """Keys lie at both ends of an axis. A query along it has scores far above the guess, one across it far below."""
+    torch.manual_seed(0)
+    k, v = torch.zeros(1, 3, 6, 16), heads(1, 3, 6, 16)
+    k[..., :3, 0], k[..., 3:, 0] = 20, -20
+    along, across, usual = torch.eye(16)[[0, 1, 2]] * torch.tensor([[100], [100], [1]])
+    q = torch.stack([along, across, usual]).repeat(5, 1, 1).transpose(0, 1)[None]  # each a head
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    found, plain = LogisticKernel(2)(q, k, v, False), attention(q, k, v, False)
+    assert torch.equal(found[:, :2], plain[:, :2])
+    prepared = logistic.asked(q[0], k[0], logistic.window(dtype, 6)), logistic.known(k[0]), logistic.carried(v[0])
+    out = torch.empty(5, 16, dtype=dtype)
+    assert [LogisticKernel(2).head(*(t[h] for t in prepared), out) for h in range(3)] == [False, False, True]
+    k[0, 2, 0, 0] = float("nan")
+    assert LogisticKernel(2)(q, k, v, False)[0, 2].isnan().all()
+
+
+@torch.no_grad()
 def test_narrow_scores_move_a_trained_unet_no_farther() -> None:
     """A layer's error doubles; that of the bundled model's UNet does not, over the timesteps of a run."""
     sd = minidiff.bundled(device="cpu")
@@ -101,21 +139,27 @@ def test_narrow_scores_move_a_trained_unet_no_farther() -> None:
     unet = copy.deepcopy(sd.unet).bfloat16()
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     torch.manual_seed(0)
-    errors: dict[str, float] = {"plain": 0.0, "narrow": 0.0, "at once": 0.0}
+    kernels: dict[str, Kernel] = {
+        "plain": attention,
+        "narrow": BlockKernel(64, narrow=True),
+        "at once": at_once,
+        "logistic": LogisticKernel(64),
+    }
+    errors = dict.fromkeys(kernels, 0.0)
     for t in (20, 500, 980):
         x = torch.randn(1, *(unet.config.in_channels, 16, 16))
         exact = sd.unet(x, torch.tensor(t), context)
-        for name, kernel in (("plain", attention), ("narrow", BlockKernel(64, narrow=True)), ("at once", at_once)):
+        for name, kernel in kernels.items():
             for layer in layers:
                 layer.kernel = kernel
             errors[name] += off(unet(x.bfloat16(), torch.tensor(t), context.bfloat16()), exact) ** 2
-    for name in ("narrow", "at once"):
+    for name in ("narrow", "at once", "logistic"):
         assert 0 < errors[name] ** 0.5 <= NARROW_SCORES * errors["plain"] ** 0.5
 
 
 def test_what_they_are_not_for() -> None:
     """Later positions hidden, or gradients wanted: torch's own."""
-    for kernel in (BlockKernel(2), at_once):
+    for kernel in (BlockKernel(2), at_once, LogisticKernel(2)):
         q, k, v = (heads(1, 2, 4, 8).requires_grad_() for _ in range(3))
         assert torch.equal(kernel(q, k, v, False), attention(q, k, v, False))
         kernel(q, k, v, False).sum().backward()
@@ -140,6 +184,8 @@ def test_candidates_fit_the_cache(dtype: torch.dtype, monkeypatch: pytest.Monkey
         assert found[f"blocks of {4 * rows}"] == BlockKernel(4 * rows)
         assert (found.get(f"narrow blocks of {2 * rows}") == BlockKernel(2 * rows, True)) == (dtype == torch.bfloat16)
         assert ("float32" in found) == (dtype == torch.bfloat16)
+        most = 4 * rows * (2 if dtype == torch.bfloat16 else 1)
+        assert found[f"logistic blocks of {most}"] == LogisticKernel(most)
     monkeypatch.setattr(onednn, "pays", lambda *_: False)
     assert list(many_keys.kernels(4096, dtype)) == [many_keys.PLAIN]
 
