@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from minidiff.fast import onednn
+from minidiff.fast.blockwise import COLUMNS
 from minidiff.models.attention import attention
 
-COLUMNS = 16  # the product with the values is slow unless their width is a multiple of this
 SUMS = 8  # columns of ones, each for an eighth of the keys: the sum of eight rounded sums is rounded less
 
 

@@ -131,6 +131,21 @@ def test_a_wrong_guess_is_seen(dtype: torch.dtype) -> None:
     assert LogisticKernel(2)(q, k, v, False)[0, 2].isnan().all()
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+@torch.no_grad()
+def test_where_the_logistic_function_ends_to_be_exponential_it_is_not_used(dtype: torch.dtype, near: float) -> None:
+    """From scores at the guess to some far above it, where three keys share the attention unequally. Scores up to 125
+    have themselves errors of 1e-5 in float32."""
+    torch.manual_seed(0)
+    k, v = torch.zeros(1, 1, 6, 16), heads(1, 1, 6, 16)
+    k[..., 0] = torch.tensor([20, 19.5, 19, -20, -20, -20])
+    k, v = k.to(dtype), v.to(dtype)
+    for strength in range(5, 26):
+        q = strength * torch.eye(16, dtype=dtype)[None, None, :1]
+        exact = attention(q.double(), k.double(), v.double(), False)
+        assert off(LogisticKernel(1)(q, k, v, False), exact) <= near, strength
+
+
 @torch.no_grad()
 def test_narrow_scores_move_a_trained_unet_no_farther() -> None:
     """A layer's error doubles; that of the bundled model's UNet does not, over the timesteps of a run."""
