@@ -45,26 +45,31 @@ RANGES: Mapping[str, Range] = {
 
 
 def kernels(keys: int, dtype: torch.dtype) -> dict[str, Kernel]:
-    """Return the candidates for attention to ``keys`` keys, by name; the plain one first.
+    """Return the candidates for attention to ``keys`` keys, by name; the plain one first, the least exact last.
 
     Blocks have as many rows as a core's own cache holds scores for, or four times as many; few keys need no blocks.
     """
     found: dict[str, Kernel] = {PLAIN: attention}
     if not onednn.pays(dtype):  # multiplies no faster than torch's kernel
         return found
-    narrow = (False,) if dtype == torch.float32 else (False, True)
     if dtype != torch.float32:
         found["float32"] = in_float32
+    own = machine.private_cache() // keys
+    wide = [rows(times * own // torch.float32.itemsize) for times in (1, 4)]
+    narrow = [rows(times * own // dtype.itemsize) for times in (1, 4)]
+    found |= {f"blocks of {count}": BlockKernel(count) for count in wide}
     if keys <= FEW:
         found["at once"] = at_once
-    for few in narrow:
-        rows = machine.private_cache() // (keys * (dtype.itemsize if few else torch.float32.itemsize))
-        for times in (1, 4):
-            block = BlockKernel(min(1024, max(32, 2 ** (rows * times).bit_length() // 2)), few)
-            found[f"{'narrow ' if few else ''}blocks of {block.rows}"] = block
-    if keys > FEW:
-        found[f"logistic blocks of {block.rows}"] = LogisticKernel(block.rows)
+    else:
+        found[f"logistic blocks of {narrow[-1]}"] = LogisticKernel(narrow[-1])
+    if dtype != torch.float32:
+        found |= {f"narrow blocks of {count}": BlockKernel(count, narrow=True) for count in narrow}
     return found
+
+
+def rows(most: int) -> int:
+    """Return the power of two, from 32 to 1,024, that is nearest below ``most``."""
+    return min(1024, 1 << max(5, most.bit_length() - 1))
 
 
 def ways(name: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

@@ -2,8 +2,8 @@
 
 What is faster here may be slower there: another library for linear layers, Winograd's convolutions, attention in
 blocks. Each is timed twice beside the plain way, at a shape that stands for the others. A way is chosen if it is
-clearly faster than the plain one both times. Where the two trials disagree, or nothing was tried, a rule decides: it
-takes what has lost on no processor that was measured.
+clearly faster, both times, than the plain one and than others nearer to it. Where the two trials disagree, or nothing
+was tried, a rule decides: it takes what has lost on no processor that was measured.
 
 :func:`choices` reads the cache; the command line tries for large models, and ``minidiff probe`` does and shows the
 result. The first result that is written stands (:mod:`machine`), so the same machine always computes the same bits.
@@ -21,7 +21,7 @@ import torch
 from minidiff.fast import linear, machine, many_keys, onednn, winograd
 from minidiff.fast.switch import OFF, ON
 
-WORTH = 1.05  # times as fast as the plain way; with less, that stays
+WORTH = 1.05  # times as fast as a preferred way; with less, that stays
 ROUNDS = 3  # of a trial
 HOPELESS = 4  # times as slow as the plain way in the first round: not timed again
 LONGEST = 2.5  # seconds of all trials; what is left then follows the rule
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 Ways = Mapping[str, Callable[[], object]]
 Times = Mapping[str, float]
 
-# Of each choice, what sets up its ways for a dtype, the plain one first.
+# Of each choice, what sets up its ways for a dtype, as they are preferred: the plain one first.
 TRIALS: Mapping[str, Callable[[torch.dtype], Ways]] = {
     "linear": linear.ways,
     "winograd": winograd.ways,
@@ -116,13 +116,14 @@ def seconds(ways: Ways) -> Times:
 
 
 def chosen(trials: list[Times], plain: str, by_rule: str) -> str:
-    """Return the way that is clearly faster than the plain one in all ``trials``; of several, the one whose worst trial
-    is the best. Where none is in any trial, the plain one; where the trials disagree on that, ``by_rule``."""
-    gains = {way: [times[plain] / times[way] for times in trials] for way in trials[0] if way != plain}
-    best = max(gains, key=lambda way: min(gains[way]), default=plain)
-    if gains and min(gains[best]) >= WORTH:
-        return best
-    return by_rule if any(max(found) >= WORTH for found in gains.values()) else plain
+    """Return the way that is clearly faster than every preferred one in all ``trials``. Ways are listed as they are
+    preferred, the plain one first. If only one of the trials is for another than that, ``by_rule``."""
+    best = plain
+    for way in trials[0]:
+        if all(times[best] >= WORTH * times[way] for times in trials):
+            best = way
+    doubtful = best == plain and any(times[plain] >= WORTH * min(times.values()) for times in trials)
+    return by_rule if doubtful else best
 
 
 def read(found: Any) -> Results:

@@ -94,7 +94,8 @@ def test_where_two_trials_disagree_the_rule_holds(pays: bool, monkeypatch: pytes
 def test_two_ways_that_lead_in_turn_do_not_make_the_plain_one_win(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    """One that gains in both trials is taken, and not the one that leads in a single trial but loses in the other."""
+    """One that gains in both trials is taken, and not the one that leads in a single trial but loses in the other. Of
+    two that gain alike it is the one that stands first, being nearer to the plain one."""
 
     def twice(first: float, second: float) -> tuple[float, ...]:
         return (*[first] * trial.ROUNDS, second)
@@ -102,7 +103,7 @@ def test_two_ways_that_lead_in_turn_do_not_make_the_plain_one_win(
     ways = {"torch": twice(0.04, 0.04), "a": twice(0.030, 0.028), "b": twice(0.029, 0.031), "c": twice(0.01, 0.05)}
     plant(monkeypatch, clock, linear=ways)
     found = trial.tried(DTYPE)["linear"]
-    assert found.chosen == "a", "at worst 1.33 times as fast, where b is 1.29"
+    assert found.chosen == "a"
     assert found.seconds["c"] == pytest.approx(0.01), "the fastest in one of them"
 
 
