@@ -16,6 +16,7 @@ other threads.)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -41,25 +42,37 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class BlockKernel:
-    """Kernel that computes attention in blocks of ``rows`` queries of one head, without gradients or causal mask.
-
-    ``narrow``: scores have the dtype of the queries, instead of float32.
-    """
+class ByHeads(ABC):
+    """Base class of kernels that compute attention head by head, in blocks of ``rows`` queries, without gradients or
+    causal mask: with either, it is :func:`~minidiff.models.attention.attention`."""
 
     rows: int
-    narrow: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d), block by block."""
+        """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d)."""
         if causal or torch.is_grad_enabled():
             return attention(q, k, v, causal)
         pictures, heads, length, d = q.shape
         out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-        for n in range(pictures):
-            for h in range(heads):
-                self.head(q[n, h], k[n, h], v[n, h], out[n, h])
+        for of_picture in zip(q, k, v, out, strict=True):
+            self.picture(*of_picture)
         return out
+
+    @abstractmethod
+    def picture(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Compute one picture into ``out`` (heads, L, d), from q (heads, L, d) and k and v (heads, M, d)."""
+
+
+@dataclass(frozen=True)
+class BlockKernel(ByHeads):
+    """Kernel with a softmax between two products. ``narrow``: scores have the dtype of the queries, instead of
+    float32."""
+
+    narrow: bool = False
+
+    def picture(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        for of_head in zip(q, k, v, out, strict=True):
+            self.head(*of_head)
 
     def head(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Compute one head into ``out`` (L, d), from q (L, d) and k and v (M, d)."""

@@ -19,37 +19,26 @@ rounded before its exponential is taken.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minidiff.fast import onednn
-from minidiff.fast.blockwise import COLUMNS
+from minidiff.fast.blockwise import COLUMNS, ByHeads
 from minidiff.models.attention import attention
 
 SUMS = 8  # columns of ones, each for an eighth of the keys: the sum of eight rounded sums is rounded less
 
 
-@dataclass(frozen=True)
-class LogisticKernel:
-    """Kernel that computes attention in blocks of ``rows`` queries of one head, without gradients or causal mask."""
+class LogisticKernel(ByHeads):
+    """Kernel whose first product ends with the logistic function."""
 
-    rows: int
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        """Compute softmax(q k^T / sqrt(d)) v of (B, heads, length, d)."""
-        if causal or torch.is_grad_enabled():
-            return attention(q, k, v, causal)
-        pictures, heads, length, d = q.shape
-        out = torch.empty(pictures, length, heads, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-        for n in range(pictures):
-            prepared = asked(q[n], k[n], window(q.dtype, k.shape[2])), known(k[n]), carried(v[n])
-            for h, (queries, keys, values) in enumerate(zip(*prepared, strict=True)):
-                if not self.head(queries, keys, values, out[n, h]):
-                    one = slice(n, n + 1), slice(h, h + 1)
-                    out[one] = attention(q[one], k[one], v[one], causal)
-        return out
+    def picture(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        prepared = asked(q, k, window(q.dtype, k.shape[1])), known(k), carried(v)
+        for h, of_head in enumerate(zip(*prepared, out, strict=True)):
+            if not self.head(*of_head):
+                one = None, slice(h, h + 1)
+                out[h] = attention(q[one], k[one], v[one], False)[0, 0]
 
     def head(self, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> bool:
         """Compute one head into ``out`` (L, d). Return False if a guess was too far away."""

@@ -117,7 +117,7 @@ def seconds(ways: Ways) -> Times:
 
 def chosen(trials: list[Times], plain: str, by_rule: str) -> str:
     """Return the way that is clearly faster than every preferred one in all ``trials``. Ways are listed as they are
-    preferred, the plain one first. If only one of the trials is for another than that, ``by_rule``."""
+    preferred, the plain one first. Where none is, but one is faster than the plain one in some trial, ``by_rule``."""
     best = plain
     for way in trials[0]:
         if all(times[best] >= WORTH * times[way] for times in trials):
